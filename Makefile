@@ -1,0 +1,108 @@
+# Builds, tests and shows flightsvc. `make` lists what there is to make. Needs Go, Python 3.11, a JDK 17,
+# gcc and make; all else is installed below this folder (.venv, bin, build) at pinned versions.
+
+PYTHON  ?= python3
+UV      := build/uv/bin/uv
+VENV    := .venv
+PY      := $(VENV)/bin/python
+SITE    := $(VENV)/lib/python3.11/site-packages
+TF      := build/libtensorflow
+
+VERSION := $(shell cat VERSION)
+COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+LDFLAGS := -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
+SOURCES := $(shell find cmd handlers gpu modelcache internal -name '*.go' -o -name '*.c' -o -name '*.h') go.mod go.sum VERSION
+
+export CGO_CFLAGS      := -O2 -g -I$(CURDIR)/$(TF)/include
+export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
+export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
+export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
+
+.PHONY: help build demo test test-go test-python lint format prove bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bin/, the Python package into .venv
+
+demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
+	@$(PY) examples/demo.py
+
+test: build build/models/.done ## everything that CI runs: lint, Go, Python, Spark
+	@$(PY) tools/suites.py lint test-go test-python
+
+test-go: build build/models/.done ## Go tests under the race detector
+	@go test -race -timeout 10m ./...
+
+test-python: build build/models/.done ## Python tests, with real servers and real Spark
+	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests
+
+lint: build ## gofmt, go vet, staticcheck, ruff, mypy
+	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal)" || { gofmt -d cmd handlers gpu modelcache internal; exit 1; }
+	@go vet ./...
+	@go tool staticcheck ./...
+	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+	@$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src
+
+format: build ## rewrite Go and Python in the house format
+	@gofmt -w cmd handlers gpu modelcache internal
+	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+
+prove: build build/models/.done ## the full counts of every promise, into build/prove.json; resumes where it stopped
+	@$(PY) tools/prove.py
+
+bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
+	@$(PY) benchmarks/latency.py
+
+lock: $(UV) ## renew pyspark-shim/requirements.lock from requirements.in
+	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
+		pyspark-shim/requirements.in -o pyspark-shim/requirements.lock
+
+clean: ## remove what was built, but not .venv
+	rm -rf bin build/bench build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin
+
+# How it is made.
+
+bin/flightsvc: $(SOURCES)
+	@echo "building $@"
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/flightsvc
+
+bin/flightsvc-runner: $(SOURCES) | $(TF)
+	@echo "building $@ (the first time takes a minute)"
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/flightsvc-runner
+
+$(UV):
+	@echo "installing uv"
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "flightsvc is built with Python 3.11; set PYTHON=python3.11"'
+	@$(PYTHON) -m venv build/uv
+	@build/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+
+$(VENV)/.locked: pyspark-shim/requirements.lock | $(UV)
+	@echo "installing Python dependencies into .venv (about 2.5 GB, TensorFlow and Spark)"
+	@test -x $(PY) || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	@VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --require-hashes pyspark-shim/requirements.lock
+	@touch $@
+
+$(VENV)/.shim: $(VENV)/.locked pyspark-shim/pyproject.toml VERSION bin/flightsvc bin/flightsvc-runner
+	@mkdir -p pyspark-shim/src/flightsvc/_bin
+	@ln -sfn $(CURDIR)/bin/flightsvc $(CURDIR)/bin/flightsvc-runner pyspark-shim/src/flightsvc/_bin/
+	@VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable pyspark-shim
+	@touch $@
+
+# The library and the headers lie in the tensorflow wheel; the linker wants them under other names.
+$(TF): $(VENV)/.locked
+	@mkdir -p $(TF)
+	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/include $(TF)/include
+	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_cc.so.2 $(TF)/libtensorflow_cc.so.2
+	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_cc.so.2 $(TF)/libtensorflow.so
+	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_framework.so.2 $(TF)/libtensorflow_framework.so.2
+	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_framework.so.2 $(TF)/libtensorflow_framework.so
+	@touch $(TF)
+
+build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked
+	@echo "making the models for the tests"
+	@$(PY) pyspark-shim/tests/make_models.py build/models
+	@touch $@

@@ -1,0 +1,101 @@
+// Command flightsvc-runner is one model in one process: it loads a SavedModel and serves
+// streams of inference on its own Unix socket. The front starts it and talks to it over
+// standard input and output; it ends when its standard input does.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+
+	"go.uber.org/zap"
+
+	"flightsvc/handlers"
+	"flightsvc/internal/build"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/logging"
+	"flightsvc/internal/offheap"
+	"flightsvc/internal/tensorflow"
+	"flightsvc/modelcache"
+)
+
+func main() {
+	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the
+	// front drains first.
+	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
+	if err := run(os.Stdin, &reporter{out: json.NewEncoder(os.Stdout)}); err != nil {
+		fmt.Fprintln(os.Stderr, "flightsvc-runner: "+err.Error())
+		os.Exit(1)
+	}
+}
+
+// run reads the setup, loads the model, says so, and serves until the front's end of stdin.
+func run(stdin io.Reader, reports *reporter) error {
+	input := bufio.NewReader(stdin)
+	line, err := input.ReadBytes('\n')
+	if err != nil {
+		return errors.New("flightsvc starts this program and writes its setup to it; it is not for the command line")
+	}
+	var setup modelcache.Setup
+	if err := json.Unmarshal(line, &setup); err != nil {
+		return fmt.Errorf("setup: %w", err)
+	}
+	log, err := logging.New(setup.LogLevel, "runner")
+	if err != nil {
+		return err
+	}
+	go func() { // for as long as the process lives
+		_, _ = io.Copy(io.Discard, input)
+		// The front has drained, or is dead; either way nobody waits for an answer. A load that
+		// hangs in native code ends here too.
+		_ = os.Remove(setup.Socket)
+		os.Exit(0)
+	}()
+	engine, err := open(setup)
+	if err != nil {
+		kind, ok := fault.KindOf(err)
+		if !ok {
+			kind = fault.Internal
+		}
+		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind})
+		return err
+	}
+	listener, err := handlers.Listen(setup.Socket, log)
+	if err != nil {
+		return err
+	}
+	service := handlers.NewRunner(handlers.RunnerOptions{
+		Engine: engine, Events: reports, Key: setup.Key, Server: setup.Server, Memory: &offheap.Allocator{}, Log: log,
+	})
+	server := handlers.NewServer(service, log)
+	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
+	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
+	return server.Serve(listener)
+}
+
+// reporter writes reports to the front, a line each.
+type reporter struct {
+	mu  sync.Mutex // guards out
+	out *json.Encoder
+}
+
+func (r *reporter) write(report modelcache.Report) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_ = r.out.Encode(report) // a front that does not read is gone, and so are we soon
+}
+
+// StreamOpened tells the front that a lease has opened its stream.
+func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened: lease}) }
+
+// StreamClosed tells the front that a stream is over.
+func (r *reporter) StreamClosed(lease string) { r.write(modelcache.Report{Closed: lease}) }
+
+// Interface guards.
+var _ handlers.StreamEvents = (*reporter)(nil)

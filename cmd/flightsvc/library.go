@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// libraryFile is what makes a folder TensorFlow's: the library that the C API is in.
+const libraryFile = "libtensorflow_cc.so.2"
+
+// findPackage is asked of a Python interpreter; it finds the package without importing it.
+const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow"); print(s.submodule_search_locations[0] if s else "")`
+
+// library returns how the cache finds libtensorflow: the folder that was set, else that of the
+// tensorflow package of the active virtual environment or of python3. Its errors say what
+// to install.
+func library(setting string) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		if setting != "" {
+			if _, err := os.Stat(filepath.Join(setting, libraryFile)); err != nil {
+				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; point it at the folder of an installed tensorflow package", setting, libraryFile)
+			}
+			return setting, nil
+		}
+		pythons := []string{"python3"}
+		if env := os.Getenv("VIRTUAL_ENV"); env != "" {
+			pythons = []string{filepath.Join(env, "bin", "python"), "python3"}
+		}
+		for _, python := range pythons {
+			out, err := exec.CommandContext(ctx, python, "-c", findPackage).Output() //nolint:gosec // the user's own interpreter
+			folder := strings.TrimSpace(string(out))
+			if err != nil || folder == "" {
+				continue
+			}
+			if _, err := os.Stat(filepath.Join(folder, libraryFile)); err == nil {
+				return folder, nil
+			}
+		}
+		return "", errNoLibrary
+	}
+}
+
+var errNoLibrary = errors.New("libtensorflow is not installed here; run pip install tensorflow-cpu==2.21.0 in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + libraryFile)

@@ -1,0 +1,249 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"flightsvc/handlers"
+	"flightsvc/internal/build"
+	"flightsvc/internal/config"
+	"flightsvc/internal/logging"
+	"flightsvc/internal/rundir"
+	"flightsvc/modelcache"
+)
+
+// frontSocket is the name of the front's socket in its folder.
+const frontSocket = "front.sock"
+
+// idleTick is how often a detached front asks itself whether it is idle.
+const idleTick = 500 * time.Millisecond
+
+// serve runs the front until something ends it, and leaves nothing behind.
+func serve(settings config.Serve) (err error) {
+	log, err := logging.New(settings.LogLevel, "front")
+	if err != nil {
+		return err
+	}
+	ctx, end := context.WithCancelCause(context.Background())
+	defer end(nil)
+
+	if settings.Owner != "" {
+		owner, err := rundir.ParseProcess(settings.Owner)
+		if err != nil {
+			return err
+		}
+		if err := owner.Watch(ctx, settings.OwnerFD, func() { end(errOwnerEnded) }); err != nil {
+			return err
+		}
+	}
+	place, socket, err := claim(&settings)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if rmErr := place.Release(); rmErr != nil && err == nil {
+			err = fmt.Errorf("clear up: %w", rmErr)
+		}
+	}()
+	cache, err := newCache(settings, place.Path, log)
+	if err != nil {
+		return err
+	}
+	defer cache.Close()
+
+	listener, err := handlers.Listen(socket, log)
+	if err != nil {
+		return err
+	}
+	activity := &activity{}
+	front := handlers.NewFront(handlers.FrontOptions{
+		Cache: cache, Version: build.Version, Build: build.ID(), Server: serverName(),
+		Shutdown: func() { end(errAsked) }, Log: log,
+	})
+	server := handlers.NewServer(front, log, grpc.StatsHandler(activity))
+	healthy := health.NewServer()
+	healthpb.RegisterHealthServer(server, healthy)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+	if os.Getenv(detachedVariable) != "" && settings.IdleTimeout > 0 {
+		go watchIdle(ctx, settings.IdleTimeout, activity, cache, func() { end(errIdle) })
+	}
+
+	greeting := hello{Flightsvc: build.Version, Build: build.ID(), Endpoint: handlers.Scheme + socket, PID: os.Getpid()}
+	if err := greeting.print(); err != nil {
+		return fmt.Errorf("write handshake: %w", err)
+	}
+	log.Info("serving", zap.String("endpoint", greeting.Endpoint), zap.String("version", greeting.Flightsvc), zap.String("build", greeting.Build),
+		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner", settings.Owner))
+
+	select {
+	case err := <-served:
+		return err
+	case s := <-signals:
+		end(fmt.Errorf("signal %s", s))
+	case <-ctx.Done():
+	}
+	cause := context.Cause(ctx)
+	log.Info("ending", zap.String("cause", cause.Error()))
+	healthy.Shutdown()
+	if cause == errOwnerEnded {
+		server.Stop()
+		return nil
+	}
+	drain(server, cache, settings.DrainTimeout, signals)
+	return nil
+}
+
+// Why a front ends, besides a signal.
+var (
+	errOwnerEnded = fmt.Errorf("the owner has ended")
+	errAsked      = fmt.Errorf("asked by %s", "server.shutdown")
+	errIdle       = fmt.Errorf("idle")
+)
+
+// claim takes the front's folder below the run-dir, or that of the endpoint that was set, and
+// clears away what dead fronts left. It sets the settings' RunDir.
+func claim(settings *config.Serve) (*rundir.Folder, string, error) {
+	runDir, err := filepath.Abs(cmp.Or(settings.RunDir, rundir.Default()))
+	if err != nil {
+		return nil, "", err
+	}
+	settings.RunDir = runDir
+	if err := rundir.Ensure(runDir); err != nil {
+		return nil, "", fmt.Errorf("run-dir: %w", err)
+	}
+	if err := rundir.Sweep(runDir); err != nil {
+		return nil, "", fmt.Errorf("run-dir: %w", err)
+	}
+	socket := filepath.Join(runDir, folderName(), frontSocket)
+	if settings.Endpoint != "" {
+		if socket, err = handlers.SocketPath(settings.Endpoint); err != nil {
+			return nil, "", err
+		}
+	}
+	if _, err := handlers.SocketPath(handlers.Scheme + socket); err != nil {
+		return nil, "", err
+	}
+	place, err := rundir.Claim(runDir, filepath.Dir(socket))
+	return place, socket, err
+}
+
+// folderName is the name of the folder of a front that nobody gave one: 8 hex digits of its
+// process.
+func folderName() string {
+	self, err := rundir.Of(os.Getpid())
+	if err != nil {
+		self.PID = os.Getpid() // /proc cannot be read; Claim will say so
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d %d", self.PID, self.Start))
+	return hex.EncodeToString(sum[:4])
+}
+
+func newCache(settings config.Serve, folder string, log *zap.Logger) (*modelcache.Cache, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	root := settings.ModelRoot
+	if root != "" {
+		if root, err = filepath.Abs(root); err != nil {
+			return nil, err
+		}
+	}
+	return modelcache.New(modelcache.Options{
+		ModelRoot:   root,
+		Folder:      folder,
+		Binary:      filepath.Join(filepath.Dir(self), "flightsvc-runner"),
+		Build:       build.ID(),
+		Server:      serverName(),
+		Cores:       cmp.Or(settings.Cores, runtime.GOMAXPROCS(0)),
+		LogLevel:    settings.LogLevel,
+		LoadTimeout: settings.LoadTimeout,
+		Library:     library(settings.Libtensorflow),
+		Log:         log,
+	}), nil
+}
+
+// serverName says who answers: this host and this process.
+func serverName() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "localhost"
+	}
+	return fmt.Sprintf("%s:%d", host, os.Getpid())
+}
+
+// drain lets open streams end, at most for the bound or until a second signal, and stops the
+// server. New calls are refused as Unavailable meanwhile.
+func drain(server *grpc.Server, cache *modelcache.Cache, bound time.Duration, signals <-chan os.Signal) {
+	over := time.NewTimer(bound)
+	defer over.Stop()
+	stopped := make(chan struct{})
+	go func() { // ends at the latest with server.Stop
+		defer close(stopped)
+		server.GracefulStop()
+	}()
+	tick := time.NewTicker(idleTick / 10)
+	defer tick.Stop()
+	for waiting := true; waiting; {
+		select {
+		case <-over.C:
+			waiting = false
+		case <-signals:
+			waiting = false
+		case <-tick.C:
+			select {
+			case <-stopped:
+				waiting = cache.Streams() > 0
+			default:
+			}
+		}
+	}
+	server.Stop()
+	<-stopped
+}
+
+// activity notes when the last call was under way.
+type activity struct {
+	open atomic.Int64
+	last atomic.Int64 // Unix nanoseconds
+}
+
+func watchIdle(ctx context.Context, timeout time.Duration, calls *activity, cache *modelcache.Cache, idle func()) {
+	tick := time.NewTicker(idleTick)
+	defer tick.Stop()
+	calls.touch()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if calls.open.Load() > 0 || cache.Busy() {
+			calls.touch()
+		}
+		if time.Since(time.Unix(0, calls.last.Load())) > timeout {
+			idle()
+			return
+		}
+	}
+}

@@ -1,0 +1,312 @@
+"""Labels photographs with a real network, from a client that knows only pyarrow and from a Spark job.
+
+`make demo` runs it, after the build. It ends with one table, and with the picture ``build/demo.png``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+try:
+    import contact_sheet
+    import flightsvc
+    import lite0
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+    from pyspark.sql import Row, SparkSession
+except ModuleNotFoundError as error:
+    sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARIES = (ROOT / "bin" / "flightsvc", ROOT / "bin" / "flightsvc-runner")
+BUILD = ROOT / "build" / "demo"
+SHEET = ROOT / "build" / "demo.png"
+
+PHOTOS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+"""Photographs that come with scikit-image: PNG and JPEG, colour and grey."""
+
+FLIGHT_PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "rocket.jpg")
+"""Those of them that the standalone client asks about, too."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the network said of one photo.
+
+    Attributes:
+        photo: the file's name.
+        best: the three most probable classes, as indices and probabilities.
+        server: the sidecar that answered, as host and process id.
+        via: who asked: ``spark`` or ``flight``.
+    """
+
+    photo: str
+    best: list[tuple[int, float]]
+    server: str
+    via: str
+
+
+def main() -> None:
+    """Runs the demo; leaves by `SystemExit` with one sentence where something is missing or fails."""
+    started = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
+
+    check_toolchain()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    photos = copy_photos()
+    model = make_model(progress)
+    by_flight = classify_in_client(model, [photos / photo for photo in FLIGHT_PHOTOS], progress)
+    by_spark = classify_in_spark(model, photos, progress)
+    labels = lite0.labels()
+    sidecars = len({answer.server for answer in by_spark})
+    contact_sheet.draw(
+        SHEET,
+        "What EfficientNet-Lite0 sees",
+        f"{len(by_spark)} photos, classified by a Spark job through {sidecars} flightsvc sidecars",
+        [contact_sheet.Tile(photos / a.photo, [(labels[i], p) for i, p in a.best]) for a in by_spark],
+    )
+    progress("done\n")
+    print_table(by_spark + by_flight, labels)
+    print(f"\nThe contact sheet is {SHEET.relative_to(ROOT)}")
+
+
+def check_toolchain() -> None:
+    """Leaves with one sentence when the demo cannot run here."""
+    for binary in BINARIES:
+        if not os.access(binary, os.X_OK):
+            sys.exit(f"demo: {binary.relative_to(ROOT)} is missing; run `make build` first")
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which(Path(home, "bin", "java") if home else "java") is None:
+        place = f"JAVA_HOME, which is {home}," if home else "PATH"
+        sys.exit(f"demo: no java found in {place} and Spark needs it; install a JDK of version 17 or later")
+
+
+def copy_photos() -> Path:
+    """Copies the photos out of the scikit-image wheel into a folder of their own, and returns it."""
+    source, folder = package_folder("skimage") / "data", BUILD / "photos"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for photo in PHOTOS:
+        shutil.copyfile(source / photo, folder / photo)
+    return folder
+
+
+def make_model(progress: Callable[[str], None]) -> Path:
+    """Returns the SavedModel. It is exported in another process, which takes TensorFlow away with it."""
+    if lite0.folder().exists():
+        progress(f"the model is there: {lite0.folder()}")
+        return lite0.folder()
+    progress("making the model, once")
+    export = subprocess.Popen(
+        [sys.executable, lite0.__file__], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    with export as process:
+        line = ""
+        for line in process.stderr or ():
+            progress(f"  {line.rstrip()}")
+    if export.returncode != 0:
+        sys.exit(f"demo: the model could not be made: {line.strip()}")
+    return lite0.folder()
+
+
+def classify_in_client(model: Path, photos: list[Path], progress: Callable[[str], None]) -> list[Answer]:
+    """Starts a server and asks it through ``standalone_client.py``, which imports nothing but pyarrow."""
+    progress("starting bin/flightsvc serve")
+    with served(BUILD / "flightsvc.log") as endpoint:
+        progress(f"asking it through examples/standalone_client.py: {endpoint}")
+        client = [sys.executable, str(ROOT / "examples" / "standalone_client.py"), endpoint, str(model)]
+        done = subprocess.run([*client, *map(str, photos)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"demo: {done.stderr.strip()}")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    way = "straight from the model's process" if all(a["redirected"] for a in found) else "through the front"
+    progress(f"  {len(found)} photos answered, {way}")
+    return [Answer(a["photo"], [(i, p) for i, p in a["best"]], a["server"], "flight") for a in found]
+
+
+@contextmanager
+def served(log: Path) -> Iterator[str]:
+    """Runs ``flightsvc serve`` and gives its endpoint; it ends with the block, or with this process."""
+    # Field 22 of stat is the process's start time; a command name before it may hold blanks and brackets.
+    start_time = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    command = [str(BINARIES[0]), "serve", "--owner", f"{os.getpid()}:{start_time}"]
+    command += ["--libtensorflow", str(package_folder("tensorflow"))]
+    with log.open("w") as file:
+        front = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    with front as process:
+        try:
+            handshake = process.stdout.readline() if process.stdout else ""
+            if not handshake:
+                said = log.read_text().strip().splitlines() or ["it said nothing"]
+                sys.exit(f"demo: flightsvc serve did not start: {said[-1]}")
+            yield json.loads(handshake)["endpoint"]
+        finally:
+            process.terminate()
+
+
+def classify_in_spark(model: Path, photos: Path, progress: Callable[[str], None]) -> list[Answer]:
+    """Classifies the photos of a folder in a Spark job, each executor with a sidecar of its own."""
+    progress("starting Spark: two executors, one core each")
+    with spark_session(BUILD / "spark.log") as spark:
+        progress("reading the model's signature")
+        lite = flightsvc.Model(
+            str(model),
+            preprocess={"image": flightsvc.ImageInput(size=(224, 224), scale=1 / 128, offset=-127 / 128)},
+        )
+        inputs, outputs = {"image": "content"}, {"probabilities": "p"}
+        df = spark.read.format("binaryFile").load(photos.as_uri()).select("path", "content")
+        answers = df.mapInArrow(
+            lite.mapper(inputs=inputs, outputs=outputs, sidecar="sidecar"),
+            lite.output_schema(df.schema, inputs=inputs, outputs=outputs, sidecar="sidecar"),
+        ).select("path", "p", "sidecar")
+        progress("classifying in Spark; each executor starts its sidecar, which loads the model")
+        with watched(spark, progress):
+            rows = answers.collect()
+    return sorted((spark_answer(row) for row in rows), key=lambda answer: answer.photo)
+
+
+def spark_answer(row: Row) -> Answer:
+    """Returns what a row of the job says: the photo's path, all probabilities, the sidecar."""
+    best = sorted(enumerate(row.p), key=lambda pair: pair[1], reverse=True)[:3]
+    return Answer(Path(row.path).name, best, row.sidecar, "spark")
+
+
+@contextmanager
+def spark_session(log: Path) -> Iterator[SparkSession]:
+    """Runs Spark with two executor processes on this machine. All that Spark has to say goes to the log."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    with log.open("w") as file:
+        try:
+            with redirected_output(file):  # the JVM keeps it for its life
+                spark = (
+                    SparkSession.builder.master("local-cluster[2,1,2048]")
+                    .appName("flightsvc demo")
+                    .config("spark.ui.enabled", False)
+                    .config("spark.ui.showConsoleProgress", False)
+                    .config("spark.sql.warehouse.dir", (BUILD / "warehouse").as_uri())
+                    .config("spark.sql.files.minPartitionNum", 4)
+                    .config("spark.scheduler.minRegisteredResourcesRatio", 1.0)
+                    .getOrCreate()
+                )
+        except (PySparkException, Py4JError):
+            sys.exit(f"demo: Spark did not start; {log.relative_to(ROOT)} says why")
+    application = spark.sparkContext.applicationId
+    try:
+        yield spark
+    except (PySparkException, Py4JError) as error:
+        with log.open("a") as file:
+            print(error, file=file)
+        sys.exit(f"demo: the Spark job failed: {reason(error)} ({log.relative_to(ROOT)} has it all)")
+    finally:
+        spark.stop()
+        # A local cluster writes its executors' folders into the installation.
+        shutil.rmtree(package_folder("pyspark") / "work" / application, ignore_errors=True)
+
+
+def reason(error: Exception) -> str:
+    """Returns the one line of a job's error that a person wants: that of the Python exception in a worker."""
+    lines = str(error).split("JVM stacktrace:")[0].strip().splitlines()
+    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ": " in line]
+    return (raised or lines or [type(error).__name__])[-1].strip()
+
+
+@contextmanager
+def redirected_output(file: IO[str]) -> Iterator[None]:
+    """Sends what child processes started meanwhile write to stdout and stderr into the file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        yield
+    finally:
+        for descriptor, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+@contextmanager
+def watched(spark: SparkSession, progress: Callable[[str], None]) -> Iterator[None]:
+    """Tells how many partitions are done while the calling thread waits for its job."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        tracker = spark.sparkContext.statusTracker()
+        told = 0
+        while not ended.wait(0.25):
+            for stage in map(tracker.getStageInfo, tracker.getActiveStageIds()):
+                if stage and stage.numCompletedTasks > told:
+                    told = stage.numCompletedTasks
+                    progress(f"  {told} of {stage.numTasks} partitions answered")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def package_folder(name: str) -> Path:
+    """Returns the folder of an installed package, without importing it."""
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:
+        sys.exit(f"demo: the Python package {name} is missing; run `make build` first")
+    return Path(package.origin).parent
+
+
+def print_table(answers: list[Answer], labels: list[str]) -> None:
+    """Prints one line per answer, and by how much the two ways differ."""
+    header = ("photo", "best three labels", "", "", "sidecar", "via")
+    table = [
+        (a.photo, *(f"{labels[i]} {p:.2f}" for i, p in a.best), a.server, a.via)
+        for a in answers
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+    for row in (header, tuple("-" * width for width in widths), *table):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    spark = {(a.photo, i): p for a in answers if a.via == "spark" for i, p in a.best}
+    flight = {(a.photo, i): p for a in answers if a.via == "flight" for i, p in a.best}
+    largest = max(abs(p - spark[key]) for key, p in flight.items())
+    print(f"\nSpark's answers and the standalone client's differ by {largest:.1g} at most.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted")
+    except flightsvc.FlightsvcError as error:
+        sys.exit(f"demo: {error}")

@@ -1,0 +1,258 @@
+package handlers
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+// WireVersion is the value of the field v that this server speaks.
+const WireVersion = 1
+
+// MaxDescriptorBytes bounds a descriptor; anything longer is refused unread.
+const MaxDescriptorBytes = 64 << 10
+
+// Error policies: what becomes of a refused row.
+const (
+	OnErrorFail   = "fail"   // the stream ends with an error that names the row
+	OnErrorNull   = "null"   // the row's outputs are null
+	OnErrorColumn = "column" // the row's outputs are null and the error column says why
+)
+
+// Features are the fields that change answers and that a client may rely on.
+var Features = []string{"on_error", "nulls", "preprocess", "run_timeout_ms"}
+
+// Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
+type Descriptor struct {
+	V         int    `json:"v"`
+	Model     string `json:"model"`
+	Version   string `json:"version,omitempty"`
+	Signature string `json:"signature,omitempty"`
+
+	Inputs     tensor.Mapping        `json:"inputs,omitempty"`
+	Outputs    tensor.Mapping        `json:"outputs,omitempty"`
+	Preprocess map[string]Preprocess `json:"preprocess,omitempty"`
+
+	OnError     string `json:"on_error,omitempty"`
+	ErrorColumn string `json:"error_column,omitempty"`
+	Nulls       string `json:"nulls,omitempty"` // "null" or "fail"
+
+	Device string `json:"device,omitempty"`
+	Layout string `json:"layout,omitempty"`
+
+	// Plane and Batching are hints, and this server follows neither.
+	Plane    string          `json:"plane,omitempty"`
+	Batching json.RawMessage `json:"batching,omitempty"`
+
+	// RunTimeoutMS bounds each TensorFlow run; nil is DefaultRunTimeout, 0 is none.
+	RunTimeoutMS *int64 `json:"run_timeout_ms,omitempty"`
+
+	RequestID string `json:"request_id,omitempty"`
+	Redirect  *bool  `json:"redirect,omitempty"` // false: relay through the front
+	Lease     *Lease `json:"lease,omitempty"`
+}
+
+// DefaultRunTimeout bounds a TensorFlow run when the descriptor does not.
+const DefaultRunTimeout = 300 * time.Second
+
+// Preprocess turns encoded pictures into an input of float32 [batch, height, width, 3].
+type Preprocess struct {
+	Size     []int    `json:"size"`               // height, width
+	Resize   string   `json:"resize,omitempty"`   // "bilinear"
+	Fit      string   `json:"fit,omitempty"`      // "crop"
+	Channels string   `json:"channels,omitempty"` // "RGB"
+	Scale    channels `json:"scale,omitempty"`    // default 1
+	Offset   channels `json:"offset,omitempty"`   // default 0
+	DType    string   `json:"dtype,omitempty"`    // "float32"
+}
+
+// channels is a number, or one for each of the three channels.
+type channels []float32
+
+func (c *channels) UnmarshalJSON(data []byte) error {
+	var one float32
+	if json.Unmarshal(data, &one) == nil {
+		*c = channels{one, one, one}
+		return nil
+	}
+	var list []float32
+	if err := json.Unmarshal(data, &list); err != nil || len(list) != 3 {
+		return fmt.Errorf("scale and offset take a number or a list of 3 numbers")
+	}
+	*c = list
+	return nil
+}
+
+// Scales returns what each channel is multiplied with.
+func (p *Preprocess) Scales() [3]float32 { return p.Scale.or(1) }
+
+// Offsets returns what is then added to each channel.
+func (p *Preprocess) Offsets() [3]float32 { return p.Offset.or(0) }
+
+// or returns the three numbers, or the given default for each.
+func (c channels) or(fallback float32) [3]float32 {
+	if c == nil {
+		return [3]float32{fallback, fallback, fallback}
+	}
+	return [3]float32(c)
+}
+
+// UnmarshalJSON accepts version as a number too.
+func (d *Descriptor) UnmarshalJSON(data []byte) error {
+	type plain Descriptor
+	aux := struct {
+		Version json.RawMessage `json:"version"`
+		*plain
+	}{plain: (*plain)(d)}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&aux); err != nil {
+		return err
+	}
+	if len(aux.Version) > 0 && json.Unmarshal(aux.Version, &d.Version) != nil {
+		number, err := strconv.ParseUint(string(aux.Version), 10, 63)
+		if err != nil {
+			return fmt.Errorf("version must be a number, \"latest\" or a label")
+		}
+		d.Version = strconv.FormatUint(number, 10)
+	}
+	return nil
+}
+
+// ParseDescriptor reads the command of a Flight descriptor, checks it and sets the defaults.
+// Its faults say which field is wrong.
+func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
+	if fd == nil || fd.GetType() != flight.DescriptorCMD {
+		return nil, fault.New(fault.BadRequest, "the stream's first message must hold a CMD descriptor, JSON such as {\"v\":1,\"model\":\"name\"}")
+	}
+	if len(fd.GetCmd()) > MaxDescriptorBytes {
+		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(fd.GetCmd()), MaxDescriptorBytes)
+	}
+	d := &Descriptor{}
+	dec := json.NewDecoder(bytes.NewReader(fd.GetCmd()))
+	if err := dec.Decode(d); err != nil {
+		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, fault.New(fault.BadRequest, "descriptor: there is text after the object")
+	}
+	if err := d.check(); err != nil {
+		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
+	}
+	return d, nil
+}
+
+// check sets defaults and refuses what this server cannot do.
+func (d *Descriptor) check() error {
+	if d.V != WireVersion {
+		return fmt.Errorf("v is %d; this server speaks %d", d.V, WireVersion)
+	}
+	if d.Model == "" {
+		return fmt.Errorf("model is missing")
+	}
+	if d.RunTimeoutMS != nil && *d.RunTimeoutMS < 0 {
+		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or more", *d.RunTimeoutMS)
+	}
+	if d.ErrorColumn == "" {
+		d.ErrorColumn = "error"
+	}
+	for _, choice := range []struct {
+		field string
+		value *string
+		known []string // the first is the default
+	}{
+		{"signature", &d.Signature, []string{savedmodel.DefaultSignature, d.Signature}},
+		{"version", &d.Version, []string{"latest", d.Version}},
+		{"on_error", &d.OnError, []string{OnErrorFail, OnErrorNull, OnErrorColumn}},
+		{"nulls", &d.Nulls, []string{"null", "fail"}},
+		{"device", &d.Device, []string{"auto", "cpu"}},
+		{"layout", &d.Layout, []string{"list"}},
+	} {
+		if err := choose(choice.field, choice.value, choice.known...); err != nil {
+			return err
+		}
+	}
+	for name, p := range d.Preprocess {
+		if err := p.check(); err != nil {
+			return fmt.Errorf("preprocess of %q: %w", name, err)
+		}
+		d.Preprocess[name] = p
+	}
+	return nil
+}
+
+func (p *Preprocess) check() error {
+	if len(p.Size) != 2 || p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > 1<<14 || p.Size[1] > 1<<14 {
+		return fmt.Errorf("size must be [height, width], each from 1 to %d", 1<<14)
+	}
+	for _, choice := range []struct {
+		field string
+		value *string
+		known string
+	}{{"resize", &p.Resize, "bilinear"}, {"fit", &p.Fit, "crop"}, {"channels", &p.Channels, "RGB"}, {"dtype", &p.DType, "float32"}} {
+		if err := choose(choice.field, choice.value, choice.known); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// choose sets value to the first known one if it is empty, and refuses an unknown one.
+func choose(field string, value *string, known ...string) error {
+	if *value == "" {
+		*value = known[0]
+	}
+	if !slices.Contains(known, *value) {
+		return fmt.Errorf("%s is %q; this server knows %q", field, *value, known)
+	}
+	return nil
+}
+
+// Plan joins the descriptor with the signature that it names.
+func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
+	signature, err := model.Signature(d.Signature)
+	if err != nil {
+		return nil, fault.New(kindOf(err), "model %s: %w", d.Model, err)
+	}
+	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Pictures: map[string]bool{}}
+	for name := range d.Preprocess {
+		options.Pictures[name] = true
+	}
+	if d.OnError == OnErrorColumn {
+		options.ErrorColumn = d.ErrorColumn
+	}
+	plan, err := tensor.NewPlan(signature, options)
+	if err != nil {
+		return nil, d.say(err)
+	}
+	return plan, nil
+}
+
+// say puts model and signature in front of an error and keeps its kind.
+func (d *Descriptor) say(err error) error {
+	return fault.New(kindOf(err), "model %s, signature %s: %w", d.Model, d.Signature, err)
+}
+
+// runTimeout returns the bound of each TensorFlow run, 0 for none.
+func (d *Descriptor) runTimeout() time.Duration {
+	if d.RunTimeoutMS == nil {
+		return DefaultRunTimeout
+	}
+	return time.Duration(*d.RunTimeoutMS) * time.Millisecond
+}
+
+// redirect reports whether the caller takes a location.
+func (d *Descriptor) redirect() bool { return d.Redirect == nil || *d.Redirect }
+
+// Command returns the descriptor as CMD bytes.
+func (d *Descriptor) Command() ([]byte, error) { return json.Marshal(d) }

@@ -1,0 +1,111 @@
+package handlers
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+)
+
+// Scheme is how an address on a Unix socket is written everywhere: Scheme + absolute path.
+const Scheme = "grpc+unix://"
+
+// maxSocketPath is the longest path that a Unix socket address holds on Linux: sun_path has
+// 108 bytes, the last is 0 (unix(7)).
+const maxSocketPath = 107
+
+// SocketPath returns the path in an address. Its errors say what is wrong with the address.
+func SocketPath(address string) (string, error) {
+	path, ok := strings.CutPrefix(address, Scheme)
+	switch {
+	case !ok:
+		return "", fmt.Errorf("address %q: want %s and an absolute path", address, Scheme)
+	case !filepath.IsAbs(path):
+		return "", fmt.Errorf("address %q: the path must be absolute", address)
+	case len(path) > maxSocketPath:
+		return "", fmt.Errorf("address %q: a Unix socket's path has at most %d bytes, this one has %d; choose a shorter run-dir", address, maxSocketPath, len(path))
+	}
+	return path, nil
+}
+
+// Listen opens a Unix socket at path with mode 0600 in place of whatever lies there. Only
+// processes of the same user can connect: others are closed at accept.
+func Listen(path string, log *zap.Logger) (net.Listener, error) {
+	if _, err := SocketPath(Scheme + path); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
+		return nil, err
+	}
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		_ = listener.Close()
+		return nil, err
+	}
+	return &sameUser{Listener: listener, log: log}, nil
+}
+
+// sameUser refuses connections from other users, whatever the modes of the folders above say.
+type sameUser struct {
+	net.Listener
+	log *zap.Logger
+}
+
+func (l *sameUser) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		uid, err := peerUID(conn.(*net.UnixConn))
+		if err == nil && uid == uint32(os.Geteuid()) {
+			return conn, nil
+		}
+		l.log.Warn("connection of another user refused", zap.Uint32("uid", uid), zap.Error(err))
+		_ = conn.Close()
+	}
+}
+
+func peerUID(conn *net.UnixConn) (uint32, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}
+
+// window is the flow-control window of a stream and of a connection: one large record batch
+// does not wait for the reader's acknowledgements.
+const window = 4 << 20
+
+// NewServer returns a gRPC server with our limits, errors and log lines, serving service.
+func NewServer(service flight.FlightServer, log *zap.Logger, more ...grpc.ServerOption) *grpc.Server {
+	options := append(append(Interceptors(log), more...),
+		grpc.MaxRecvMsgSize(MaxMessageBytes),
+		grpc.InitialWindowSize(window),
+		grpc.InitialConnWindowSize(window),
+	)
+	server := grpc.NewServer(options...)
+	flight.RegisterFlightServiceServer(server, service)
+	return server
+}

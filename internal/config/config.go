@@ -1,0 +1,47 @@
+// Package config is the one table of the server's settings. Each has one name in four
+// spellings: the flag --model-root, the variable FLIGHTSVC_MODEL_ROOT, model_root in the
+// configuration file, and spark.flightsvc.modelRoot, which the shim turns into the flag. A flag
+// goes over the environment, the environment over the file, the file over the default.
+//
+// No other package of the server reads its environment for settings.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Serve are the settings of `flightsvc serve`.
+type Serve struct {
+	Endpoint      string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
+	ModelRoot     string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder in which model names are looked up."`
+	Libtensorflow string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
+	RunDir        string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
+	IdleTimeout   time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`
+	Cores         int           `env:"FLIGHTSVC_CORES" default:"0" help:"Threads for each model. Default: the cores that this process may use."`
+	LogLevel      string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Least level to log: debug, info, warn, error."`
+	LoadTimeout   time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
+	DrainTimeout  time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
+
+	Detach  bool   `help:"Start in the background, in a session of its own with a clean environment; print its handshake line and return."`
+	Owner   string `placeholder:"PID:START" help:"End with this process; START is its start time in clock ticks, field 22 of /proc/PID/stat."`
+	OwnerFD int    `name:"owner-fd" default:"-1" placeholder:"N" help:"An open pidfd of the owner."`
+}
+
+// Validate reports all faults of the settings together.
+func (s *Serve) Validate() error {
+	var faults []error
+	for name, value := range map[string]time.Duration{"load-timeout": s.LoadTimeout, "drain-timeout": s.DrainTimeout} {
+		if value <= 0 {
+			faults = append(faults, fmt.Errorf("%s is %s; want more than 0", name, value))
+		}
+	}
+	if s.IdleTimeout < 0 {
+		faults = append(faults, fmt.Errorf("idle-timeout is %s; want 0 for never, or more", s.IdleTimeout))
+	}
+	if s.Cores < 0 {
+		faults = append(faults, fmt.Errorf("cores is %d; want 0 for all, or more", s.Cores))
+	}
+	return errors.Join(faults...)
+}

@@ -1,0 +1,86 @@
+package rundir
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Process names a process beyond the reuse of its id.
+type Process struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"` // clock ticks after boot: field 22 of /proc/<pid>/stat, see proc(5)
+}
+
+// startField is the position of the start time among the fields after the command's name.
+const startField = 22 - 3
+
+// Of returns the process that has the id now.
+func Of(pid int) (Process, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return Process{}, fmt.Errorf("no process %d", pid)
+	}
+	// The name is in parentheses and may hold anything, also parentheses.
+	_, rest, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
+	fields := strings.Fields(rest)
+	if len(fields) <= startField {
+		return Process{}, fmt.Errorf("/proc/%d/stat has no start time", pid)
+	}
+	start, err := strconv.ParseUint(fields[startField], 10, 64)
+	if err != nil {
+		return Process{}, fmt.Errorf("/proc/%d/stat: start time: %w", pid, err)
+	}
+	return Process{PID: pid, Start: start}, nil
+}
+
+// ParseProcess reads "PID:START".
+func ParseProcess(text string) (Process, error) {
+	var p Process
+	if n, err := fmt.Sscanf(text, "%d:%d", &p.PID, &p.Start); n != 2 || err != nil || p.PID < 1 {
+		return p, fmt.Errorf("process %q: want its id and its start time in clock ticks, PID:START", text)
+	}
+	return p, nil
+}
+
+// Alive reports whether this process, and not another with its id, still runs.
+func (p Process) Alive() bool {
+	now, err := Of(p.PID)
+	return err == nil && now == p
+}
+
+// Watch calls gone when the process has ended, from a goroutine that ends with ctx. fd is a pidfd of
+// it, or -1 to open one; Watch owns it. An error means that the process is not the one
+// named, or has ended already.
+func (p Process) Watch(ctx context.Context, fd int, gone func()) error {
+	if fd < 0 {
+		var err error
+		if fd, err = unix.PidfdOpen(p.PID, 0); err != nil {
+			return fmt.Errorf("watch process %d: %w", p.PID, err)
+		}
+	}
+	// With the pidfd in hand the id cannot be reused for another process behind our back.
+	if !p.Alive() {
+		_ = unix.Close(fd)
+		return fmt.Errorf("process %d that started at %d has ended", p.PID, p.Start)
+	}
+	go func() {
+		defer func() { _ = unix.Close(fd) }()
+		for ctx.Err() == nil {
+			polled := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+			if n, err := unix.Poll(polled, pollMillis); n > 0 && err == nil {
+				gone()
+				return
+			}
+		}
+	}()
+	return nil
+}
+
+// pollMillis is how long the end of ctx may go unseen.
+const pollMillis = 1000

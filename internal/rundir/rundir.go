@@ -1,0 +1,181 @@
+// Package rundir owns what flightsvc leaves in the file system while it runs: the
+// run-dir with one folder for each front, who may use them, and how they go away.
+//
+//	<run-dir>/            0700, ours, never a link
+//	  <8 hex> or user/    one front: its sockets, and the file "front" that names its process
+//
+// A folder's lock is flock(2) on the folder itself, so there is no lock file to leave behind. A
+// starter (the shim) holds it while it looks for a front and starts one; a front holds it while
+// it removes its folder.
+//
+// What may enter: files of running processes. Caches and logs live longer and elsewhere.
+package rundir
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// frontFile names the process that owns a folder.
+const frontFile = "front"
+
+// Default returns the run-dir to use when none is set: below XDG_RUNTIME_DIR if there is one,
+// else in /tmp with the user's id.
+func Default() string {
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
+		return filepath.Join(dir, "flightsvc")
+	}
+	return fmt.Sprintf("/tmp/flightsvc-%d", os.Geteuid())
+}
+
+// LogDir returns the folder for logs: below XDG_STATE_HOME, else ~/.local/state, else run-dir.
+func LogDir(runDir string) string {
+	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+		return filepath.Join(dir, "flightsvc", "log")
+	}
+	if home, err := os.UserHomeDir(); err == nil {
+		return filepath.Join(home, ".local", "state", "flightsvc", "log")
+	}
+	return runDir
+}
+
+// Ensure makes dir, private to this user, or checks that it is.
+func Ensure(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	switch {
+	case !info.IsDir():
+		return fmt.Errorf("%s is not a folder (links are refused); set another run-dir", dir)
+	case int(owner) != os.Geteuid():
+		return fmt.Errorf("%s belongs to user %d, not to user %d; set another run-dir", dir, owner, os.Geteuid())
+	case info.Mode().Perm()&0o077 != 0:
+		return fmt.Errorf("%s is open to other users (mode %04o); run chmod 700 on it, or set another run-dir", dir, info.Mode().Perm())
+	}
+	return nil
+}
+
+// Folder is the place of one front.
+type Folder struct {
+	Path string
+	// shared says that the folder was given to us and others may use it: it is neither locked
+	// nor removed, only our own files in it are.
+	shared bool
+	self   Process
+}
+
+// Claim takes the folder at path for this process. A folder directly below runDir is ours alone;
+// any other must exist or can be made, and stays when we leave.
+func Claim(runDir, path string) (*Folder, error) {
+	self, err := Of(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	f := &Folder{Path: path, self: self, shared: filepath.Dir(path) != filepath.Clean(runDir)}
+	if f.shared {
+		err = os.MkdirAll(path, 0o700)
+	} else {
+		err = Ensure(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if other, ok := front(path); ok && other.Alive() {
+		return nil, fmt.Errorf("a flightsvc front serves in %s already (process %d)", path, other.PID)
+	}
+	removeSockets(path)
+	data, err := json.Marshal(self)
+	if err != nil {
+		return nil, err
+	}
+	return f, os.WriteFile(filepath.Join(path, frontFile), data, 0o600)
+}
+
+// front returns the process that owns a folder, if one is named.
+func front(path string) (Process, bool) {
+	var p Process
+	data, err := os.ReadFile(filepath.Join(path, frontFile)) //nolint:gosec // below the run-dir
+	return p, err == nil && json.Unmarshal(data, &p) == nil
+}
+
+// Release removes what Claim made, unless another front has taken the folder over since.
+func (f *Folder) Release() error {
+	if f.shared {
+		removeSockets(f.Path)
+		return os.Remove(filepath.Join(f.Path, frontFile))
+	}
+	return locked(f.Path, unix.LOCK_EX, func() error {
+		if owner, ok := front(f.Path); ok && owner != f.self {
+			return nil
+		}
+		return remove(f.Path)
+	})
+}
+
+// Sweep removes the folders below runDir whose front is dead. Folders that somebody is just
+// using are left alone.
+func Sweep(runDir string) error {
+	entries, err := os.ReadDir(runDir)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		path := filepath.Join(runDir, entry.Name())
+		owner, named := front(path)
+		if !entry.IsDir() || (named && owner.Alive()) {
+			continue
+		}
+		_ = locked(path, unix.LOCK_EX|unix.LOCK_NB, func() error { // held: somebody starts a front there
+			if owner, named := front(path); !named || owner.Alive() {
+				return os.Remove(path) // goes only if it is empty
+			}
+			return remove(path)
+		})
+	}
+	return nil
+}
+
+// remove deletes our files in a folder and then the folder, if that leaves it empty.
+func remove(path string) error {
+	removeSockets(path)
+	if err := os.Remove(filepath.Join(path, frontFile)); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	return os.Remove(path)
+}
+
+func removeSockets(path string) {
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return
+	}
+	for _, entry := range entries {
+		if entry.Type()&os.ModeSocket != 0 && strings.HasSuffix(entry.Name(), ".sock") {
+			_ = os.Remove(filepath.Join(path, entry.Name()))
+		}
+	}
+}
+
+// locked runs f while it holds the lock of a folder.
+func locked(path string, how int, f func() error) error {
+	dir, err := os.Open(path) //nolint:gosec // below the run-dir
+	if err != nil {
+		return err
+	}
+	defer func() { _ = dir.Close() }() // which unlocks
+	if err := unix.Flock(int(dir.Fd()), how); err != nil {
+		return err
+	}
+	return f()
+}

@@ -1,0 +1,136 @@
+package tensor
+
+import (
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/array"
+)
+
+// Rows says what becomes of each row of one record batch: it takes part in the run, it
+// has a null input, or it was refused for a reason. Rows that do not take part never reach
+// TensorFlow and have null outputs.
+type Rows struct {
+	state []rowState
+	texts map[int]string // reason by row, for refused rows
+	kept  int
+}
+
+type rowState uint8
+
+const (
+	rowKept rowState = iota
+	rowNull
+	rowRefused
+)
+
+// NewRows returns the state of n rows that all take part.
+func NewRows(n int) *Rows { return &Rows{state: make([]rowState, n), kept: n} }
+
+// Len returns the number of rows.
+func (r *Rows) Len() int { return len(r.state) }
+
+// Kept returns how many rows take part.
+func (r *Rows) Kept() int { return r.kept }
+
+// Null takes a row out of the run because an input is null, as in SQL.
+func (r *Rows) Null(row int) {
+	if r.state[row] == rowKept {
+		r.state[row] = rowNull
+		r.kept--
+	}
+}
+
+// Refuse takes a row out of the run for a reason, which becomes its error text.
+func (r *Rows) Refuse(row int, reason string) {
+	if r.state[row] == rowKept {
+		r.kept--
+	}
+	r.state[row] = rowRefused
+	if r.texts == nil {
+		r.texts = map[int]string{}
+	}
+	r.texts[row] = reason
+}
+
+// FirstRefused returns the first refused row and its reason, or false if there is none.
+func (r *Rows) FirstRefused() (row int, reason string, ok bool) {
+	if len(r.texts) == 0 {
+		return 0, "", false
+	}
+	for row, state := range r.state {
+		if state == rowRefused {
+			return row, r.texts[row], true
+		}
+	}
+	return 0, "", false
+}
+
+// Positions returns the rows that take part, ascending.
+func (r *Rows) Positions() []int {
+	positions := make([]int, 0, r.kept)
+	for row, state := range r.state {
+		if state == rowKept {
+			positions = append(positions, row)
+		}
+	}
+	return positions
+}
+
+// span is the half-open range of positions [lo, hi).
+type span struct{ lo, hi int }
+
+// spans returns the rows that take part as maximal ranges.
+func (r *Rows) spans() []span {
+	if r.kept == len(r.state) {
+		return []span{{0, len(r.state)}}
+	}
+	var list []span
+	for row, state := range r.state {
+		switch {
+		case state != rowKept:
+		case len(list) > 0 && list[len(list)-1].hi == row:
+			list[len(list)-1].hi++
+		default:
+			list = append(list, span{row, row + 1})
+		}
+	}
+	return list
+}
+
+// nullRows returns, for each row of column, whether it is null or holds a null at any
+// depth; nil means that there is none.
+func nullRows(column arrow.Array) []bool {
+	var marks []bool
+	mark := func(row int) {
+		if marks == nil {
+			marks = make([]bool, column.Len())
+		}
+		marks[row] = true
+	}
+	if column.NullN() > 0 {
+		for row := range column.Len() {
+			if column.IsNull(row) {
+				mark(row)
+			}
+		}
+	}
+	list, ok := column.(array.ListLike)
+	if !ok {
+		return marks
+	}
+	inner := nullRows(list.ListValues())
+	if inner == nil {
+		return marks
+	}
+	for row := range column.Len() {
+		if column.IsNull(row) {
+			continue
+		}
+		for lo, hi := list.ValueOffsets(row); lo < hi; lo++ {
+			if inner[lo] {
+				mark(row)
+				break
+			}
+		}
+	}
+	return marks
+}

@@ -1,0 +1,98 @@
+package modelcache
+
+import (
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// Model is a reference that was resolved to a folder.
+type Model struct {
+	Ref     string // as the caller wrote it
+	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
+	Dir     string // absolute folder of the SavedModel
+	Saved   *savedmodel.Model
+}
+
+// latest asks for the highest version.
+const latest = "latest"
+
+// resolve finds the SavedModel of a reference: a file URI or an absolute path of a SavedModel or of a folder
+// with numbered versions, or a name below root. It reads saved_model.pb and loads nothing.
+// Faults: NotFound for an unknown model or version, BadRequest for a reference of no
+// known form or a broken file.
+func resolve(root, ref, version string) (Model, error) {
+	base, err := folder(root, ref)
+	if err != nil {
+		return Model{}, err
+	}
+	if info, err := os.Stat(base); err != nil || !info.IsDir() {
+		return Model{}, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
+	}
+	model := Model{Ref: ref, Version: "1", Dir: base}
+	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err != nil {
+		number, ok := pick(base, version)
+		if !ok {
+			return Model{}, fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+		}
+		model.Version, model.Dir = number, filepath.Join(base, number)
+	} else if version != latest && version != model.Version {
+		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
+	}
+	if model.Saved, err = savedmodel.Read(model.Dir); err != nil {
+		return Model{}, err
+	}
+	return model, nil
+}
+
+func folder(root, ref string) (string, error) {
+	scheme, _, hasScheme := strings.Cut(ref, ":")
+	switch {
+	case filepath.IsAbs(ref):
+		return filepath.Clean(ref), nil
+	case hasScheme && scheme == "file":
+		uri, err := url.Parse(ref)
+		if err != nil || uri.Host != "" || !filepath.IsAbs(uri.Path) {
+			return "", fault.New(fault.BadRequest, "model %q: want file:///absolute/path", ref)
+		}
+		return filepath.Clean(uri.Path), nil
+	case hasScheme:
+		return "", fault.New(fault.BadRequest, "model %q: this server reads file: URIs, absolute paths and names below its model-root", ref)
+	case root == "":
+		return "", fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
+	case !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
+		return "", fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
+	}
+	return filepath.Join(root, ref), nil
+}
+
+// pick returns the numbered folder to use: the one asked for, or the highest.
+func pick(base, version string) (string, bool) {
+	if version != latest {
+		if _, err := strconv.ParseUint(version, 10, 63); err != nil {
+			return "", false
+		}
+		_, err := os.Stat(filepath.Join(base, version, savedmodel.File))
+		return version, err == nil
+	}
+	entries, err := os.ReadDir(base)
+	if err != nil {
+		return "", false
+	}
+	best, found := uint64(0), ""
+	for _, entry := range entries {
+		number, err := strconv.ParseUint(entry.Name(), 10, 63)
+		if err != nil || (found != "" && number <= best) {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(base, entry.Name(), savedmodel.File)); err == nil {
+			best, found = number, entry.Name()
+		}
+	}
+	return found, found != ""
+}

@@ -1,0 +1,269 @@
+package modelcache
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"flightsvc/internal/fault"
+)
+
+// Setup is the first line that a runner reads on its standard input, as JSON. The end of that
+// input ends the runner.
+type Setup struct {
+	Model    string `json:"model"` // reference, for messages
+	Dir      string `json:"dir"`   // folder of the SavedModel
+	Socket   string `json:"socket"`
+	Key      []byte `json:"key"` // for leases
+	Server   string `json:"server"`
+	Cores    int    `json:"cores"`
+	LogLevel string `json:"log_level"`
+}
+
+// Report is a line that a runner writes on its standard output, as JSON. The first is the
+// handshake: Build with Ready set, or an Error. Later ones tell of a stream.
+type Report struct {
+	Build      string     `json:"build,omitempty"`
+	TensorFlow string     `json:"tensorflow,omitempty"` // version of the library
+	Ready      bool       `json:"ready,omitempty"`
+	Error      string     `json:"error,omitempty"`
+	Kind       fault.Kind `json:"kind,omitempty"`
+	Opened     string     `json:"opened,omitempty"` // lease of a stream that opened
+	Closed     string     `json:"closed,omitempty"` // lease of a stream that closed
+}
+
+// runnerGrace is how long a runner may take to end after its standard input has ended.
+const runnerGrace = 2 * time.Second
+
+// Runner is a process that has one model loaded and serves streams on its own socket.
+type Runner struct {
+	setup Setup
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	ended chan struct{} // closed when the process is gone and nothing of it is left
+	log   *zap.Logger
+
+	mu      sync.Mutex           // guards the fields below
+	leases  map[string]time.Time // expiry of leases that have not opened a stream
+	streams map[string]bool      // leases of open streams
+	conn    *grpc.ClientConn     // for relaying; made on first use
+}
+
+// start runs flightsvc-runner and waits for its handshake. ctx bounds the wait. ended is
+// called when the process is gone.
+func start(ctx context.Context, options Options, model Model, ended func()) (*Runner, error) {
+	library, err := options.Library(ctx)
+	if err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
+	}
+	key := []byte(rand.Text() + rand.Text()) // 260 bits
+	r := &Runner{
+		setup: Setup{
+			Model: model.Ref, Dir: model.Dir, Key: key, Server: options.Server, Cores: options.Cores, LogLevel: options.LogLevel,
+			Socket: filepath.Join(options.Folder, "r"+rand.Text()[:8]+".sock"),
+		},
+		ended:   make(chan struct{}),
+		log:     options.Log.With(zap.String("model", model.Ref)),
+		leases:  map[string]time.Time{},
+		streams: map[string]bool{},
+	}
+	r.cmd = exec.Command(options.Binary) //nolint:gosec // the binary lies beside our own
+	r.cmd.Env = runnerEnv(os.Environ(), library)
+	r.cmd.Stderr = os.Stderr
+	if r.stdin, err = r.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	stdout, err := r.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := r.cmd.Start(); err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", model.Ref, options.Binary, err)
+	}
+	handshake := make(chan Report, 1)
+	go r.follow(stdout, handshake, ended)
+	line, err := json.Marshal(r.setup)
+	if err != nil {
+		return nil, err
+	}
+	_, _ = r.stdin.Write(append(line, '\n')) // a runner that is gone already says why in its handshake, or not at all
+	select {
+	case report := <-handshake:
+		err = r.greet(report, options.Build)
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
+		r.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// runnerEnv passes the environment on with the library's folder in front of the search path.
+func runnerEnv(environ []string, library string) []string {
+	env := make([]string, 0, len(environ)+2)
+	path := library
+	quiet := true
+	for _, entry := range environ {
+		name, value, _ := strings.Cut(entry, "=")
+		switch name {
+		case "LD_LIBRARY_PATH":
+			path += ":" + value
+			continue
+		case "TF_CPP_MIN_LOG_LEVEL":
+			quiet = false
+		}
+		env = append(env, entry)
+	}
+	if quiet {
+		env = append(env, "TF_CPP_MIN_LOG_LEVEL=2") // errors alone: libpng warns of many a picture
+	}
+	return append(env, "LD_LIBRARY_PATH="+path)
+}
+
+// greet checks the handshake.
+func (r *Runner) greet(report Report, build string) error {
+	switch {
+	case report.Error != "":
+		return fault.New(report.Kind, "%s", report.Error)
+	case !report.Ready:
+		<-r.ended
+		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.cmd.ProcessState)
+	case report.Build != build:
+		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", report.Build, build)
+	}
+	r.log.Debug("runner ready", zap.Int("runner", r.PID()), zap.String("tensorflow", report.TensorFlow))
+	return nil
+}
+
+// follow reads the runner's reports until it ends, then clears up after it.
+func (r *Runner) follow(stdout io.Reader, handshake chan<- Report, ended func()) {
+	lines := bufio.NewScanner(stdout)
+	for first := true; lines.Scan(); first = false {
+		var report Report
+		if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
+			r.log.Warn("runner wrote a line that is no report", zap.Error(err))
+		} else if first {
+			handshake <- report
+		} else {
+			r.note(report)
+		}
+	}
+	close(handshake) // a handshake that never came reads as an empty report
+	err := r.cmd.Wait()
+	if rmErr := os.Remove(r.setup.Socket); rmErr != nil && !os.IsNotExist(rmErr) {
+		r.log.Warn("socket not removed", zap.Error(rmErr))
+	}
+	r.mu.Lock()
+	if r.conn != nil {
+		_ = r.conn.Close()
+	}
+	clear(r.leases)
+	clear(r.streams)
+	r.mu.Unlock()
+	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
+	ended()
+	close(r.ended)
+}
+
+func (r *Runner) note(report Report) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if report.Opened != "" {
+		delete(r.leases, report.Opened)
+		r.streams[report.Opened] = true
+	}
+	delete(r.streams, report.Closed)
+}
+
+// Leased records a lease that was granted for this runner.
+func (r *Runner) Leased(id string, expires time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.streams[id] {
+		r.leases[id] = expires
+	}
+}
+
+// Pins returns how many streams are open and how many leases may still open one.
+func (r *Runner) Pins(now time.Time) (streams, leases int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, expires := range r.leases {
+		if now.After(expires) {
+			delete(r.leases, id)
+		}
+	}
+	return len(r.streams), len(r.leases)
+}
+
+// Alive reports whether the process has not ended.
+func (r *Runner) Alive() bool {
+	select {
+	case <-r.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// PID returns the process's id.
+func (r *Runner) PID() int { return r.cmd.Process.Pid }
+
+// Key returns the secret with which leases for this runner are signed.
+func (r *Runner) Key() []byte { return r.setup.Key }
+
+// Endpoint returns the address of the runner's socket.
+func (r *Runner) Endpoint() string { return "grpc+unix://" + r.setup.Socket }
+
+// Client returns a Flight client of the runner, for relaying. It is shared and ends with the
+// runner.
+func (r *Runner) Client() (flight.FlightServiceClient, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.conn == nil {
+		conn, err := grpc.NewClient("unix://"+r.setup.Socket,
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxRelayBytes)))
+		if err != nil {
+			return nil, fmt.Errorf("connect to runner: %w", err)
+		}
+		r.conn = conn
+	}
+	return flight.NewFlightServiceClient(r.conn), nil
+}
+
+// maxRelayBytes lets any answer through: its size was bounded by the runner.
+const maxRelayBytes = 1 << 30
+
+// Close ends the process: its standard input ends, and if it is still there after a grace it is
+// killed. It returns when nothing of it is left.
+func (r *Runner) Close() {
+	if err := r.stdin.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		r.log.Debug("close standard input of runner", zap.Error(err))
+	}
+	select {
+	case <-r.ended:
+		return
+	case <-time.After(runnerGrace):
+	}
+	r.log.Warn("runner does not end, killing it", zap.Int("runner", r.PID()))
+	_ = r.cmd.Process.Kill() // an error means that it has ended
+	<-r.ended
+}

@@ -1,0 +1,35 @@
+"""Deep learning on Spark DataFrames through an Arrow Flight sidecar.
+
+The sidecar ``flightsvc`` runs TensorFlow models beside each executor; this package streams record batches
+to it. Workers need pyarrow only.
+
+    m = flightsvc.Model("models/lite0", preprocess={"image": flightsvc.ImageInput(size=(224, 224))})
+    m.transform(df, inputs={"image": "content"}, outputs={"probabilities": "p"})
+"""
+
+from flightsvc._version import __version__
+from flightsvc.client import Client, connect
+from flightsvc.errors import (
+    DeadlineExceededError,
+    FlightsvcError,
+    InvalidArgumentError,
+    NotFoundError,
+    SidecarError,
+    UnavailableError,
+)
+from flightsvc.model import ImageInput, Model, TensorSpec
+
+__all__ = [
+    "Client",
+    "DeadlineExceededError",
+    "FlightsvcError",
+    "ImageInput",
+    "InvalidArgumentError",
+    "Model",
+    "NotFoundError",
+    "SidecarError",
+    "TensorSpec",
+    "UnavailableError",
+    "__version__",
+    "connect",
+]

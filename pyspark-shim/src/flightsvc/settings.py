@@ -1,0 +1,141 @@
+"""Settings: each has one name in four spellings, here for the three that the shim reads.
+
+``retry-timeout`` is ``FLIGHTSVC_RETRY_TIMEOUT`` in the environment, ``spark.flightsvc.retryTimeout`` in a
+Spark session, ``retry_timeout`` in Python and ``--retry-timeout`` on the command line. Spark's
+configuration is over the environment, the environment over the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from typing import Self
+
+from flightsvc.errors import InvalidArgumentError
+
+SPARK_PREFIX = "spark.flightsvc."
+
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of one process, as text; ``None`` leaves a setting at its default.
+
+    Attributes:
+        endpoint: Address of a running front, ``grpc+unix:///path`` or a bare path. Default: one is started.
+        binary: Path of the program ``flightsvc``. Default: the one in this package, else the one on PATH.
+        model_root: Folder of the model repository.
+        libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
+        run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
+        idle_timeout: A front without work ends after this time.
+        cores: Threads for each model.
+        log_level: Level of the front's log.
+        load_timeout: How long loading a model may take.
+        drain_timeout: How long a front that ends waits for its streams.
+        retry_timeout: How long the shim tries to open a stream before it gives up.
+    """
+
+    endpoint: str | None = None
+    binary: str | None = None
+    model_root: str | None = None
+    libtensorflow: str | None = None
+    run_dir: str | None = None
+    idle_timeout: str | None = None
+    cores: str | None = None
+    log_level: str | None = None
+    load_timeout: str | None = None
+    drain_timeout: str | None = None
+    retry_timeout: str | None = None
+
+    @classmethod
+    def read(cls, conf: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
+        """Return the settings of a Spark configuration over those of the environment.
+
+        Args:
+            conf: Spark's configuration; only ``spark.flightsvc.*`` is looked at.
+            environ: The environment, ``os.environ`` when absent.
+
+        Raises:
+            InvalidArgumentError: A name under ``spark.flightsvc.`` is unknown, or a duration is none.
+        """
+        environ = os.environ if environ is None else environ
+        values = {
+            name: environ[variable(name)]
+            for name in (field.name for field in dataclasses.fields(cls))
+            if environ.get(variable(name))
+        }
+        known = {spark_key(field.name): field.name for field in dataclasses.fields(cls)}
+        for key, value in (conf or {}).items():
+            if not key.startswith(SPARK_PREFIX):
+                continue
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise InvalidArgumentError(
+                    f"there is no setting {key}; "
+                    + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+                )
+            if value:
+                values[known[key]] = value
+        for name in ("idle_timeout", "load_timeout", "drain_timeout", "retry_timeout"):
+            if name in values:
+                try:
+                    seconds(values[name])
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"{spark_key(name)} ({variable(name)}): {error}") from None
+        return cls(**values)
+
+    @property
+    def retry_seconds(self) -> float:
+        """How long opening a stream is tried again, in seconds."""
+        return seconds(self.retry_timeout or "120s")
+
+    @property
+    def load_seconds(self) -> float:
+        """How long loading a model may take, in seconds."""
+        return seconds(self.load_timeout or "300s")
+
+    def serve_flags(self) -> list[str]:
+        """Return the flags for ``flightsvc serve`` that hand on what is set here."""
+        mine = {"endpoint", "binary", "retry_timeout"}
+        return [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None and name not in mine
+        ]
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting: ``run_dir`` is ``FLIGHTSVC_RUN_DIR``."""
+    return f"FLIGHTSVC_{name.upper()}"
+
+
+def spark_key(name: str) -> str:
+    """Return Spark's key of a setting: ``run_dir`` is ``spark.flightsvc.runDir``."""
+    first, *rest = name.split("_")
+    return SPARK_PREFIX + first + "".join(word.capitalize() for word in rest)
+
+
+def seconds(duration: str) -> float:
+    """Return the seconds of a duration as Go writes it: ``5m``, ``1h30m``, ``250ms``, ``0``.
+
+    Raises:
+        InvalidArgumentError: The text is not a duration.
+    """
+    if duration == "0":
+        return 0.0
+    parts = _DURATION_PART.findall(duration)
+    if not parts or "".join(number + unit for number, unit in parts) != duration:
+        raise InvalidArgumentError(f"{duration!r} is not a duration; write it as 300s, 5m or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def default_run_dir(environ: Mapping[str, str] | None = None) -> str:
+    """Return ``$XDG_RUNTIME_DIR/flightsvc``, else ``/tmp/flightsvc-<uid>``."""
+    environ = os.environ if environ is None else environ
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(runtime, "flightsvc") if runtime else f"/tmp/flightsvc-{os.geteuid()}"

@@ -1,0 +1,161 @@
+"""Models on DataFrames: checks on the driver, and the function that runs in the workers.
+
+The driver needs no more than this package and pyspark, a worker no more than pyarrow. Spark's
+configuration travels to the workers inside the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from flightsvc import sidecar as sidecars
+from flightsvc.connection import shared
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.model import Model, Request, same_name
+from flightsvc.settings import SPARK_PREFIX, Settings
+from flightsvc.spark_types import check_input, check_sendable, spark_type
+
+if TYPE_CHECKING:
+    from pyspark import TaskContext
+    from pyspark.sql import DataFrame
+    from pyspark.sql.types import StructType
+
+_CASE_SENSITIVE = "spark.sql.caseSensitive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapper:
+    """The function for ``mapInArrow``: record batches in, the same with the model's outputs out.
+
+    One record batch is yielded for each one read, with the same rows in the same order; the caller's
+    columns are passed on as they are.
+
+    Attributes:
+        request: What is asked of the model.
+        known: The signature's inputs; empty when ``request`` names them itself.
+        conf: ``spark.flightsvc.*`` of the driver's session.
+        case_sensitive: Whether ``a`` and ``A`` are two columns.
+        sidecar: Name of the column that says which sidecar answered; ``None`` for none.
+    """
+
+    request: Request
+    known: tuple[str, ...]
+    conf: dict[str, str]
+    case_sensitive: bool
+    sidecar: str | None
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Run in a worker, once per partition; nothing is opened for an empty one."""
+        first = next(batches, None)
+        if first is None:
+            return
+        names = first.schema.names
+        positions = self.request.columns(names, self.known, self.case_sensitive)
+        connection = shared(sidecars.for_worker, Settings.read(self.conf))
+        exchange = self.request.exchange(connection, names, positions, _place())
+        answers = exchange.answers(_chain(first, batches))
+        try:
+            for answer in answers:
+                yield answer.beside(self.sidecar)
+        finally:
+            answers.close()
+
+
+def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
+    """Return the function that runs ``request`` in the workers; see :meth:`Model.mapper`."""
+    conf = active_conf()
+    return Mapper(
+        request,
+        known=() if request.inputs else tuple(model.inputs),
+        conf={key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
+        case_sensitive=_case_sensitive(conf),
+        sidecar=sidecar,
+    )
+
+
+def output_schema(model: Model, schema: StructType, request: Request, sidecar: str | None) -> StructType:
+    """Return ``schema`` with the columns of the answer, all checked; see :meth:`Model.output_schema`."""
+    from pyspark.sql.types import StringType, StructField, StructType
+
+    case_sensitive = _case_sensitive(active_conf())
+    inputs = model.inputs
+    positions = request.columns(schema.names, tuple(inputs), case_sensitive)
+    for field in schema.fields:
+        check_sendable(field)
+    for name, position in positions.items():
+        check_input(model, name, inputs[name], schema.fields[position])
+    descriptor = request.descriptor({name: schema.names[position] for name, position in positions.items()})
+    further = [
+        StructField(field.name, spark_type(field.type)) for field in model.driver().answer_schema(descriptor)
+    ]
+    if sidecar is not None:
+        further.append(StructField(sidecar, StringType()))
+    taken = list(schema.names)
+    for field in further:
+        for other in taken:
+            if same_name(field.name, other, case_sensitive):
+                raise InvalidArgumentError(
+                    f"model {model.reference}: the result would have two columns {other!r}; "
+                    "name the new one otherwise: outputs={<output>: <column>}, error_column or sidecar"
+                )
+        taken.append(field.name)
+    return StructType([*schema.fields, *further])
+
+
+def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
+    """Return ``df`` mapped to ``schema``.
+
+    Spark sends no two columns of one name through Arrow: such get other names meanwhile.
+    """
+    names = list(df.columns)
+    if len(set(names)) == len(names):
+        return df.mapInArrow(mapper, schema)
+    for i, name in enumerate(names):
+        while name in names[:i]:
+            name += "_"
+        names[i] = name
+    from pyspark.sql.types import StructField, StructType
+
+    further = schema.fields[len(names) :]
+    sent = [StructField(n, f.dataType, f.nullable) for n, f in zip(names, schema.fields, strict=False)]
+    return df.toDF(*names).mapInArrow(mapper, StructType([*sent, *further])).toDF(*schema.names)
+
+
+def active_conf() -> dict[str, str]:
+    """Return the configuration of the active session, classic or Connect; empty where there is none."""
+    if "pyspark.sql" not in sys.modules:
+        return {}
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.getActiveSession()
+    return dict(session.conf.getAll) if session is not None else {}
+
+
+def task() -> TaskContext | None:
+    """Return the context of the Spark task that this thread runs, if it runs one."""
+    if "pyspark" not in sys.modules:
+        return None
+    from pyspark import TaskContext
+
+    return TaskContext.get()
+
+
+def _case_sensitive(conf: dict[str, str]) -> bool:
+    return conf.get(_CASE_SENSITIVE, "false").lower() == "true"
+
+
+def _place() -> str:
+    context = task()
+    if context is None:
+        return ""
+    return f"stage {context.stageId()} partition {context.partitionId()} attempt {context.attemptNumber()}"
+
+
+def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest

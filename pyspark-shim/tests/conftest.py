@@ -1,0 +1,100 @@
+"""One front and one Spark session for all tests, in folders of their own.
+
+The tests run against the real programs: `make build` has put them into bin/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flightsvc
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings() -> Iterator[Path]:
+    """Folders and settings of this test run, inherited by every process that it starts."""
+    binary = ROOT / "bin" / "flightsvc"
+    if not binary.exists():
+        pytest.exit(f"{binary} is not there; run: make build", returncode=1)
+    with (
+        # Under /tmp, not under pytest's own folder: the path of a socket has at most 107 bytes.
+        tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in [name for name in os.environ if name.startswith("FLIGHTSVC_")]:
+            patch.delenv(name)
+        patch.setenv("FLIGHTSVC_BINARY", str(binary))
+        patch.setenv("FLIGHTSVC_RUN_DIR", f"{folder}/run")
+        patch.setenv("XDG_STATE_HOME", f"{folder}/state")
+        patch.setenv("PYSPARK_PYTHON", sys.executable)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The folder of the small SavedModels."""
+    folder = ROOT / "build" / "models"
+    made = subprocess.run(
+        [sys.executable, Path(__file__).with_name("make_models.py"), folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oracle(models: Path) -> Callable[..., dict[str, Any]]:
+    """TensorFlow in Python: ``oracle("mlp", x=array)`` returns the outputs as numpy arrays by name."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    loaded: dict[str, Any] = {}
+
+    def run(name: str, **inputs: Any) -> dict[str, Any]:
+        if name not in loaded:
+            loaded[name] = tf.saved_model.load(str(models / name))
+        outputs = loaded[name].signatures["serving_default"](**{k: tf.constant(v) for k, v in inputs.items()})
+        return {key: value.numpy() for key, value in outputs.items()}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def client(surroundings: Path) -> Iterator[flightsvc.Client]:
+    """A client of the user's own front, started for this test run and ended with it."""
+    with flightsvc.connect() as client:
+        yield client
+        with contextlib.suppress(flightsvc.FlightsvcError):
+            client.shutdown()
+
+
+@pytest.fixture(scope="session")
+def spark(surroundings: Path) -> Iterator[Any]:
+    from pyspark.sql import SparkSession
+
+    session = (
+        SparkSession.builder.master("local[2]")
+        .appName("flightsvc tests")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "100")
+        .config("spark.flightsvc.retryTimeout", "60s")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()

@@ -1,0 +1,148 @@
+# mypy: disable-error-code="import-untyped,misc,untyped-decorator"
+"""Write the small SavedModels that the tests of every language share.
+
+Usage: ``python make_models.py OUT_DIR``. Each model is deterministic and lies in ``OUT_DIR/<name>``; one that
+is already there is left alone. A model is written beside its place and renamed into it: a reader never sees
+half. Tensors are float32 unless said otherwise; -1 is any number of rows. Signature ``serving_default``:
+
+- ``mlp``: x [-1, 512] -> y [-1, 10], the softmax of a dense network 512-64-10
+- ``two``: a [-1, 8], b [-1, 4] -> sum [-1, 5], logits [-1, 3]; its second signature, ``flipped``, calls the
+  same two total and scores
+- ``strings``: s string [-1] -> upper string [-1] (ASCII upper case), length int64 [-1] (bytes)
+- ``ints``: i int64 [-1, 3] -> doubled int64 [-1, 3], total int64 [-1]
+- ``pictures``: image [-1, 32, 32, 3] -> mean [-1, 3], of each channel
+- ``slow``: x [-1, 1] -> y [-1, 1], x itself after max(x) turns of a loop of a few microseconds each
+- ``nested``: x [-1, 2, 3] -> y [-1, 3, 2], transposed
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf
+
+
+def weights(seed: int, rows: int, columns: int) -> tf.Variable:
+    """One seeded dense kernel, scaled to keep activations near 1."""
+    values = tf.random.stateless_normal((rows, columns), seed=(seed, 0), stddev=rows**-0.5)
+    return tf.Variable(values, trainable=False)
+
+
+def spec(name: str, *shape: int | None, dtype: tf.DType = tf.float32) -> tf.TensorSpec:
+    """An input with any number of rows, each of the given shape."""
+    return tf.TensorSpec((None, *shape), dtype, name=name)
+
+
+class Mlp(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = weights(1, 512, 64), weights(2, 64, 10)
+        self.bias = tf.Variable(tf.linspace(-0.5, 0.5, 64), trainable=False)
+
+    @tf.function(input_signature=[spec("x", 512)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": tf.nn.softmax(tf.nn.relu(x @ self.hidden + self.bias) @ self.out)}
+
+
+class Two(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_a, self.of_b = weights(3, 8, 5), weights(4, 4, 5)
+        self.head = weights(5, 5, 3)
+
+    def network(self, a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        total = a @ self.of_a + b @ self.of_b
+        return total, tf.nn.tanh(total) @ self.head
+
+    @tf.function(input_signature=[spec("a", 8), spec("b", 4)])
+    def serve(self, a: tf.Tensor, b: tf.Tensor) -> dict[str, tf.Tensor]:
+        total, logits = self.network(a, b)
+        return {"sum": total, "logits": logits}
+
+    @tf.function(input_signature=[spec("a", 8), spec("b", 4)])
+    def flipped(self, a: tf.Tensor, b: tf.Tensor) -> dict[str, tf.Tensor]:
+        total, logits = self.network(a, b)
+        return {"scores": logits, "total": total}
+
+
+class Strings(tf.Module):
+    @tf.function(input_signature=[spec("s", dtype=tf.string)])
+    def serve(self, s: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"upper": tf.strings.upper(s), "length": tf.cast(tf.strings.length(s), tf.int64)}
+
+
+class Ints(tf.Module):
+    @tf.function(input_signature=[spec("i", 3, dtype=tf.int64)])
+    def serve(self, i: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"doubled": i * 2, "total": tf.reduce_sum(i, axis=1)}
+
+
+class Pictures(tf.Module):
+    @tf.function(input_signature=[spec("image", 32, 32, 3)])
+    def serve(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"mean": tf.reduce_mean(image, axis=(1, 2))}
+
+
+class Slow(tf.Module):
+    @tf.function(input_signature=[spec("x", 1)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        turns = tf.cast(tf.reduce_max(x), tf.int64)
+        _, y = tf.while_loop(
+            lambda n, _: n < turns,
+            lambda n, y: (n + 1, tf.reverse(y, axis=[1])),  # a row of one value reversed is itself
+            (tf.constant(0, tf.int64), x),
+            parallel_iterations=1,
+        )
+        return {"y": y}
+
+
+class Nested(tf.Module):
+    @tf.function(input_signature=[spec("x", 2, 3)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": tf.transpose(x, (0, 2, 1))}
+
+
+MODELS: dict[str, Callable[[], tf.Module]] = {
+    "mlp": Mlp,
+    "two": Two,
+    "strings": Strings,
+    "ints": Ints,
+    "pictures": Pictures,
+    "slow": Slow,
+    "nested": Nested,
+}
+
+
+def make(out_dir: Path) -> None:
+    """Write every model that OUT_DIR lacks."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, build in MODELS.items():
+        place = out_dir / name
+        if place.exists():
+            continue
+        module = build()
+        signatures = {"serving_default": module.serve}
+        if hasattr(module, "flipped"):
+            signatures["flipped"] = module.flipped
+        beside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out_dir))
+        try:
+            tf.saved_model.save(module, str(beside), signatures=signatures)
+            beside.chmod(0o755)
+            beside.rename(place)
+        except OSError:
+            if not place.exists():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        print(place)
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))
