@@ -11,9 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ try:
     import lite0
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
-    from pyspark.sql import Row, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 except ModuleNotFoundError as error:
     sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
 
@@ -189,9 +189,8 @@ def classify_in_spark(model: Path, photos: Path, progress: Callable[[str], None]
             lite.output_schema(df.schema, inputs=inputs, outputs=outputs, sidecar="sidecar"),
         ).select("path", "p", "sidecar")
         progress("classifying in Spark; each executor starts its sidecar, which loads the model")
-        with watched(spark, progress):
-            rows = answers.collect()
-    return sorted((spark_answer(row) for row in rows), key=lambda answer: answer.photo)
+        rows = collect(answers, progress)
+    return sorted(map(spark_answer, rows), key=lambda answer: answer.photo)
 
 
 def spark_answer(row: Row) -> Answer:
@@ -256,27 +255,18 @@ def redirected_output(file: IO[str]) -> Iterator[None]:
             os.close(copy)
 
 
-@contextmanager
-def watched(spark: SparkSession, progress: Callable[[str], None]) -> Iterator[None]:
-    """Tells how many partitions are done while the calling thread waits for its job."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        tracker = spark.sparkContext.statusTracker()
-        told = 0
-        while not ended.wait(0.25):
+def collect(df: DataFrame, progress: Callable[[str], None]) -> list[Row]:
+    """Runs the job in a second thread, while this one tells how far it is and can be interrupted."""
+    tracker = df.sparkSession.sparkContext.statusTracker()
+    told = 0
+    with ThreadPoolExecutor(1) as pool:
+        rows = pool.submit(df.collect)
+        while not wait([rows], timeout=0.25).done:
             for stage in map(tracker.getStageInfo, tracker.getActiveStageIds()):
                 if stage and stage.numCompletedTasks > told:
                     told = stage.numCompletedTasks
                     progress(f"  {told} of {stage.numTasks} partitions answered")
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
+    return rows.result()
 
 
 def package_folder(name: str) -> Path:

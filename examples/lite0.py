@@ -88,11 +88,15 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
         lambda image: {"probabilities": model(image, training=False)},
         input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32, name="image")],
     )
+    # Not the Keras model itself: that would save each variable twice, and loaders other than Python's would
+    # then restore the copies that nobody reads.
+    served = tf.Module()
+    served.variables_read = [variable.value for variable in model.variables]
     progress("writing the SavedModel")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tf.saved_model.save(model, str(temporary / "model"), signatures={"serving_default": serve})
+        tf.saved_model.save(served, str(temporary / "model"), signatures={"serving_default": serve})
         (temporary / "model").rename(folder)
     except OSError:
         if not (folder / "saved_model.pb").exists():

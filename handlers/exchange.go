@@ -1,6 +1,7 @@
 package handlers
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"time"
@@ -53,7 +54,7 @@ type exchange struct {
 	plan       *tensor.Plan
 	binding    *tensor.Binding
 	pictures   tensor.Pictures
-	writer     *flight.Writer
+	writer     *answerWriter
 
 	rows, batches int64
 	runTime       time.Duration
@@ -78,7 +79,11 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the
 // stream's only sender.
 func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals *arrivals) error {
-	x.writer = flight.NewRecordWriter(stream, ipc.WithSchema(x.plan.Schema()), ipc.WithAllocator(x.options.Memory))
+	writer, err := newAnswerWriter(stream, x.plan.Schema(), x.options.Memory)
+	if err != nil {
+		return err
+	}
+	x.writer = writer
 	for arrived := range arrivals.list {
 		err := x.answer(stream.Context(), arrived)
 		arrivals.done(arrived)
@@ -89,7 +94,7 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	if arrivals.err != nil {
 		return streamError(arrivals.err, "record batch %d cannot be read: %w", x.batches, arrivals.err)
 	}
-	return x.writer.Close()
+	return nil
 }
 
 // answer runs one record batch and writes its answer, in several parts if it is large.
@@ -112,7 +117,7 @@ func (x *exchange) answer(ctx context.Context, arrived arrival) error {
 	err = x.plan.Records(values, rows, x.options.Memory, func(rec arrow.Record, last bool) error {
 		meta.Last = last
 		meta.TotalUS = time.Since(arrived.at).Microseconds()
-		err := x.writer.WriteWithAppMetadata(rec, meta.encode())
+		err := x.writer.write(rec, meta)
 		meta.Server = ""
 		return err
 	})
@@ -155,6 +160,57 @@ func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows,
 	meta.RunUS, meta.TFRows = took.Microseconds(), rows.Kept()
 	return outputs, nil
 }
+
+// answerWriter sends the schema at once, so that a client knows that its stream is open before
+// it has sent a row, and then record batches with their metadata. flight.Writer would hold the
+// schema back until the first of them.
+type answerWriter struct {
+	stream  flight.DataStreamWriter
+	encoder *ipc.Writer
+	body    bytes.Buffer // kept, at the size of the largest record batch so far
+	about   []byte       // metadata of the next message
+	known   bool         // the next message is the schema, which the client has
+}
+
+func newAnswerWriter(stream flight.DataStreamWriter, schema *arrow.Schema, mem memory.Allocator) (*answerWriter, error) {
+	w := &answerWriter{stream: stream}
+	encoder := func() *ipc.Writer {
+		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(mem))
+	}
+	// A writer that is closed before its first record batch has sent the schema alone.
+	if err := encoder().Close(); err != nil {
+		return nil, err
+	}
+	w.encoder, w.known = encoder(), true
+	return w, nil
+}
+
+func (w *answerWriter) write(rec arrow.Record, about AnswerMetadata) error {
+	w.about = about.encode()
+	return w.encoder.Write(rec)
+}
+
+// WritePayload copies one encoded message into the body and sends it; gRPC copies that into its
+// own buffers before Send returns. It is part of ipc.PayloadWriter.
+func (w *answerWriter) WritePayload(payload ipc.Payload) error {
+	meta := payload.Meta()
+	defer meta.Release()
+	if w.known {
+		w.known = false
+		return nil
+	}
+	w.body.Reset()
+	if err := payload.SerializeBody(&w.body); err != nil {
+		return err
+	}
+	return w.stream.Send(&flight.FlightData{DataHeader: meta.Bytes(), DataBody: w.body.Bytes(), AppMetadata: w.about})
+}
+
+// Start is part of ipc.PayloadWriter.
+func (w *answerWriter) Start() error { return nil }
+
+// Close is part of ipc.PayloadWriter.
+func (w *answerWriter) Close() error { return nil }
 
 // arrival is a record batch that was read, with the time at which it was whole.
 type arrival struct {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"time"
 
 	"github.com/apache/arrow/go/v15/arrow"
@@ -214,11 +215,12 @@ type Status struct {
 	V         int                      `json:"v"` // of descriptors
 	Features  []string                 `json:"features"`
 	Server    string                   `json:"server"`
+	PID       int                      `json:"pid"`
 	Models    []modelcache.ModelStatus `json:"models"`
 }
 
 func (f *Front) status() Status {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, Models: f.options.Cache.Status()}
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status()}
 }
 
 // Metadata is the answer of the action model.metadata.

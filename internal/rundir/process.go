@@ -32,6 +32,9 @@ func Of(pid int) (Process, error) {
 	if len(fields) <= startField {
 		return Process{}, fmt.Errorf("/proc/%d/stat has no start time", pid)
 	}
+	if fields[0] == "Z" {
+		return Process{}, fmt.Errorf("process %d has ended and waits for its parent to notice", pid)
+	}
 	start, err := strconv.ParseUint(fields[startField], 10, 64)
 	if err != nil {
 		return Process{}, fmt.Errorf("/proc/%d/stat: start time: %w", pid, err)

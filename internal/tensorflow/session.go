@@ -14,16 +14,16 @@ import (
 )
 
 // Options configures a session. The zero value is TensorFlow's own choice: as many
-// threads of each kind as the machine has cores, shared by all such sessions of the
-// process where TensorFlow shares them.
+// threads of each kind as the machine has cores.
 type Options struct {
 	// IntraOpThreads is the number of threads that one operation may use. Each
-	// session has its own.
+	// session has threads of its own for this.
 	IntraOpThreads int
 	// InterOpThreads is the number of operations that may run at once. A positive
-	// number gives the session threads of its own. A negative one runs operations
-	// one after another in the thread that calls Run, which suits small graphs
-	// that many goroutines run at once; such a session knows no deadline.
+	// number gives the session threads of its own; with 0 it shares those of the
+	// process. A negative one runs operations one after another in the thread that
+	// calls Run, which suits small graphs that many goroutines run at once; such a
+	// session knows no deadline.
 	InterOpThreads int
 }
 

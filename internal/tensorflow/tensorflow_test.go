@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -44,24 +43,9 @@ type oracle struct {
 	}
 }
 
-var (
-	root  = repositoryRoot()
-	cases []oracle
-)
+var root = repositoryRoot()
 
 func TestMain(m *testing.M) {
-	cmd := exec.Command(filepath.Join(root, ".venv/bin/python"), "testdata/oracle.py", filepath.Join(root, "build/models"))
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	if err == nil {
-		err = json.Unmarshal(out, &cases)
-	}
-	if err != nil {
-		fmt.Fprintf(os.Stderr, "TensorFlow in Python must answer the models first: %v\n%s\n"+
-			"Make the models with: .venv/bin/python pyspark-shim/tests/make_models.py build/models\n", err, &stderr)
-		os.Exit(1)
-	}
 	code := m.Run()
 	if live := tensorflow.Live(); code == 0 && live != 0 {
 		fmt.Fprintf(os.Stderr, "%d tensors or buffers leaked\n", live)
@@ -72,6 +56,15 @@ func TestMain(m *testing.M) {
 
 // TestAnswers compares every model, signature and row count with TensorFlow in Python.
 func TestAnswers(t *testing.T) {
+	cmd := exec.Command(filepath.Join(root, ".venv/bin/python"), "testdata/oracle.py", filepath.Join(root, "build/models"))
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("TensorFlow in Python must answer the models first: %v\n%s\n"+
+			"Make the models with: .venv/bin/python pyspark-shim/tests/make_models.py build/models", err, &stderr)
+	}
+	cases := decode[[]oracle](t, out)
 	sessions := map[string]*tensorflow.Session{}
 	var worst float64
 	for _, c := range cases {
@@ -463,16 +456,18 @@ func TestMemory(t *testing.T) {
 		}
 		warm = 1000
 	}
+	batch := make([]byte, 4*2048*512)
+	fill(batch)
 	for _, c := range []struct {
 		name, model, fetch string
 		feed               func() (string, *tensorflow.Tensor, error)
 	}{
 		{"4 MB batch", "mlp", mlpY, func() (string, *tensorflow.Tensor, error) {
-			data, err := syscall.Mmap(-1, 0, 4*2048*512, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+			data, err := syscall.Mmap(-1, 0, len(batch), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
 			if err != nil {
 				return "", nil, err
 			}
-			fill(data)
+			copy(data, batch)
 			x, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2048, 512}, data, func() { _ = syscall.Munmap(data) })
 			return mlpX, x, err
 		}},
@@ -691,7 +686,7 @@ func model(name string) string { return filepath.Join(root, "build/models", name
 func copyOf(t *testing.T, name string) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), name)
-	if err := os.CopyFS(dir, os.DirFS(model(name)).(fs.ReadDirFS)); err != nil {
+	if err := os.CopyFS(dir, os.DirFS(model(name))); err != nil {
 		t.Fatal(err)
 	}
 	return dir

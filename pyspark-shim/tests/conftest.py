@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import flightsvc
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 import flightsvc
+import pytest
 from flightsvc.settings import Settings, default_run_dir, seconds, spark_key, variable
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -11,10 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import flightsvc
 import pyarrow.flight as flight
 import pytest
-
-import flightsvc
 from flightsvc import sidecar
 from flightsvc.settings import Settings
 
@@ -31,6 +32,10 @@ def owner() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         yield process
         process.kill()
+
+
+def at(run_dir: str, **changes: str) -> Settings:
+    return dataclasses.replace(Settings.read(), run_dir=run_dir, **changes)
 
 
 def process_of(popen: subprocess.Popen[bytes]) -> sidecar.Owner:
@@ -109,23 +114,23 @@ def test_a_link_is_refused(short: Path):
     (short / "real").mkdir(mode=0o700)
     (short / "run").symlink_to(short / "real")
     with pytest.raises(flightsvc.SidecarError, match=f"{short}/run is not a folder .a link is not followed"):
-        sidecar.start(Settings(run_dir=f"{short}/run"), None)
+        sidecar.start(at(f"{short}/run"), None)
     (short / "real" / "user").symlink_to(short)
     with pytest.raises(flightsvc.SidecarError, match="user is not a folder"):
-        sidecar.start(Settings(run_dir=f"{short}/real"), None)
+        sidecar.start(at(f"{short}/real"), None)
 
 
 def test_a_folder_open_to_others_is_refused(short: Path):
     (short / "run").mkdir()
     (short / "run").chmod(0o755)
     with pytest.raises(flightsvc.SidecarError, match=f"run: chmod 700 {short}/run"):
-        sidecar.start(Settings(run_dir=f"{short}/run"), None)
+        sidecar.start(at(f"{short}/run"), None)
 
 
 def test_a_folder_of_somebody_else_is_refused(short: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(flightsvc.SidecarError, match=r"belongs to user \d+, not to us \(12345\)"):
-        sidecar.start(Settings(run_dir=str(short)), None)
+        sidecar.start(at(str(short)), None)
 
 
 def test_a_path_too_long_for_a_socket(short: Path):
@@ -133,40 +138,40 @@ def test_a_path_too_long_for_a_socket(short: Path):
     with pytest.raises(
         flightsvc.SidecarError, match=r"bytes, Linux allows 107; set spark\.flightsvc\.runDir"
     ):
-        sidecar.start(Settings(run_dir=str(deep)), None)
+        sidecar.start(at(str(deep)), None)
     assert not deep.exists()
 
 
 def test_a_run_dir_that_cannot_be_made(short: Path):
     (short / "file").write_text("")
-    with pytest.raises(flightsvc.SidecarError, match=f"{short}/file.*: Not a directory; set .*runDir"):
-        sidecar.start(Settings(run_dir=f"{short}/file/run"), None)
+    with pytest.raises(flightsvc.SidecarError, match=f"{short}/file: File exists; set .*runDir"):
+        sidecar.start(at(f"{short}/file/run"), None)
 
 
 def test_a_limited_address_space_is_refused(short: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 34, 1 << 34))
     with pytest.raises(flightsvc.SidecarError, match=r"spark\.executor\.pyspark\.memory"):
-        sidecar.start(Settings(run_dir=str(short)), None)
+        sidecar.start(at(str(short)), None)
 
 
 def test_a_missing_program_is_named(short: Path):
     with pytest.raises(flightsvc.SidecarError, match="/no/flightsvc cannot be run: No such file"):
-        sidecar.start(Settings(run_dir=str(short), binary="/no/flightsvc"), None)
+        sidecar.start(at(str(short), binary="/no/flightsvc"), None)
 
 
 def test_a_front_that_refuses_to_start_says_why(short: Path):
     with pytest.raises(flightsvc.SidecarError, match=r"flightsvc did not start: .*cores"):
-        sidecar.start(Settings(run_dir=str(short), cores="many"), None)
+        sidecar.start(at(str(short), cores="many"), None)
 
 
 def test_an_owner_that_has_ended(short: Path, owner: subprocess.Popen[bytes]):
     alive = process_of(owner)
     with pytest.raises(flightsvc.SidecarError, match="it has ended"):
-        sidecar.start(Settings(run_dir=str(short)), sidecar.Owner(alive.pid, alive.start + 1))
+        sidecar.start(at(str(short)), sidecar.Owner(alive.pid, alive.start + 1))
 
 
 def test_a_front_is_started_once_and_ends_with_its_owner(short: Path, owner: subprocess.Popen[bytes]):
-    settings = Settings(run_dir=str(short))
+    settings = at(str(short))
     location = sidecar.start(settings, process_of(owner))
     folder = short / process_of(owner).folder
     assert location == f"grpc+unix://{folder}/front.sock"
@@ -180,26 +185,19 @@ def test_a_front_is_started_once_and_ends_with_its_owner(short: Path, owner: sub
     assert not folder.exists()
 
 
-def _start(run_dir: str, owner: sidecar.Owner, answers: multiprocessing.Queue[int]) -> None:
-    answers.put(front_pid(sidecar.start(Settings(run_dir=run_dir), owner)))
+def _start(run_dir: str, owner: sidecar.Owner) -> int:
+    return front_pid(sidecar.start(at(run_dir), owner))
 
 
 def test_many_workers_start_one_front(short: Path, owner: subprocess.Popen[bytes]):
     context = multiprocessing.get_context("spawn")
-    answers: multiprocessing.Queue[int] = context.Queue()
-    workers = [
-        context.Process(target=_start, args=(str(short), process_of(owner), answers)) for _ in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    pids = {answers.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
-    assert len(pids) == 1
+    with concurrent.futures.ProcessPoolExecutor(4, mp_context=context) as workers:
+        started = [workers.submit(_start, str(short), process_of(owner)) for _ in range(4)]
+        assert len({one.result(timeout=60) for one in started}) == 1
 
 
 def test_a_dead_front_is_replaced(short: Path, owner: subprocess.Popen[bytes]):
-    settings = Settings(run_dir=str(short))
+    settings = at(str(short))
     location = sidecar.start(settings, process_of(owner))
     first = front_pid(location)
     os.kill(first, 9)
@@ -209,7 +207,7 @@ def test_a_dead_front_is_replaced(short: Path, owner: subprocess.Popen[bytes]):
 
 
 def test_the_front_is_nobodys_child(short: Path, owner: subprocess.Popen[bytes]):
-    location = sidecar.start(Settings(run_dir=str(short)), process_of(owner))
+    location = sidecar.start(at(str(short)), process_of(owner))
     found = sidecar._process(front_pid(location))
     assert found.parent != os.getpid()
     assert os.getsid(found.pid) != os.getsid(0)

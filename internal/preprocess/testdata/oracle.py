@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """Preprocess pictures with TensorFlow in Python: ``python oracle.py OUT_DIR``.
 
 The pictures are the photos of scikit-image and some made here for the kinds of JPEG and PNG that these lack.
@@ -13,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -20,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-SPECS = [
+SPECS: list[dict[str, Any]] = [
     {"height": 224, "width": 224, "scale": [1 / 128] * 3, "offset": [-127 / 128] * 3},
     {"height": 40, "width": 160, "scale": [1.0, 0.5, 0.25], "offset": [0.0, 1.0, -2.0]},
     {"height": 96, "width": 61, "scale": [1 / 255] * 3, "offset": [0.0] * 3},
@@ -65,7 +67,8 @@ def expected(encoded: bytes, height: int, width: int, scale: list[float], offset
     y, x = (h - box_h) // 2, (w - box_w) // 2
     box = image[y : y + box_h, x : x + box_w]
     resized = tf.image.resize(box, (height, width), method="bilinear", antialias=False)
-    return (resized * scale + offset).numpy()
+    tensor: np.ndarray = (resized * scale + offset).numpy()
+    return tensor
 
 
 def main(out: Path) -> None:

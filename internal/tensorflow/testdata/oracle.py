@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """Answer the test models with TensorFlow in Python: ``python oracle.py MODELS`` prints JSON.
 
 A list of cases, one for each model, signature and number of rows: the tensors to feed and those to fetch,

@@ -99,6 +99,11 @@ class Settings:
         """How long loading a model may take, in seconds."""
         return seconds(self.load_timeout or "300s")
 
+    @property
+    def drain_seconds(self) -> float:
+        """How long a front that ends waits for its streams, in seconds."""
+        return seconds(self.drain_timeout or "10s")
+
     def serve_flags(self) -> list[str]:
         """Return the flags for ``flightsvc serve`` that hand on what is set here."""
         mine = {"endpoint", "binary", "retry_timeout"}

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import resource
+import select
 import shutil
 import stat
 import subprocess
@@ -37,6 +38,7 @@ _SOCKET_BYTES = 107  # sockaddr_un.sun_path without its closing zero
 _START_SECONDS = 30.0
 _READY_SECONDS = 5.0
 _LOCK_ATTEMPTS = 100
+_END_SECONDS = 5.0  # for ending, once all streams are drained
 
 # Clients share nothing: a new one after a lost front must not wait out the back-off of the old one.
 _CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100)]
@@ -65,6 +67,7 @@ class Owner:
 class _Process:
     pid: int
     command: str
+    state: str
     parent: int
     start: int
 
@@ -74,7 +77,7 @@ def _process(pid: int) -> _Process:
     text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     command = text[text.index("(") + 1 : text.rindex(")")]
     fields = text[text.rindex(")") + 2 :].split()  # from field 3, the state
-    return _Process(pid, command, parent=int(fields[1]), start=int(fields[19]))
+    return _Process(pid, command, state=fields[0], parent=int(fields[1]), start=int(fields[19]))
 
 
 def this_process() -> Owner:
@@ -170,10 +173,14 @@ def start(settings: Settings, owner: Owner | None) -> str:
     try:
         os.makedirs(os.path.dirname(run_dir), exist_ok=True)
         _private(run_dir)
-        with _locked(folder):
-            if _ready(path):
-                return _SCHEME + path
-            return _serve(settings, owner, _SCHEME + path)
+        while True:
+            with _locked(folder):
+                if _ready(path):
+                    return _SCHEME + path
+                other = _occupant(folder)
+                if other is None:
+                    return _serve(settings, owner, _SCHEME + path)
+            _wait_for_end(other, folder, settings.drain_seconds + _END_SECONDS)
     except OSError as error:
         raise SidecarError(
             f"{error.filename or folder}: {error.strerror}; "
@@ -238,6 +245,33 @@ def _ready(path: str) -> bool:
         log.info("the front at %s does not answer: %s", path, error)
         return False
     return True
+
+
+def _occupant(folder: str) -> Owner | None:
+    """Return the front that the file ``front`` in its folder names, if that process is alive."""
+    try:
+        named = json.loads(Path(folder, "front").read_text())
+        owner = Owner(named["pid"], named["start"])
+        process = _process(owner.pid)
+    except (OSError, ValueError, KeyError):
+        return None
+    return owner if process.start == owner.start and process.state not in "ZX" else None
+
+
+def _wait_for_end(front: Owner, folder: str, patience: float) -> None:
+    """Wait until a front that no longer answers has ended; it needs the lock of its folder for that."""
+    log.info("waiting for the front of %s, process %d, to end", folder, front.pid)
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(front.pid)
+        try:
+            ended, _, _ = select.select([descriptor], [], [], patience)
+        finally:
+            os.close(descriptor)
+        if not ended:
+            raise SidecarError(
+                f"the flightsvc of {folder}, process {front.pid}, neither answers nor ends; "
+                f"its log says why; to start another: kill -9 {front.pid}"
+            )
 
 
 def _serve(settings: Settings, owner: Owner | None, endpoint: str) -> str:

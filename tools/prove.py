@@ -1,0 +1,133 @@
+"""Runs every promise at its full count and keeps the results in build/prove.json.
+
+A bar is one promise: a pytest file or a benchmark that checks it and writes its figures, as JSON, to the
+file that FLIGHTSVC_FIGURES names. With FLIGHTSVC_PROVE=1 it runs at its full count. A result is kept under
+the hash of the tracked files without documents, so a bar that has passed for this code is not run again.
+
+    python tools/prove.py            all bars that have not passed for this code
+    python tools/prove.py soak ...   these bars, again
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "build" / "prove"
+BAR_SECONDS = 20 * 60
+
+TESTS = "pyspark-shim/tests"
+BARS = {
+    "equality": [f"{TESTS}/test_equality.py"],
+    "soak": [f"{TESTS}/test_soak.py"],
+    "latency": ["benchmarks/latency.py"],
+    "lifecycle": [f"{TESTS}/test_lifecycle.py"],
+    "bad-input": [f"{TESTS}/test_bad_input.py"],
+}
+
+
+def git(*arguments: str) -> str:
+    """Return what git prints."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def code_hash() -> str:
+    """Return a hash of all tracked files, as they lie here, except documents."""
+    total = hashlib.sha256()
+    for name in sorted(git("ls-files", "-z").split("\0")):
+        path = ROOT / name
+        if not name or name.startswith("docs/") or path.suffix == ".md" or not path.is_file():
+            continue
+        total.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    cpu = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        if ":" in line
+    )
+    flags = [flag for flag in cpu.get("flags", "").split() if flag.startswith(("avx", "fma", "sse4"))]
+    return {
+        "cpu": cpu.get("model name"),
+        "flags": flags,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("pyarrow", "pyspark", "tensorflow-cpu")},
+    }
+
+
+def run(bar: str, code: str) -> dict[str, Any]:
+    """Run one bar and keep its result if it passed."""
+    kept = KEPT / code / f"{bar}.json"
+    figures = kept.with_suffix(".figures")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    figures.unlink(missing_ok=True)
+    script = BARS[bar]
+    command = [sys.executable, *(["-m", "pytest", "-q", "-x"] if "tests/" in script[0] else []), *script]
+    environ = {**os.environ, "FLIGHTSVC_PROVE": "1", "FLIGHTSVC_FIGURES": str(figures)}
+    print(f"== {bar}: {' '.join(command[1:])}", flush=True)
+    started = time.monotonic()
+    try:
+        ok = subprocess.run(command, cwd=ROOT, env=environ, timeout=BAR_SECONDS, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{bar}: not done after {BAR_SECONDS} s")
+        ok = False
+    result = {
+        "ok": ok,
+        "seconds": round(time.monotonic() - started),
+        "figures": json.loads(figures.read_text()) if figures.exists() else {},
+    }
+    if ok:
+        kept.write_text(json.dumps(result))
+    return result
+
+
+def main(wanted: list[str]) -> int:
+    """Run what is wanted, or missing, and write the summary."""
+    for name in wanted:
+        if name not in BARS:
+            print(f"there is no bar {name!r}; there are {', '.join(BARS)}")
+            return 2
+    code = code_hash()
+    results = {}
+    for bar in BARS:
+        kept = KEPT / code / f"{bar}.json"
+        if kept.exists() and bar not in wanted:
+            results[bar] = json.loads(kept.read_text())
+        elif not wanted or bar in wanted:
+            results[bar] = run(bar, code)
+    summary = {
+        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "hash": code,
+        "machine": machine(),
+        "bars": results,
+    }
+    (ROOT / "build" / "prove.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print("\nbar         seconds  result")
+    for bar in BARS:
+        result = results.get(bar)
+        text = "not run" if result is None else "ok" if result["ok"] else "FAILED"
+        print(f"{bar:<10} {result['seconds'] if result else 0:8}  {text}")
+        for name, value in (result or {}).get("figures", {}).items():
+            print(f"{'':12}{name}: {value}")
+    print(f"\nhash {code}; all of it in build/prove.json")
+    return int(len(results) < len(BARS) or not all(result["ok"] for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
