@@ -21,11 +21,12 @@ from typing import IO
 
 try:
     import contact_sheet
-    import flightsvc
     import lite0
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, Row, SparkSession
+
+    import flightsvc
 except ModuleNotFoundError as error:
     sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flightsvc
 import pytest
+
+import flightsvc
 
 ROOT = Path(__file__).resolve().parents[2]
 

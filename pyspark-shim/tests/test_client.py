@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flightsvc
 import numpy as np
 import pyarrow as pa
 import pytest
+
+import flightsvc
 from flightsvc import TensorSpec
 
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import flightsvc
 import pytest
+
+import flightsvc
 from flightsvc.settings import Settings, default_run_dir, seconds, spark_key, variable
 
 

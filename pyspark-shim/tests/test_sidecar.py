@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import flightsvc
 import pyarrow.flight as flight
 import pytest
+
+import flightsvc
 from flightsvc import sidecar
 from flightsvc.settings import Settings
 

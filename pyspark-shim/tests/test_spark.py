@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flightsvc
 import numpy as np
 import pytest
 from PIL import Image
+
+import flightsvc
 
 
 def table(spark: Any, a: np.ndarray, b: np.ndarray, partitions: int) -> Any:

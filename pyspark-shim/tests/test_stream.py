@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flightsvc
 import numpy as np
 import pyarrow as pa
 import pytest
+
+import flightsvc
 from flightsvc import stream
 from flightsvc.connection import Connection
 from flightsvc.model import Request
