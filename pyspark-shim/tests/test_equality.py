@@ -79,7 +79,7 @@ def test_two_inputs_and_two_outputs_over_partitions(spark, models, oracle, two_r
 def lite0_folder():
     import lite0
 
-    return lite0.export(lite0.cached())
+    return lite0.cached()
 
 
 @pytest.fixture(scope="module")
