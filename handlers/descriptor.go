@@ -224,6 +224,9 @@ func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
 	if err != nil {
 		return nil, fault.New(kindOf(err), "model %s: %w", d.Model, err)
 	}
+	if signature.Assigns != "" {
+		return nil, d.say(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again after a fault would be answered differently; export a signature that only reads", signature.Assigns))
+	}
 	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Pictures: map[string]bool{}}
 	for name := range d.Preprocess {
 		options.Pictures[name] = true

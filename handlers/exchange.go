@@ -18,9 +18,9 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// MaxMessageBytes is the largest Flight message that we take; gRPC refuses more with
-// ResourceExhausted.
-const MaxMessageBytes = 256 << 20
+// MaxMessageBytes is the largest Flight message that we take: a row of tensor.MaxRowBytes with what
+// Arrow and Flight put around it. gRPC refuses more with ResourceExhausted.
+const MaxMessageBytes = tensor.MaxRowBytes + 1<<20
 
 // readAhead bounds the record batches that a stream holds besides the one in work: at most
 // this many, and at most budgetBytes together unless a single one is larger.

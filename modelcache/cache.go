@@ -44,6 +44,8 @@ type Cache struct {
 
 	mu    sync.Mutex       // guards slots and their fields
 	slots map[string]*slot // by folder
+
+	read readings
 }
 
 // slot is one model in memory, or on its way there.
@@ -63,7 +65,7 @@ func New(options Options) *Cache {
 // Resolve finds the SavedModel of a reference and reads its signatures, without loading it.
 // version is "latest", "" for the same, or a number.
 func (c *Cache) Resolve(ref, version string) (Model, error) {
-	return resolve(c.options.ModelRoot, ref, cmp.Or(version, latest))
+	return resolve(c.options.ModelRoot, ref, cmp.Or(version, latest), c.read.model)
 }
 
 // Ready returns a runner that has the model loaded, and starts one if there is none.

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
@@ -26,7 +28,7 @@ const latest = "latest"
 // with numbered versions, or a name below root. It reads saved_model.pb and loads nothing.
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file.
-func resolve(root, ref, version string) (Model, error) {
+func resolve(root, ref, version string, read func(dir string) (*savedmodel.Model, error)) (Model, error) {
 	base, err := folder(root, ref)
 	if err != nil {
 		return Model{}, err
@@ -44,9 +46,44 @@ func resolve(root, ref, version string) (Model, error) {
 	} else if version != latest && version != model.Version {
 		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
 	}
-	if model.Saved, err = savedmodel.Read(model.Dir); err != nil {
+	if model.Saved, err = read(model.Dir); err != nil {
 		return Model{}, err
 	}
+	return model, nil
+}
+
+// readings remembers what SavedModels say about themselves, for as long as their file stays the
+// same. Its zero value is ready.
+type readings struct {
+	mu    sync.Mutex         // guards known
+	known map[string]reading // by folder
+}
+
+type reading struct {
+	changed time.Time
+	size    int64
+	model   *savedmodel.Model
+}
+
+// model returns what savedmodel.Read returns.
+func (r *readings) model(dir string) (*savedmodel.Model, error) {
+	info, err := os.Stat(filepath.Join(dir, savedmodel.File))
+	if err != nil {
+		return savedmodel.Read(dir) // which says what is wrong
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known, ok := r.known[dir]; ok && known.changed.Equal(info.ModTime()) && known.size == info.Size() {
+		return known.model, nil
+	}
+	model, err := savedmodel.Read(dir)
+	if err != nil {
+		return nil, err
+	}
+	if r.known == nil {
+		r.known = map[string]reading{}
+	}
+	r.known[dir] = reading{changed: info.ModTime(), size: info.Size(), model: model}
 	return model, nil
 }
 

@@ -38,6 +38,7 @@ const initSignature = "__saved_model_init_op"
 const (
 	fieldMetaGraphs   = 2
 	fieldMetaInfo     = 1
+	fieldGraph        = 2
 	fieldSignatureMap = 5
 	fieldTags         = 4
 	fieldMapKey       = 1
@@ -57,6 +58,9 @@ type Spec struct {
 // Signature is a computation that can be called by name. Both lists are sorted by Name.
 type Signature struct {
 	Inputs, Outputs []Spec
+	// Assigns names an operation that the signature reaches and that writes to a variable, or is "".
+	// Such a signature answers differently when it is asked again.
+	Assigns string
 }
 
 // Model is what a SavedModel says about itself.
@@ -64,8 +68,8 @@ type Model struct {
 	Signatures map[string]Signature
 }
 
-// Read parses saved_model.pb in dir. It decodes the signatures alone and skips the
-// graph, so its cost does not grow with frozen weights beyond reading the file.
+// Read parses saved_model.pb in dir. It decodes the signatures and walks the graph's operations
+// without its constants, so its cost does not grow with frozen weights beyond reading the file.
 // Errors are faults: NotFound where dir is no SavedModel, BadRequest where the file
 // is broken or has no signature for serving.
 func Read(dir string) (*Model, error) {
@@ -110,6 +114,7 @@ func parse(data []byte) (*Model, error) {
 func parseMetaGraph(data []byte) (*Model, []string, error) {
 	model := &Model{Signatures: map[string]Signature{}}
 	var tags []string
+	operations := &graph{}
 	err := fields(data, func(num protowire.Number, value []byte) error {
 		switch num {
 		case fieldMetaInfo:
@@ -119,11 +124,19 @@ func parseMetaGraph(data []byte) (*Model, []string, error) {
 				}
 				return nil
 			})
+		case fieldGraph:
+			var err error
+			operations, err = parseGraph(value)
+			return err
 		case fieldSignatureMap:
 			return model.addSignature(value)
 		}
 		return nil
 	})
+	for name, signature := range model.Signatures {
+		signature.Assigns = operations.assigned(signature)
+		model.Signatures[name] = signature
+	}
 	return model, tags, err
 }
 

@@ -109,6 +109,21 @@ class Nested(tf.Module):
         return {"y": tf.transpose(x, (0, 2, 1))}
 
 
+class Counter(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = tf.Variable(0.0)
+
+    @tf.function(input_signature=[spec("x", 1)])
+    def pure(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"y": x + self.seen}
+
+    @tf.function(input_signature=[spec("x", 1)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        self.seen.assign_add(1.0)
+        return self.pure(x)
+
+
 MODELS: dict[str, Callable[[], tf.Module]] = {
     "mlp": Mlp,
     "two": Two,
@@ -117,6 +132,7 @@ MODELS: dict[str, Callable[[], tf.Module]] = {
     "pictures": Pictures,
     "slow": Slow,
     "nested": Nested,
+    "counter": Counter,
 }
 
 
@@ -129,8 +145,9 @@ def make(out_dir: Path) -> None:
             continue
         module = build()
         signatures = {"serving_default": module.serve}
-        if hasattr(module, "flipped"):
-            signatures["flipped"] = module.flipped
+        for further in ("flipped", "pure"):
+            if hasattr(module, further):
+                signatures[further] = getattr(module, further)
         beside = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out_dir))
         try:
             tf.saved_model.save(module, str(beside), signatures=signatures)
