@@ -42,14 +42,14 @@ lint: build ## gofmt, go vet, staticcheck, ruff, mypy
 	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal)" || { gofmt -d cmd handlers gpu modelcache internal; exit 1; }
 	@go vet ./...
 	@go tool staticcheck ./...
-	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
-	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
+	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
 	@$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src
 
 format: build ## rewrite Go and Python in the house format
 	@gofmt -w cmd handlers gpu modelcache internal
-	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
-	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools
+	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
+	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
 
 prove: build build/models/.done ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py
