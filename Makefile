@@ -66,13 +66,11 @@ clean: ## remove what was built, but not .venv
 
 # How it is made.
 
-bin/flightsvc: $(SOURCES)
-	@echo "building $@"
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/flightsvc
-
-bin/flightsvc-runner: $(SOURCES) | $(TF)
-	@echo "building $@ (the first time takes a minute)"
-	@go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/flightsvc-runner
+# Front and runner check that they are of one build, so they are always built together.
+bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF)
+	@echo "building bin/flightsvc and bin/flightsvc-runner (a few minutes the first time)"
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
+	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner
 
 $(UV):
 	@echo "installing uv"

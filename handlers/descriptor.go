@@ -80,9 +80,9 @@ type Preprocess struct {
 type channels []float32
 
 func (c *channels) UnmarshalJSON(data []byte) error {
-	var one float32
-	if json.Unmarshal(data, &one) == nil {
-		*c = channels{one, one, one}
+	var one *float32
+	if json.Unmarshal(data, &one) == nil && one != nil {
+		*c = channels{*one, *one, *one}
 		return nil
 	}
 	var list []float32

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync"
 	"time"
+	"unsafe"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/flight"
@@ -30,7 +32,7 @@ const (
 )
 
 // openReader reads the first messages of a stream: the descriptor and the schema.
-func openReader(stream flight.DataStreamReader, mem memory.Allocator) (*flight.Reader, error) {
+func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, error) {
 	reader, err := flight.NewRecordReader(stream, ipc.WithAllocator(mem))
 	if err != nil {
 		return nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
@@ -44,6 +46,60 @@ func streamError(err error, format string, args ...any) error {
 		return err
 	}
 	return fault.New(fault.BadRequest, format, args...)
+}
+
+// readMemory is the allocator of a stream's reader. When a record batch does not hold what it
+// says, Arrow's reader loses the buffers that it was filling, which may be large and lie off the
+// Go heap; readMemory knows them.
+type readMemory struct {
+	memory.Allocator
+
+	mu    sync.Mutex       // guards fresh
+	fresh map[*byte][]byte // not freed, of the record batch that is being read
+}
+
+// Allocate is part of memory.Allocator.
+func (m *readMemory) Allocate(size int) []byte {
+	b := m.Allocator.Allocate(size)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(b) > 0 {
+		m.fresh[unsafe.SliceData(b)] = b
+	}
+	return b
+}
+
+// Reallocate is part of memory.Allocator.
+func (m *readMemory) Reallocate(size int, b []byte) []byte {
+	grown := m.Allocate(size)
+	copy(grown, b)
+	m.Free(b)
+	return grown
+}
+
+// Free is part of memory.Allocator.
+func (m *readMemory) Free(b []byte) {
+	m.mu.Lock()
+	delete(m.fresh, unsafe.SliceData(b))
+	m.mu.Unlock()
+	m.Allocator.Free(b)
+}
+
+// whole says that the record batch was read: its buffers are its own from now on.
+func (m *readMemory) whole() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.fresh)
+}
+
+// lost frees what a record batch that could not be read has left.
+func (m *readMemory) lost() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range m.fresh {
+		m.Allocator.Free(b)
+	}
+	clear(m.fresh)
 }
 
 // exchange is one stream at a runner: a goroutine that reads, and the handler's own that
@@ -79,15 +135,13 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the
 // stream's only sender.
 func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals *arrivals) error {
-	writer, err := newAnswerWriter(stream, x.plan.Schema(), x.options.Memory)
+	writer, err := newAnswerWriter(stream, x.plan.Schema())
 	if err != nil {
 		return err
 	}
 	x.writer = writer
 	for arrived := range arrivals.list {
-		err := x.answer(stream.Context(), arrived)
-		arrivals.done(arrived)
-		if err != nil {
+		if err := x.answer(stream.Context(), arrived, arrivals); err != nil {
 			return err
 		}
 	}
@@ -97,9 +151,14 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	return nil
 }
 
-// answer runs one record batch and writes its answer, in several parts if it is large.
-func (x *exchange) answer(ctx context.Context, arrived arrival) error {
+// answer runs one record batch, writes its answer, in several parts if it is large, and gives
+// the batch back.
+func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arrivals) error {
+	defer arrivals.done(arrived)
 	started := time.Now()
+	if err := x.binding.Check(arrived.rec); err != nil {
+		return x.descriptor.say(err)
+	}
 	meta := AnswerMetadata{Batch: x.batches, QueueUS: started.Sub(arrived.at).Microseconds()}
 	if x.batches == 0 {
 		meta.Server = x.options.Server
@@ -114,7 +173,7 @@ func (x *exchange) answer(ctx context.Context, arrived arrival) error {
 		defer outputs.Close()
 		values = outputs.Values()
 	}
-	err = x.plan.Records(values, rows, x.options.Memory, func(rec arrow.Record, last bool) error {
+	err = x.plan.Records(values, rows, answerMemory, func(rec arrow.Record, last bool) error {
 		meta.Last = last
 		meta.TotalUS = time.Since(arrived.at).Microseconds()
 		err := x.writer.write(rec, meta)
@@ -161,6 +220,10 @@ func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows,
 	return outputs, nil
 }
 
+// answerMemory is where answers are built and encoded: Go memory, which is zeroed. Arrow's encoder
+// takes the validity bits of a column without a valid row from it and does not clear them.
+var answerMemory = memory.NewGoAllocator()
+
 // answerWriter sends the schema at once, so that a client knows that its stream is open before
 // it has sent a row, and then record batches with their metadata. flight.Writer would hold the
 // schema back until the first of them.
@@ -172,10 +235,12 @@ type answerWriter struct {
 	known   bool         // the next message is the schema, which the client has
 }
 
-func newAnswerWriter(stream flight.DataStreamWriter, schema *arrow.Schema, mem memory.Allocator) (*answerWriter, error) {
+func newAnswerWriter(stream flight.DataStreamWriter, schema *arrow.Schema) (*answerWriter, error) {
 	w := &answerWriter{stream: stream}
 	encoder := func() *ipc.Writer {
-		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(mem))
+		// Memory of the Go heap is zeroed, which Arrow's writer expects when a column is all null: it
+		// sends the validity bits as they were allocated.
+		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(memory.DefaultAllocator))
 	}
 	// A writer that is closed before its first record batch has sent the schema alone.
 	if err := encoder().Close(); err != nil {
@@ -229,13 +294,13 @@ type arrivals struct {
 
 // readAll starts reading the stream into the result. It takes over reader and gives back
 // everything when the stream is over; ended is called last. The caller must call leave.
-func readAll(ctx context.Context, reader *flight.Reader, log *zap.Logger, ended func()) *arrivals {
+func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, log *zap.Logger, ended func()) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
 	a := &arrivals{list: make(chan arrival, readAhead), budget: semaphore.NewWeighted(budgetBytes), cancel: cancel}
 	go func() {
 		defer ended()
 		defer reader.Release()
-		a.read(ctx, reader, log)
+		a.read(ctx, reader, mem, log)
 		close(a.list)
 		if ctx.Err() != nil {
 			a.drain()
@@ -244,9 +309,11 @@ func readAll(ctx context.Context, reader *flight.Reader, log *zap.Logger, ended 
 	return a
 }
 
-func (a *arrivals) read(ctx context.Context, reader *flight.Reader, log *zap.Logger) {
+func (a *arrivals) read(ctx context.Context, reader *flight.Reader, mem *readMemory, log *zap.Logger) {
+	defer mem.lost()
 	defer guard(log, "read", &a.err)
 	for reader.Next() {
+		mem.whole()
 		next := arrival{rec: reader.Record(), at: time.Now()}
 		next.bytes = min(recordBytes(next.rec), budgetBytes)
 		if a.err = a.budget.Acquire(ctx, next.bytes); a.err != nil {

@@ -35,14 +35,19 @@ func SocketPath(address string) (string, error) {
 	return path, nil
 }
 
-// Listen opens a Unix socket at path with mode 0600 in place of whatever lies there. Only
+// Listen opens a Unix socket at path with mode 0600, in place of one that lies there already. Only
 // processes of the same user can connect: others are closed at accept.
 func Listen(path string, log *zap.Logger) (net.Listener, error) {
 	if _, err := SocketPath(Scheme + path); err != nil {
 		return nil, err
 	}
-	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
-		return nil, err
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("%s exists and is no socket; choose another endpoint", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
 	}
 	listener, err := net.Listen("unix", path)
 	if err != nil {

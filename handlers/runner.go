@@ -64,14 +64,15 @@ func NewRunner(options RunnerOptions) *Runner {
 
 // DoExchange serves one stream of inference.
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error {
-	reader, err := openReader(stream, r.options.Memory)
+	mem := &readMemory{Allocator: r.options.Memory, fresh: map[*byte][]byte{}}
+	reader, err := openReader(stream, mem)
 	if err != nil {
 		return err
 	}
 	d, err := ParseDescriptor(reader.LatestFlightDescriptor())
 	schema := reader.Schema()
 	r.readers.Add(1)
-	arrivals := readAll(stream.Context(), reader, r.options.Log, r.readers.Done)
+	arrivals := readAll(stream.Context(), reader, mem, r.options.Log, r.readers.Done)
 	defer arrivals.leave()
 	if err != nil {
 		return err

@@ -143,7 +143,7 @@ func (r *Runner) greet(report Report, build string) error {
 	case report.Error != "":
 		return fault.New(report.Kind, "%s", report.Error)
 	case !report.Ready:
-		<-r.ended
+		r.Close() // it closed its standard output, and has ended or will now
 		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.cmd.ProcessState)
 	case report.Build != build:
 		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", report.Build, build)
@@ -155,12 +155,13 @@ func (r *Runner) greet(report Report, build string) error {
 // follow reads the runner's reports until it ends, then clears up after it.
 func (r *Runner) follow(stdout io.Reader, handshake chan<- Report, ended func()) {
 	lines := bufio.NewScanner(stdout)
-	for first := true; lines.Scan(); first = false {
+	for first := true; lines.Scan(); {
 		var report Report
 		if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
-			r.log.Warn("runner wrote a line that is no report", zap.Error(err))
+			r.log.Warn("runner wrote a line that is no report", zap.Error(err)) // some library, say
 		} else if first {
 			handshake <- report
+			first = false
 		} else {
 			r.note(report)
 		}

@@ -3,8 +3,14 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
+	"io"
+	"maps"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/alecthomas/kong"
 
@@ -38,13 +44,60 @@ func main() {
 	ctx := kong.Parse(&cli{},
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
-		kong.Configuration(kong.JSON),
-		kong.Vars{"version": build.Version + " (" + build.ID() + ")"},
-		kong.UsageOnError())
+		kong.Configuration(fileSettings),
+		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
 	if err := ctx.Run(); err != nil {
 		report(err)
 		os.Exit(1)
 	}
+}
+
+// settingsFile is the configuration file. kong itself lets a file go over the environment and ignores
+// keys that it does not know; here the environment goes over the file, and an unknown key is an error.
+type settingsFile struct {
+	kong.Resolver
+	keys map[string]any
+}
+
+func fileSettings(r io.Reader) (kong.Resolver, error) {
+	text, err := io.ReadAll(r)
+	if err != nil {
+		return nil, err
+	}
+	file := settingsFile{}
+	if err := json.Unmarshal(text, &file.keys); err != nil {
+		return nil, fmt.Errorf("the file must hold one JSON object: %w", err)
+	}
+	file.Resolver, err = kong.JSON(bytes.NewReader(text))
+	return file, err
+}
+
+// Resolve is part of kong.Resolver.
+func (f settingsFile) Resolve(ctx *kong.Context, parent *kong.Path, flag *kong.Flag) (any, error) {
+	for _, name := range flag.Envs {
+		if _, set := os.LookupEnv(name); set {
+			return nil, nil
+		}
+	}
+	return f.Resolver.Resolve(ctx, parent, flag)
+}
+
+// Validate is part of kong.Resolver.
+func (f settingsFile) Validate(app *kong.Application) error {
+	known := map[string]bool{}
+	for _, command := range app.Children {
+		for _, flag := range command.Flags {
+			if len(flag.Envs) > 0 {
+				known[strings.ReplaceAll(flag.Name, "-", "_")] = true
+			}
+		}
+	}
+	for key := range f.keys {
+		if !known[key] {
+			return fmt.Errorf("the configuration file has a setting %q that there is not; there are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+		}
+	}
+	return nil
 }
 
 // report says why the command failed: one sentence, to the terminal or, from a detached

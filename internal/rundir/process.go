@@ -44,11 +44,13 @@ func Of(pid int) (Process, error) {
 
 // ParseProcess reads "PID:START".
 func ParseProcess(text string) (Process, error) {
-	var p Process
-	if n, err := fmt.Sscanf(text, "%d:%d", &p.PID, &p.Start); n != 2 || err != nil || p.PID < 1 {
-		return p, fmt.Errorf("process %q: want its id and its start time in clock ticks, PID:START", text)
+	before, after, _ := strings.Cut(text, ":")
+	pid, pidErr := strconv.ParseUint(before, 10, 31)
+	start, startErr := strconv.ParseUint(after, 10, 64)
+	if pidErr != nil || startErr != nil || pid == 0 {
+		return Process{}, fmt.Errorf("process %q: want its id and its start time in clock ticks, PID:START", text)
 	}
-	return p, nil
+	return Process{PID: int(pid), Start: start}, nil
 }
 
 // Alive reports whether this process, and not another with its id, still runs.

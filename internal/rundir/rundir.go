@@ -70,13 +70,14 @@ func Ensure(dir string) error {
 type Folder struct {
 	Path string
 	// shared says that the folder was given to us and others may use it: it is neither locked
-	// nor removed, only our own files in it are.
+	// nor removed, and nothing in it is touched but the file that names its front.
 	shared bool
 	self   Process
 }
 
-// Claim takes the folder at path for this process. A folder directly below runDir is ours alone;
-// any other must exist or can be made, and stays when we leave.
+// Claim takes the folder at path for this process. A folder directly below runDir is ours alone,
+// with all its sockets; any other must exist or can be made, and stays when we leave. There the
+// makers of sockets remove them.
 func Claim(runDir, path string) (*Folder, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -91,36 +92,47 @@ func Claim(runDir, path string) (*Folder, error) {
 	if err != nil {
 		return nil, err
 	}
-	if other, ok := front(path); ok && other.Alive() {
+	name := filepath.Join(path, frontFile)
+	other, named := front(path)
+	_, statErr := os.Lstat(name)
+	switch {
+	case named && other.Alive():
 		return nil, fmt.Errorf("a flightsvc front serves in %s already (process %d)", path, other.PID)
+	case f.shared && !named && !os.IsNotExist(statErr):
+		return nil, fmt.Errorf("%s is in the way and not ours; choose an endpoint in another folder", name)
+	case !f.shared:
+		removeSockets(path)
 	}
-	removeSockets(path)
 	data, err := json.Marshal(self)
 	if err != nil {
 		return nil, err
 	}
-	return f, os.WriteFile(filepath.Join(path, frontFile), data, 0o600)
+	return f, os.WriteFile(name, data, 0o600)
 }
 
 // front returns the process that owns a folder, if one is named.
 func front(path string) (Process, bool) {
 	var p Process
 	data, err := os.ReadFile(filepath.Join(path, frontFile)) //nolint:gosec // below the run-dir
-	return p, err == nil && json.Unmarshal(data, &p) == nil
+	return p, err == nil && json.Unmarshal(data, &p) == nil && p.PID > 0
 }
 
 // Release removes what Claim made, unless another front has taken the folder over since.
 func (f *Folder) Release() error {
-	if f.shared {
-		removeSockets(f.Path)
-		return os.Remove(filepath.Join(f.Path, frontFile))
-	}
-	return locked(f.Path, unix.LOCK_EX, func() error {
-		if owner, ok := front(f.Path); ok && owner != f.self {
+	release := func() error {
+		owner, named := front(f.Path)
+		switch {
+		case named && owner != f.self:
 			return nil
+		case f.shared:
+			return os.Remove(filepath.Join(f.Path, frontFile))
 		}
 		return remove(f.Path)
-	})
+	}
+	if f.shared {
+		return release()
+	}
+	return locked(f.Path, unix.LOCK_EX, release)
 }
 
 // Sweep removes the folders below runDir whose front is dead. Folders that somebody is just

@@ -111,7 +111,10 @@ func leafValue(leaf arrow.Array, ranges []span, dtype savedmodel.DType, shape []
 
 	width := leaf.DataType().(arrow.FixedWidthDataType).Bytes()
 	buffer, offset := leaf.Data().Buffers()[1], leaf.Data().Offset()
-	bytesOf := func(r span) []byte { return buffer.Bytes()[(offset+r.lo)*width : (offset+r.hi)*width] }
+	bytesOf := func(r span) []byte {
+		whole := buffer.Bytes()
+		return whole[:len(whole):len(whole)][(offset+r.lo)*width : (offset+r.hi)*width] // never the padding behind
+	}
 
 	convert, isCast := casts[leaf.DataType().ID()][dtype]
 	if !isCast && len(ranges) == 1 && buffer != nil {

@@ -62,42 +62,54 @@ func outputType(spec savedmodel.Spec) (leafOut, arrow.DataType, error) {
 // the rows that take part, in the order of Fetches; nil when no row does. A record batch
 // views their memory and is released when write returns.
 func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator, write func(rec arrow.Record, last bool) error) error {
-	bytes := 0
 	if rows.Kept() > 0 {
 		for i := range outputs {
 			if err := p.outputs[i].check(&outputs[i], rows.Kept()); err != nil {
 				return err
 			}
-			bytes += size(&outputs[i])
 		}
-		if bytes/rows.Kept() > MaxRowBytes {
-			return fault.New(fault.Exhausted, "a row of the answer has %d MiB, more than the limit of %d MiB", bytes/rows.Kept()>>20, MaxRowBytes>>20)
-		}
-	}
-	step := max(rows.Len(), 1)
-	if bytes > MaxAnswerBytes {
-		step = max(1, int(int64(rows.Kept())*MaxAnswerBytes/int64(bytes)))
 	}
 	kept := 0 // rows of the outputs that are already written
-	for lo := 0; lo == 0 || lo < rows.Len(); lo += step {
-		hi := min(lo+step, rows.Len())
-		valid := make([]bool, hi-lo)
-		next := kept
-		for i := range valid {
-			if rows.state[lo+i] == rowKept {
-				valid[i] = true
-				next++
-			}
-		}
-		rec := p.record(outputs, span{kept, next}, valid, rows, lo, mem)
-		err := write(rec, hi == rows.Len())
-		rec.Release()
+	for lo := 0; ; {
+		valid, next, err := part(outputs, rows, lo, kept)
 		if err != nil {
 			return err
 		}
-		kept = next
+		last := lo+len(valid) == rows.Len()
+		rec := p.record(outputs, span{kept, next}, valid, rows, lo, mem)
+		err = write(rec, last)
+		rec.Release()
+		if err != nil || last {
+			return err
+		}
+		lo, kept = lo+len(valid), next
 	}
-	return nil
+}
+
+// part says for the rows from lo on that fit into one record batch, at least one if there is any,
+// which of them take part. These are the rows [kept, next) of the outputs.
+func part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, next int, err error) {
+	next = kept
+	bytes := 0
+	for row := lo; row < rows.Len(); row++ {
+		if rows.state[row] != rowKept {
+			valid = append(valid, false)
+			continue
+		}
+		size := 0
+		for i := range outputs {
+			size += rowSize(&outputs[i], next)
+		}
+		if size > MaxRowBytes {
+			return nil, 0, fault.New(fault.Exhausted, "the answer to row %d of a batch has %d MiB, more than the limit of %d MiB", row, size>>20, MaxRowBytes>>20)
+		}
+		if bytes += size; bytes > MaxAnswerBytes && next > kept {
+			break
+		}
+		valid = append(valid, true)
+		next++
+	}
+	return valid, next, nil
 }
 
 // record makes one record batch of the rows [lo, lo+len(valid)): those that are valid take
@@ -109,7 +121,7 @@ func (p *Plan) record(outputs []Value, kept span, valid []bool, rows *Rows, lo i
 		if kept.lo < kept.hi {
 			value = outputs[i]
 		} else {
-			value = Value{DType: out.spec.DType, Shape: make([]int64, len(out.spec.Shape))}
+			value, kept = Value{DType: out.spec.DType, Shape: make([]int64, len(out.spec.Shape))}, span{}
 		}
 		columns = append(columns, out.array(p.schema.Field(i).Type, &value, kept, valid, mem))
 	}
@@ -143,10 +155,14 @@ func (o *output) check(value *Value, rows int) error {
 	return nil
 }
 
-// size returns the bytes that a value takes in an answer.
-func size(value *Value) int {
-	n := len(value.Data)
-	for _, s := range value.Strings {
+// rowSize returns the bytes that one row of a value takes in an answer.
+func rowSize(value *Value, row int) int {
+	rows := int(value.Rows())
+	if value.DType != savedmodel.String {
+		return len(value.Data) / rows
+	}
+	n, width := 0, len(value.Strings)/rows
+	for _, s := range value.Strings[row*width : (row+1)*width] {
 		n += len(s) + 4
 	}
 	return n

@@ -144,11 +144,14 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 			return nil, fault.New(fault.BadRequest, "preprocess makes float32 [batch,height,width,3], but input %s", describe([]savedmodel.Spec{spec}))
 		}
 	}
+	if len(signature.Inputs) == 0 {
+		return nil, fault.New(fault.BadRequest, "the signature has no input, so it has no rows")
+	}
 	for _, spec := range signature.Inputs {
 		if options.Inputs != nil && options.Inputs.Column(spec.Name) == "" {
 			return nil, fault.New(fault.BadRequest, "input %q is not mapped to a column; the signature has %s", spec.Name, describe(signature.Inputs))
 		}
-		if !spec.UnknownRank && (len(spec.Shape) == 0 || spec.Shape[0] > 0) {
+		if !spec.UnknownRank && (len(spec.Shape) == 0 || spec.Shape[0] >= 0) {
 			return nil, fault.New(fault.BadRequest, "input %s has no batch dimension: its first dimension must be unknown, export it as None", describe([]savedmodel.Spec{spec}))
 		}
 	}
@@ -390,13 +393,17 @@ func remaining(before []int, rows *Rows) []int {
 	return positions
 }
 
-// fits compares the dimensions of a batch with the signature's.
+// fits compares the dimensions of a batch with the signature's, which settle those that are -1
+// because there was no list to tell them.
 func (in *boundInput) fits(dims []int64) error {
-	if in.spec.UnknownRank {
-		return nil
-	}
 	for i, got := range dims {
-		if want := in.spec.Shape[i+1]; want >= 0 && want != got {
+		want := int64(-1)
+		if !in.spec.UnknownRank {
+			want = in.spec.Shape[i+1]
+		}
+		if got < 0 {
+			dims[i] = max(want, 0)
+		} else if want >= 0 && want != got {
 			return fmt.Errorf("its lists have %d elements at dimension %d, want %d", got, i+1, want)
 		}
 	}
@@ -404,8 +411,8 @@ func (in *boundInput) fits(dims []int64) error {
 }
 
 // flatten walks down the list levels of a column and returns the leaf array, the ranges of
-// its elements that belong to the given ranges of rows, and the dimensions of one row. Lists
-// must agree in length within the batch.
+// its elements that belong to the given ranges of rows, and the dimensions of one row, -1 below
+// lists that are all empty. Lists must agree in length within the batch.
 func flatten(column arrow.Array, ranges []span) (leaf arrow.Array, leafRanges []span, dims []int64, err error) {
 	list, ok := column.(array.ListLike)
 	if !ok {
@@ -413,6 +420,9 @@ func flatten(column arrow.Array, ranges []span) (leaf arrow.Array, leafRanges []
 	}
 	child := list.ListValues()
 	length := int64(-1)
+	if fixed, ok := column.DataType().(*arrow.FixedSizeListType); ok {
+		length = int64(fixed.Len())
+	}
 	inner := make([]span, 0, len(ranges))
 	for _, r := range ranges {
 		var next span
@@ -435,7 +445,7 @@ func flatten(column arrow.Array, ranges []span) (leaf arrow.Array, leafRanges []
 		inner = append(inner, next)
 	}
 	leaf, leafRanges, below, err := flatten(child, inner)
-	return leaf, leafRanges, append([]int64{max(length, 0)}, below...), err
+	return leaf, leafRanges, append([]int64{length}, below...), err
 }
 
 func find(specs []savedmodel.Spec, name string) (savedmodel.Spec, bool) {

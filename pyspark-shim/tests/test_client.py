@@ -135,6 +135,16 @@ def test_the_sidecar_says_what_is_wrong(client: flightsvc.Client, models: Path, 
     assert client.predict(models / "ints", table)["total"].to_pylist() == [6]
 
 
+def test_a_column_without_a_value_is_null_in_every_batch(client: flightsvc.Client, models: Path):
+    table = pa.table({"i": pa.array([[1, 2, 3]] * 40, pa.list_(pa.int64()))})
+    batches = pa.Table.from_batches(table.to_batches(1))
+    assert client.predict(models / "ints", batches, on_error="column")["error"].to_pylist() == [None] * 40
+    nothing = pa.table({"i": pa.array([None] * 40, pa.list_(pa.int64()))})
+    batches = pa.Table.from_batches(nothing.to_batches(3))
+    answer = client.predict(models / "ints", batches)
+    assert answer["doubled"].to_pylist() == answer["total"].to_pylist() == [None] * 40
+
+
 def test_errors_are_of_their_natural_kind():
     assert issubclass(flightsvc.InvalidArgumentError, ValueError)
     assert issubclass(flightsvc.NotFoundError, KeyError)

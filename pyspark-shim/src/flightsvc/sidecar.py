@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -89,11 +90,18 @@ def this_process() -> Owner:
 def executor() -> Owner:
     """Return the JVM that this Python worker belongs to: the first ``java`` among its ancestors.
 
+    Once found it is remembered: a worker goes on when the daemon above it has died.
+
     Raises:
         SidecarError: There is none, so nothing would end a front that we start.
     """
+    return _executor_above(os.getpid())
+
+
+@functools.cache
+def _executor_above(pid: int) -> Owner:
     try:
-        process = _process(os.getppid())
+        process = _process(_process(pid).parent)
         while process.command != "java":
             process = _process(process.parent)
     except OSError:
@@ -206,7 +214,7 @@ def _private(folder: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a front's folder, which is made when it is not there."""
+    """Hold the lock of a front's folder, which is made when it is not there and goes if no front uses it."""
     for _ in range(_LOCK_ATTEMPTS):
         if (descriptor := _lock(folder)) is not None:
             break
@@ -215,6 +223,8 @@ def _locked(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # empty if no front was started
         os.close(descriptor)
 
 
