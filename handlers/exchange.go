@@ -31,13 +31,30 @@ const (
 	budgetBytes = 64 << 20
 )
 
-// openReader reads the first messages of a stream: the descriptor and the schema.
-func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, error) {
-	reader, err := flight.NewRecordReader(stream, ipc.WithAllocator(mem))
+// openReader reads the first messages of a stream: the descriptor and the schema. They may come
+// as one message or as two, and a client may repeat the descriptor; the first one counts.
+func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
+	first := &firstDescriptor{DataStreamReader: stream}
+	reader, err := flight.NewRecordReader(first, ipc.WithAllocator(mem))
 	if err != nil {
-		return nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
+		return nil, nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
 	}
-	return reader, nil
+	return reader, first.descriptor, nil
+}
+
+// firstDescriptor keeps the first descriptor that comes by.
+type firstDescriptor struct {
+	flight.DataStreamReader
+	descriptor *flight.FlightDescriptor
+}
+
+// Recv is part of flight.DataStreamReader.
+func (f *firstDescriptor) Recv() (*flight.FlightData, error) {
+	message, err := f.DataStreamReader.Recv()
+	if f.descriptor == nil {
+		f.descriptor = message.GetFlightDescriptor()
+	}
+	return message, err
 }
 
 // streamError keeps errors of the transport and makes all others the caller's mistake.

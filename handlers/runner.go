@@ -65,11 +65,11 @@ func NewRunner(options RunnerOptions) *Runner {
 // DoExchange serves one stream of inference.
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error {
 	mem := &readMemory{Allocator: r.options.Memory, fresh: map[*byte][]byte{}}
-	reader, err := openReader(stream, mem)
+	reader, descriptor, err := openReader(stream, mem)
 	if err != nil {
 		return err
 	}
-	d, err := ParseDescriptor(reader.LatestFlightDescriptor())
+	d, err := ParseDescriptor(descriptor)
 	schema := reader.Schema()
 	r.readers.Add(1)
 	arrivals := readAll(stream.Context(), reader, mem, r.options.Log, r.readers.Done)

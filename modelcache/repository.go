@@ -102,7 +102,7 @@ func folder(root, ref string) (string, error) {
 		return "", fault.New(fault.BadRequest, "model %q: this server reads file: URIs, absolute paths and names below its model-root", ref)
 	case root == "":
 		return "", fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
-	case !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
+	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
 		return "", fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
 	}
 	return filepath.Join(root, ref), nil

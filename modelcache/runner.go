@@ -75,7 +75,7 @@ func start(ctx context.Context, options Options, model Model, ended func()) (*Ru
 	r := &Runner{
 		setup: Setup{
 			Model: model.Ref, Dir: model.Dir, Key: key, Server: options.Server, Cores: options.Cores, LogLevel: options.LogLevel,
-			Socket: filepath.Join(options.Folder, "r"+rand.Text()[:8]+".sock"),
+			Socket: filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock"), // as long as front.sock: both fit or neither
 		},
 		ended:   make(chan struct{}),
 		log:     options.Log.With(zap.String("model", model.Ref)),

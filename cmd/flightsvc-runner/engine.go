@@ -39,7 +39,7 @@ func open(setup modelcache.Setup) (*engine, error) {
 	threads := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
 	session, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, threads)
 	if err != nil {
-		return nil, fault.New(kindOf(err), "model %s cannot be loaded from %s: %w", setup.Model, setup.Dir, err)
+		return nil, fault.New(kindOf(err), "model %s cannot be loaded from %s: %s", setup.Model, setup.Dir, firstLine(err))
 	}
 	return &engine{saved: saved, session: session, cores: max(setup.Cores, 1), graphs: map[preprocess.Spec]*preprocess.Graph{}}, nil
 }

@@ -50,7 +50,7 @@ var (
 // keptLogs is how many log files stay; the oldest go first.
 const keptLogs = 20
 
-// detach starts this command again without --detach, in a new session with no descriptors
+// detach starts this command again, marked by detachedVariable, in a new session with no descriptors
 // but its own, waits for its handshake, and passes that on. The started front has no parent that
 // lives, so nobody's process group takes it down.
 func detach(settings config.Serve) error {
@@ -68,7 +68,7 @@ func detach(settings config.Serve) error {
 		return err
 	}
 	args := slices.DeleteFunc(slices.Clone(os.Args[1:]), func(arg string) bool {
-		return arg == "--detach" || strings.HasPrefix(arg, "--owner-fd=")
+		return strings.HasPrefix(arg, "--owner-fd=")
 	})
 	if i := slices.Index(args, "--owner-fd"); i >= 0 {
 		args = slices.Delete(args, i, min(i+2, len(args)))

@@ -23,7 +23,7 @@ func library(setting string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
 		if setting != "" {
 			if _, err := os.Stat(filepath.Join(setting, libraryFile)); err != nil {
-				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; point it at the folder of an installed tensorflow package", setting, libraryFile)
+				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and leave the setting away, or point it at a folder that holds the file", setting, libraryFile, install)
 			}
 			return setting, nil
 		}
@@ -45,4 +45,7 @@ func library(setting string) func(context.Context) (string, error) {
 	}
 }
 
-var errNoLibrary = errors.New("libtensorflow is not installed here; run pip install tensorflow-cpu==2.21.0 in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + libraryFile)
+// install is how a person gets the library.
+const install = "pip install tensorflow-cpu==2.21.0"
+
+var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + libraryFile)

@@ -34,7 +34,7 @@ func (c *serveCommand) Run() error {
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	if c.Detach {
+	if c.Detach && os.Getenv(detachedVariable) == "" {
 		return detach(c.Serve)
 	}
 	return serve(c.Serve)

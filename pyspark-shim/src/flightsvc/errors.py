@@ -40,7 +40,7 @@ LOST = (flight.FlightUnavailableError, flight.FlightCancelledError)
 FLIGHT_ERRORS = (pa.ArrowException, flight.FlightError, OSError)
 """All that a Flight call may raise; pyarrow raises Arrow's IOError as OSError."""
 
-# Arrow says "Flight (or gRPC) returned <code> error, with message: <ours>. gRPC client debug context: <noise>".
+# Arrow says "Flight (or gRPC) returned <code> error, with message: <ours>. gRPC client debug context: ...".
 _ENVELOPE = re.compile(
     r"^(?:(?:Flight|gRPC) (?:returned|RPC failed)[^:]*(?:error|failed)?,? with message: )?"
     r"(?P<text>.*?)"

@@ -136,9 +136,10 @@ class Exchange:
             while True:
                 while more and _room(window):
                     piece = next(pieces, None)
-                    if piece is not None:
-                        window.append(piece)
-                    more = piece is not None
+                    if piece is None:
+                        more = False
+                        break
+                    window.append(piece)
                     if stream is not None:
                         stream.send(piece)
                 if not window:
@@ -148,8 +149,6 @@ class Exchange:
                         stream = self._open(window[0].rows.schema)
                         for piece in window:
                             stream.send(piece)
-                        if not more:
-                            stream.send(None)
                     parts += stream.read(window[0].rows.num_rows)
                     server = stream.server or server
                 except (_Lost, *LOST) as error:
@@ -214,7 +213,11 @@ class Exchange:
 
 
 class _Stream:
-    """One DoExchange call: the caller's thread reads, a helper thread writes."""
+    """One DoExchange call: the caller's thread reads, a helper thread writes.
+
+    Only the caller's thread ends the call, or our half of it: Flight's client half-closes a call when it
+    reads that the server has ended it, and gRPC aborts the process if two threads do so at once.
+    """
 
     def __init__(self, client: flight.FlightClient, ticket: bytes, schema: pa.Schema):
         """Open the call and wait for the answer's schema.
@@ -238,9 +241,9 @@ class _Stream:
         self._helper = threading.Thread(target=self._write, name="flightsvc-writer", daemon=True)
         self._helper.start()
 
-    def send(self, piece: _Piece | None) -> None:
-        """Hand a piece to the helper; None closes our half of the stream. Never blocks."""
-        self._queue.put(piece.rows if piece is not None else None)
+    def send(self, piece: _Piece) -> None:
+        """Hand a piece to the helper. Never blocks."""
+        self._queue.put(piece.rows)
 
     def read(self, rows: int) -> list[pa.RecordBatch]:
         """Return the record batches that answer the next unanswered piece, which has so many rows.
@@ -273,7 +276,8 @@ class _Stream:
                 return parts
 
     def close(self) -> None:
-        """Read the end of a stream whose pieces are all answered."""
+        """Half-close a stream whose pieces are all answered, and read its end."""
+        self._queue.put(None)
         self._helper.join(_JOIN_SECONDS)
         self._finish()
 
@@ -286,7 +290,7 @@ class _Stream:
             self._finish()
 
     def _finish(self) -> None:
-        """Read the end of the call; how it ended has been told already, or is nobody's concern."""
+        """Half-close the call and read its end; how it ended has been told, or is nobody's concern."""
         with contextlib.suppress(*FLIGHT_ERRORS):
             self._writer.close()
 
@@ -294,7 +298,6 @@ class _Stream:
         try:
             while (rows := self._queue.get()) is not None:
                 self._writer.write_batch(rows)
-            self._writer.done_writing()
         except Exception as error:  # whatever it is, the reading thread must hear of it
             self._failure = error
             self._reader.cancel()

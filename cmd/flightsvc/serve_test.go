@@ -1,0 +1,927 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/array"
+	"github.com/apache/arrow/go/v15/arrow/flight"
+	"github.com/apache/arrow/go/v15/arrow/ipc"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"flightsvc/handlers"
+	"flightsvc/internal/rundir"
+)
+
+// These tests run the real programs: a front that is built here without cgo, as for a release, and a runner on the
+// real libtensorflow with the models of pyspark-shim/tests/make_models.py.
+
+var (
+	binary  string // of the front; the runner lies beside it
+	libs    string // folder of libtensorflow
+	modelOf func(name string) string
+)
+
+func TestMain(m *testing.M) {
+	code, err := prepare(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func prepare(m *testing.M) (int, error) {
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		return 0, err
+	}
+	libs = filepath.Join(root, "build", "libtensorflow")
+	modelOf = func(name string) string { return filepath.Join(root, "build", "models", name) }
+	for _, needed := range []string{libs, modelOf("mlp")} {
+		if _, err := os.Stat(needed); err != nil {
+			return 0, fmt.Errorf("%w; make build build/models/.done makes it", err)
+		}
+	}
+	dir, err := os.MkdirTemp("", "flightsvc-bin-")
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	for name, env := range map[string][]string{
+		"flightsvc": {"CGO_ENABLED=0"},
+		"flightsvc-runner": {
+			"CGO_CFLAGS=-I" + filepath.Join(libs, "include"), "CGO_LDFLAGS=-L" + libs + " -ltensorflow -ltensorflow_framework",
+		},
+	} {
+		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), "flightsvc/cmd/"+name)
+		cmd.Env = append(os.Environ(), env...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return 0, fmt.Errorf("build %s: %w: %s", name, err, out)
+		}
+	}
+	binary = filepath.Join(dir, "flightsvc")
+	return m.Run(), nil
+}
+
+// place is a run-dir with a short path, as sockets need, and a home for logs.
+type place struct{ run, home string }
+
+func newPlace(t *testing.T) place {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "fs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return place{run: filepath.Join(dir, "run"), home: filepath.Join(dir, "home")}
+}
+
+// command is a flightsvc command in an environment of its own.
+func (p place) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(binary, args...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + p.home, "FLIGHTSVC_RUN_DIR=" + p.run, "FLIGHTSVC_LIBTENSORFLOW=" + libs}
+	return cmd
+}
+
+// empty reports whether fronts have left nothing in the run-dir.
+func (p place) empty() bool {
+	entries, err := os.ReadDir(p.run)
+	return err == nil && len(entries) == 0
+}
+
+// process is a front that serves.
+type process struct {
+	hello
+	place  place
+	cmd    *exec.Cmd // nil if it runs detached
+	stderr *bytes.Buffer
+	ended  chan struct{} // closed when cmd has ended
+	conn   *grpc.ClientConn
+	client flight.FlightServiceClient
+}
+
+// serve starts a front in the foreground. It is killed at the end of the test if it still runs.
+func (p place) serve(t *testing.T, args ...string) *process {
+	t.Helper()
+	return p.start(t, p.command(append([]string{"serve"}, args...)...))
+}
+
+func (p place) start(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	f := &process{place: p, cmd: cmd, stderr: &bytes.Buffer{}, ended: make(chan struct{})}
+	cmd.Stderr = f.stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(stdout)
+	line, _ := lines.ReadBytes('\n')
+	go func() {
+		defer close(f.ended)
+		if rest, _ := io.ReadAll(lines); len(rest) > 0 {
+			t.Errorf("beyond the handshake the front wrote %q", rest)
+		}
+		_ = cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		<-f.ended
+	})
+	f.greet(t, line)
+	if f.PID != cmd.Process.Pid {
+		t.Errorf("the front says it is process %d, it is %d", f.PID, cmd.Process.Pid)
+	}
+	return f
+}
+
+// detached starts a front in the background. It is killed at the end of the test if it still runs.
+func (p place) detached(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	line, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, &stderr)
+	}
+	f := &process{place: p, stderr: &stderr}
+	f.greet(t, line)
+	front := f.process(t)
+	t.Cleanup(func() {
+		if front.Alive() {
+			_ = syscall.Kill(front.PID, syscall.SIGKILL)
+		}
+	})
+	return f
+}
+
+func (f *process) greet(t *testing.T, line []byte) {
+	t.Helper()
+	if err := json.Unmarshal(line, &f.hello); err != nil {
+		t.Fatalf("the handshake is %q; standard error says %s", line, f.stderr)
+	}
+	f.connect(t)
+}
+
+func (f *process) connect(t *testing.T) {
+	t.Helper()
+	f.conn = dial(t, f.Endpoint)
+	f.client = flight.NewFlightServiceClient(f.conn)
+}
+
+func dial(t *testing.T, endpoint string) *grpc.ClientConn {
+	t.Helper()
+	socket, err := handlers.SocketPath(endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// process names the front beyond the reuse of its id.
+func (f *process) process(t *testing.T) rundir.Process {
+	t.Helper()
+	p, err := rundir.Of(f.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// wait returns the exit code of a front that ends by itself.
+func (f *process) wait(t *testing.T) int {
+	t.Helper()
+	select {
+	case <-f.ended:
+		return f.cmd.ProcessState.ExitCode()
+	case <-time.After(20 * time.Second):
+		t.Fatalf("the front does not end; its log says %s", f.stderr)
+		return 0
+	}
+}
+
+func (f *process) signal(t *testing.T, s os.Signal) {
+	t.Helper()
+	if err := f.cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func within(t *testing.T, bound time.Duration) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), bound)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// act runs an action and reads its answer into result.
+func (f *process) act(t *testing.T, action, body string, result any) error {
+	t.Helper()
+	stream, err := f.client.DoAction(within(t, 10*time.Second), &flight.Action{Type: action, Body: []byte(body)})
+	if err != nil {
+		return err
+	}
+	answer, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(answer.Body, result); err != nil {
+		t.Fatalf("%s answers %q: %v", action, answer.Body, err)
+	}
+	return nil
+}
+
+func (f *process) status(t *testing.T) handlers.Status {
+	t.Helper()
+	var s handlers.Status
+	if err := f.act(t, "status", "", &s); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// info asks for a stream, with more fields in the descriptor.
+func (f *process) info(t *testing.T, model, fields string) (*flight.FlightInfo, error) {
+	t.Helper()
+	return f.client.GetFlightInfo(within(t, time.Minute), descriptor(model, fields))
+}
+
+func descriptor(model, fields string) *flight.FlightDescriptor {
+	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":%q%s}`, model, fields)}
+}
+
+// eventually waits until a condition holds, and fails the test after the bound.
+func eventually(t *testing.T, bound time.Duration, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(bound); !holds(); {
+		if time.Now().After(deadline) {
+			t.Fatalf("after %s it is not so that %s", bound, what)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func wantStatus(t *testing.T, err error, code codes.Code, parts ...string) {
+	t.Helper()
+	got := status.Convert(err)
+	if got.Code() != code {
+		t.Errorf("got %v, want %s", err, code)
+	}
+	for _, part := range parts {
+		if !strings.Contains(got.Message(), part) {
+			t.Errorf("%q does not say %q", got.Message(), part)
+		}
+	}
+	if strings.Contains(got.Message(), "\n") {
+		t.Errorf("%q is no sentence", got.Message())
+	}
+}
+
+func TestServe(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t)
+	if f.Flightsvc == "" || f.Build == "" || f.hello.Error != "" {
+		t.Errorf("the handshake is %+v", f.hello)
+	}
+	socket, _ := handlers.SocketPath(f.Endpoint)
+	if filepath.Dir(filepath.Dir(socket)) != p.run || len(filepath.Base(filepath.Dir(socket))) != 8 {
+		t.Errorf("the socket is %s", socket)
+	}
+	if info, err := os.Stat(socket); err != nil || info.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("the socket has mode %v, %v", info.Mode(), err)
+	}
+	healthy, err := healthpb.NewHealthClient(f.conn).Check(within(t, 10*time.Second), &healthpb.HealthCheckRequest{})
+	if err != nil || healthy.Status != healthpb.HealthCheckResponse_SERVING {
+		t.Errorf("health is %v, %v", healthy, err)
+	}
+	var ready struct{ Ready bool }
+	for _, body := range []string{"", "{}"} {
+		if err := f.act(t, "server.ready", body, &ready); err != nil || !ready.Ready {
+			t.Errorf("ready is %t, %v", ready.Ready, err)
+		}
+	}
+	s := f.status(t)
+	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 || len(s.Features) == 0 {
+		t.Errorf("the status is %+v", s)
+	}
+	err = f.act(t, "nope", "", nil)
+	wantStatus(t, err, codes.Unimplemented, `no action "nope"`, "ListActions")
+	actions, err := f.client.ListActions(within(t, 10*time.Second), &flight.Empty{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for {
+		action, err := actions.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, action.Type)
+	}
+	if slices.Sort(names); strings.Join(names, " ") != "model.metadata server.ready server.shutdown status" {
+		t.Errorf("the actions are %v", names)
+	}
+	f.signal(t, syscall.SIGTERM)
+	if code := f.wait(t); code != 0 || !p.empty() {
+		t.Errorf("ended with %d: %s", code, f.stderr)
+	}
+}
+
+func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t, "--model-root", filepath.Dir(modelOf("two")), "--libtensorflow", "/nope")
+	var meta handlers.Metadata
+	if err := f.act(t, "model.metadata", `{"model":"two"}`, &meta); err != nil {
+		t.Fatal(err)
+	}
+	x := meta.Signatures["serving_default"]
+	if got := fmt.Sprintf("%s %s %v %v %d", meta.Model, meta.Version, x.Inputs, x.Outputs, len(meta.Signatures)); got != "two 1 [{a float32 [-1 8]} {b float32 [-1 4]}] [{logits float32 [-1 3]} {sum float32 [-1 5]}] 2" {
+		t.Errorf("the metadata is %s", got)
+	}
+	wantStatus(t, f.act(t, "model.metadata", `{"model":"nope"}`, &meta), codes.NotFound, "model nope", "no folder")
+	wantStatus(t, f.act(t, "model.metadata", `{}`, &meta), codes.InvalidArgument, `{"model":"name"}`)
+
+	result, err := f.client.GetSchema(within(t, 10*time.Second), descriptor("two", `,"outputs":{"sum":"s","logits":"l"},"on_error":"column"`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema, err := flight.DeserializeSchema(result.Schema, memory.DefaultAllocator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := arrow.ListOf(arrow.PrimitiveTypes.Float32)
+	want := arrow.NewSchema([]arrow.Field{{Name: "s", Type: list, Nullable: true}, {Name: "l", Type: list, Nullable: true}, {Name: "error", Type: arrow.BinaryTypes.String, Nullable: true}}, nil)
+	if !schema.Equal(want) {
+		t.Errorf("the schema is %s", schema)
+	}
+	_, err = f.client.GetSchema(within(t, 10*time.Second), descriptor("two", `,"outputs":{"nope":"s"}`))
+	wantStatus(t, err, codes.InvalidArgument, "model two, signature serving_default", `no output "nope"`, `"sum" float32 [?,5]`)
+	if s := f.status(t); len(s.Models) != 0 {
+		t.Errorf("models were loaded: %+v", s.Models)
+	}
+}
+
+func TestServeRefuses(t *testing.T) {
+	gone := exec.Command("true")
+	if err := gone.Run(); err != nil {
+		t.Fatal(err)
+	}
+	self, err := rundir.Of(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		args  []string
+		parts []string
+	}{
+		"dead owner":        {[]string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, []string{fmt.Sprint("process ", gone.Process.Pid)}},
+		"other owner":       {[]string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, []string{"has ended"}},
+		"no owner":          {[]string{"--owner", "x"}, []string{`process "x"`, "PID:START"}},
+		"long path":         {[]string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, []string{"at most 107 bytes", "shorter run-dir"}},
+		"TCP":               {[]string{"--endpoint", "grpc://0.0.0.0:1"}, []string{"want grpc+unix://"}},
+		"settings together": {[]string{"--load-timeout", "0s", "--cores=-1"}, []string{"load-timeout is 0s", "cores is -1"}},
+	} {
+		for _, mode := range []string{"foreground", "detached"} {
+			t.Run(name+"/"+mode, func(t *testing.T) {
+				p := newPlace(t)
+				args := append([]string{"serve"}, c.args...)
+				if mode == "detached" {
+					args = append(args, "--detach")
+				}
+				cmd := p.command(args...)
+				var stdout, stderr bytes.Buffer
+				cmd.Stdout, cmd.Stderr = &stdout, &stderr
+				err := cmd.Run()
+				var exit *exec.ExitError
+				if !errors.As(err, &exit) || stdout.Len() != 0 {
+					t.Errorf("it ended with %v and printed %q", err, &stdout)
+				}
+				for _, part := range append(c.parts, "flightsvc: ") {
+					if !strings.Contains(stderr.String(), part) {
+						t.Errorf("%q does not say %q", &stderr, part)
+					}
+				}
+				if lines := strings.Count(stderr.String(), "\n"); lines > 2 || lines > 1 && name != "settings together" {
+					t.Errorf("more than a sentence: %s", &stderr)
+				}
+				if entries, err := os.ReadDir(p.run); err == nil && len(entries) != 0 {
+					t.Errorf("left behind: %v", entries)
+				}
+				_ = os.Remove("/tmp/" + strings.Repeat("x", 90))
+			})
+		}
+	}
+}
+
+func TestFrontEndsWithItsOwner(t *testing.T) {
+	for _, detach := range []bool{false, true} {
+		t.Run(fmt.Sprint("detach=", detach), func(t *testing.T) {
+			p := newPlace(t)
+			owner := exec.Command("sleep", "600")
+			if err := owner.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = owner.Wait() }()
+			defer func() { _ = owner.Process.Kill() }()
+			named, err := rundir.Of(owner.Process.Pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := p.command("serve", "--owner", fmt.Sprintf("%d:%d", named.PID, named.Start))
+			var f *process
+			if detach {
+				fd, err := unix.PidfdOpen(named.PID, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				pidfd := os.NewFile(uintptr(fd), "pidfd")
+				cmd.Args = append(cmd.Args, "--detach", "--owner-fd", "3")
+				cmd.ExtraFiles = []*os.File{pidfd}
+				f = p.detached(t, cmd)
+				_ = pidfd.Close()
+			} else {
+				f = p.start(t, cmd)
+			}
+			if _, err := f.info(t, modelOf("mlp"), ""); err != nil { // with a runner
+				t.Fatal(err)
+			}
+			front := f.process(t)
+			runner, err := rundir.Of(f.status(t).Models[0].PID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = owner.Process.Kill()
+			eventually(t, 5*time.Second, "front and runner are gone with the owner and have left nothing", func() bool {
+				return !front.Alive() && !runner.Alive() && p.empty()
+			})
+		})
+	}
+}
+
+func TestDetach(t *testing.T) {
+	p := newPlace(t)
+	extra, err := os.Create(filepath.Join(t.TempDir(), "open.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = extra.Close() }()
+	cmd := p.command("serve", "--detach", "--idle-timeout", "0")
+	cmd.Env = append(cmd.Env, "OMP_NUM_THREADS=1", "SPARK_HOME=/spark", "SECRET=1", "TF_ENABLE_ONEDNN_OPTS=0", "LC_ALL=C")
+	cmd.ExtraFiles = []*os.File{extra}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	f := p.detached(t, cmd)
+	// As pyspark's daemon does at its end: the whole process group of the starter goes.
+	if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		t.Fatal(err)
+	}
+	var ready struct{ Ready bool }
+	if err := f.act(t, "server.ready", "", &ready); err != nil || !ready.Ready {
+		t.Fatalf("after its starter has ended: %t, %v", ready.Ready, err)
+	}
+	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", f.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for entry := range strings.SplitSeq(strings.TrimRight(string(environ), "\x00"), "\x00") {
+		name, _, _ := strings.Cut(entry, "=")
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	if got := strings.Join(names, " "); got != "FLIGHTSVC_DETACHED FLIGHTSVC_LIBTENSORFLOW FLIGHTSVC_RUN_DIR HOME LC_ALL PATH TF_ENABLE_ONEDNN_OPTS" {
+		t.Errorf("the front's environment is %s", got)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", f.PID))
+	if err != nil || len(fds) < 4 {
+		t.Fatalf("the front's descriptors are %v, %v", fds, err)
+	}
+	for _, fd := range fds {
+		to, err := os.Readlink(fd)
+		if err != nil {
+			continue // closed since
+		}
+		known := to == "/dev/null" || strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "anon_inode:") ||
+			strings.HasPrefix(to, p.home) || strings.HasPrefix(to, "/proc/") || strings.HasPrefix(to, "/sys/")
+		if !known || to == extra.Name() {
+			t.Errorf("the front holds %s", to)
+		}
+	}
+	if sid, err := unix.Getsid(f.PID); err != nil || sid != f.PID {
+		t.Errorf("the front's session is %d, %v", sid, err)
+	}
+	logs, err := filepath.Glob(filepath.Join(p.home, ".local", "state", "flightsvc", "log", "front-*.log"))
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("the logs are %v, %v", logs, err)
+	}
+	if text, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(text), `"serving"`) {
+		t.Errorf("the log is %q, %v", text, err)
+	}
+	front := f.process(t)
+	var draining struct{ Draining bool }
+	if err := f.act(t, "server.shutdown", "", &draining); err != nil || !draining.Draining {
+		t.Errorf("shutting down: %t, %v", draining.Draining, err)
+	}
+	eventually(t, 5*time.Second, "the front has ended and left nothing", func() bool { return !front.Alive() && p.empty() })
+}
+
+func TestIdleFrontEnds(t *testing.T) {
+	p := newPlace(t)
+	started := time.Now()
+	f := p.detached(t, p.command("serve", "--detach=true", "--idle-timeout", "1s"))
+	front := f.process(t)
+	_ = f.conn.Close()
+	eventually(t, 10*time.Second, "the front has ended and left nothing", func() bool { return !front.Alive() && p.empty() })
+	if took := time.Since(started); took < time.Second {
+		t.Errorf("it ended after %s", took)
+	}
+}
+
+func TestOldLogsGo(t *testing.T) {
+	p := newPlace(t)
+	dir := filepath.Join(p.home, ".local", "state", "flightsvc", "log")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 25 {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("front-20200101T0000%02d.000-1.log", i)), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.detached(t, p.command("serve", "--detach"))
+	left, err := filepath.Glob(filepath.Join(dir, "front-*.log"))
+	if err != nil || len(left) != keptLogs || !strings.HasSuffix(left[0], "T000006.000-1.log") {
+		t.Errorf("%d logs are left, the oldest is %s", len(left), left[0])
+	}
+}
+
+// TestSettingsPrecedence gives each spelling of model-root its own folder, whose model has a version of its own.
+func TestSettingsPrecedence(t *testing.T) {
+	p := newPlace(t)
+	roots := t.TempDir()
+	pb, err := os.ReadFile(filepath.Join(modelOf("mlp"), "saved_model.pb"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := func(version string) string {
+		dir := filepath.Join(roots, version)
+		if err := os.MkdirAll(filepath.Join(dir, "m", version), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "m", version, "saved_model.pb"), pb, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	config := filepath.Join(roots, "config.json")
+	if err := os.WriteFile(config, fmt.Appendf(nil, `{"model_root":%q}`, root("2")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	flag, variable, file := []string{"--model-root", root("4")}, "FLIGHTSVC_MODEL_ROOT="+root("3"), []string{"--config", config}
+	for _, c := range []struct {
+		name string
+		args []string
+		env  string
+		want string
+	}{
+		{"flag over all", slices.Concat(file, []string{"serve"}, flag), variable, "4"},
+		{"flag over file", slices.Concat(file, []string{"serve"}, flag), "A=1", "4"},
+		{"environment over file", slices.Concat(file, []string{"serve"}), variable, "3"},
+		{"file over default", slices.Concat(file, []string{"serve"}), "A=1", "2"},
+		{"default", []string{"serve"}, "A=1", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cmd := p.command(c.args...)
+			cmd.Env = append(cmd.Env, c.env)
+			f := p.start(t, cmd)
+			var meta handlers.Metadata
+			err := f.act(t, "model.metadata", `{"model":"m"}`, &meta)
+			if c.want == "" {
+				wantStatus(t, err, codes.NotFound, "no model-root")
+			} else if err != nil || meta.Version != c.want {
+				t.Errorf("version %s, %v; want %s", meta.Version, err, c.want)
+			}
+		})
+	}
+}
+
+func TestWithoutLibtensorflow(t *testing.T) {
+	p := newPlace(t)
+	empty := t.TempDir()
+	for name, c := range map[string]struct {
+		env   []string
+		parts []string
+	}{
+		"nowhere":      {[]string{"PATH=" + empty}, []string{"model " + modelOf("mlp"), "libtensorflow is not installed", "pip install tensorflow-cpu==", "--libtensorflow"}},
+		"empty folder": {[]string{"PATH=" + empty, "FLIGHTSVC_LIBTENSORFLOW=" + empty}, []string{empty, "holds no libtensorflow_cc.so.2"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := p.command("serve")
+			cmd.Env = append([]string{"HOME=" + p.home, "FLIGHTSVC_RUN_DIR=" + p.run}, c.env...)
+			f := p.start(t, cmd)
+			_, err := f.info(t, modelOf("mlp"), "")
+			wantStatus(t, err, codes.FailedPrecondition, c.parts...)
+			var ready struct{ Ready bool }
+			if err := f.act(t, "server.ready", "", &ready); err != nil || !ready.Ready {
+				t.Errorf("afterwards: %t, %v", ready.Ready, err)
+			}
+		})
+	}
+}
+
+// ints is the schema of the model ints: i int64 [-1,3] -> doubled int64 [-1,3], total int64 [-1].
+var ints = arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}}, nil)
+
+// stream is an open exchange with the model ints.
+type stream struct {
+	t      *testing.T
+	wire   flight.FlightService_DoExchangeClient
+	writer *flight.Writer
+	reader *flight.Reader
+}
+
+// open opens a stream with a command; its first batch sends that and the schema.
+func open(t *testing.T, client flight.FlightServiceClient, cmd []byte) *stream {
+	t.Helper()
+	s := &stream{t: t}
+	var err error
+	if s.wire, err = client.DoExchange(within(t, time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	s.writer = flight.NewRecordWriter(s, ipc.WithSchema(ints))
+	s.writer.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: cmd})
+	return s
+}
+
+// Send is part of flight.DataStreamWriter.
+func (s *stream) Send(data *flight.FlightData) error { return s.wire.Send(data) }
+
+// run sends rows of three numbers each and checks the answer, which TensorFlow must give exactly.
+func (s *stream) run(rows ...int64) {
+	s.t.Helper()
+	b := array.NewRecordBuilder(memory.DefaultAllocator, ints)
+	defer b.Release()
+	lists := b.Field(0).(*array.ListBuilder)
+	for _, row := range rows {
+		lists.Append(true)
+		lists.ValueBuilder().(*array.Int64Builder).AppendValues([]int64{row, row + 1, row + 2}, nil)
+	}
+	rec := b.NewRecord()
+	defer rec.Release()
+	if err := s.writer.Write(rec); err != nil {
+		s.t.Fatal(err)
+	}
+	if s.reader == nil {
+		var err error
+		if s.reader, err = flight.NewRecordReader(s.wire); err != nil {
+			s.t.Fatal(err)
+		}
+		s.t.Cleanup(s.reader.Release)
+	}
+	if !s.reader.Next() {
+		s.t.Fatalf("no answer: %v", s.reader.Err())
+	}
+	answer := s.reader.Record()
+	doubled, total := answer.Column(0).(*array.List), answer.Column(1).(*array.Int64)
+	for i, row := range rows {
+		lo, _ := doubled.ValueOffsets(i)
+		if first := doubled.ListValues().(*array.Int64).Value(int(lo)); first != 2*row || total.Value(i) != 3*row+3 {
+			s.t.Errorf("row %d is doubled to %d and has the total %d", row, first, total.Value(i))
+		}
+	}
+}
+
+func (s *stream) end() {
+	s.t.Helper()
+	if err := s.wire.CloseSend(); err != nil {
+		s.t.Fatal(err)
+	}
+	if s.reader.Next() || s.reader.Err() != nil {
+		s.t.Errorf("the stream ended with %v", s.reader.Err())
+	}
+}
+
+func TestRedirectAndRelay(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t)
+	model := modelOf("ints")
+	info, err := f.info(t, model, `,"request_id":"r1"`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	endpoint := info.Endpoint[0]
+	if len(info.Endpoint) != 1 || len(endpoint.Location) != 1 || filepath.Dir(endpoint.Location[0].Uri) != filepath.Dir(f.Endpoint) {
+		t.Fatalf("the endpoints are %v", info.Endpoint)
+	}
+	runner := flight.NewFlightServiceClient(dial(t, endpoint.Location[0].Uri))
+	s := open(t, runner, endpoint.Ticket.Ticket)
+	s.run(1, 2, 3)
+	s.run(math.MaxInt32)
+	eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	s.end()
+	eventually(t, 5*time.Second, "the front knows of its end", func() bool { return f.status(t).Models[0].Streams == 0 })
+
+	again := open(t, runner, endpoint.Ticket.Ticket)
+	if err := again.writer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = again.wire.Recv()
+	wantStatus(t, err, codes.Unavailable, "opened a stream already")
+
+	relayed, err := f.info(t, model, `,"redirect":false`)
+	if err != nil || len(relayed.Endpoint[0].Location) != 0 {
+		t.Fatalf("the endpoints are %v, %v", relayed.GetEndpoint(), err)
+	}
+	for name, command := range map[string][]byte{"a ticket": relayed.Endpoint[0].Ticket.Ticket, "a plain descriptor": descriptor(model, "").Cmd} {
+		t.Run("relay of "+name, func(t *testing.T) {
+			s := open(t, f.client, command)
+			s.run(5, 6)
+			s.run(7)
+			s.end()
+		})
+	}
+	if models := f.status(t).Models; len(models) != 1 || models[0].State != "ready" {
+		t.Errorf("the models are %+v", models)
+	}
+}
+
+func TestDrain(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t, "--drain-timeout", "30s")
+	info, err := f.info(t, modelOf("ints"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+	s.run(1)
+	eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	f.signal(t, syscall.SIGTERM)
+	eventually(t, 5*time.Second, "the front takes no more requests", func() bool {
+		_, err := f.info(t, modelOf("ints"), "")
+		return status.Code(err) == codes.Unavailable
+	})
+	s.run(2) // the stream goes on
+	s.end()
+	if code := f.wait(t); code != 0 || !p.empty() {
+		t.Errorf("ended with %d: %s", code, f.stderr)
+	}
+}
+
+func TestDrainIsBounded(t *testing.T) {
+	for name, end := range map[string]func(*process){
+		"by the timeout":       func(f *process) { f.signal(t, syscall.SIGTERM) },
+		"by the second signal": func(f *process) { f.signal(t, syscall.SIGINT); f.signal(t, syscall.SIGTERM) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlace(t)
+			bound := "300ms"
+			if name != "by the timeout" {
+				bound = "1h"
+			}
+			f := p.serve(t, "--drain-timeout", bound)
+			info, err := f.info(t, modelOf("ints"), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+			s.run(1)
+			eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+			end(f)
+			if code := f.wait(t); code != 0 || !p.empty() {
+				t.Errorf("ended with %d: %s", code, f.stderr)
+			}
+		})
+	}
+}
+
+func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t)
+	if _, err := f.info(t, modelOf("mlp"), ""); err != nil {
+		t.Fatal(err)
+	}
+	runner, err := rundir.Of(f.status(t).Models[0].PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.signal(t, syscall.SIGKILL)
+	f.wait(t)
+	eventually(t, 5*time.Second, "the runner is gone", func() bool { return !runner.Alive() })
+	// What a killed front leaves, the next one sweeps.
+	next := p.serve(t)
+	entries, err := os.ReadDir(p.run)
+	socket, _ := handlers.SocketPath(next.Endpoint)
+	if err != nil || len(entries) != 1 || entries[0].Name() != filepath.Base(filepath.Dir(socket)) {
+		t.Errorf("the run-dir holds %v, %v", entries, err)
+	}
+}
+
+func TestKilledRunnerIsReplaced(t *testing.T) {
+	p := newPlace(t)
+	f := p.serve(t)
+	info, err := f.info(t, modelOf("ints"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+	s.run(1)
+	first := f.status(t).Models[0].PID
+	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if s.reader.Next() || status.Code(s.reader.Err()) != codes.Unavailable {
+		t.Errorf("the stream ended with %v", s.reader.Err())
+	}
+	eventually(t, 5*time.Second, "the front knows", func() bool { return len(f.status(t).Models) == 0 })
+	again := open(t, f.client, descriptor(modelOf("ints"), "").Cmd)
+	again.run(2)
+	again.end()
+	if second := f.status(t).Models[0].PID; second == first {
+		t.Errorf("process %d is said to serve still", first)
+	}
+}
+
+func TestBrokenModels(t *testing.T) {
+	p := newPlace(t)
+	truncated, empty := filepath.Join(t.TempDir(), "truncated"), t.TempDir()
+	if err := os.CopyFS(truncated, os.DirFS(modelOf("mlp"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(filepath.Join(truncated, "variables", "variables.data-00000-of-00001"), 1000); err != nil {
+		t.Fatal(err)
+	}
+	f := p.serve(t)
+	_, err := f.info(t, truncated, "")
+	wantStatus(t, err, codes.Internal, "model "+truncated, "cannot be loaded", "Read less bytes than requested")
+	_, err = f.info(t, empty, "")
+	wantStatus(t, err, codes.NotFound, "model "+empty, "saved_model.pb")
+	if _, err := f.info(t, modelOf("mlp"), ""); err != nil {
+		t.Errorf("a good model afterwards: %v", err)
+	}
+}
+
+// TestSharedFolder serves in a folder that others use too.
+func TestSharedFolder(t *testing.T) {
+	p, shared := newPlace(t), newPlace(t)
+	if err := os.MkdirAll(shared.run, 0o755); err != nil { //nolint:gosec // on purpose
+		t.Fatal(err)
+	}
+	foreign, err := net.Listen("unix", filepath.Join(shared.run, "docker.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = foreign.Close() }()
+	endpoint := handlers.Scheme + filepath.Join(shared.run, "front.sock")
+	f := p.serve(t, "--endpoint", endpoint)
+	if f.Endpoint != endpoint {
+		t.Errorf("the endpoint is %s", f.Endpoint)
+	}
+	if _, err := f.info(t, modelOf("mlp"), ""); err != nil {
+		t.Fatal(err)
+	}
+	second := p.command("serve", "--endpoint", endpoint)
+	out, err := second.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), fmt.Sprintf("serves in %s already (process %d)", shared.run, f.PID)) {
+		t.Errorf("a second front there: %s, %v", out, err)
+	}
+	f.signal(t, syscall.SIGINT)
+	if code := f.wait(t); code != 0 {
+		t.Errorf("ended with %d: %s", code, f.stderr)
+	}
+	entries, err := os.ReadDir(shared.run)
+	if err != nil || len(entries) != 1 || entries[0].Name() != "docker.sock" {
+		t.Errorf("the folder holds %v, %v", entries, err)
+	}
+}

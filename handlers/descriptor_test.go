@@ -1,0 +1,180 @@
+package handlers
+
+import (
+	"fmt"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+func command(text string) *flight.FlightDescriptor {
+	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: []byte(text)}
+}
+
+func TestParseDescriptor(t *testing.T) {
+	minimal := func(change func(*Descriptor)) *Descriptor {
+		d := &Descriptor{
+			V: 1, Model: "m", Version: "latest", Signature: savedmodel.DefaultSignature,
+			OnError: "fail", ErrorColumn: "error", Nulls: "null", Device: "auto", Layout: "list",
+		}
+		change(d)
+		return d
+	}
+	no, limit := false, int64(0)
+	for name, c := range map[string]struct {
+		text string
+		want *Descriptor
+	}{
+		"defaults":       {`{"v":1,"model":"m"}`, minimal(func(*Descriptor) {})},
+		"version number": {`{"v":1,"model":"m","version":7}`, minimal(func(d *Descriptor) { d.Version = "7" })},
+		"version text":   {`{"v":1,"model":"m","version":"7"}`, minimal(func(d *Descriptor) { d.Version = "7" })},
+		"version null":   {`{"v":1,"model":"m","version":null}`, minimal(func(*Descriptor) {})},
+		"mapping order": {`{"v":1,"model":"m","outputs":{"z":"1","a":"2","m":"3"}}`, minimal(func(d *Descriptor) {
+			d.Outputs = tensor.Mapping{{Tensor: "z", Column: "1"}, {Tensor: "a", Column: "2"}, {Tensor: "m", Column: "3"}}
+		})},
+		"long form":      {`{"v":1,"model":"m","inputs":{"x":{"column":"c"},"y":"d"}}`, minimal(func(d *Descriptor) { d.Inputs = tensor.Mapping{{Tensor: "x", Column: "c"}, {Tensor: "y", Column: "d"}} })},
+		"no run timeout": {`{"v":1,"model":"m","run_timeout_ms":0}`, minimal(func(d *Descriptor) { d.RunTimeoutMS = &limit })},
+		"relay":          {`{"v":1,"model":"m","redirect":false}`, minimal(func(d *Descriptor) { d.Redirect = &no })},
+		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", []byte(`{"max_batch_size":4}`) })},
+		"choices":        {`{"v":1,"model":"m","on_error":"column","error_column":"e","nulls":"fail","device":"cpu"}`, minimal(func(d *Descriptor) { d.OnError, d.ErrorColumn, d.Nulls, d.Device = "column", "e", "fail", "cpu" })},
+		"picture defaults": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3]}}}`, minimal(func(d *Descriptor) {
+			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32"}}
+		})},
+		"picture scale": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3],"scale":0.5,"offset":[1,2,3]}}}`, minimal(func(d *Descriptor) {
+			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32", Scale: channels{.5, .5, .5}, Offset: channels{1, 2, 3}}}
+		})},
+		"whitespace around": {" {\"v\":1,\"model\":\"m\"}\n", minimal(func(*Descriptor) {})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := ParseDescriptor(command(c.text))
+			if err != nil || !reflect.DeepEqual(got, c.want) {
+				t.Errorf("read %+v, %v; want %+v", got, err, c.want)
+			}
+		})
+	}
+}
+
+func TestParseDescriptorRefuses(t *testing.T) {
+	in := func(fields string) string { return fmt.Sprintf(`{"v":1,"model":"m",%s}`, fields) }
+	for name, c := range map[string]struct {
+		text  string
+		parts []string
+	}{
+		"nothing":               {``, []string{"EOF"}},
+		"no object":             {`[]`, []string{"descriptor:"}},
+		"cut off":               {`{"v":1,`, []string{"unexpected EOF"}},
+		"text behind":           {`{"v":1,"model":"m"} {}`, []string{"text after the object"}},
+		"no v":                  {`{"model":"m"}`, []string{"v is 0", "speaks 1"}},
+		"wrong v":               {`{"v":2,"model":"m"}`, []string{"v is 2", "speaks 1"}},
+		"no model":              {`{"v":1}`, []string{"model is missing"}},
+		"unknown field":         {in(`"modle":"m"`), []string{`unknown field "modle"`}},
+		"unknown lease field":   {in(`"lease":{"key":1}`), []string{`unknown field "key"`}},
+		"duplicate key":         {in(`"inputs":{"x":"a","x":"b"}`), []string{`tensor "x" is mapped twice`}},
+		"unknown column field":  {in(`"inputs":{"x":{"column":"c","encoding":"raw"}}`), []string{`tensor "x"`, `unknown field "encoding"`}},
+		"no column":             {in(`"outputs":{"x":""}`), []string{`tensor "x" is mapped to no column`}},
+		"mapping is a list":     {in(`"inputs":["x"]`), []string{"must be an object"}},
+		"column is a number":    {in(`"inputs":{"x":1}`), []string{`tensor "x": want a column's name`}},
+		"version of no kind":    {in(`"version":1.5`), []string{"version must be a number"}},
+		"negative version":      {in(`"version":-1`), []string{"version must be a number"}},
+		"on_error":              {in(`"on_error":"skip"`), []string{`on_error is "skip"`, `"fail" "null" "column"`}},
+		"nulls":                 {in(`"nulls":"zero"`), []string{`nulls is "zero"`}},
+		"device":                {in(`"device":"gpu"`), []string{`device is "gpu"`, `"auto" "cpu"`}},
+		"layout":                {in(`"layout":"tensor"`), []string{`layout is "tensor"`}},
+		"run timeout":           {in(`"run_timeout_ms":-1`), []string{"run_timeout_ms is -1"}},
+		"picture without size":  {in(`"preprocess":{"p":{}}`), []string{`preprocess of "p"`, "size must be [height, width]"}},
+		"picture of size 0":     {in(`"preprocess":{"p":{"size":[0,1]}}`), []string{"from 1 to 16384"}},
+		"picture too large":     {in(`"preprocess":{"p":{"size":[1,16385]}}`), []string{"from 1 to 16384"}},
+		"picture of three":      {in(`"preprocess":{"p":{"size":[1,1,3]}}`), []string{"size must be"}},
+		"picture resize":        {in(`"preprocess":{"p":{"size":[1,1],"resize":"area"}}`), []string{`resize is "area"`}},
+		"picture scale of two":  {in(`"preprocess":{"p":{"size":[1,1],"scale":[1,2]}}`), []string{"a number or a list of 3"}},
+		"picture scale of null": {in(`"preprocess":{"p":{"size":[1,1],"scale":null}}`), []string{"a number or a list of 3"}},
+		"too long":              {`{"v":1,"model":"` + strings.Repeat("m", MaxDescriptorBytes) + `"}`, []string{"bytes, more than 65536"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := ParseDescriptor(command(c.text))
+			wantFault(t, err, fault.BadRequest, c.parts...)
+		})
+	}
+	for _, fd := range []*flight.FlightDescriptor{nil, {Type: flight.DescriptorPATH, Path: []string{"m"}}} {
+		_, err := ParseDescriptor(fd)
+		wantFault(t, err, fault.BadRequest, "CMD descriptor")
+	}
+}
+
+// wantFault checks that err is a fault of a kind whose sentence holds all the parts.
+func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
+	t.Helper()
+	if got, ok := fault.KindOf(err); !ok || got != kind {
+		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
+		return
+	}
+	for _, part := range parts {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%q does not say %q", err, part)
+		}
+	}
+}
+
+func TestScales(t *testing.T) {
+	plain := Preprocess{}
+	if plain.Scales() != [3]float32{1, 1, 1} || plain.Offsets() != [3]float32{} {
+		t.Errorf("the defaults are %v and %v", plain.Scales(), plain.Offsets())
+	}
+	set := Preprocess{Scale: channels{2, 3, 4}, Offset: channels{5, 6, 7}}
+	if set.Scales() != [3]float32{2, 3, 4} || set.Offsets() != [3]float32{5, 6, 7} {
+		t.Errorf("set to %v and %v", set.Scales(), set.Offsets())
+	}
+}
+
+func TestPlanNamesModelAndSignature(t *testing.T) {
+	d, err := ParseDescriptor(command(`{"v":1,"model":"m","signature":"nope"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = d.Plan(doubler)
+	wantFault(t, err, fault.NotFound, "model m", `no signature "nope"`, "serving_default")
+	d.Signature, d.Outputs = savedmodel.DefaultSignature, tensor.Mapping{{Tensor: "nope", Column: "c"}}
+	_, err = d.Plan(doubler)
+	wantFault(t, err, fault.BadRequest, "model m, signature serving_default", `no output "nope"`)
+}
+
+// FuzzParseDescriptor checks that no bytes do harm, and that a ticket means what its descriptor meant: what was read
+// and written is read as the same.
+func FuzzParseDescriptor(f *testing.F) {
+	for _, seed := range []string{
+		`{"v":1,"model":"m"}`,
+		`{"v":1,"model":"m","version":3,"inputs":{"x":{"column":"c"}},"outputs":{"b":"1","a":"2"},"redirect":false}`,
+		`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3],"scale":0.0078125,"offset":[-1,0,1e-9]}},"run_timeout_ms":0}`,
+		`{"v":1,"model":"m","batching":"off","plane":"shm","on_error":"column","lease":{"id":"i","expires":1,"mac":"m"}}`,
+		`{"v":1,"model":"\ud800","request_id":"é"}`, `{"v":1e0}`, `null`, `{`, "\xff",
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		d, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: data})
+		if err != nil {
+			wantFault(t, err, fault.BadRequest)
+			return
+		}
+		written, err := d.Command()
+		if err != nil {
+			t.Fatalf("%q cannot be written again: %v", data, err)
+		}
+		if len(written) > MaxDescriptorBytes {
+			return // escapes are longer than what they stand for
+		}
+		again, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: written})
+		if err != nil {
+			t.Fatalf("%q was written as %q: %v", data, written, err)
+		}
+		if twice, err := again.Command(); err != nil || string(twice) != string(written) {
+			t.Fatalf("%q was written as %q, then as %q, %v", data, written, twice, err)
+		}
+	})
+}

@@ -1,0 +1,797 @@
+package handlers
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/array"
+	"github.com/apache/arrow/go/v15/arrow/flight"
+	"github.com/apache/arrow/go/v15/arrow/ipc"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/offheap"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+// doubler is the model of fakeEngine: n is the first element of each row of x, y is x with that element doubled.
+var doubler = &savedmodel.Model{Signatures: map[string]savedmodel.Signature{savedmodel.DefaultSignature: {
+	Inputs: []savedmodel.Spec{{Name: "x", Tensor: "x:0", DType: savedmodel.Float32, Shape: []int64{-1, -1}}},
+	Outputs: []savedmodel.Spec{
+		{Name: "n", Tensor: "n:0", DType: savedmodel.Float32, Shape: []int64{-1}},
+		{Name: "y", Tensor: "y:0", DType: savedmodel.Float32, Shape: []int64{-1, -1}},
+	},
+}}}
+
+// fakeEngine computes in plain Go and stands for TensorFlow in this package only.
+type fakeEngine struct {
+	before func(call int) error // called by each run, if set
+	calls  atomic.Int64
+	open   atomic.Int64 // outputs that were not closed
+}
+
+func (e *fakeEngine) Model() *savedmodel.Model { return doubler }
+
+func (e *fakeEngine) Pictures(map[string]Preprocess) (tensor.Pictures, error) { return nil, nil }
+
+func (e *fakeEngine) Run(_ context.Context, feeds []tensor.Feed, fetches []string, _ time.Duration) (Outputs, error) {
+	defer tensor.ReleaseFeeds(feeds)
+	call := int(e.calls.Add(1)) - 1
+	if e.before != nil {
+		if err := e.before(call); err != nil {
+			return nil, err
+		}
+	}
+	x := feeds[0].Value
+	rows, width := x.Shape[0], x.Shape[1]
+	y := tensor.Value{DType: x.DType, Shape: x.Shape, Data: bytes.Clone(x.Data)}
+	n := tensor.Value{DType: x.DType, Shape: x.Shape[:1]}
+	for row := range rows {
+		first := x.Data[4*row*width:][:4]
+		n.Data = append(n.Data, first...)
+		v := math.Float32frombits(binary.LittleEndian.Uint32(first))
+		binary.LittleEndian.PutUint32(y.Data[4*row*width:], math.Float32bits(2*v))
+	}
+	outputs := &fakeOutputs{engine: e}
+	for _, name := range fetches {
+		outputs.values = append(outputs.values, map[string]tensor.Value{"y:0": y, "n:0": n}[name])
+	}
+	e.open.Add(1)
+	return outputs, nil
+}
+
+type fakeOutputs struct {
+	engine *fakeEngine
+	values []tensor.Value
+}
+
+func (o *fakeOutputs) Values() []tensor.Value { return o.values }
+func (o *fakeOutputs) Close()                 { o.engine.open.Add(-1) }
+
+// events counts streams.
+type events struct {
+	mu             sync.Mutex
+	opened, closed []string
+}
+
+func (e *events) StreamOpened(lease string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.opened = append(e.opened, lease)
+}
+
+func (e *events) StreamClosed(lease string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.closed = append(e.closed, lease)
+}
+
+func (e *events) counts() (opened, closed int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.opened), len(e.closed)
+}
+
+// service is a runner's service on a Unix socket, with a client. At the end of its test nothing of it may be left: no
+// goroutine, no byte, no output, no socket.
+type service struct {
+	engine *fakeEngine
+	events *events
+	key    []byte
+	mem    *offheap.Allocator // of the server
+	logs   *observer.ObservedLogs
+	client flight.FlightServiceClient
+}
+
+func newService(t *testing.T, before func(call int) error) *service {
+	t.Helper()
+	s := &service{engine: &fakeEngine{before: before}, events: &events{}, key: []byte("key"), mem: &offheap.Allocator{}}
+	core, logs := observer.New(zapcore.InfoLevel)
+	s.logs = logs
+	log := zap.New(core)
+	socket := filepath.Join(socketDir(t), "r.sock")
+	listener, err := Listen(socket, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	runner := NewRunner(RunnerOptions{Engine: s.engine, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, Log: log})
+	server := NewServer(runner, log)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.client = flight.NewFlightServiceClient(conn)
+	t.Cleanup(func() {
+		_ = conn.Close()
+		server.Stop()
+		if err := <-served; err != nil {
+			t.Errorf("the server ended with %v", err)
+		}
+		runner.Close()
+		if n := s.mem.Live(); n != 0 {
+			t.Errorf("%d bytes were not freed", n)
+		}
+		if n := s.engine.open.Load(); n != 0 {
+			t.Errorf("%d outputs were not closed", n)
+		}
+		if opened, closed := s.events.counts(); opened != closed {
+			t.Errorf("%d streams were opened, %d closed", opened, closed)
+		}
+		if _, err := os.Lstat(socket); !os.IsNotExist(err) {
+			t.Errorf("the socket is still there: %v", err)
+		}
+		goleak.VerifyNone(t)
+	})
+	return s
+}
+
+// socketDir is a folder with a short path, as sockets need.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "fs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// ticket is a descriptor with a good lease and more fields.
+func (s *service) ticket(t *testing.T, fields string) *flight.FlightDescriptor {
+	t.Helper()
+	lease, err := json.Marshal(Grant(s.key, time.Now()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return command(fmt.Sprintf(`{"v":1,"model":"m","lease":%s%s}`, lease, fields))
+}
+
+var listSchema = arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.ListOf(arrow.PrimitiveTypes.Float32), Nullable: true}}, nil)
+
+// batch has a row of width elements for each number, which is its first element; NaN makes it null.
+func batch(width int, rows ...float64) arrow.Record {
+	b := array.NewRecordBuilder(memory.DefaultAllocator, listSchema)
+	defer b.Release()
+	lists := b.Field(0).(*array.ListBuilder)
+	for _, row := range rows {
+		lists.Append(!math.IsNaN(row))
+		if !math.IsNaN(row) {
+			values := make([]float32, width)
+			values[0] = float32(row)
+			lists.ValueBuilder().(*array.Float32Builder).AppendValues(values, nil)
+		}
+	}
+	return b.NewRecord()
+}
+
+// encode returns the messages of a stream: the schema with the descriptor, then the record batches.
+func encode(t *testing.T, fd *flight.FlightDescriptor, schema *arrow.Schema, batches ...arrow.Record) []*flight.FlightData {
+	t.Helper()
+	var sink captured
+	w := flight.NewRecordWriter(&sink, ipc.WithSchema(schema))
+	w.SetFlightDescriptor(fd)
+	for _, rec := range batches {
+		if err := w.Write(rec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return sink
+}
+
+type captured []*flight.FlightData
+
+func (c *captured) Send(data *flight.FlightData) error {
+	*c = append(*c, &flight.FlightData{FlightDescriptor: data.FlightDescriptor, DataHeader: bytes.Clone(data.DataHeader), DataBody: bytes.Clone(data.DataBody)})
+	return nil
+}
+
+type answer struct {
+	rec  arrow.Record
+	meta AnswerMetadata
+}
+
+// exchange sends messages, half-closes, and reads all answers. The sending side stops at the first error, which
+// comes out of the reading side.
+func (s *service) exchange(t *testing.T, messages []*flight.FlightData) ([]answer, *arrow.Schema, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	stream, err := s.client.DoExchange(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		for _, m := range messages {
+			if stream.Send(m) != nil {
+				return
+			}
+		}
+		_ = stream.CloseSend()
+	}()
+	defer func() { <-sent }()
+	reader, err := flight.NewRecordReader(stream)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer reader.Release()
+	var answers []answer
+	for reader.Next() {
+		a := answer{rec: reader.Record()}
+		a.rec.Retain()
+		t.Cleanup(a.rec.Release)
+		if err := json.Unmarshal(reader.LatestAppMetadata(), &a.meta); err != nil {
+			t.Fatal(err)
+		}
+		answers = append(answers, a)
+	}
+	return answers, reader.Schema(), reader.Err()
+}
+
+// wantStatus checks the code and the sentence of a gRPC error, also below another.
+func wantStatus(t *testing.T, err error, code codes.Code, parts ...string) {
+	t.Helper()
+	got, ok := status.FromError(err)
+	if !ok || got.Code() != code {
+		t.Errorf("got %v, want %s", err, code)
+		return
+	}
+	for _, part := range parts {
+		if !strings.Contains(got.Message(), part) {
+			t.Errorf("%q does not say %q", got.Message(), part)
+		}
+	}
+}
+
+func TestRowContract(t *testing.T) {
+	s := newService(t, nil)
+	var batches []arrow.Record
+	var want [][]float64
+	next := 1.0
+	for i := range 200 {
+		rows := make([]float64, i%7)
+		for j := range rows {
+			if rows[j] = next; i%3 == 0 && j%2 == 1 {
+				rows[j] = math.NaN()
+			}
+			next++
+		}
+		want = append(want, rows)
+		batches = append(batches, batch(3, rows...))
+	}
+	batches[5] = batches[5].NewSlice(1, 4)
+	want[5] = want[5][1:4]
+	answers, schema, err := s.exchange(t, encode(t, s.ticket(t, `,"outputs":{"y":"twice","n":"sum"},"on_error":"column"`), listSchema, batches...))
+	if err != nil || len(answers) != len(batches) {
+		t.Fatalf("%d answers to %d batches: %v", len(answers), len(batches), err)
+	}
+	if got := fmt.Sprint(schema.Field(0).Name, schema.Field(1).Name, schema.Field(2).Name, schema.NumFields()); got != "twicesumerror3" {
+		t.Errorf("the columns are %s", got)
+	}
+	for i, a := range answers {
+		server := ""
+		if i == 0 {
+			server = "host:1"
+		}
+		kept := 0
+		lists, sums := a.rec.Column(0).(*array.List), a.rec.Column(1).(*array.Float32)
+		if a.rec.NumRows() != int64(len(want[i])) {
+			t.Fatalf("batch %d: %d rows, want %d", i, a.rec.NumRows(), len(want[i]))
+		}
+		for row, x := range want[i] {
+			if !a.rec.Column(2).IsNull(row) {
+				t.Errorf("batch %d, row %d has an error", i, row)
+			}
+			if math.IsNaN(x) {
+				if lists.IsValid(row) || sums.IsValid(row) {
+					t.Errorf("batch %d, row %d is not null", i, row)
+				}
+				continue
+			}
+			kept++
+			lo, hi := lists.ValueOffsets(row)
+			first := lists.ListValues().(*array.Float32).Value(int(lo))
+			if float64(first) != 2*x || hi-lo != 3 || float64(sums.Value(row)) != x {
+				t.Errorf("batch %d, row %d: %v, %v for %v", i, row, first, sums.Value(row), x)
+			}
+		}
+		if m := a.meta; m.Batch != int64(i) || !m.Last || m.Server != server || m.TFRows != kept || m.TotalUS < m.RunUS {
+			t.Errorf("batch %d has metadata %+v with %d rows run", i, m, kept)
+		}
+	}
+}
+
+func TestStreamWithoutBatches(t *testing.T) {
+	s := newService(t, nil)
+	answers, schema, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema))
+	if err != nil || len(answers) != 0 || schema.NumFields() != 2 || schema.Field(0).Name != "n" {
+		t.Errorf("%d answers with %v: %v", len(answers), schema, err)
+	}
+	if s.engine.calls.Load() != 0 {
+		t.Error("the engine ran")
+	}
+}
+
+func TestSchemaComesBeforeTheFirstBatch(t *testing.T) {
+	s := newService(t, nil)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	stream, err := s.client.DoExchange(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(encode(t, s.ticket(t, ""), listSchema)[0]); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := flight.NewRecordReader(stream) // waits for the schema; nothing else has been sent
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Release()
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if reader.Next() || reader.Err() != nil {
+		t.Errorf("the stream ended with %v", reader.Err())
+	}
+}
+
+// TestLargeAnswer has an answer of two outputs in several parts.
+func TestLargeAnswer(t *testing.T) {
+	s := newService(t, nil)
+	const width = 10 << 20 // of 40 MiB a row
+	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 1), batch(width, 2, 3), batch(1, 4)))
+	if err != nil || len(answers) != 4 {
+		t.Fatalf("%d answers: %v", len(answers), err)
+	}
+	for i, want := range []AnswerMetadata{{Batch: 0, Last: true}, {Batch: 1}, {Batch: 1, Last: true}, {Batch: 2, Last: true}} {
+		got := answers[i]
+		if got.meta.Batch != want.Batch || got.meta.Last != want.Last || got.rec.Column(0).(*array.Float32).Value(0) != float32(i+1) {
+			t.Errorf("part %d: %+v", i, got.meta)
+		}
+	}
+}
+
+func TestRefusedStreams(t *testing.T) {
+	s := newService(t, nil)
+	expired, err := json.Marshal(Grant(s.key, time.Now().Add(-time.Hour)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := s.ticket(t, "")
+	if _, _, err := s.exchange(t, encode(t, used, listSchema)); err != nil {
+		t.Fatal(err)
+	}
+	ints := arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.PrimitiveTypes.Int64}}, nil)
+	for name, c := range map[string]struct {
+		messages []*flight.FlightData
+		code     codes.Code
+		parts    []string
+	}{
+		"no descriptor":     {encode(t, nil, listSchema), codes.InvalidArgument, []string{"CMD descriptor"}},
+		"no JSON":           {encode(t, command("{"), listSchema), codes.InvalidArgument, []string{"descriptor: "}},
+		"no lease":          {encode(t, command(`{"v":1,"model":"m"}`), listSchema), codes.Unavailable, []string{"ticket of GetFlightInfo"}},
+		"expired lease":     {encode(t, command(fmt.Sprintf(`{"v":1,"model":"m","lease":%s}`, expired)), listSchema), codes.Unavailable, []string{"expired"}},
+		"used lease":        {encode(t, used, listSchema), codes.Unavailable, []string{"opened a stream already"}},
+		"unknown signature": {encode(t, s.ticket(t, `,"signature":"nope"`), listSchema), codes.NotFound, []string{`no signature "nope"`}},
+		"wrong column":      {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument, []string{"model m, signature serving_default", `column "c" is int64`, `"x" float32 [?,?]`}},
+		"null refused":      {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, batch(1, 1), batch(1, 1, math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
+		"nothing at all":    {nil, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
+		"no schema":         {[]*flight.FlightData{{FlightDescriptor: s.ticket(t, "")}}, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := s.exchange(t, c.messages)
+			wantStatus(t, err, c.code, c.parts...)
+		})
+	}
+	for _, policy := range []string{"null", "column"} {
+		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema, batch(1, 1, math.NaN())))
+		if err != nil || answers[0].rec.Column(0).NullN() != 1 {
+			t.Fatalf("on_error %s: %v", policy, err)
+		}
+		if policy == "column" {
+			if got := answers[0].rec.Column(2).(*array.String); !got.IsNull(0) || got.Value(1) != `column "c" is null` {
+				t.Errorf("the error column is %v", got)
+			}
+		}
+	}
+}
+
+func TestEngineFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		fail  func() error
+		code  codes.Code
+		parts []string
+	}{
+		"bad request": {func() error { return fault.New(fault.BadRequest, "TensorFlow refused the batch: shapes") }, codes.InvalidArgument, []string{"model m, signature serving_default: TensorFlow refused the batch: shapes"}},
+		"deadline":    {func() error { return fault.New(fault.Deadline, "too slow") }, codes.DeadlineExceeded, []string{"model m", "too slow"}},
+		"memory":      {func() error { return fault.New(fault.Exhausted, "no memory") }, codes.ResourceExhausted, []string{"no memory"}},
+		"plain error": {func() error { return errors.New("broken") }, codes.Internal, []string{"model m", "broken"}},
+		"panic":       {func() error { panic("secret detail") }, codes.Internal, []string{"its log has the details"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, func(call int) error {
+				if call == 2 {
+					return c.fail()
+				}
+				return nil
+			})
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 0), batch(1, 1), batch(1, 2), batch(1, 3), batch(1, 4)))
+			wantStatus(t, err, c.code, c.parts...)
+			if len(answers) != 2 {
+				t.Errorf("%d batches were answered before the error, want 2", len(answers))
+			}
+			if strings.Contains(err.Error(), "secret detail") {
+				t.Errorf("the caller learns of a panic: %v", err)
+			}
+			if name == "panic" && s.logs.FilterMessage("panic").Len() != 1 {
+				t.Error("the log says nothing of the panic")
+			}
+			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+				t.Errorf("the next stream: %d answers, %v", len(answers), err)
+			}
+		})
+	}
+}
+
+// TestClientLeaves cancels streams at many points: while the engine runs, and with batches read ahead.
+func TestClientLeaves(t *testing.T) {
+	running, leave := make(chan struct{}, 64), make(chan struct{})
+	s := newService(t, func(int) error {
+		running <- struct{}{}
+		<-leave
+		return nil
+	})
+	var working sync.WaitGroup
+	cancels := make(chan context.CancelFunc, 8)
+	for range 8 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		cancels <- cancel
+		stream, err := s.client.DoExchange(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages := encode(t, s.ticket(t, ""), listSchema, batch(1, 1), batch(1, 2), batch(1, 3), batch(1, 4), batch(1, 5), batch(1, 6), batch(1, 7))
+		working.Go(func() {
+			for _, m := range messages {
+				if stream.Send(m) != nil {
+					return
+				}
+			}
+		})
+		working.Go(func() {
+			for {
+				if _, err := stream.Recv(); err != nil {
+					if code := status.Code(err); code != codes.Canceled {
+						t.Errorf("a client that left got %v", err)
+					}
+					return
+				}
+			}
+		})
+	}
+	for range 8 {
+		<-running
+	}
+	for range 8 {
+		(<-cancels)()
+	}
+	working.Wait()
+	close(leave)
+	eventually(t, "all streams are closed", func() bool {
+		opened, closed := s.events.counts()
+		return opened == 8 && closed == 8
+	})
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+		t.Errorf("the next stream: %d answers, %v", len(answers), err)
+	}
+}
+
+// eventually waits until a condition holds, and fails the test after ten seconds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !holds(); {
+		if time.Now().After(deadline) {
+			t.Fatalf("after 10 s it is not so that %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// TestBackPressure lets a client send 24 batches of 8 MiB to an engine that stands still.
+func TestBackPressure(t *testing.T) {
+	const size, total = 8 << 20, 24
+	release := make(chan struct{})
+	s := newService(t, func(int) error {
+		<-release
+		return nil
+	})
+	messages := encode(t, s.ticket(t, `,"outputs":{"n":"n"}`), listSchema, batch(size/4, 1))
+	for range total - 1 {
+		messages = append(messages, messages[1])
+	}
+	answered := make(chan int, 1)
+	go func() {
+		answers, _, err := s.exchange(t, messages)
+		if err != nil {
+			t.Error(err)
+		}
+		answered <- len(answers)
+	}()
+	// What is read ahead, the batch in work, which counts in the budget, and one that was read and waits for it.
+	const bound = budgetBytes + 2*size
+	eventually(t, "the server has filled its budget, or its window", func() bool { return s.mem.Live() >= readAhead*size })
+	most := int64(0)
+	for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		most = max(most, s.mem.Live())
+	}
+	if most > bound {
+		t.Errorf("%d MiB are held, at most %d MiB should be", most>>20, bound>>20)
+	}
+	close(release)
+	if n := <-answered; n != total {
+		t.Errorf("%d of %d batches were answered", n, total)
+	}
+}
+
+// TestBudgetBoundsBytes holds the budget to account for batches so large that their number alone would not.
+func TestBudgetBoundsBytes(t *testing.T) {
+	const size, total = 40 << 20, 5
+	release := make(chan struct{})
+	s := newService(t, func(int) error {
+		<-release
+		return nil
+	})
+	messages := encode(t, s.ticket(t, `,"outputs":{"n":"n"}`), listSchema, batch(size/4, 1))
+	for range total - 1 {
+		messages = append(messages, messages[1])
+	}
+	answered := make(chan int, 1)
+	go func() {
+		answers, _, err := s.exchange(t, messages)
+		if err != nil {
+			t.Error(err)
+		}
+		answered <- len(answers)
+	}()
+	eventually(t, "a batch is read and waits", func() bool { return s.mem.Live() >= 2*size })
+	most := int64(0)
+	for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		most = max(most, s.mem.Live())
+	}
+	if most >= 3*size {
+		t.Errorf("%d MiB are held: more than one batch beyond the budget of %d MiB", most>>20, budgetBytes>>20)
+	}
+	close(release)
+	if n := <-answered; n != total {
+		t.Errorf("%d of %d batches were answered", n, total)
+	}
+}
+
+// TestMalformedBatches damages the second record batch of a stream byte by byte where it matters.
+func TestMalformedBatches(t *testing.T) {
+	s := newService(t, nil)
+	offsets := func(body []byte, values ...uint32) {
+		for i, v := range values {
+			binary.LittleEndian.PutUint32(body[4*i:], v)
+		}
+	}
+	for name, damage := range map[string]func(*flight.FlightData){
+		"no header":        func(m *flight.FlightData) { m.DataHeader = nil },
+		"tiny header":      func(m *flight.FlightData) { m.DataHeader = []byte{1, 2} },
+		"noise for header": func(m *flight.FlightData) { m.DataHeader = bytes.Repeat([]byte{0xa5}, len(m.DataHeader)) },
+		"half a header":    func(m *flight.FlightData) { m.DataHeader = m.DataHeader[:len(m.DataHeader)/2] },
+		"a second schema":  func(m *flight.FlightData) { m.DataHeader, m.DataBody = encode(t, nil, listSchema)[0].DataHeader, nil },
+		"negative offset":  func(m *flight.FlightData) { offsets(m.DataBody, 1<<31, 2, 4) },
+		"falling offsets":  func(m *flight.FlightData) { offsets(m.DataBody, 0, 4, 2) },
+		"offset beyond":    func(m *flight.FlightData) { offsets(m.DataBody, 0, 2, 1<<30) },
+		"ragged lists":     func(m *flight.FlightData) { offsets(m.DataBody, 0, 1, 4) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			messages := encode(t, s.ticket(t, ""), listSchema, batch(2, 1), batch(2, 2, 3))
+			damage(messages[2])
+			answers, _, err := s.exchange(t, messages)
+			wantStatus(t, err, codes.InvalidArgument)
+			if len(answers) != 1 {
+				t.Errorf("%d batches were answered before the damage, want 1", len(answers))
+			}
+		})
+	}
+	t.Run("every byte of the header", func(t *testing.T) {
+		// Whatever the metadata says, the stream ends with an answer or an error of the caller, never of the server.
+		good := encode(t, command("{}"), listSchema, batch(2, 2, 3))
+		for at := range good[1].DataHeader {
+			messages := encode(t, s.ticket(t, ""), listSchema, batch(2, 2, 3))
+			messages[1].DataHeader[at] ^= 0x13
+			_, _, err := s.exchange(t, messages)
+			if code := status.Code(err); err != nil && code != codes.InvalidArgument {
+				t.Errorf("byte %d of %d: %v", at, len(good[1].DataHeader), err)
+			}
+		}
+		if n := s.logs.FilterMessage("panic").Len(); n != 0 {
+			t.Errorf("%d panics", n)
+		}
+	})
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+		t.Errorf("the next stream: %d answers, %v", len(answers), err)
+	}
+}
+
+func TestManyStreamsAtOnce(t *testing.T) {
+	s := newService(t, nil)
+	var working sync.WaitGroup
+	for i := range 16 {
+		working.Go(func() {
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, float64(i)), batch(1, float64(-i))))
+			if err != nil || len(answers) != 2 || answers[1].rec.Column(0).(*array.Float32).Value(0) != float32(-i) {
+				t.Errorf("stream %d: %d answers, %v", i, len(answers), err)
+			}
+		})
+	}
+	working.Wait()
+}
+
+func TestSocketPath(t *testing.T) {
+	long := "/" + strings.Repeat("a", maxSocketPath-1)
+	for address, want := range map[string]string{
+		"grpc+unix:///a/b.sock": "/a/b.sock", "/a/b.sock": "want grpc+unix://", "grpc://h:1": "want grpc+unix://",
+		"grpc+unix://a": "must be absolute", "grpc+unix://": "must be absolute",
+		Scheme + long: long, Scheme + long + "a": "at most 107 bytes, this one has 108; choose a shorter run-dir",
+	} {
+		got, err := SocketPath(address)
+		if err != nil {
+			got = err.Error()
+		}
+		if err == nil && got != want || !strings.Contains(got, want) {
+			t.Errorf("%s: %s, want %s", address, got, want)
+		}
+	}
+	if _, err := Listen(long+"a", zap.NewNop()); err == nil || !strings.Contains(err.Error(), "107 bytes") {
+		t.Errorf("listening on too long a path: %v", err)
+	}
+}
+
+func TestListenReplacesSocketsAlone(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s.sock")
+	first, err := Listen(path, zap.NewNop())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = first.Close() }()
+	if info, err := os.Lstat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("the socket has mode %v, %v", info.Mode(), err)
+	}
+	second, err := Listen(path, zap.NewNop()) // over what a dead process left
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = second.Close()
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Listen(path, zap.NewNop()); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("listening in place of a file: %v", err)
+	}
+	if data, err := os.ReadFile(path); string(data) != "precious" {
+		t.Errorf("the file holds %q, %v", data, err)
+	}
+}
+
+// TestOtherUsersAreRefused connects as another user through folders and modes that would let it.
+func TestOtherUsersAreRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("skipped: needs root")
+	}
+	dir := socketDir(t)
+	path := filepath.Join(dir, "s.sock")
+	core, logs := observer.New(zapcore.WarnLevel)
+	listener, err := Listen(path, zap.New(core))
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := make(chan error, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err == nil {
+			_, err = io.WriteString(conn, "hello")
+			_ = conn.Close()
+		}
+		accepted <- err
+	}()
+	for _, p := range []string{dir, path} {
+		if err := os.Chmod(p, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(uid int) (string, error) {
+		type result struct {
+			text string
+			err  error
+		}
+		done := make(chan result, 1)
+		go func() {
+			runtime.LockOSThread() // and never unlock: the thread, which has another user now, ends with the goroutine
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
+				done <- result{err: errno}
+				return
+			}
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			if err == nil {
+				defer func() { _ = unix.Close(fd) }()
+				err = unix.Connect(fd, &unix.SockaddrUnix{Name: path})
+			}
+			text := make([]byte, 16)
+			n := 0
+			if err == nil {
+				n, err = unix.Read(fd, text)
+			}
+			done <- result{string(text[:max(n, 0)]), err}
+		}()
+		r := <-done
+		return r.text, r.err
+	}
+	if text, err := read(65534); text != "" || err != nil && !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("user 65534 read %q, %v", text, err)
+	}
+	if got := logs.FilterMessage("connection of another user refused").Len(); got != 1 {
+		t.Errorf("the log has %d lines of it", got)
+	}
+	if text, err := read(os.Geteuid()); text != "hello" || err != nil {
+		t.Errorf("the same user read %q, %v", text, err)
+	}
+	if err := <-accepted; err != nil {
+		t.Error(err)
+	}
+	_ = listener.Close()
+}

@@ -1,0 +1,87 @@
+package build
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestID(t *testing.T) {
+	before, commit := ID(), Commit
+	if again := ID(); again != before || !strings.HasPrefix(before, Commit+"-") {
+		t.Errorf("the build is %s, then %s", before, again)
+	}
+	defer func() { Commit = commit }()
+	if Commit = "other"; ID() == before {
+		t.Error("two commits are one build")
+	}
+}
+
+// pkg is what `go list` says of a package.
+type pkg struct {
+	ImportPath, Doc string
+	Standard        bool
+	Imports, Deps   []string
+}
+
+func packages(t *testing.T, args ...string) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-json=ImportPath,Doc,Standard,Imports,Deps"}, args...)...)
+	cmd.Dir = "../.."
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v: %s", err, stderr.String())
+	}
+	var list []pkg
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return list
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, p)
+	}
+}
+
+const (
+	front      = "flightsvc/cmd/flightsvc"
+	runner     = "flightsvc/cmd/flightsvc-runner"
+	tensorflow = "flightsvc/internal/tensorflow"
+	preprocess = "flightsvc/internal/preprocess"
+	binding    = "github.com/galeone/tensorflow/tensorflow/go"
+	tfgo       = "github.com/galeone/tfgo"
+)
+
+// TestDependencies holds the walls of ARCHITECTURE.md.
+func TestDependencies(t *testing.T) {
+	for _, p := range packages(t, "./...") {
+		if p.Doc == "" {
+			t.Errorf("%s has no package comment", p.ImportPath)
+		}
+		native := func(dep string) bool {
+			return dep == tensorflow || dep == preprocess || dep == binding || strings.HasPrefix(dep, binding+"/op") || strings.HasPrefix(dep, tfgo)
+		}
+		linked := slices.DeleteFunc(slices.Clone(p.Deps), func(dep string) bool { return !native(dep) })
+		switch p.ImportPath {
+		case runner, tensorflow, preprocess:
+		case front:
+			if len(linked) > 0 {
+				t.Errorf("%s links %v, but the front must start without libtensorflow, to say that it is missing", p.ImportPath, linked)
+			}
+		default:
+			if len(linked) > 0 {
+				t.Errorf("%s links %v; TensorFlow's only users are the runner and preprocess", p.ImportPath, linked)
+			}
+		}
+		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess {
+			t.Errorf("%s imports %s", p.ImportPath, tensorflow)
+		}
+	}
+}

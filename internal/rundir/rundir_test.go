@@ -1,0 +1,488 @@
+package rundir
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+)
+
+// runDir is a folder with a short path, as sockets need.
+func runDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "fs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func self(t *testing.T) Process {
+	t.Helper()
+	p, err := Of(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// dead is a process that has ended.
+func dead(t *testing.T) Process {
+	t.Helper()
+	p := sleeper(t)
+	if !p.Alive() {
+		t.Fatal("the process to be does not live")
+	}
+	end(t, p)
+	return p
+}
+
+var sleepers = map[int]*exec.Cmd{}
+
+func sleeper(t *testing.T) Process {
+	t.Helper()
+	cmd := exec.Command("sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	sleepers[cmd.Process.Pid] = cmd
+	p, err := Of(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func end(t *testing.T, p Process) {
+	t.Helper()
+	_ = sleepers[p.PID].Process.Kill()
+	_ = sleepers[p.PID].Wait()
+}
+
+// name writes the file that names a folder's front.
+func name(t *testing.T, dir string, p Process) {
+	t.Helper()
+	data, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, filepath.Join(dir, frontFile), string(data))
+}
+
+func put(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// socket leaves a socket behind that nobody listens on.
+func socket(t *testing.T, path string) {
+	t.Helper()
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener.SetUnlinkOnClose(false)
+	_ = listener.Close()
+}
+
+// list returns the names in a folder, joined.
+func list(t *testing.T, dir string) string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, entry := range entries {
+		names = append(names, entry.Name())
+	}
+	return strings.Join(names, " ")
+}
+
+func TestEnsure(t *testing.T) {
+	root := runDir(t)
+	made := filepath.Join(root, "a", "b")
+	for range 2 { // made, and found
+		if err := Ensure(made); err != nil {
+			t.Error(err)
+		}
+	}
+	if info, err := os.Stat(made); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("made with mode %v, %v", info.Mode(), err)
+	}
+	link := filepath.Join(root, "link")
+	if err := os.Symlink(made, link); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(root, "file")
+	put(t, file, "")
+	cases := map[string]string{link: "links are refused", file: "not a directory"}
+	for i, mode := range []os.FileMode{0o701, 0o710, 0o704, 0o777} {
+		open := filepath.Join(root, fmt.Sprint(i))
+		if err := os.Mkdir(open, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(open, mode); err != nil { // whatever the umask
+			t.Fatal(err)
+		}
+		cases[open] = fmt.Sprintf("mode %04o", mode)
+	}
+	if os.Geteuid() == 0 {
+		others := filepath.Join(root, "others")
+		if err := os.Mkdir(others, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(others, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		cases[others] = "belongs to user 65534, not to user 0"
+	}
+	for path, part := range cases {
+		if err := Ensure(path); err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("%s: %v, want %q", path, err, part)
+		}
+	}
+}
+
+func TestClaimAndRelease(t *testing.T) {
+	root := runDir(t)
+	path := filepath.Join(root, "0123abcd")
+	folder, err := Claim(root, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if owner, ok := front(path); !ok || owner != self(t) {
+		t.Errorf("the folder belongs to %v, %t", owner, ok)
+	}
+	socket(t, filepath.Join(path, "front.sock"))
+	if err := folder.Release(); err != nil {
+		t.Error(err)
+	}
+	if got := list(t, root); got != "" {
+		t.Errorf("left behind: %s", got)
+	}
+}
+
+func TestClaimTakesOverFromTheDead(t *testing.T) {
+	root := runDir(t)
+	path := filepath.Join(root, "user")
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	socket(t, filepath.Join(path, "front.sock"))
+	for _, text := range []string{"", "{", "null"} { // cut off while it was written
+		put(t, filepath.Join(path, frontFile), text)
+		folder, err := Claim(root, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := list(t, path); got != frontFile || folder == nil {
+			t.Errorf("the folder holds %s", got)
+		}
+	}
+	name(t, path, dead(t))
+	folder, err := Claim(root, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// Another front took over: what it has stays.
+	other := sleeper(t)
+	defer end(t, other)
+	name(t, path, other)
+	socket(t, filepath.Join(path, "front.sock"))
+	if err := folder.Release(); err != nil {
+		t.Error(err)
+	}
+	if got := list(t, path); got != "front front.sock" {
+		t.Errorf("the other front has %s left", got)
+	}
+	if _, err := Claim(root, path); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("serves in %s already (process %d)", path, other.PID)) {
+		t.Errorf("claiming from a live front: %v", err)
+	}
+	if got := list(t, path); got != "front front.sock" {
+		t.Errorf("the live front has %s left", got)
+	}
+}
+
+func TestReleaseWaitsForAStarter(t *testing.T) {
+	root := runDir(t)
+	path := filepath.Join(root, "user")
+	folder, err := Claim(root, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	starter, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(starter.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	released := make(chan error, 1)
+	go func() { released <- folder.Release() }()
+	if err := Sweep(root); err != nil { // held: must neither wait nor remove
+		t.Error(err)
+	}
+	select {
+	case err := <-released:
+		t.Fatalf("released under a starter's lock: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	other := sleeper(t)
+	defer end(t, other)
+	name(t, path, other) // the starter's front
+	_ = starter.Close()
+	if err := <-released; err != nil {
+		t.Error(err)
+	}
+	if got := list(t, path); got != frontFile {
+		t.Errorf("the new front has %s left", got)
+	}
+}
+
+// TestSharedFolderKeepsWhatIsNotOurs holds for a folder that others use, such as /run: nothing in it goes but our file.
+func TestSharedFolderKeepsWhatIsNotOurs(t *testing.T) {
+	root, shared := runDir(t), runDir(t)
+	if err := os.Chmod(shared, 0o755); err != nil { // not ours to judge
+		t.Fatal(err)
+	}
+	socket(t, filepath.Join(shared, "docker.sock"))
+	put(t, filepath.Join(shared, "notes.txt"), "precious")
+	for range 2 {
+		folder, err := Claim(root, shared)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := list(t, shared); got != "docker.sock front notes.txt" {
+			t.Errorf("while serving it holds %s", got)
+		}
+		if err := folder.Release(); err != nil {
+			t.Error(err)
+		}
+		if got := list(t, shared); got != "docker.sock notes.txt" {
+			t.Errorf("afterwards it holds %s", got)
+		}
+	}
+	// A folder of several levels below the run-dir, or the run-dir itself, is shared too.
+	for _, path := range []string{filepath.Join(root, "a", "b"), root} {
+		folder, err := Claim(root, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := folder.Release(); err != nil {
+			t.Error(err)
+		}
+		if got := list(t, path); path != root && got != "" || path == root && got != "a" {
+			t.Errorf("%s holds %s", path, got)
+		}
+	}
+
+	name(t, shared, dead(t))
+	folder, err := Claim(root, shared)
+	if err != nil {
+		t.Fatalf("taking over from a dead front: %v", err)
+	}
+	other := sleeper(t)
+	defer end(t, other)
+	name(t, shared, other)
+	if err := folder.Release(); err != nil {
+		t.Error(err)
+	}
+	if _, ok := front(shared); !ok {
+		t.Error("the file of another front was removed")
+	}
+	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(), "already") {
+		t.Errorf("claiming from a live front: %v", err)
+	}
+
+	put(t, filepath.Join(shared, frontFile), "a file of somebody else")
+	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(), "not ours") {
+		t.Errorf("claiming over a foreign file: %v", err)
+	}
+	if data, err := os.ReadFile(filepath.Join(shared, frontFile)); string(data) != "a file of somebody else" {
+		t.Errorf("the file holds %q, %v", data, err)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	root := runDir(t)
+	at := func(parts ...string) string { return filepath.Join(append([]string{root}, parts...)...) }
+	live, gone := sleeper(t), dead(t)
+	defer end(t, live)
+	for _, dir := range []string{"dead", "deadplus", "live", "locked", "empty", "foreign"} {
+		if err := os.Mkdir(at(dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, dir := range []string{"dead", "deadplus", "locked"} {
+		name(t, at(dir), gone)
+		socket(t, at(dir, "front.sock"))
+	}
+	put(t, at("deadplus", "notes.txt"), "precious")
+	name(t, at("live"), live)
+	put(t, at("foreign", "notes.txt"), "precious")
+	put(t, at("file.log"), "a log")
+	outside := runDir(t)
+	name(t, outside, gone)
+	if err := os.Symlink(outside, at("link")); err != nil {
+		t.Fatal(err)
+	}
+	held, err := os.Open(at("locked"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }()
+	if err := unix.Flock(int(held.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := Sweep(root); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, root); got != "deadplus file.log foreign link live locked" {
+		t.Errorf("after the sweep there are %s", got)
+	}
+	for dir, want := range map[string]string{"deadplus": "notes.txt", "foreign": "notes.txt", "live": "front", "locked": "front front.sock"} {
+		if got := list(t, at(dir)); got != want {
+			t.Errorf("%s holds %s, want %s", dir, got, want)
+		}
+	}
+	if got := list(t, outside); got != "front" {
+		t.Errorf("behind the link there is %q", got)
+	}
+	if err := Sweep(at("nope")); err == nil {
+		t.Error("a folder that is not there was swept")
+	}
+}
+
+func TestFoldersFollowTheEnvironment(t *testing.T) {
+	t.Setenv("XDG_RUNTIME_DIR", "/run/user/7")
+	t.Setenv("XDG_STATE_HOME", "/state")
+	if got := Default() + " " + LogDir("/r"); got != "/run/user/7/flightsvc /state/flightsvc/log" {
+		t.Error(got)
+	}
+	t.Setenv("XDG_RUNTIME_DIR", "")
+	t.Setenv("XDG_STATE_HOME", "")
+	t.Setenv("HOME", "/home/me")
+	if got, want := Default()+" "+LogDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d /home/me/.local/state/flightsvc/log", os.Geteuid()); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	t.Setenv("HOME", "")
+	if got := LogDir("/r"); got != "/r" {
+		t.Error(got)
+	}
+}
+
+func TestProcess(t *testing.T) {
+	me := self(t)
+	if !me.Alive() {
+		t.Error("this process is said to be dead")
+	}
+	if parsed, err := ParseProcess(fmt.Sprintf("%d:%d", me.PID, me.Start)); err != nil || parsed != me {
+		t.Errorf("%v reads as %v, %v", me, parsed, err)
+	}
+	if (Process{PID: me.PID, Start: me.Start + 1}).Alive() {
+		t.Error("a process of another start time is taken for this one")
+	}
+	for _, text := range []string{"", "1", "1:", ":1", "a:b", "0:1", "-1:1", "1;2", "1:2:3", "1:2x"} {
+		if p, err := ParseProcess(text); err == nil || !strings.Contains(err.Error(), "PID:START") {
+			t.Errorf("%q reads as %v, %v", text, p, err)
+		}
+	}
+	// A name may hold anything, also what looks like the end of it.
+	tricky := filepath.Join(runDir(t), "a) R 1 (b")
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(sleep)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tricky, data, 0o700); err != nil { //nolint:gosec // it is to run
+		t.Fatal(err)
+	}
+	cmd := exec.Command(tricky, "600")
+	cmd.Args[0] = "sleep"
+	plain := sleeper(t)
+	defer end(t, plain)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Wait() }()
+	defer func() { _ = cmd.Process.Kill() }()
+	p, err := Of(cmd.Process.Pid)
+	if err != nil || p.Start < plain.Start-1000 || p.Start > plain.Start+1000 {
+		t.Errorf("the start is %d, %v; another of that moment has %d", p.Start, err, plain.Start)
+	}
+}
+
+func TestWatch(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	gone := make(chan struct{})
+	p := sleeper(t)
+	if err := p.Watch(ctx, -1, func() { close(gone) }); err != nil {
+		t.Fatal(err)
+	}
+	given := make(chan struct{})
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Watch(ctx, fd, func() { close(given) }); err != nil {
+		t.Fatal(err)
+	}
+	end(t, p)
+	for _, ended := range []chan struct{}{gone, given} {
+		select {
+		case <-ended:
+		case <-time.After(5 * time.Second):
+			t.Fatal("the end was not seen")
+		}
+	}
+
+	never := func() { t.Error("a process that lives is said to have ended") }
+	if err := p.Watch(ctx, -1, never); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("process %d", p.PID)) {
+		t.Errorf("watching the dead: %v", err)
+	}
+	me := self(t)
+	other := Process{PID: me.PID, Start: me.Start + 1}
+	if err := other.Watch(ctx, -1, never); err == nil || !strings.Contains(err.Error(), "has ended") {
+		t.Errorf("watching under another's id: %v", err)
+	}
+	if err := me.Watch(ctx, -1, never); err != nil {
+		t.Fatal(err)
+	}
+	cancel() // ends the watch; goleak waits for it
+	fds := func() []string {
+		entries, _ := filepath.Glob("/proc/self/fd/*")
+		return slices.DeleteFunc(entries, func(path string) bool {
+			to, _ := os.Readlink(path)
+			return !strings.Contains(to, "pidfd")
+		})
+	}
+	for deadline := time.Now().Add(5 * time.Second); len(fds()) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("pidfds are left: %v", fds())
+		}
+	}
+}

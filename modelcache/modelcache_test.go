@@ -1,0 +1,475 @@
+package modelcache
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/galeone/tensorflow/tensorflow/go/core/framework/types_go_proto"
+	corepb "github.com/galeone/tensorflow/tensorflow/go/core/protobuf/for_core_protos_go_proto"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// fakeVariable makes this test's own binary a runner that behaves as the variable says; see fakeRunner.
+const fakeVariable = "FLIGHTSVC_TEST_RUNNER"
+
+func TestMain(m *testing.M) {
+	if mode := os.Getenv(fakeVariable); mode != "" {
+		fakeRunner(mode)
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+const testBuild = "build-1"
+
+// fakeRunner speaks the protocol of flightsvc-runner without a model. Each start leaves a file <pid>.started in the
+// folder of the model.
+func fakeRunner(mode string) {
+	input := bufio.NewReader(os.Stdin)
+	line, _ := input.ReadBytes('\n')
+	var setup Setup
+	if err := json.Unmarshal(line, &setup); err != nil {
+		panic(err)
+	}
+	if err := os.WriteFile(filepath.Join(setup.Dir, fmt.Sprint(os.Getpid(), ".started")), nil, 0o600); err != nil {
+		panic(err)
+	}
+	say := func(report Report) { _ = json.NewEncoder(os.Stdout).Encode(report) }
+	ready := Report{Build: testBuild, TensorFlow: "none", Ready: true}
+	switch mode {
+	case "dies":
+		os.Exit(3)
+	case "hangs":
+		// Neither speaks nor listens: not even the end of its input ends it.
+		time.Sleep(time.Hour)
+	case "mute":
+		_ = os.Stdout.Close()
+		time.Sleep(time.Hour)
+	case "refuses":
+		say(Report{Build: testBuild, Error: "model m cannot be loaded: truncated", Kind: fault.BadRequest})
+		os.Exit(1)
+	case "other build":
+		ready.Build = "build-2"
+	case "noisy":
+		fmt.Println("a library says hello")
+	case "gated": // loads until the test says go
+		for {
+			if _, err := os.Stat(filepath.Join(setup.Dir, "go")); err == nil {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	listener, err := net.Listen("unix", setup.Socket)
+	if err != nil {
+		panic(err)
+	}
+	listener.(*net.UnixListener).SetUnlinkOnClose(false) // the front clears up
+	say(ready)
+	for { // lines after the setup make it report a stream
+		line, err := input.ReadString('\n')
+		if err != nil {
+			return
+		}
+		verb, lease, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if verb == "open" {
+			say(Report{Opened: lease})
+		} else {
+			say(Report{Closed: lease})
+		}
+	}
+}
+
+// saved writes a SavedModel of one signature into dir.
+func saved(t *testing.T, dir string) {
+	t.Helper()
+	tensor := func(name string) map[string]*corepb.TensorInfo {
+		return map[string]*corepb.TensorInfo{name: {Encoding: &corepb.TensorInfo_Name{Name: name + ":0"}, Dtype: types_go_proto.DataType_DT_FLOAT}}
+	}
+	data, err := proto.Marshal(&corepb.SavedModel{MetaGraphs: []*corepb.MetaGraphDef{{
+		MetaInfoDef:  &corepb.MetaGraphDef_MetaInfoDef{Tags: []string{savedmodel.ServeTag}},
+		SignatureDef: map[string]*corepb.SignatureDef{savedmodel.DefaultSignature: {Inputs: tensor("x"), Outputs: tensor("y")}},
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(dir, savedmodel.File), string(data))
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantFault checks that err is a fault of a kind whose sentence holds all the parts.
+func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
+	t.Helper()
+	if got, ok := fault.KindOf(err); !ok || got != kind {
+		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
+		return
+	}
+	for _, part := range parts {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%q does not say %q", err, part)
+		}
+	}
+}
+
+// newCache returns a cache of fake runners and a model for it. Closing the cache, at the latest at the end of the
+// test, must leave no process and no socket.
+func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) {
+	t.Helper()
+	t.Setenv(fakeVariable, mode)
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // a fake runner under the race detector ends at once
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	folder, err := os.MkdirTemp("/tmp", "fs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	saved(t, filepath.Join(root, "m"))
+	options := Options{
+		ModelRoot: root, Folder: folder, Binary: self, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
+		Library: func(context.Context) (string, error) { return "/lib", nil }, Log: zap.NewNop(),
+	}
+	if change != nil {
+		change(&options)
+	}
+	cache := New(options)
+	model, err := cache.Resolve("m", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cache.Close()
+		if entries, err := os.ReadDir(folder); err != nil || len(entries) != 0 {
+			t.Errorf("the folder holds %v, %v", entries, err)
+		}
+		_ = os.RemoveAll(folder)
+		for _, pid := range started(t, model) {
+			if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+				t.Errorf("runner %d is still there: %v", pid, err)
+			}
+		}
+	})
+	return cache, model
+}
+
+// started returns the processes that were started for a model.
+func started(t *testing.T, model Model) []int {
+	t.Helper()
+	entries, err := filepath.Glob(filepath.Join(model.Dir, "*.started"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pids []int
+	for _, path := range entries {
+		var pid int
+		if _, err := fmt.Sscan(strings.TrimSuffix(filepath.Base(path), ".started"), &pid); err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// eventually waits until a condition holds, and fails the test after ten seconds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !holds(); {
+		if time.Now().After(deadline) {
+			t.Fatalf("after 10 s it is not so that %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func TestResolve(t *testing.T) {
+	root := t.TempDir()
+	at := func(parts ...string) string { return filepath.Join(append([]string{root}, parts...)...) }
+	saved(t, at("plain"))
+	for _, version := range []string{"2", "10", "9"} {
+		saved(t, at("many", version))
+	}
+	saved(t, at("many", "draft"))
+	write(t, at("many", "11", "notes.txt"), "no SavedModel yet")
+	write(t, at("empty", "notes.txt"), "")
+	write(t, at("broken", savedmodel.File), "this is no protocol buffer")
+	write(t, at("file"), "")
+	saved(t, at("with space"))
+	var read readings
+
+	for name, c := range map[string]struct{ ref, version, dir, number string }{
+		"a name":             {"plain", latest, at("plain"), "1"},
+		"a name, version 1":  {"plain", "1", at("plain"), "1"},
+		"a path":             {at("plain"), latest, at("plain"), "1"},
+		"an untidy path":     {at("plain") + "/../plain//", latest, at("plain"), "1"},
+		"a URI":              {"file://" + at("plain"), latest, at("plain"), "1"},
+		"a URI with escapes": {"file://" + at("with%20space"), latest, at("with space"), "1"},
+		"the highest":        {"many", latest, at("many", "10"), "10"},
+		"one of many":        {"many", "9", at("many", "9"), "9"},
+		"many by path":       {at("many"), latest, at("many", "10"), "10"},
+		"a version by path":  {at("many", "2"), latest, at("many", "2"), "1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for range 2 { // read, and remembered
+				got, err := resolve(root, c.ref, c.version, read.model)
+				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref || len(got.Saved.Signatures) != 1 {
+					t.Errorf("resolved to %+v, %v", got, err)
+				}
+			}
+		})
+	}
+	for name, c := range map[string]struct {
+		root, ref, version string
+		kind               fault.Kind
+		parts              []string
+	}{
+		"unknown name":         {root, "nope", latest, fault.NotFound, []string{"model nope", at("nope"), "no folder"}},
+		"unknown path":         {root, "/nope/m", latest, fault.NotFound, []string{"/nope/m", "on this host"}},
+		"a file":               {root, "file", latest, fault.NotFound, []string{"no folder"}},
+		"not a SavedModel":     {root, "empty", latest, fault.NotFound, []string{"holds no saved_model.pb"}},
+		"broken":               {root, "broken", latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
+		"unknown version":      {root, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
+		"version without one":  {root, "many", "11", fault.NotFound, []string{"version 11"}},
+		"label":                {root, "many", "draft", fault.NotFound, []string{"version draft"}},
+		"traversing version":   {root, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
+		"version of a plain":   {root, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
+		"no root":              {"", "plain", latest, fault.NotFound, []string{"no model-root", "--model-root"}},
+		"traversal":            {root, "../" + filepath.Base(root) + "/plain", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"dots":                 {root, "..", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"nested":               {root, "many/9", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"other scheme":         {root, "s3://bucket/m", latest, fault.BadRequest, []string{"s3://bucket/m", "file: URIs"}},
+		"URI of another host":  {root, "file://host/m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+		"URI of relative path": {root, "file:m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+		"URI with bad escape":  {root, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := resolve(c.root, c.ref, c.version, read.model)
+			wantFault(t, err, c.kind, c.parts...)
+		})
+	}
+
+	// A model that changes is read again.
+	write(t, at("broken", savedmodel.File), "")
+	saved(t, at("broken"))
+	if _, err := resolve(root, "broken", latest, read.model); err != nil {
+		t.Error(err)
+	}
+	write(t, at("plain", savedmodel.File), "broken now")
+	if _, err := resolve(root, "plain", latest, read.model); err == nil {
+		t.Error("a model that was broken since is served from memory")
+	}
+}
+
+func TestOneLoadForAllCallers(t *testing.T) {
+	cache, model := newCache(t, "gated", nil)
+	first, leave := context.WithCancel(context.Background())
+	left := make(chan error, 1)
+	go func() {
+		_, err := cache.Ready(first, model)
+		left <- err
+	}()
+	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	runners := make(chan *Runner, 50)
+	var working sync.WaitGroup
+	for range cap(runners) {
+		working.Go(func() {
+			runner, err := cache.Ready(context.Background(), model)
+			if err != nil {
+				t.Error(err)
+			}
+			runners <- runner
+		})
+	}
+	leave()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		t.Errorf("the caller that left got %v", err)
+	}
+	if _, ok := cache.Loaded(model); ok || !cache.Busy() || cache.Status()[0].State != StateLoading {
+		t.Errorf("while it loads the status is %+v", cache.Status())
+	}
+	write(t, filepath.Join(model.Dir, "go"), "")
+	working.Wait()
+	one := <-runners
+	for range cap(runners) - 1 {
+		if other := <-runners; other != one {
+			t.Fatal("two callers have two runners")
+		}
+	}
+	if pids := started(t, model); len(pids) != 1 || pids[0] != one.PID() || !one.Alive() {
+		t.Errorf("the processes %v were started, the runner is %d", pids, one.PID())
+	}
+	if got, ok := cache.Loaded(model); !ok || got != one || cache.Busy() {
+		t.Errorf("loaded %v, %t; the status is %+v", got, ok, cache.Status())
+	}
+	want := ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
+	if got := cache.Status(); len(got) != 1 || got[0] != want {
+		t.Errorf("the status is %+v, want %+v", got, want)
+	}
+	if info, err := os.Stat(strings.TrimPrefix(one.Endpoint(), "grpc+unix://")); err != nil || info.Mode().Type() != os.ModeSocket {
+		t.Errorf("the endpoint %s: %v", one.Endpoint(), err)
+	}
+}
+
+func TestDeadRunnerIsReplaced(t *testing.T) {
+	cache, model := newCache(t, "good", nil)
+	for range 3 {
+		runner, err := cache.Ready(context.Background(), model)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := runner.Client(); err != nil {
+			t.Fatal(err)
+		}
+		runner.Leased("l", time.Now().Add(time.Hour))
+		if err := syscall.Kill(runner.PID(), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the end is known", func() bool { return !runner.Alive() })
+		if _, ok := cache.Loaded(model); ok || cache.Busy() || len(cache.Status()) != 0 {
+			t.Errorf("a dead runner is counted: %+v", cache.Status())
+		}
+		runner.Close() // a second end does no harm
+	}
+	if n := len(started(t, model)); n != 3 {
+		t.Errorf("%d processes were started, want 3", n)
+	}
+}
+
+func TestLoadFails(t *testing.T) {
+	for mode, c := range map[string]struct {
+		change func(*Options)
+		kind   fault.Kind
+		parts  []string
+	}{
+		"dies":        {nil, fault.Internal, []string{"model m", "its runner ended while loading (exit status 3)", "log"}},
+		"mute":        {nil, fault.Internal, []string{"model m", "its runner ended while loading (signal: killed)"}},
+		"refuses":     {nil, fault.BadRequest, []string{"model m cannot be loaded: truncated"}},
+		"other build": {nil, fault.Precondition, []string{"flightsvc-runner is build build-2, flightsvc is build build-1", "one release"}},
+		"hangs":       {func(o *Options) { o.LoadTimeout = 200 * time.Millisecond }, fault.Deadline, []string{"model m: not loaded within 200ms (load-timeout)"}},
+		"no library": {func(o *Options) {
+			o.Library = func(context.Context) (string, error) { return "", errors.New("run pip install") }
+		}, fault.Precondition, []string{"model m: run pip install"}},
+		"no binary": {func(o *Options) { o.Binary = "/nope/flightsvc-runner" }, fault.Precondition, []string{"model m: start /nope/flightsvc-runner"}},
+	} {
+		t.Run(mode, func(t *testing.T) {
+			cache, model := newCache(t, mode, c.change)
+			_, err := cache.Ready(context.Background(), model)
+			wantFault(t, err, c.kind, c.parts...)
+			if cache.Busy() || len(cache.Status()) != 0 {
+				t.Errorf("after a failure the status is %+v", cache.Status())
+			}
+			for _, pid := range started(t, model) {
+				if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+					t.Errorf("runner %d is still there: %v", pid, err)
+				}
+			}
+			if mode == "dies" || mode == "refuses" { // a failure is not remembered
+				t.Setenv(fakeVariable, "good")
+				if _, err := cache.Ready(context.Background(), model); err != nil {
+					t.Errorf("the next try: %v", err)
+				}
+			}
+		})
+	}
+}
+
+func TestNoiseIsNoHandshake(t *testing.T) {
+	cache, model := newCache(t, "noisy", func(o *Options) { o.LoadTimeout = 10 * time.Second })
+	if _, err := cache.Ready(context.Background(), model); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPins(t *testing.T) {
+	cache, model := newCache(t, "good", nil)
+	runner, err := cache.Ready(context.Background(), model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	pins := func(at time.Time) string { return fmt.Sprint(runner.Pins(at)) }
+	runner.Leased("a", now.Add(time.Minute))
+	runner.Leased("b", now.Add(time.Second))
+	if got := pins(now); got != "0 2" || !cache.Busy() {
+		t.Errorf("two leases are %s", got)
+	}
+	if got := pins(now.Add(2 * time.Second)); got != "0 1" {
+		t.Errorf("with one expired they are %s", got)
+	}
+	tell := func(line string) {
+		if _, err := fmt.Fprintln(runner.stdin, line); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tell("open a")
+	eventually(t, "a stream is open", func() bool { return pins(now) == "1 0" })
+	if !cache.Busy() || cache.Streams() != 1 || cache.Status()[0].Streams != 1 {
+		t.Errorf("with a stream the status is %+v", cache.Status())
+	}
+	runner.Leased("a", now.Add(time.Minute)) // the front was slower than the client
+	if got := pins(now); got != "1 0" {
+		t.Errorf("a lease noted late counts twice: %s", got)
+	}
+	tell("open x") // a lease that the front has not noted yet
+	eventually(t, "two streams are open", func() bool { return pins(now) == "2 0" })
+	tell("close a")
+	tell("close x")
+	eventually(t, "the streams are closed", func() bool { return pins(now) == "0 0" })
+	if cache.Busy() || cache.Streams() != 0 {
+		t.Errorf("at rest the status is %+v", cache.Status())
+	}
+	if string(runner.Key()) == "" || len(runner.Key()) < 32 {
+		t.Errorf("a key of %d bytes", len(runner.Key()))
+	}
+}
+
+func TestCloseEndsWhatLoads(t *testing.T) {
+	cache, model := newCache(t, "hangs", nil)
+	failed := make(chan error, 1)
+	go func() {
+		_, err := cache.Ready(context.Background(), model)
+		failed <- err
+	}()
+	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	cache.Close()
+	wantFault(t, <-failed, fault.Unavailable, "this server is ending")
+	_, err := cache.Ready(context.Background(), model)
+	wantFault(t, err, fault.Unavailable, "this server is ending")
+}
+
+func TestRunnerEnvironment(t *testing.T) {
+	got := strings.Join(runnerEnv([]string{"A=1", "LD_LIBRARY_PATH=/old:/older", "B=x=y"}, "/lib"), " ")
+	if got != "A=1 B=x=y TF_CPP_MIN_LOG_LEVEL=2 LD_LIBRARY_PATH=/lib:/old:/older" {
+		t.Error(got)
+	}
+	got = strings.Join(runnerEnv([]string{"TF_CPP_MIN_LOG_LEVEL=0"}, "/lib"), " ")
+	if got != "TF_CPP_MIN_LOG_LEVEL=0 LD_LIBRARY_PATH=/lib" {
+		t.Error(got)
+	}
+}

@@ -1,0 +1,647 @@
+"""What is wrong is refused where it is seen, in words, and the next request on the same front works."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.flight as flight
+import pytest
+from figures import count, report
+
+import flightsvc
+from flightsvc import InvalidArgumentError, NotFoundError, SidecarError
+
+ROOT = Path(__file__).resolve().parents[2]
+RANDOM_STREAMS = 20
+KILLED_CLIENTS = count(3, 10)
+GROWTH_MB = 100
+cases = 0
+
+
+@pytest.fixture(autouse=True)
+def next_request_works(client: flightsvc.Client, models: Path) -> Iterator[None]:
+    """After each test the same front, with the same process, answers rightly."""
+    global cases
+    front = client.status()["pid"]
+    yield
+    cases += 1
+    report(bad_input_tests=cases)
+    assert client.predict(models / "ints", pa.table({"i": [[1, 2, 3]]}))["total"].to_pylist() == [6]
+    assert client.status()["pid"] == front
+
+
+@pytest.fixture(scope="session")
+def endpoint(client: flightsvc.Client, surroundings: Path) -> str:
+    client.status()
+    return f"grpc+unix://{surroundings}/run/user/front.sock"
+
+
+@pytest.fixture
+def raw(endpoint: str) -> Iterator[flight.FlightClient]:
+    """A client as anybody may write one, with pyarrow alone."""
+    with flight.FlightClient(endpoint) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def frame(spark: Any) -> Any:
+    return spark.range(4).selectExpr("id", "array(id, 0L, 1L) AS i", "'text' AS s")
+
+
+@pytest.fixture
+def no_task_starts(spark: Any) -> Iterator[None]:
+    """Nothing that runs here starts a job."""
+    group = f"driver {time.monotonic()}"
+    spark.sparkContext.setJobGroup(group, group)
+    yield
+    assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
+
+
+def lists(rows: list[list[int]]) -> pa.Table:
+    return pa.table({"i": rows})
+
+
+# Models.
+
+
+def test_unknown_model(client: flightsvc.Client, frame: Any, no_task_starts: None):
+    with pytest.raises(NotFoundError, match="model file:///no/such-model: there is no folder /no/such-model"):
+        client.predict("/no/such-model", lists([[1, 2, 3]]))
+    with pytest.raises(NotFoundError, match=r'model "such-model": .* no model-root .* set --model-root or'):
+        client.predict("such-model", lists([[1, 2, 3]]))
+    with pytest.raises(NotFoundError, match="model file:///no/such-model: there is no folder"):
+        flightsvc.Model("/no/such-model").transform(frame)
+
+
+def test_not_a_saved_model(client: flightsvc.Client, frame: Any, tmp_path: Path, no_task_starts: None):
+    (tmp_path / "weights.h5").write_text("not a SavedModel")
+    wanted = rf"model file://{tmp_path}: {tmp_path} holds no saved_model\.pb"
+    with pytest.raises(NotFoundError, match=wanted):
+        client.predict(tmp_path, lists([[1, 2, 3]]))
+    with pytest.raises(NotFoundError, match=wanted):
+        flightsvc.Model(tmp_path).transform(frame)
+
+
+@pytest.mark.parametrize("content", [b"", b"no protocol buffer", b"\x12\xff\xff\xff\x7f", os.urandom(4096)])
+def test_a_broken_saved_model(client: flightsvc.Client, tmp_path: Path, content: bytes):
+    (tmp_path / "saved_model.pb").write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match=re.escape(str(tmp_path / "saved_model.pb"))):
+        client.predict(tmp_path, lists([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_truncated_variables(
+    client: flightsvc.Client,
+    models: Path,
+    tmp_path: Path,
+    oracle: Callable[..., dict[str, Any]],
+    size: int,
+):
+    place = tmp_path / "mlp"
+    shutil.copytree(models / "mlp", place)
+    [variables] = place.glob("variables/variables.data-*")
+    os.truncate(variables, size)
+    x = np.ones((1, 512), np.float32)
+    table = pa.table({"x": pa.array(x.tolist(), pa.list_(pa.float32()))})
+    with pytest.raises(
+        flightsvc.FlightsvcError, match=rf"model file://{place} cannot be loaded from {place}"
+    ):
+        client.predict(place, table)
+    # Once the file is whole the same folder is served.
+    shutil.copy(models / "mlp" / "variables" / variables.name, variables)
+    got = np.array(client.predict(place, table)["y"].to_pylist())
+    np.testing.assert_allclose(got, oracle("mlp", x=x)["y"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_job_on_truncated_variables(frame: Any, models: Path, tmp_path: Path):
+    shutil.copytree(models / "two", tmp_path / "two")
+    [variables] = tmp_path.glob("two/variables/variables.data-*")
+    os.truncate(variables, 10)
+    rows = frame.selectExpr("array(1f,1f,1f,1f,1f,1f,1f,1f) AS a", "array(1f,1f,1f,1f) AS b")
+    with pytest.raises(Exception, match=rf"FlightsvcError: model file://{tmp_path}/two cannot be loaded"):
+        flightsvc.Model(tmp_path / "two").transform(rows).collect()
+
+
+# Columns.
+
+
+def test_unknown_column(client: flightsvc.Client, models: Path, frame: Any, no_task_starts: None):
+    reference = (models / "ints").as_uri()
+    wanted = f"model {reference}, signature serving_default: there is no column 'j' for input 'i'"
+    with pytest.raises(NotFoundError, match=f"{wanted}; columns: i$"):
+        client.predict(models / "ints", lists([[1, 2, 3]]), inputs={"i": "j"})
+    with pytest.raises(NotFoundError, match=f"{wanted}; columns: id, i, s$"):
+        flightsvc.Model(models / "ints").transform(frame, inputs={"i": "j"})
+
+
+def test_wrong_dtype(client: flightsvc.Client, models: Path, frame: Any, no_task_starts: None):
+    head = rf"model {(models / 'ints').as_uri()}, signature serving_default: "
+    with pytest.raises(InvalidArgumentError, match=rf'{head}input "i" int64 \[\?,3\] .* column "s" is utf8'):
+        client.predict(models / "ints", pa.table({"s": ["text"]}), inputs={"i": "s"})
+    with pytest.raises(
+        InvalidArgumentError, match=rf'{head}input "i" int64 \[\?,3\] .* column "i" of list<.*float64'
+    ):
+        client.predict(models / "ints", pa.table({"i": [[1.5, 2.0, 3.0]]}))
+    with pytest.raises(
+        InvalidArgumentError, match=rf"{head}column 's' is string, input 'i' \(int64\[-1,3\]\) needs array"
+    ):
+        flightsvc.Model(models / "ints").transform(frame, inputs={"i": "s"})
+
+
+@pytest.mark.parametrize("rows", [[[1, 2]], [[1, 2, 3], [1, 2]], [[]]])
+def test_wrong_shape(client: flightsvc.Client, models: Path, rows: list[list[int]]):
+    table = pa.table({"i": pa.array(rows, pa.list_(pa.int64()))})
+    with pytest.raises(InvalidArgumentError, match=r"model file:.*/ints, signature serving_default: .*\b3\b"):
+        client.predict(models / "ints", table)
+
+
+def test_a_row_that_is_too_large(client: flightsvc.Client, models: Path):
+    table = pa.table({"s": pa.array([b"x" * (257 << 20)], pa.large_binary())})
+    with pytest.raises(
+        InvalidArgumentError, match=r"row of 257 MiB, most of it in column 's'; at most 256 MiB can be sent"
+    ):
+        client.predict(models / "strings", table)
+
+
+# Pictures.
+
+
+@pytest.fixture
+def pictures(models: Path) -> flightsvc.Model:
+    return flightsvc.Model(
+        models / "pictures", preprocess={"image": flightsvc.ImageInput(size=(32, 32), scale=1 / 255)}
+    )
+
+
+def undecodable() -> list[bytes]:
+    from io import BytesIO
+
+    from PIL import Image
+
+    out = BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 48, 3), np.uint8)).save(out, "JPEG")
+    whole = out.getvalue()
+    return [b"", b"no picture", whole[:20], whole[:3], b"\x89PNG\r\n\x1a\n" + b"\0" * 40]
+
+
+def test_undecodable_pictures(client: flightsvc.Client, pictures: flightsvc.Model):
+    from io import BytesIO
+
+    from PIL import Image
+
+    out = BytesIO()
+    Image.new("RGB", (40, 50), (255, 0, 51)).save(out, "PNG")
+    bad = undecodable()
+    table = pa.table({"content": pa.array([out.getvalue(), *bad, None, out.getvalue()], pa.binary())})
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r'model .*/pictures, .*: row 1 of record batch 0: .*"content".*; on_error "null" or "column"',
+    ):
+        client.predict(pictures, table, inputs={"image": "content"})
+    nulls = client.predict(pictures, table, inputs={"image": "content"}, on_error="null")
+    assert nulls.column_names == ["content", "mean"]
+    said = client.predict(pictures, table, inputs={"image": "content"}, on_error="column", error_column="why")
+    assert said.column_names == ["content", "mean", "why"]
+    for answer in (nulls, said):
+        means = answer["mean"].to_pylist()
+        for row in range(len(table)):
+            if row in (0, len(table) - 1):
+                assert means[row] == pytest.approx([1.0, 0.0, 0.2], abs=1e-5)
+            else:
+                assert means[row] is None
+    why = said["why"].to_pylist()
+    assert [text is not None for text in why] == [False, *[True] * len(bad), False, False]
+    assert all("content" in text or "picture" in text or "image" in text for text in why[1:-2]), why
+
+
+def test_a_job_on_undecodable_pictures(spark: Any, pictures: flightsvc.Model):
+    rows = spark.createDataFrame(
+        [(i, bytes(content)) for i, content in enumerate(undecodable())], "id int, c binary"
+    )
+    with pytest.raises(
+        Exception, match=r"InvalidArgumentError: model .*/pictures, .*row \d+ of record batch \d+"
+    ):
+        pictures.transform(rows, inputs={"image": "c"}).collect()
+    for policy in ("null", "column"):
+        answer = pictures.transform(rows, inputs={"image": "c"}, on_error=policy).collect()
+        assert len(answer) == len(undecodable())
+        assert all(row["mean"] is None for row in answer)
+        assert policy == "null" or all(row["error"] for row in answer)
+
+
+# Nothing at all.
+
+
+def test_no_rows(client: flightsvc.Client, models: Path, spark: Any):
+    kind = pa.list_(pa.int64())
+    schema = pa.schema({"i": kind})
+    empty = pa.RecordBatch.from_pylist([], schema)
+    for nothing in (
+        pa.Table.from_batches([], schema),
+        pa.Table.from_batches([empty, empty], schema),
+        empty,
+    ):
+        answer = client.predict(models / "ints", nothing)
+        assert answer.num_rows == 0
+        assert answer.schema.names == ["i", "doubled", "total"]
+        assert [pa.types.is_list(answer.schema.types[1]), answer.schema.types[2]] == [True, pa.int64()]
+    full = pa.RecordBatch.from_pylist([{"i": [1, 2, 3]}], schema)
+    answer = client.predict(models / "ints", pa.Table.from_batches([empty, full, empty, full]))
+    assert [len(chunk) for chunk in answer["total"].chunks] == [0, 1, 0, 1]
+
+    model = flightsvc.Model(models / "ints")
+    no_partition = spark.createDataFrame([], "i array<bigint>")
+    empty_partitions = spark.range(0, 2, 1, 6).selectExpr("array(id, id, id) AS i")
+    none_left = empty_partitions.where("i[0] < 0")
+    for rows, totals in ((no_partition, []), (empty_partitions, [0, 3]), (none_left, [])):
+        result = model.transform(rows)
+        assert result.schema.simpleString() == ("struct<i:array<bigint>,doubled:array<bigint>,total:bigint>")
+        assert sorted(row.total for row in result.collect()) == totals
+
+
+# A front that cannot start, or cannot load.
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[str]:
+    """A front in the foreground; yields its endpoint and ends it by SIGTERM."""
+    command = [ROOT / "bin" / "flightsvc", "serve", "--log-level=error", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front:
+        try:
+            yield json.loads(front.stdout.readline())["endpoint"]
+        finally:
+            front.terminate()
+            assert front.wait(10) == 0
+
+
+def test_a_socket_path_that_is_too_long(short: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = short / ("d" * (107 - len(f"{short}//user/front.sock") + 1))  # one byte too many
+    path = f"{folder}/user/front.sock"
+    assert len(path) == 108
+    monkeypatch.setenv("FLIGHTSVC_RUN_DIR", str(folder))
+    with (
+        flightsvc.connect() as client,
+        pytest.raises(SidecarError, match=r"of 108 bytes, Linux allows 107; set spark\.flightsvc\.runDir or"),
+    ):
+        client.status()
+    assert not folder.exists()
+    done = subprocess.run(
+        [ROOT / "bin" / "flightsvc", "serve", f"--endpoint=grpc+unix://{path}", f"--run-dir={folder}"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(
+        r"flightsvc: address .*: a Unix socket's path has at most 107 bytes, this one has 108; "
+        r"choose a shorter run-dir\n",
+        done.stderr,
+    ), done.stderr
+
+
+def test_the_longest_socket_path_works(short: Path, monkeypatch: pytest.MonkeyPatch, models: Path):
+    folder = short / ("d" * (107 - len(f"{short}//user/front.sock")))
+    monkeypatch.setenv("FLIGHTSVC_RUN_DIR", str(folder))
+    with flightsvc.connect() as client:
+        assert client.predict(models / "ints", lists([[1, 2, 3]]))["total"].to_pylist() == [6]
+        client.shutdown()
+
+
+def test_no_libtensorflow(short: Path, models: Path):
+    (short / "empty").mkdir()
+    wanted = rf"model file://.*/ints: libtensorflow .*{short}/empty.* no libtensorflow_cc.*pip install "
+    with (
+        serving(f"--run-dir={short}/run", f"--libtensorflow={short}/empty") as endpoint,
+        flightsvc.connect(endpoint) as client,
+    ):
+        assert list(client.metadata(models / "ints")["signatures"]) == ["serving_default"]
+        for _ in range(2):
+            with pytest.raises(flightsvc.FlightsvcError, match=wanted):
+                client.predict(models / "ints", lists([[1, 2, 3]]))
+        assert client.status()["models"] == []
+
+
+# The raw wire.
+
+
+def refusal(call: Callable[[], Any]) -> BaseException:
+    """Return the exception that a Flight call ends with."""
+    with pytest.raises((pa.ArrowException, flight.FlightError, OSError)) as caught:
+        call()
+    return caught.value
+
+
+def exchange(
+    client: flight.FlightClient,
+    descriptor: flight.FlightDescriptor,
+    batch: pa.RecordBatch,
+) -> pa.Table:
+    writer, reader = client.do_exchange(descriptor, flight.FlightCallOptions(timeout=60))
+    with writer:
+        writer.begin(batch.schema)
+        writer.write_batch(batch)
+        writer.done_writing()
+        return reader.read_all()
+
+
+def command(body: Any) -> flight.FlightDescriptor:
+    return flight.FlightDescriptor.for_command(body if isinstance(body, bytes) else json.dumps(body))
+
+
+BATCH = pa.record_batch({"i": pa.array([[1, 2, 3]], pa.list_(pa.int64()))})
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "text"),
+    [
+        (b"", pa.ArrowInvalid, "descriptor: "),
+        (b"not json", pa.ArrowInvalid, "descriptor: invalid character"),
+        (b"\xff\xfe\x00", pa.ArrowInvalid, "descriptor: invalid character"),
+        (b"[]", pa.ArrowInvalid, "descriptor: "),
+        (b'{"v":1,"model":"m"} and more', pa.ArrowInvalid, "descriptor: there is text after the object"),
+        ({"v": 1}, pa.ArrowInvalid, "descriptor: model is missing"),
+        ({"model": "{ints}"}, pa.ArrowInvalid, "descriptor: v is 0; this server speaks 1"),
+        ({"v": 2, "model": "{ints}"}, pa.ArrowInvalid, "descriptor: v is 2; this server speaks 1"),
+        ({"v": "1", "model": "{ints}"}, pa.ArrowInvalid, "descriptor: .*string.*v"),
+        (
+            {"v": 1, "model": "{ints}", "colour": "red"},
+            pa.ArrowInvalid,
+            'descriptor: .*unknown field "colour"',
+        ),
+        (
+            {"v": 1, "model": "{ints}", "on_error": "ignore"},
+            pa.ArrowInvalid,
+            'on_error is "ignore"; this .*"null"',
+        ),
+        ({"v": 1, "model": "{ints}", "device": "gpu"}, pa.ArrowInvalid, 'device is "gpu"; this server knows'),
+        ({"v": 1, "model": "{ints}", "layout": "tensor"}, pa.ArrowInvalid, 'layout is "tensor"; this server'),
+        ({"v": 1, "model": "{ints}", "run_timeout_ms": -1}, pa.ArrowInvalid, "run_timeout_ms is -1; want 0"),
+        ({"v": 1, "model": "{ints}", "inputs": ["i"]}, pa.ArrowInvalid, "must be an object"),
+        (
+            {"v": 1, "model": "{ints}", "inputs": {"q": "i"}},
+            pa.ArrowInvalid,
+            'no input "q"; the signature has',
+        ),
+        (
+            {"v": 1, "model": "{ints}", "outputs": {"q": "i"}},
+            pa.ArrowInvalid,
+            'no output "q"; the signature has',
+        ),
+        ({"v": 1, "model": "{ints}", "version": "7"}, pa.ArrowKeyError, "no version 7"),
+        ({"v": 1, "model": "{ints}", "version": {}}, pa.ArrowInvalid, "version must be a number"),
+        ({"v": 1, "model": "{ints}", "signature": "s"}, pa.ArrowKeyError, 'no signature "s"; this model has'),
+        ({"v": 1, "model": ".."}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\.": '),
+        ({"v": 1, "model": "../../etc"}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\./\.\./etc": '),
+        ({"v": 1, "model": "s3://bucket/model"}, pa.ArrowInvalid, "this server reads file: URIs"),
+        ({"v": 1, "model": "file://host/model"}, pa.ArrowInvalid, "want file:///absolute/path"),
+        ({"v": 1, "model": "x" * (65 << 10)}, pa.ArrowInvalid, "bytes, more than 65536"),
+        (
+            {"v": 1, "model": "{ints}", "preprocess": {"i": {"size": [0, 9]}}},
+            pa.ArrowInvalid,
+            r'preprocess of "i": size must be \[height, width\]',
+        ),
+        (
+            {"v": 1, "model": "{ints}", "preprocess": {"i": {"size": [9, 9], "resize": "cubic"}}},
+            pa.ArrowInvalid,
+            'resize is "cubic"; this server knows',
+        ),
+    ],
+)
+def test_descriptors(raw: flight.FlightClient, models: Path, body: Any, kind: Any, text: str):
+    """Each verb that takes a descriptor refuses a wrong one with the same words."""
+    if isinstance(body, dict) and body.get("model") == "{ints}":
+        body = {**body, "model": (models / "ints").as_uri()}
+    for verb in (raw.get_schema, raw.get_flight_info, lambda descriptor: exchange(raw, descriptor, BATCH)):
+        error = refusal(lambda: verb(command(body)))  # noqa: B023
+        assert isinstance(error, kind), repr(error)
+        assert re.search(text, str(error)), str(error)
+
+
+def test_no_command_in_the_descriptor(raw: flight.FlightClient):
+    for descriptor in (flight.FlightDescriptor.for_path("a", "b"), flight.FlightDescriptor.for_path()):
+        for verb in (raw.get_schema, raw.get_flight_info, lambda it: exchange(raw, it, BATCH)):
+            error = refusal(lambda: verb(descriptor))  # noqa: B023
+            assert isinstance(error, pa.ArrowInvalid)
+            assert "must hold a CMD descriptor" in str(error)
+
+
+def test_a_name_that_leaves_the_model_root(short: Path, models: Path):
+    """Only folders directly below the model-root can be named."""
+    shutil.copytree(models / "ints", short / "outside")
+    (short / "root").mkdir()
+    names = ("../outside", "..", ".", "a/../../outside", "../root/../outside")
+    with (
+        serving(f"--run-dir={short}/run", f"--model-root={short}/root") as endpoint,
+        flight.FlightClient(endpoint) as client,
+    ):
+        for name in names:
+            error = refusal(lambda: client.get_schema(command({"v": 1, "model": name})))  # noqa: B023
+            assert isinstance(error, pa.ArrowInvalid), repr(error)
+            assert "a name is one folder below the model-root" in str(error)
+
+
+def test_streams_that_end_before_they_begin(raw: flight.FlightClient, models: Path):
+    descriptor = {"v": 1, "model": (models / "ints").as_uri()}
+    for target, head in both_ends(raw, descriptor):
+        for nothing_sent in (True, False):
+            writer, reader = target.do_exchange(head(), flight.FlightCallOptions(timeout=20))
+            if nothing_sent:
+                writer.done_writing()
+                error = refusal(reader.read_all)
+                assert isinstance(error, pa.ArrowInvalid), repr(error)
+                assert "schema" in str(error) or "descriptor" in str(error)
+            else:
+                reader.cancel()
+            with contextlib.suppress(pa.ArrowException, flight.FlightError, OSError):
+                writer.close()
+
+
+def ticket(raw: flight.FlightClient, descriptor: dict[str, Any]) -> tuple[str, bytes]:
+    """Return where the runner is and a ticket for it."""
+    [endpoint] = raw.get_flight_info(command(descriptor)).endpoints
+    return endpoint.locations[0].uri.decode(), endpoint.ticket.ticket
+
+
+def both_ends(
+    raw: flight.FlightClient, descriptor: dict[str, Any]
+) -> Iterator[tuple[flight.FlightClient, Callable[[], flight.FlightDescriptor]]]:
+    """Yield the front and a runner, each with what makes a good descriptor for it."""
+    yield raw, lambda: command(descriptor)
+    location, _ = ticket(raw, descriptor)
+    with flight.FlightClient(location) as runner:
+        yield runner, lambda: command(ticket(raw, descriptor)[1])
+
+
+def test_a_runner_wants_a_ticket_and_takes_it_once(raw: flight.FlightClient, models: Path):
+    descriptor = {"v": 1, "model": (models / "ints").as_uri()}
+    location, good = ticket(raw, descriptor)
+    with flight.FlightClient(location) as runner:
+        lease = json.loads(good)["lease"]
+        for bad in (None, {}, {**lease, "id": "other"}, {**lease, "expires": lease["expires"] + 60_000}):
+            forged = {**json.loads(good), "lease": bad}
+            error = refusal(lambda: exchange(runner, command(forged), BATCH))  # noqa: B023
+            assert isinstance(error, flight.FlightUnavailableError), repr(error)
+            assert "ask the front" in str(error)
+        assert exchange(runner, command(good), BATCH)["total"].to_pylist() == [6]
+        error = refusal(lambda: exchange(runner, command(good), BATCH))
+        assert isinstance(error, flight.FlightUnavailableError)
+        assert "has opened a stream already; ask the front for another" in str(error)
+        for verb in (runner.get_schema, runner.get_flight_info):
+            assert isinstance(refusal(lambda: verb(command(descriptor))), pa.ArrowNotImplementedError)  # noqa: B023
+
+
+def test_wrong_columns_on_the_wire(raw: flight.FlightClient, models: Path):
+    descriptor = {"v": 1, "model": (models / "ints").as_uri(), "inputs": {"i": "i"}}
+    for target, head in both_ends(raw, descriptor):
+        for columns, text in (
+            ({"j": BATCH["i"]}, '"i"'),
+            ({"i": pa.array(["text"])}, 'column "i" is utf8'),
+            ({"i": pa.array([[1.0, 2.0, 3.0]])}, 'column "i" of list<item: float64'),
+            ({"i": pa.nulls(1)}, 'column "i" is null'),
+        ):
+            error = refusal(lambda: exchange(target, head(), pa.record_batch(columns)))  # noqa: B023
+            assert isinstance(error, pa.ArrowInvalid), repr(error)
+            assert text in str(error)
+            assert "/ints, signature serving_default" in str(error)
+
+
+def test_messages_without_a_record_batch(raw: flight.FlightClient, models: Path):
+    for target, head in both_ends(raw, {"v": 1, "model": (models / "ints").as_uri()}):
+        writer, reader = target.do_exchange(head(), flight.FlightCallOptions(timeout=20))
+        writer.begin(BATCH.schema)
+        writer.write_batch(BATCH)
+        writer.write_metadata(b"no record batch")
+        writer.done_writing()
+        error = refusal(reader.read_all)
+        assert isinstance(error, pa.ArrowInvalid), repr(error)
+        assert "record batch 1 cannot be read" in str(error)
+        with contextlib.suppress(pa.ArrowException, flight.FlightError, OSError):
+            writer.close()
+
+
+def test_a_message_that_is_too_large(raw: flight.FlightClient, models: Path):
+    batch = pa.record_batch({"s": pa.array([b"x" * (257 << 20)], pa.binary())})
+    for target, head in both_ends(raw, {"v": 1, "model": (models / "strings").as_uri()}):
+        error = refusal(lambda: exchange(target, head(), batch))  # noqa: B023
+        assert isinstance(error, pa.ArrowInvalid), repr(error)
+        assert re.search("resource exhausted.*larger than max", str(error)), str(error)
+    small = pa.record_batch({"s": [b"abc"]})
+    for target, head in both_ends(raw, {"v": 1, "model": (models / "strings").as_uri()}):
+        assert exchange(target, head(), small)["upper"].to_pylist() == [b"ABC"]
+
+
+def test_wrong_actions(raw: flight.FlightClient):
+    for action, kind, text in (
+        (flight.Action("no.such", b""), pa.ArrowNotImplementedError, 'no action "no.such"; ListActions'),
+        (flight.Action("model.metadata", b"x"), pa.ArrowInvalid, 'a body like {"model":"name"}'),
+        (flight.Action("model.metadata", b"{}"), pa.ArrowInvalid, 'a body like {"model":"name"}'),
+    ):
+        error = refusal(lambda: list(raw.do_action(action)))  # noqa: B023
+        assert isinstance(error, kind), repr(error)
+        assert text in str(error)
+
+
+def test_random_bytes(raw: flight.FlightClient, models: Path, surroundings: Path):
+    """Bytes where gRPC, a descriptor, a schema or a record batch should be."""
+    import socket
+
+    dice = random.Random(3)
+    location, _ = ticket(raw, {"v": 1, "model": (models / "ints").as_uri()})
+    sockets = [f"{surroundings}/run/user/front.sock", location.removeprefix("grpc+unix://")]
+    for number in range(RANDOM_STREAMS):
+        noise = dice.randbytes(dice.randrange(1, 100_000))
+        with socket.socket(socket.AF_UNIX) as plain:
+            plain.settimeout(10)
+            plain.connect(sockets[number % 2])
+            with contextlib.suppress(OSError):  # the server may hang up while we talk
+                if number % 4 > 1:
+                    plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                plain.sendall(noise)
+                plain.shutdown(socket.SHUT_WR)
+                while plain.recv(65536):
+                    pass
+        error = refusal(lambda: exchange(raw, command(noise[:1000]), BATCH))  # noqa: B023
+        assert isinstance(error, pa.ArrowInvalid), repr(error)
+    report(random_streams=2 * RANDOM_STREAMS)
+
+
+# A client that goes away.
+
+CLIENT = """
+import json, sys
+import pyarrow as pa, pyarrow.flight as flight
+endpoint, model, redirect = sys.argv[1:]
+front = flight.FlightClient(endpoint)
+descriptor = {"v": 1, "model": model, "redirect": json.loads(redirect)}
+info = front.get_flight_info(flight.FlightDescriptor.for_command(json.dumps(descriptor)))
+[place] = info.endpoints
+runner = flight.FlightClient(place.locations[0].uri) if place.locations else front
+writer, reader = runner.do_exchange(flight.FlightDescriptor.for_command(place.ticket.ticket))
+values = pa.array([1.0] * (512 * 4096), pa.float32())
+batch = pa.record_batch({"x": pa.FixedSizeListArray.from_arrays(values, 512)})
+writer.begin(batch.schema)
+writer.write_batch(batch)
+reader.read_chunk()
+print("streaming", flush=True)
+while True:
+    writer.write_batch(batch)  # and nobody reads: this blocks when the windows are full
+"""
+
+
+@pytest.mark.parametrize("redirect", [True, False])
+def test_a_client_that_is_killed(client: flightsvc.Client, endpoint: str, models: Path, redirect: bool):
+    def about() -> dict[str, Any]:
+        return next(m for m in client.status()["models"] if m["dir"] == f"{models}/mlp")
+
+    def resident_mb() -> float:
+        return (
+            sum(psutil.Process(pid).memory_info().rss for pid in (about()["pid"], client.status()["pid"]))
+            / 1e6
+        )
+
+    before = 0.0
+    for number in range(KILLED_CLIENTS):
+        arguments = [endpoint, (models / "mlp").as_uri(), json.dumps(redirect)]
+        with subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], stdout=subprocess.PIPE) as gone:
+            assert gone.stdout.readline() == b"streaming\n"
+            assert about()["streams"] == 1
+            gone.kill()
+        end = time.monotonic() + 5
+        while about()["streams"]:
+            assert time.monotonic() < end, "the stream of a client that is gone is still open"
+            time.sleep(0.02)
+        before = before if number else resident_mb()
+    after = resident_mb()
+    report(
+        **{
+            f"killed_clients_{'at_runner' if redirect else 'relayed'}": KILLED_CLIENTS,
+            f"mb_after_first_and_last_{'at_runner' if redirect else 'relayed'}": [
+                round(before),
+                round(after),
+            ],
+        }
+    )
+    assert after - before < GROWTH_MB
