@@ -39,7 +39,7 @@ func open(setup modelcache.Setup) (*engine, error) {
 	threads := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
 	session, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, threads)
 	if err != nil {
-		return nil, fault.New(kindOf(err), "model %s cannot be loaded from %s: %s", setup.Model, setup.Dir, firstLine(err))
+		return nil, fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err), firstLine(err))
 	}
 	return &engine{saved: saved, session: session, cores: max(setup.Cores, 1), graphs: map[preprocess.Spec]*preprocess.Graph{}}, nil
 }
@@ -168,6 +168,19 @@ func (e *engine) graph(spec preprocess.Spec) (*preprocess.Graph, error) {
 		e.graphs[spec] = graph
 	}
 	return graph, err
+}
+
+// damage says in plain words what TensorFlow's code means when files are shorter than they should be,
+// or missing.
+func damage(err error) string {
+	var native *tensorflow.Error
+	if errors.As(err, &native) {
+		switch native.Code {
+		case tensorflow.OutOfRange, tensorflow.DataLoss, tensorflow.NotFound:
+			return ", its files are damaged or incomplete; export the model again"
+		}
+	}
+	return ""
 }
 
 // kindOf keeps the meaning of TensorFlow's codes that a caller can act on; all others are

@@ -677,7 +677,7 @@ func open(t *testing.T, client flight.FlightServiceClient, cmd []byte) *stream {
 	t.Helper()
 	s := &stream{t: t}
 	var err error
-	if s.wire, err = client.DoExchange(within(t, time.Minute)); err != nil {
+	if s.wire, err = client.DoExchange(within(t, 20*time.Second)); err != nil {
 		t.Fatal(err)
 	}
 	s.writer = flight.NewRecordWriter(s, ipc.WithSchema(ints))
@@ -792,7 +792,9 @@ func TestDrain(t *testing.T) {
 		_, err := f.info(t, modelOf("ints"), "")
 		return status.Code(err) == codes.Unavailable
 	})
-	s.run(2) // the stream goes on
+	for since := time.Now(); time.Since(since) < 500*time.Millisecond; time.Sleep(20 * time.Millisecond) {
+		s.run(2) // the stream goes on
+	}
 	s.end()
 	if code := f.wait(t); code != 0 || !p.empty() {
 		t.Errorf("ended with %d: %s", code, f.stderr)

@@ -39,8 +39,8 @@ RUNNER_KILLS = 4  # in one job
 CLEAN_SECONDS = 5.0  # after the JVM is gone
 PARTITIONS, BATCHES, BATCH_ROWS = 2, 40, 25
 TURNS = 10_000  # of the loop in the model ``slow``: some 50 ms for each record batch
-JOB_SECONDS = 90.0
-START_SECONDS = 90.0
+JOB_SECONDS = 180.0
+START_SECONDS = 180.0
 
 
 # The test's side.
@@ -255,19 +255,22 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
+def kill_daemon(it: Application, executor: psutil.Process, undisturbed: dict[str, Any]) -> None:
+    """Kill the daemon in the middle of a job: that one and the next end rightly at the same front."""
+    job = it.command("job")
+    front = it.working(executor)
+    [daemon] = [p for p in executor.children() if "pyspark.daemon" in command(p)]
+    kill(daemon)
+    assert_same(it.answer(job), undisturbed)
+    assert_same(it.ask("job"), undisturbed)
+    after = it.front(executor)
+    assert after is not None
+    assert after.process == front.process
+
+
 def test_the_daemon_may_die(shared: Application, undisturbed: dict[str, Any]):
-    for _ in range(TIMES):
-        job = shared.command("job")
-        executor = shared.executors()[0]
-        front = shared.working(executor)
-        [daemon] = [p for p in executor.children() if "pyspark.daemon" in command(p)]
-        kill(daemon)
-        assert_same(shared.answer(job), undisturbed)
-        assert_same(shared.ask("job"), undisturbed)
-        after = shared.front(executor)
-        assert after is not None
-        assert after.process == front.process
-    report(daemon_kills=TIMES, daemon_kills_wanted=5)
+    """The workers below it go on, and are used again by the tests that follow."""
+    kill_daemon(shared, min(shared.executors(), key=psutil.Process.create_time), undisturbed)
 
 
 def test_runners_may_die(shared: Application, undisturbed: dict[str, Any]):
@@ -341,11 +344,16 @@ def test_stopping_early(shared: Application):
 
 
 def test_an_executor_may_die(shared: Application, undisturbed: dict[str, Any]):
+    """First its daemon, then itself; Spark replaces it, and the next one killed is the replacement."""
     seconds = []
     for _ in range(TIMES):
-        job = shared.command("job")
-        executor = until(shared.executors, JOB_SECONDS, "executor")[0]
+        until(lambda: len(shared.executors()) == 2, JOB_SECONDS, "executors")
+        executor = max(shared.executors(), key=psutil.Process.create_time)
+        kill_daemon(shared, executor, undisturbed)
         front = shared.working(executor)
+        answered = front.answered()
+        job = shared.command("job")
+        until(lambda: front.answered() > answered, JOB_SECONDS, "answer")  # noqa: B023
         until(lambda: front.streaming("slow"), JOB_SECONDS, "stream")  # noqa: B023
         processes = [front.process, *front.process.children()]
         assert len(processes) == 3
@@ -357,7 +365,13 @@ def test_an_executor_may_die(shared: Application, undisturbed: dict[str, Any]):
 
         seconds.append(shared.until_clean(left))
         assert_same(shared.answer(job), undisturbed)
-    report(executor_kills=TIMES, executor_kills_wanted=5, seconds_until_clean_after_executor_killed=seconds)
+    report(
+        daemon_kills=TIMES + 1,
+        daemon_kills_wanted=5,
+        executor_kills=TIMES,
+        executor_kills_wanted=5,
+        seconds_until_clean_after_executor_killed=seconds,
+    )
 
 
 def end_and_wait(it: Application, end: Callable[[], None]) -> float:
