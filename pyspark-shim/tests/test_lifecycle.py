@@ -87,9 +87,10 @@ class Front:
         """The runner of a model if it has a stream; it is a child of the front."""
         for about in self.models():
             if about["dir"].endswith(f"/{model}") and about["streams"]:
-                runner = psutil.Process(about["pid"])
-                assert runner.ppid() == self.process.pid
-                return runner
+                with contextlib.suppress(psutil.NoSuchProcess):  # the one just killed, not yet noticed
+                    runner = psutil.Process(about["pid"])
+                    assert runner.ppid() == self.process.pid
+                    return runner
         return None
 
 
