@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RANDOM_STREAMS = 20
 KILLED_CLIENTS = count(4, 80)
 SETTLED_CLIENTS = count(2, 50)  # the C library keeps freed memory, up to some high-water mark
-REFUSALS = count(300, 10_000)
+REFUSALS = count(300, 3_000)
 GROWTH_MB = 100
 cases = 0
 

@@ -34,7 +34,7 @@ from flightsvc import sidecar
 
 T = TypeVar("T")
 
-TIMES = count(1, 5)  # each kill
+TIMES = count(1, 3)  # each kill
 RUNNER_KILLS = 4  # in one job
 CLEAN_SECONDS = 5.0  # after the JVM is gone
 PARTITIONS, BATCHES, BATCH_ROWS = 2, 40, 25
@@ -121,9 +121,9 @@ class Application:
         self.asked = 0
         self.id = self.ask("start", START_SECONDS)
 
-    def command(self, name: str) -> int:
+    def command(self, line: str) -> int:
         """Let the driver do something; ``answer`` waits for it."""
-        self.driver.stdin.write(name + "\n")
+        self.driver.stdin.write(line + "\n")
         self.driver.stdin.flush()
         self.asked += 1
         return self.asked
@@ -136,8 +136,8 @@ class Application:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def ask(self, name: str, seconds: float = JOB_SECONDS) -> Any:
-        return self.answer(self.command(name), seconds)
+    def ask(self, line: str, seconds: float = JOB_SECONDS) -> Any:
+        return self.answer(self.command(line), seconds)
 
     def complaints(self) -> str:
         """What Spark has said about tasks that failed."""
@@ -330,7 +330,7 @@ def test_the_front_may_die(shared: Application, undisturbed: dict[str, Any]):
 
 def test_stopping_early(shared: Application):
     """LIMIT, take and a consumer that stops: no error, and the same worker works afterwards."""
-    answer = shared.ask("early")
+    answer = shared.ask(f"early {TIMES}")
     assert answer["limit"] == 3 * TIMES
     assert answer["take"] == 2 * TIMES
     assert answer["first"] == answer["whole"] == PARTITIONS * TIMES
@@ -447,7 +447,8 @@ def drive(folder: Path, models: Path) -> None:
     driver = Driver(folder, models)
     for number, line in enumerate(sys.stdin, 1):
         try:
-            answer = {"result": getattr(driver, line.strip())()}
+            name, *arguments = line.split()
+            answer = {"result": getattr(driver, name)(*map(int, arguments))}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         beside = folder / "answer"
@@ -523,7 +524,7 @@ class Driver:
         self.both_executors()
         return int(self.slow(self.frame(100 * BATCHES, TURNS)).count())
 
-    def early(self) -> dict[str, Any]:
+    def early(self, times: int) -> dict[str, Any]:
         self.both_executors()
         mapper = flightsvc.Model(self.models / "slow").mapper(inputs={"x": "x"})
         result = {"limit": 0, "take": 0, "first": 0, "whole": 0, "writers_left": 0, "again": 0}
@@ -545,7 +546,7 @@ class Driver:
             yield pa.record_batch({"pid": [os.getpid()], "value": [rows]})
 
         with self.failures() as failed:
-            for _ in range(TIMES):
+            for _ in range(times):
                 frame = self.frame(BATCHES, 1000)
                 answers = flightsvc.Model(self.models / "slow").transform(frame, inputs={"x": "x"})
                 result["limit"] += len(answers.limit(3).collect())
