@@ -256,6 +256,11 @@ def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
+def age(process: psutil.Process) -> tuple[float, int]:
+    """Order processes by their start; two may start in the same clock tick."""
+    return process.create_time(), process.pid
+
+
 def kill_daemon(it: Application, executor: psutil.Process, undisturbed: dict[str, Any]) -> None:
     """Kill the daemon in the middle of a job: that one and the next end rightly at the same front."""
     job = it.command("job")
@@ -271,7 +276,7 @@ def kill_daemon(it: Application, executor: psutil.Process, undisturbed: dict[str
 
 def test_the_daemon_may_die(shared: Application, undisturbed: dict[str, Any]):
     """The workers below it go on, and are used again by the tests that follow."""
-    kill_daemon(shared, min(shared.executors(), key=psutil.Process.create_time), undisturbed)
+    kill_daemon(shared, min(shared.executors(), key=age), undisturbed)
 
 
 def test_runners_may_die(shared: Application, undisturbed: dict[str, Any]):
@@ -349,7 +354,7 @@ def test_an_executor_may_die(shared: Application, undisturbed: dict[str, Any]):
     seconds = []
     for _ in range(TIMES):
         until(lambda: len(shared.executors()) == 2, JOB_SECONDS, "executors")
-        executor = max(shared.executors(), key=psutil.Process.create_time)
+        executor = max(shared.executors(), key=age)
         kill_daemon(shared, executor, undisturbed)
         front = shared.working(executor)
         answered = front.answered()
