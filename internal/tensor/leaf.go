@@ -1,6 +1,7 @@
 package tensor
 
 import (
+	"math"
 	"unsafe"
 
 	"github.com/apache/arrow/go/v15/arrow"
@@ -10,42 +11,77 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// number is an element type that Go can convert.
+// integer is an element type of whole numbers, number one that Go can convert.
+type integer interface {
+	~int8 | ~int16 | ~int32 | ~int64 | ~uint8 | ~uint16 | ~uint32 | ~uint64
+}
+
 type number interface {
-	~int8 | ~int16 | ~int32 | ~int64 | ~uint8 | ~uint16 | ~uint32 | ~float32 | ~float64
+	integer | ~float32 | ~float64
 }
 
-// sameBits maps an Arrow type to the element type with the same bits.
-var sameBits = map[arrow.Type]savedmodel.DType{
-	arrow.INT8: savedmodel.Int8, arrow.INT16: savedmodel.Int16, arrow.INT32: savedmodel.Int32, arrow.INT64: savedmodel.Int64,
-	arrow.UINT8: savedmodel.Uint8, arrow.UINT16: savedmodel.Uint16, arrow.UINT32: savedmodel.Uint32, arrow.UINT64: savedmodel.Uint64,
-	arrow.FLOAT16: savedmodel.Float16, arrow.FLOAT32: savedmodel.Float32, arrow.FLOAT64: savedmodel.Float64,
+// conversion says how the elements of a column become those of a tensor.
+type conversion struct {
+	convert func(dst, src []byte)   // nil: the bits stay
+	outside func(src []byte) []bool // marks elements that do not fit, nil for none; nil: all fit
 }
 
-// casts holds the conversions that are made without being asked for: exact widening, and
-// float64 to float32. Each appends src's elements, given as bytes, to dst.
-var casts = map[arrow.Type]map[savedmodel.DType]func(dst, src []byte){
+// conversions holds what is converted without being asked for, by type of the column: the same
+// bits; exact widening; float64 to float32; and, checked value by value, what Spark has in place
+// of unsigned and 16-bit types. Booleans, strings and nulls are not here.
+var conversions = map[arrow.Type]map[savedmodel.DType]conversion{
 	arrow.INT8: {
-		savedmodel.Int16: cast[int8, int16], savedmodel.Int32: cast[int8, int32], savedmodel.Int64: cast[int8, int64],
-		savedmodel.Float32: cast[int8, float32], savedmodel.Float64: cast[int8, float64],
+		savedmodel.Int8: {}, savedmodel.Int16: widened[int8, int16](), savedmodel.Int32: widened[int8, int32](), savedmodel.Int64: widened[int8, int64](),
+		savedmodel.Uint8: checked[int8, uint8](), savedmodel.Uint16: checked[int8, uint16](), savedmodel.Uint32: checked[int8, uint32](), savedmodel.Uint64: checked[int8, uint64](),
+		savedmodel.Float32: widened[int8, float32](), savedmodel.Float64: widened[int8, float64](),
+		savedmodel.Float16: {convert: round[int8](toHalf)}, savedmodel.Bfloat16: {convert: round[int8](toBfloat)},
 	},
 	arrow.INT16: {
-		savedmodel.Int32: cast[int16, int32], savedmodel.Int64: cast[int16, int64],
-		savedmodel.Float32: cast[int16, float32], savedmodel.Float64: cast[int16, float64],
+		savedmodel.Int16: {}, savedmodel.Int32: widened[int16, int32](), savedmodel.Int64: widened[int16, int64](),
+		savedmodel.Uint8: checked[int16, uint8](), savedmodel.Uint16: checked[int16, uint16](), savedmodel.Uint32: checked[int16, uint32](), savedmodel.Uint64: checked[int16, uint64](),
+		savedmodel.Float32: widened[int16, float32](), savedmodel.Float64: widened[int16, float64](),
 	},
-	arrow.INT32: {savedmodel.Int64: cast[int32, int64], savedmodel.Float64: cast[int32, float64]},
+	arrow.INT32: {
+		savedmodel.Int32: {}, savedmodel.Int64: widened[int32, int64](),
+		savedmodel.Uint8: checked[int32, uint8](), savedmodel.Uint16: checked[int32, uint16](), savedmodel.Uint32: checked[int32, uint32](), savedmodel.Uint64: checked[int32, uint64](),
+		savedmodel.Float64: widened[int32, float64](),
+	},
+	arrow.INT64: {
+		savedmodel.Int64: {},
+		savedmodel.Uint8: checked[int64, uint8](), savedmodel.Uint16: checked[int64, uint16](), savedmodel.Uint32: checked[int64, uint32](), savedmodel.Uint64: checked[int64, uint64](),
+	},
 	arrow.UINT8: {
-		savedmodel.Int16: cast[uint8, int16], savedmodel.Int32: cast[uint8, int32], savedmodel.Int64: cast[uint8, int64],
-		savedmodel.Float32: cast[uint8, float32], savedmodel.Float64: cast[uint8, float64],
+		savedmodel.Uint8: {}, savedmodel.Uint16: widened[uint8, uint16](), savedmodel.Uint32: widened[uint8, uint32](), savedmodel.Uint64: widened[uint8, uint64](),
+		savedmodel.Int16: widened[uint8, int16](), savedmodel.Int32: widened[uint8, int32](), savedmodel.Int64: widened[uint8, int64](),
+		savedmodel.Float32: widened[uint8, float32](), savedmodel.Float64: widened[uint8, float64](),
+		savedmodel.Float16: {convert: round[uint8](toHalf)}, savedmodel.Bfloat16: {convert: round[uint8](toBfloat)},
 	},
 	arrow.UINT16: {
-		savedmodel.Int32: cast[uint16, int32], savedmodel.Int64: cast[uint16, int64],
-		savedmodel.Float32: cast[uint16, float32], savedmodel.Float64: cast[uint16, float64],
+		savedmodel.Uint8: checked[uint16, uint8](), savedmodel.Uint16: {}, savedmodel.Uint32: widened[uint16, uint32](), savedmodel.Uint64: widened[uint16, uint64](),
+		savedmodel.Int32: widened[uint16, int32](), savedmodel.Int64: widened[uint16, int64](),
+		savedmodel.Float32: widened[uint16, float32](), savedmodel.Float64: widened[uint16, float64](),
 	},
-	arrow.UINT32:  {savedmodel.Int64: cast[uint32, int64], savedmodel.Float64: cast[uint32, float64]},
-	arrow.FLOAT32: {savedmodel.Float64: cast[float32, float64]},
-	arrow.FLOAT64: {savedmodel.Float32: cast[float64, float32]},
+	arrow.UINT32: {
+		savedmodel.Uint8: checked[uint32, uint8](), savedmodel.Uint16: checked[uint32, uint16](), savedmodel.Uint32: {}, savedmodel.Uint64: widened[uint32, uint64](),
+		savedmodel.Int64: widened[uint32, int64](), savedmodel.Float64: widened[uint32, float64](),
+	},
+	arrow.UINT64: {
+		savedmodel.Uint8: checked[uint64, uint8](), savedmodel.Uint16: checked[uint64, uint16](), savedmodel.Uint32: checked[uint64, uint32](), savedmodel.Uint64: {},
+	},
+	arrow.DECIMAL128: { // of scale 0
+		savedmodel.Uint8: fromDecimal[uint8](), savedmodel.Uint16: fromDecimal[uint16](), savedmodel.Uint32: fromDecimal[uint32](), savedmodel.Uint64: fromDecimal[uint64](),
+	},
+	arrow.FLOAT16: {
+		savedmodel.Float16: {}, savedmodel.Float32: {convert: expand[float32](fromHalf)}, savedmodel.Float64: {convert: expand[float64](fromHalf)},
+	},
+	arrow.FLOAT32: {
+		savedmodel.Float32: {}, savedmodel.Float64: widened[float32, float64](),
+		savedmodel.Float16: rounded(toHalf, infHalf), savedmodel.Bfloat16: rounded(toBfloat, infBfloat),
+	},
+	arrow.FLOAT64: {savedmodel.Float64: {}, savedmodel.Float32: {convert: cast[float64, float32]}},
 }
+
+func widened[S, D number]() conversion { return conversion{convert: cast[S, D]} }
 
 // cast converts the elements of src into dst, which has room for exactly as many. Both
 // must be aligned for their types, which Arrow buffers are.
@@ -54,6 +90,86 @@ func cast[S, D number](dst, src []byte) {
 	for i, x := range from {
 		to[i] = D(x)
 	}
+}
+
+// checked is for unsigned D.
+func checked[S, D integer]() conversion {
+	return conversion{convert: cast[S, D], outside: func(src []byte) (marks []bool) {
+		for i, x := range view[S](src) {
+			if x < 0 || S(D(x)) != x {
+				marks = marked(marks, i, len(src)/int(unsafe.Sizeof(x)))
+			}
+		}
+		return marks
+	}}
+}
+
+// marked marks element i of n.
+func marked(marks []bool, i, n int) []bool {
+	if marks == nil {
+		marks = make([]bool, n)
+	}
+	marks[i] = true
+	return marks
+}
+
+// fromDecimal reads decimals of scale 0, whose low half comes first.
+func fromDecimal[D integer]() conversion {
+	return conversion{
+		convert: func(dst, src []byte) {
+			to := view[D](dst)
+			for i, x := range view[[2]uint64](src) {
+				to[i] = D(x[0])
+			}
+		},
+		outside: marking(func(x [2]uint64) bool { return x[1] != 0 || uint64(D(x[0])) != x[0] }),
+	}
+}
+
+// expand widens 16-bit floats.
+func expand[D float32 | float64](from func(uint16) float32) func(dst, src []byte) {
+	return func(dst, src []byte) {
+		to := view[D](dst)
+		for i, h := range view[uint16](src) {
+			to[i] = D(from(h))
+		}
+	}
+}
+
+// rounded narrows to a 16-bit float with the given infinity. Only what is infinite already may become so.
+func rounded(to func(float32) uint16, inf uint16) conversion {
+	return conversion{
+		convert: round[float32](to),
+		outside: marking(func(x float32) bool { return to(x)&0x7fff == inf && !math.IsInf(float64(x), 0) }),
+	}
+}
+
+// round narrows to 16-bit floats.
+func round[S int8 | uint8 | float32](to func(float32) uint16) func(dst, src []byte) {
+	return func(dst, src []byte) {
+		out := view[uint16](dst)
+		for i, x := range view[S](src) {
+			out[i] = to(float32(x))
+		}
+	}
+}
+
+// marking marks the elements for which bad holds.
+func marking[S any](bad func(S) bool) func(src []byte) []bool {
+	return func(src []byte) (marks []bool) {
+		for i, x := range view[S](src) {
+			if bad(x) {
+				marks = marked(marks, i, len(src)/int(unsafe.Sizeof(x)))
+			}
+		}
+		return marks
+	}
+}
+
+// ranges says what fits the dtypes that are checked.
+var ranges = map[savedmodel.DType]string{
+	savedmodel.Uint8: "0 to 255", savedmodel.Uint16: "0 to 65535", savedmodel.Uint32: "0 to 4294967295", savedmodel.Uint64: "0 to 18446744073709551615",
+	savedmodel.Float16: "-65504 to 65504", savedmodel.Bfloat16: "-3.39e38 to 3.39e38",
 }
 
 // view reads bytes as elements of T without a copy.
@@ -65,90 +181,202 @@ func view[T any](b []byte) []T {
 	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/int(unsafe.Sizeof(zero)))
 }
 
-// accepts reports whether elements of an Arrow leaf type can feed a tensor of dtype.
-func accepts(leaf arrow.DataType, dtype savedmodel.DType) bool {
-	switch leaf.ID() {
-	case arrow.STRING, arrow.BINARY, arrow.LARGE_STRING, arrow.LARGE_BINARY:
-		return dtype == savedmodel.String
-	case arrow.BOOL:
-		return dtype == savedmodel.Bool
+// convertible returns how elements of an Arrow type, of a dictionary its values, become
+// elements of dtype; false if they do not.
+func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
+	if dictionary, ok := t.(*arrow.DictionaryType); ok {
+		t = dictionary.ValueType
+		if t.ID() == arrow.NULL {
+			return conversion{}, false
+		}
 	}
-	if sameBits[leaf.ID()] == dtype {
-		return true
+	switch t := t.(type) {
+	case *arrow.StringType, *arrow.BinaryType, *arrow.LargeStringType, *arrow.LargeBinaryType, *arrow.StringViewType, *arrow.BinaryViewType:
+		return conversion{}, dtype == savedmodel.String
+	case *arrow.FixedSizeBinaryType:
+		return conversion{}, dtype == savedmodel.String && t.ByteWidth > 0
+	case *arrow.BooleanType:
+		return conversion{}, dtype == savedmodel.Bool
+	case *arrow.NullType: // no element of it ever takes part
+		return conversion{}, dtype.Size() > 0 || dtype == savedmodel.String
+	case *arrow.Decimal128Type:
+		if t.Scale != 0 {
+			return conversion{}, false
+		}
 	}
-	_, ok := casts[leaf.ID()][dtype]
-	return ok
+	how, ok := conversions[t.ID()][dtype]
+	return how, ok
 }
 
-// leafValue makes a value of the given shape from ranges of a leaf array whose type
-// accepts has approved. It shares the array's buffer when one range is all that is needed
-// and no cast is; TensorFlow itself copies if that memory is not 64-byte aligned.
-func leafValue(leaf arrow.Array, ranges []span, dtype savedmodel.DType, shape []int64, mem memory.Allocator) Value {
-	switch typed := leaf.(type) {
-	case *array.Boolean:
-		value := Allocate(dtype, shape, mem)
-		at := 0
-		for _, r := range ranges {
-			for i := r.lo; i < r.hi; i++ {
-				value.Data[at] = 0
-				if typed.Value(i) {
-					value.Data[at] = 1
-				}
-				at++
-			}
-		}
-		return value
-	case *array.String, *array.LargeString, *array.Binary, *array.LargeBinary:
-		value := Value{DType: dtype, Shape: shape, Strings: make([][]byte, 0, elements(shape))}
-		at := bytesAt(leaf)
-		for _, r := range ranges {
-			for i := r.lo; i < r.hi; i++ {
-				value.Strings = append(value.Strings, at(i))
-			}
-		}
-		return value
-	}
+// piece is a run of elements of an array, [lo, hi), and pad elements of filling after them.
+type piece struct{ lo, hi, pad int }
 
-	width := leaf.DataType().(arrow.FixedWidthDataType).Bytes()
-	buffer, offset := leaf.Data().Buffers()[1], leaf.Data().Offset()
-	bytesOf := func(r span) []byte {
-		whole := buffer.Bytes()
-		return whole[:len(whole):len(whole)][(offset+r.lo)*width : (offset+r.hi)*width] // never the padding behind
-	}
+// leaf makes tensors from arrays of elements whose type convertible has approved.
+type leaf struct {
+	dtype savedmodel.DType
+	conversion
+	filling []byte // one element of padding
+}
 
-	convert, isCast := casts[leaf.DataType().ID()][dtype]
-	if !isCast && len(ranges) == 1 && buffer != nil {
+// value makes a value of the given shape from pieces of an array. It shares the array's
+// buffer when one run is all that is needed and the bits stay; TensorFlow itself copies if
+// that memory is not 64-byte aligned.
+func (l *leaf) value(a arrow.Array, pieces []piece, shape []int64, mem memory.Allocator) (Value, error) {
+	if l.dtype == savedmodel.String {
+		return l.strings(a, pieces, shape)
+	}
+	if l.convert == nil && len(pieces) == 1 && pieces[0].pad == 0 && plain(a) {
+		buffer := a.Data().Buffers()[1]
 		buffer.Retain()
-		return Value{DType: dtype, Shape: shape, Data: bytesOf(ranges[0]), buffer: buffer}
+		return Value{DType: l.dtype, Shape: shape, Data: bytesOf(a, pieces[0].lo, pieces[0].hi), buffer: buffer}, nil
 	}
-	value := Allocate(dtype, shape, mem)
+	value := Allocate(l.dtype, shape, mem)
 	rest := value.Data
-	for _, r := range ranges {
-		n := (r.hi - r.lo) * dtype.Size()
+	for _, p := range pieces {
+		n := (p.hi - p.lo) * l.dtype.Size()
 		switch {
 		case n == 0:
-		case isCast:
-			convert(rest[:n], bytesOf(r))
+		case l.convert == nil:
+			pack(rest[:n], a, p.lo, p.hi)
+		case plain(a):
+			l.convert(rest[:n], bytesOf(a, p.lo, p.hi))
 		default:
-			copy(rest, bytesOf(r))
+			l.convert(rest[:n], packed(a, p.lo, p.hi))
 		}
 		rest = rest[n:]
+		n = p.pad * l.dtype.Size()
+		fill(rest[:n], l.filling)
+		rest = rest[n:]
 	}
-	return value
+	return value, nil
 }
 
-// bytesAt returns a reader of one string or binary element, viewed in the array's memory.
-func bytesAt(leaf arrow.Array) func(int) []byte {
-	view := func(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
-	switch typed := leaf.(type) {
+// outsiders marks the elements of an array that do not fit the dtype; nil for none.
+func (l *leaf) outsiders(a arrow.Array) []bool {
+	switch {
+	case l.outside == nil || a.Len() == 0 || a.DataType().ID() == arrow.NULL:
+		return nil
+	case plain(a):
+		return l.outside(bytesOf(a, 0, a.Len()))
+	}
+	return l.outside(packed(a, 0, a.Len()))
+}
+
+// strings makes a string tensor, which views the array's memory and holds it.
+func (l *leaf) strings(a arrow.Array, pieces []piece, shape []int64) (Value, error) {
+	list := make([][]byte, 0, elements(shape))
+	var at func(int) []byte
+	if a.Len() > 0 { // else there may be no dictionary
+		at = bytesAt(a)
+	}
+	size := 0
+	for _, p := range pieces {
+		for i := p.lo; i < p.hi; i++ {
+			s := at(i)
+			size += len(s)
+			list = append(list, s)
+		}
+		for range p.pad {
+			size += len(l.filling)
+			list = append(list, l.filling)
+		}
+		if size > MaxTensorBytes {
+			return Value{}, tooLarge()
+		}
+	}
+	return viewStrings(l.dtype, shape, list, a.Data()), nil
+}
+
+// plain reports whether the elements of an array lie one after the other in its buffer.
+func plain(a arrow.Array) bool {
+	switch a.DataType().ID() {
+	case arrow.BOOL, arrow.DICTIONARY, arrow.NULL:
+		return false
+	}
+	return a.Data().Buffers()[1] != nil
+}
+
+// width returns the bytes of one element of an array as pack writes it.
+func width(t arrow.DataType) int {
+	switch t := t.(type) {
+	case *arrow.BooleanType:
+		return 1
+	case *arrow.DictionaryType:
+		return width(t.ValueType)
+	}
+	return t.(arrow.FixedWidthDataType).Bytes()
+}
+
+// bytesOf returns the elements [lo, hi) of a plain array, never the padding behind them.
+func bytesOf(a arrow.Array, lo, hi int) []byte {
+	whole, offset, width := a.Data().Buffers()[1].Bytes(), a.Data().Offset(), width(a.DataType())
+	return whole[:len(whole):len(whole)][(offset+lo)*width : (offset+hi)*width]
+}
+
+// pack writes the elements [lo, hi) of an array into dst, one after the other. Null slots get any bytes.
+func pack(dst []byte, a arrow.Array, lo, hi int) {
+	switch a := a.(type) {
+	case *array.Boolean:
+		for i := lo; i < hi; i++ {
+			dst[i-lo] = 0
+			if a.Value(i) {
+				dst[i-lo] = 1
+			}
+		}
+	case *array.Dictionary:
+		values, width := a.Dictionary(), width(a.DataType())
+		for i := lo; i < hi; i++ {
+			if !a.IsNull(i) {
+				at := a.GetValueIndex(i)
+				pack(dst[(i-lo)*width:(i-lo+1)*width], values, at, at+1)
+			}
+		}
+	default:
+		copy(dst, bytesOf(a, lo, hi))
+	}
+}
+
+// packed returns the elements [lo, hi) of an array, one after the other.
+func packed(a arrow.Array, lo, hi int) []byte {
+	if plain(a) {
+		return bytesOf(a, lo, hi)
+	}
+	dst := make([]byte, (hi-lo)*width(a.DataType()))
+	if hi > lo {
+		pack(dst, a, lo, hi)
+	}
+	return dst
+}
+
+// fill repeats element all over dst.
+func fill(dst, element []byte) {
+	for n := copy(dst, element); n < len(dst); n *= 2 {
+		copy(dst[n:], dst[:n])
+	}
+}
+
+// bytesAt returns a reader of one string or binary element, viewed in the array's memory. It
+// is nil for an array of nulls, of which no element is read.
+func bytesAt(a arrow.Array) func(int) []byte {
+	text := func(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
+	switch a := a.(type) {
 	case *array.String:
-		return func(i int) []byte { return view(typed.Value(i)) }
+		return func(i int) []byte { return text(a.Value(i)) }
 	case *array.LargeString:
-		return func(i int) []byte { return view(typed.Value(i)) }
-	case *array.Binary:
-		return typed.Value
-	case *array.LargeBinary:
-		return typed.Value
+		return func(i int) []byte { return text(a.Value(i)) }
+	case *array.StringView:
+		return func(i int) []byte { return text(a.Value(i)) }
+	case interface{ Value(int) []byte }: // binary, large, fixed-size and view
+		return a.Value
+	case *array.Dictionary:
+		at := bytesAt(a.Dictionary())
+		return func(i int) []byte { return at(a.GetValueIndex(i)) }
 	}
 	return nil
+}
+
+// viewStrings returns a string tensor whose elements view data, which it holds until Release.
+func viewStrings(dtype savedmodel.DType, shape []int64, strings [][]byte, data arrow.ArrayData) Value {
+	data.Retain()
+	return Value{DType: dtype, Shape: shape, Strings: strings, held: []arrow.ArrayData{data}}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/array"
+	"github.com/apache/arrow/go/v15/arrow/decimal128"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/fault"
@@ -23,7 +24,14 @@ var outTypes = map[savedmodel.DType]arrow.DataType{
 	savedmodel.Float32: arrow.PrimitiveTypes.Float32, savedmodel.Float64: arrow.PrimitiveTypes.Float64,
 	savedmodel.Int8: arrow.PrimitiveTypes.Int8, savedmodel.Int16: arrow.PrimitiveTypes.Int16, savedmodel.Int32: arrow.PrimitiveTypes.Int32, savedmodel.Int64: arrow.PrimitiveTypes.Int64,
 	savedmodel.Uint8: arrow.PrimitiveTypes.Int16, savedmodel.Uint16: arrow.PrimitiveTypes.Int32, savedmodel.Uint32: arrow.PrimitiveTypes.Int64,
+	savedmodel.Uint64: &arrow.Decimal128Type{Precision: 20}, savedmodel.Float16: arrow.PrimitiveTypes.Float32, savedmodel.Bfloat16: arrow.PrimitiveTypes.Float32,
 	savedmodel.Bool: arrow.FixedWidthTypes.Boolean, savedmodel.String: arrow.BinaryTypes.Binary,
+}
+
+// tensorTypes are the column types of the layout tensor where they are others.
+var tensorTypes = map[savedmodel.DType]arrow.DataType{
+	savedmodel.Uint8: arrow.PrimitiveTypes.Uint8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16, savedmodel.Uint32: arrow.PrimitiveTypes.Uint32, savedmodel.Uint64: arrow.PrimitiveTypes.Uint64,
+	savedmodel.Float16: arrow.FixedWidthTypes.Float16,
 }
 
 // anyInput stands for the inputs where outputs alone matter.
@@ -31,7 +39,7 @@ var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
 
 var outDTypes = []savedmodel.DType{
 	savedmodel.Float32, savedmodel.Float64, savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64,
-	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Bool, savedmodel.String,
+	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64, savedmodel.Float16, savedmodel.Bfloat16, savedmodel.Bool, savedmodel.String,
 }
 
 // outElement draws an element of a tensor: how the tensor holds it, and what the column should say.
@@ -50,13 +58,23 @@ func outElement(r *rand.Rand, dtype savedmodel.DType) (data []byte, want any) {
 	case savedmodel.String:
 		s := fmt.Sprint(r.IntN(1e6))[r.IntN(2):] // sometimes empty
 		return []byte(s), s
+	case savedmodel.Float16: // neither infinite nor NaN
+		bits[1] &= 0xbf
+		return bits, fromHalf(uint16(wide & 0xbfff))
+	case savedmodel.Bfloat16:
+		bits[1] &= 0xbf
+		return bits, fromBfloat(uint16(wide & 0xbfff))
+	case savedmodel.Uint64:
+		return bits, decimal128.FromU64(wide)
 	case savedmodel.Int8:
 		return bits, int8(wide)
 	case savedmodel.Int16:
 		return bits, int16(wide)
 	case savedmodel.Uint8:
 		return bits, int16(wide)
-	case savedmodel.Int32, savedmodel.Uint16:
+	case savedmodel.Int32:
+		return bits, int32(wide)
+	case savedmodel.Uint16:
 		return bits, int32(wide)
 	}
 	return bits, int64(wide)
@@ -86,6 +104,18 @@ func read(column arrow.Array, row int) any {
 		return c.Value(row)
 	case *array.Int64:
 		return c.Value(row)
+	case *array.Uint8: // as the layout list has them
+		return int16(c.Value(row))
+	case *array.Uint16:
+		return int32(c.Value(row))
+	case *array.Uint32:
+		return int64(c.Value(row))
+	case *array.Uint64:
+		return decimal128.FromU64(c.Value(row))
+	case *array.Decimal128:
+		return c.Value(row)
+	case *array.Float16:
+		return fromHalf(c.Value(row).Uint16())
 	case *array.Boolean:
 		return c.Value(row)
 	case *array.Binary:
@@ -114,9 +144,22 @@ func draw(r *rand.Rand, value *Value, inner []int64) any {
 	return list
 }
 
+// flatten returns the elements of nested lists as one.
+func flatten(v any) any {
+	out := []any{}
+	for _, e := range v.([]any) {
+		if inner, ok := e.([]any); ok {
+			out = append(out, flatten(inner).([]any)...)
+		} else {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
 // TestRecordsAgreeWithRows compares answers of random outputs and row states with what each row should hold.
 func TestRecordsAgreeWithRows(t *testing.T) {
-	for seed := range uint64(1500) {
+	for seed := range uint64(3000) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
 		rows := NewRows(r.IntN(10))
@@ -130,29 +173,65 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 			}
 		}
 		signature := savedmodel.Signature{Inputs: anyInput}
+		options := Options{}
+		tensor := r.IntN(3) == 0
+		if tensor {
+			options.Layout = LayoutTensor
+		}
 		var outputs []Value
 		var want [][]any // by column, then row
+		var types []arrow.DataType
 		for i := range 1 + r.IntN(3) {
 			dtype := outDTypes[r.IntN(len(outDTypes))]
-			shape := []int64{-1}
+			out := savedmodel.Spec{Name: fmt.Sprintf("out%d", i), DType: dtype, Shape: []int64{-1}}
+			entry := Output{Tensor: out.Name, Column: out.Name}
 			value := Value{DType: dtype, Shape: []int64{int64(rows.Kept())}}
 			column := outTypes[dtype]
+			if other, ok := tensorTypes[dtype]; tensor && ok {
+				column = other
+			}
+			if dtype == savedmodel.String && r.IntN(2) == 0 {
+				column, entry.Type = arrow.BinaryTypes.String, "utf8"
+			}
+			flat := int64(1)
 			for range r.IntN(4) {
 				size := r.Int64N(4)
-				shape, value.Shape = append(shape, []int64{-1, size}[r.IntN(2)]), append(value.Shape, size)
-				column = arrow.ListOf(column)
+				if tensor {
+					size++
+				}
+				dim := []int64{-1, size}[r.IntN(2)]
+				if tensor && r.IntN(2) == 0 {
+					dim = size
+				}
+				out.Shape, value.Shape = append(out.Shape, dim), append(value.Shape, size)
+				flat *= size
+				if !tensor {
+					column = arrow.ListOf(column)
+				}
 			}
-			signature.Outputs = append(signature.Outputs, savedmodel.Spec{Name: fmt.Sprintf("out%d", i), DType: dtype, Shape: shape})
+			if tensor && len(out.Shape) > 1 {
+				column = arrow.FixedSizeListOf(int32(flat), column)
+			}
+			if r.IntN(4) == 0 || tensor && slices.Contains(out.Shape[1:], -1) { // the request says what the signature leaves open
+				entry.Shape = append([]int64{-1}, value.Shape[1:]...)
+				if r.IntN(2) == 0 {
+					out.Shape, out.UnknownRank = nil, true
+				}
+			}
+			signature.Outputs = append(signature.Outputs, out)
+			options.Outputs = append(options.Outputs, entry)
 			expected := make([]any, rows.Len())
 			for _, row := range rows.Positions() {
 				expected[row] = draw(r, &value, value.Shape[1:])
+				if tensor && len(value.Shape) > 1 {
+					expected[row] = flatten(expected[row])
+				}
 			}
-			outputs, want = append(outputs, value), append(want, expected)
+			outputs, want, types = append(outputs, value), append(want, expected), append(types, column)
 		}
 		if rows.Kept() == 0 && r.IntN(2) == 0 {
 			outputs = nil // nothing ran
 		}
-		options := Options{}
 		if r.IntN(2) == 0 {
 			options.ErrorColumn = "error"
 			texts := make([]any, rows.Len())
@@ -164,6 +243,17 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		plan, err := NewPlan(signature, options)
 		if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
+		}
+		for i, column := range types {
+			if field := plan.Schema().Field(i); !arrow.TypeEqual(field.Type, column) || !field.Nullable {
+				t.Fatalf("seed %d, column %d is %s, want %s", seed, i, field, column)
+			}
+		}
+		if outputs != nil {
+			settled, owned := plan.Settle(outputs, rows, mem)
+			if err := plan.CheckOutputs(outputs, rows.Kept()); err != nil || owned || len(settled) != len(outputs) {
+				t.Fatalf("seed %d: %d settled, %t, %v", seed, len(settled), owned, err)
+			}
 		}
 		parts := 0
 		err = plan.Records(outputs, rows, mem, func(rec arrow.Record, last bool) error {
@@ -301,6 +391,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 		"rows":  {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest, []string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
 		"dtype": {Value{DType: savedmodel.Int32, Shape: []int64{3, 2}, Data: make([]byte, 24)}, fault.Internal, []string{`"y" float32 [?,2]`, "int32"}},
 		"rank":  {Value{DType: savedmodel.Float32, Shape: []int64{3}, Data: make([]byte, 12)}, fault.Internal, []string{`"y" float32 [?,2]`, "1 dimensions"}},
+		"size":  {Value{DType: savedmodel.Float32, Shape: []int64{3, 1}, Data: make([]byte, 12)}, fault.Internal, []string{`"y" float32 [?,2]`, "[3,1]"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := plan.Records([]Value{c.value}, NewRows(3), memory.DefaultAllocator, func(arrow.Record, bool) error {
@@ -317,4 +408,122 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	}
 	err = texts.Records([]Value{huge}, NewRows(1), memory.DefaultAllocator, nil)
 	wantFault(t, err, fault.Exhausted, "256 MiB")
+}
+
+// TestGivenShapeIsChecked has an output whose shape only the request says.
+func TestGivenShapeIsChecked(t *testing.T) {
+	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}}}
+	plan, err := NewPlan(signature, Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: []int64{2, 1, 3}, Data: make([]byte, 24)}}, 2); err != nil {
+		t.Error(err)
+	}
+	for _, shape := range [][]int64{{2, 3}, {2, 1, 4}, {2}, {}} {
+		err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: shape}}, 2)
+		wantFault(t, err, fault.BadRequest, `output "y"`, shapeText(shape), "[?,?,3]")
+	}
+	wantFault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
+}
+
+// TestTensorLayoutSaysItsShape reads the field and the slots of rows without an answer.
+func TestTensorLayoutSaysItsShape(t *testing.T) {
+	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
+	defer mem.AssertSize(t, 0)
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}}, Options{Layout: LayoutTensor})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{`{"shape":[1,2]}`, `{"shape":[1]}`} {
+		field := plan.Schema().Field(i)
+		name, _ := field.Metadata.GetValue("ARROW:extension:name")
+		if about, _ := field.Metadata.GetValue("ARROW:extension:metadata"); name != "arrow.fixed_shape_tensor" || about != want {
+			t.Errorf("%s: %s %s, want %s", field.Name, name, about, want)
+		}
+	}
+	rows := NewRows(3)
+	rows.Null(1)
+	outputs := []Value{{DType: savedmodel.Uint8, Shape: []int64{2, 1, 2}, Data: []byte{1, 2, 3, 4}}, {DType: savedmodel.String, Shape: []int64{2, 1}, Strings: [][]byte{[]byte("a"), []byte("b")}}}
+	err = plan.Records(outputs, rows, mem, func(rec arrow.Record, _ bool) error {
+		y, z := rec.Column(0).(*array.FixedSizeList), rec.Column(1).(*array.FixedSizeList)
+		values := y.ListValues().(*array.Uint8)
+		if got := values.Uint8Values(); !slices.Equal(got, []byte{1, 2, 0, 0, 3, 4}) || values.NullN() != 0 || !y.IsNull(1) || y.NullN() != 1 {
+			t.Errorf("%v", y)
+		}
+		texts := z.ListValues().(*array.Binary)
+		if texts.Len() != 3 || texts.NullN() != 0 || texts.ValueString(1) != "" || texts.ValueString(2) != "b" || !z.IsNull(1) {
+			t.Errorf("%v", z)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTensorLayoutComesInParts counts the slots of null rows, which take room too.
+func TestTensorLayoutComesInParts(t *testing.T) {
+	const n, width = 150, 1 << 20
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: LayoutTensor})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := NewRows(n)
+	for row := 1; row < n; row++ {
+		rows.Null(row)
+	}
+	seen := 0
+	err = plan.Records([]Value{{DType: savedmodel.Uint8, Shape: []int64{1, width}, Data: make([]byte, width)}}, rows, memory.DefaultAllocator, func(rec arrow.Record, last bool) error {
+		seen += int(rec.NumRows())
+		if size := rec.Column(0).(*array.FixedSizeList).ListValues().Len(); size > MaxAnswerBytes || last != (seen == n) {
+			t.Errorf("a part of %d bytes ends at row %d, last %t", size, seen, last)
+		}
+		return nil
+	})
+	if err != nil || seen != n {
+		t.Errorf("%d rows, %v", seen, err)
+	}
+}
+
+// TestSettleRefusesRowsThatAreNotText takes the other rows of all outputs.
+func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
+	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
+	defer mem.AssertSize(t, 0)
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2), spec("b", savedmodel.String, -1)}},
+		Options{Outputs: Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"}, {Tensor: "b", Column: "b"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	texts := func(list ...string) (out [][]byte) {
+		for _, s := range list {
+			out = append(out, []byte(s))
+		}
+		return out
+	}
+	outputs := func(strings ...string) []Value {
+		return []Value{{DType: savedmodel.String, Shape: []int64{3, 2}, Strings: texts(strings...)}, {DType: savedmodel.Int8, Shape: []int64{3}, Data: []byte{1, 2, 3}}, {DType: savedmodel.String, Shape: []int64{3}, Strings: texts("\xff", "b", "c")}}
+	}
+	rows := NewRows(4)
+	rows.Null(1)
+	settled, owned := plan.Settle(outputs("a", "ß", "b", "\xff", "", "c"), rows, mem)
+	if !owned || !slices.Equal(rows.Positions(), []int{0, 3}) || rows.texts[2] != `output "s" is not UTF-8; map it without the type utf8` {
+		t.Fatalf("owned %t, %v", owned, rows.texts)
+	}
+	err = plan.Records(settled, rows, mem, func(rec arrow.Record, _ bool) error {
+		if got := fmt.Sprint(read(rec.Column(0), 0), read(rec.Column(0), 3), read(rec.Column(0), 2), read(rec.Column(1), 3), read(rec.Column(2), 0)); got != "[a ß] [ c] <nil> 3\xff" {
+			t.Errorf("the rows are %q", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	for i := range settled {
+		settled[i].Release()
+	}
+	none := NewRows(3)
+	if settled, owned := plan.Settle(outputs("\xff", "", "\xff", "", "\xff", ""), none, mem); len(settled) != 0 || !owned || none.Kept() != 0 {
+		t.Errorf("%d values of %d rows are left", len(settled), none.Kept())
+	}
 }

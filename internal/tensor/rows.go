@@ -1,10 +1,5 @@
 package tensor
 
-import (
-	"github.com/apache/arrow/go/v15/arrow"
-	"github.com/apache/arrow/go/v15/arrow/array"
-)
-
 // Rows says what becomes of each row of one record batch: it takes part in the run, it
 // has a null input, or it was refused for a reason. Rows that do not take part never reach
 // TensorFlow and have null outputs.
@@ -94,43 +89,4 @@ func (r *Rows) spans() []span {
 		}
 	}
 	return list
-}
-
-// nullRows returns, for each row of column, whether it is null or holds a null at any
-// depth; nil means that there is none.
-func nullRows(column arrow.Array) []bool {
-	var marks []bool
-	mark := func(row int) {
-		if marks == nil {
-			marks = make([]bool, column.Len())
-		}
-		marks[row] = true
-	}
-	if column.NullN() > 0 {
-		for row := range column.Len() {
-			if column.IsNull(row) {
-				mark(row)
-			}
-		}
-	}
-	list, ok := column.(array.ListLike)
-	if !ok {
-		return marks
-	}
-	inner := nullRows(list.ListValues())
-	if inner == nil {
-		return marks
-	}
-	for row := range column.Len() {
-		if column.IsNull(row) {
-			continue
-		}
-		for lo, hi := list.ValueOffsets(row); lo < hi; lo++ {
-			if inner[lo] {
-				mark(row)
-				break
-			}
-		}
-	}
-	return marks
 }

@@ -4,16 +4,18 @@ import (
 	"unsafe"
 
 	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/bitutil"
 
 	"flightsvc/internal/fault"
 )
 
-// Check looks at the offsets and buffer sizes of the columns that are read, so that nothing which
-// a stream says of itself leads outside its memory. It must come before all else. Its fault names
-// the column.
+// Check looks at the offsets, indices and buffer sizes of the columns that are read, so that nothing
+// which a stream says of itself leads outside its memory or makes much work of few bytes. It must
+// come before all else. Its fault names the column.
 func (b *Binding) Check(rec arrow.Record) error {
-	for _, in := range b.inputs {
-		column := rec.Column(in.column)
+	for i := range b.inputs {
+		in := &b.inputs[i]
+		column := rec.Column(in.at)
 		if int64(column.Len()) != rec.NumRows() || !inBounds(column.Data()) {
 			return fault.New(fault.BadRequest, "column %q of %s is malformed: its offsets or lengths do not fit its buffers", in.name, column.DataType())
 		}
@@ -21,41 +23,75 @@ func (b *Binding) Check(rec arrow.Record) error {
 	return nil
 }
 
+// What takes no bytes, or the same bytes again and again, is bounded: the nulls of an array<void>, and the
+// elements that the entries of one list view have together.
+const (
+	maxNulls    = 1 << 24
+	maxViewable = 1 << 27
+)
+
 // inBounds reports whether an array lies within its buffers, at any depth.
 func inBounds(data arrow.ArrayData) bool {
 	buffers, n := data.Buffers(), int64(data.Offset()+data.Len())
 	size := func(i int) int64 {
-		if buffers[i] == nil {
+		if i >= len(buffers) || buffers[i] == nil {
 			return 0
 		}
 		return int64(buffers[i].Len())
 	}
-	if bits := size(0); bits > 0 && 8*bits < n { // none at all means no nulls
+	if data.Len() < 0 || n < 0 {
+		return false
+	}
+	if bits := size(0); bits > 0 && n > 8*bits { // none at all means no nulls
 		return false
 	}
 	if data.Len() == 0 {
 		n = 0 // such an array may have no buffers
 	}
+	child := func(i int) arrow.ArrayData { return data.Children()[i] }
 	switch t := data.DataType().(type) {
+	case *arrow.NullType:
+		return n <= maxNulls
 	case *arrow.FixedSizeListType:
-		child := data.Children()[0]
-		return n <= int64(child.Len())/int64(max(t.Len(), 1)) && inBounds(child)
+		return n <= int64(child(0).Len())/int64(max(t.Len(), 1)) && inBounds(child(0))
 	case *arrow.ListType:
-		child := data.Children()[0]
-		return ascend[int32](data, size(1), int64(child.Len())) && inBounds(child)
+		return ascend[int32](data, size(1), int64(child(0).Len())) && inBounds(child(0))
 	case *arrow.LargeListType:
-		child := data.Children()[0]
-		return ascend[int64](data, size(1), int64(child.Len())) && inBounds(child)
+		return ascend[int64](data, size(1), int64(child(0).Len())) && inBounds(child(0))
+	case *arrow.ListViewType:
+		return viewable[int32](data, size(1), size(2)) && inBounds(child(0))
+	case *arrow.LargeListViewType:
+		return viewable[int64](data, size(1), size(2)) && inBounds(child(0))
+	case *arrow.StructType:
+		for _, field := range data.Children() {
+			if n > int64(field.Len()) || !inBounds(field) {
+				return false
+			}
+		}
+		return len(data.Children()) == len(t.Fields())
 	case *arrow.StringType, *arrow.BinaryType:
 		return ascend[int32](data, size(1), size(2))
 	case *arrow.LargeStringType, *arrow.LargeBinaryType:
 		return ascend[int64](data, size(1), size(2))
+	case *arrow.StringViewType, *arrow.BinaryViewType:
+		return n <= size(1)/int64(arrow.ViewHeaderSizeBytes) && readable(data)
+	case *arrow.DictionaryType:
+		return n <= size(1)/int64(t.IndexType.(arrow.FixedWidthDataType).Bytes()) && indexed(data, t.IndexType)
 	case *arrow.BooleanType:
-		return 8*size(1) >= n
+		return n <= 8*size(1)
 	case arrow.FixedWidthDataType:
-		return n <= size(1)/int64(t.Bytes())
+		return t.Bytes() > 0 && n <= size(1)/int64(t.Bytes())
 	}
 	return false // Bind lets no other type through
+}
+
+// present returns whether an element of data is not null.
+func present(data arrow.ArrayData) func(i int) bool {
+	bits := data.Buffers()[0]
+	if bits == nil || bits.Len() == 0 {
+		return func(int) bool { return true }
+	}
+	return func(i int) bool { return bitutil.BitIsSet(bits.Bytes(), data.Offset()+i) }
 }
 
 // ascend reports whether the offsets of an array, in a buffer of size bytes, never fall and
@@ -77,4 +113,91 @@ func ascend[T int32 | int64](data arrow.ArrayData, size, limit int64) bool {
 		last = offset
 	}
 	return int64(last) <= limit
+}
+
+// viewable reports whether the views of a list view array, in buffers of the given bytes, lie within
+// its elements and have no more than maxViewable together. Null ones may say anything.
+func viewable[T int32 | int64](data arrow.ArrayData, offsetBytes, sizeBytes int64) bool {
+	if data.Len() == 0 {
+		return true
+	}
+	var one T
+	width, end := int64(unsafe.Sizeof(one)), int64(data.Offset()+data.Len())
+	if end > offsetBytes/width || end > sizeBytes/width {
+		return false
+	}
+	offsets := view[T](data.Buffers()[1].Bytes())[data.Offset():end]
+	sizes := view[T](data.Buffers()[2].Bytes())[data.Offset():end]
+	limit, total, present := int64(data.Children()[0].Len()), int64(0), present(data)
+	for i, size := range sizes {
+		if size == 0 || !present(i) {
+			continue
+		}
+		if offset := int64(offsets[i]); size < 0 || offset < 0 || int64(size) > limit || offset > limit-int64(size) {
+			return false
+		}
+		if total += int64(size); total > maxViewable {
+			return false
+		}
+	}
+	return true
+}
+
+// readable reports whether the long elements of a view array, whose headers are within bounds,
+// lie in its buffers. Null ones may say anything.
+func readable(data arrow.ArrayData) bool {
+	if data.Len() == 0 {
+		return true
+	}
+	present, buffers := present(data), data.Buffers()[2:]
+	headers := view[arrow.ViewHeader](data.Buffers()[1].Bytes())[data.Offset() : data.Offset()+data.Len()]
+	for i := range headers {
+		h := &headers[i]
+		if !present(i) {
+			continue
+		}
+		if h.Len() < 0 {
+			return false
+		}
+		if h.IsInline() {
+			continue
+		}
+		buffer, offset := int(h.BufferIndex()), int64(h.BufferOffset())
+		if buffer < 0 || buffer >= len(buffers) || buffers[buffer] == nil || offset < 0 || offset+int64(h.Len()) > int64(buffers[buffer].Len()) {
+			return false
+		}
+	}
+	return true
+}
+
+// indexed reports whether the indices of a dictionary array, which are within bounds, lie in
+// its dictionary, and that is well-formed. Those of nulls may say anything.
+func indexed(data arrow.ArrayData, index arrow.DataType) bool {
+	if data.Len() == 0 {
+		return true
+	}
+	dictionary := data.Dictionary()
+	if dictionary == nil || !inBounds(dictionary) {
+		return false
+	}
+	bytes, limit := data.Buffers()[1].Bytes(), uint64(dictionary.Len())
+	switch index.(arrow.FixedWidthDataType).Bytes() { // a negative index is a large one without its sign
+	case 1:
+		return below(view[uint8](bytes), data, limit)
+	case 2:
+		return below(view[uint16](bytes), data, limit)
+	case 4:
+		return below(view[uint32](bytes), data, limit)
+	}
+	return below(view[uint64](bytes), data, limit)
+}
+
+func below[T uint8 | uint16 | uint32 | uint64](indices []T, data arrow.ArrayData, limit uint64) bool {
+	present := present(data)
+	for i, index := range indices[data.Offset() : data.Offset()+data.Len()] {
+		if uint64(index) >= limit && present(i) {
+			return false
+		}
+	}
+	return true
 }

@@ -1,6 +1,9 @@
 package tensor
 
 import (
+	"slices"
+
+	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/savedmodel"
@@ -8,15 +11,17 @@ import (
 
 // Value is a dense tensor on the host, row-major. Elements of fixed size lie in Data,
 // little endian; elements of a string tensor lie in Strings. An input value owns one
-// reference to the Arrow buffer behind Data and gives it back in Release; an output value
-// views memory of the runtime that produced it and is valid until its owner frees that.
+// reference to the Arrow memory behind Data or Strings and gives it back in Release; an
+// output value views memory of the runtime that produced it and is valid until its owner
+// frees that.
 type Value struct {
 	DType   savedmodel.DType
 	Shape   []int64
 	Data    []byte
 	Strings [][]byte
 
-	buffer *memory.Buffer
+	buffer *memory.Buffer    // behind Data
+	held   []arrow.ArrayData // behind Strings
 }
 
 // Allocate returns a value of fixed-size elements with memory from mem, not zeroed. The
@@ -27,13 +32,17 @@ func Allocate(dtype savedmodel.DType, shape []int64, mem memory.Allocator) Value
 	return Value{DType: dtype, Shape: shape, Data: buffer.Bytes(), buffer: buffer}
 }
 
-// Release gives back the buffer behind Data. It must be called once for each input
-// value, when nothing reads Data any more.
+// Release gives back the memory behind Data and Strings. It must be called once for each
+// input value, when nothing reads them any more.
 func (v *Value) Release() {
 	if v.buffer != nil {
 		v.buffer.Release()
 		v.buffer = nil
 	}
+	for _, data := range v.held {
+		data.Release()
+	}
+	v.held = nil
 }
 
 // Rows returns the first dimension, or -1 for a scalar.
@@ -44,16 +53,78 @@ func (v *Value) Rows() int64 {
 	return v.Shape[0]
 }
 
+// Slice returns a value that views the rows [lo, hi) and has references of its own. The caller
+// releases both values.
+func (v *Value) Slice(lo, hi int) Value {
+	out := Value{DType: v.DType, Shape: append([]int64{int64(hi - lo)}, v.Shape[1:]...), buffer: v.buffer, held: slices.Clone(v.held)}
+	width := int(elements(v.Shape[1:]))
+	if v.DType == savedmodel.String {
+		out.Strings = v.Strings[lo*width : hi*width]
+	} else {
+		width *= v.DType.Size()
+		out.Data = v.Data[lo*width : hi*width]
+	}
+	out.retain()
+	return out
+}
+
+// retain takes a further reference on the memory behind a value.
+func (v *Value) retain() {
+	if v.buffer != nil {
+		v.buffer.Retain()
+	}
+	for _, data := range v.held {
+		data.Retain()
+	}
+}
+
+// Concat returns a value that holds the rows of all values, which agree in type and in all
+// dimensions but the first, copied into memory from mem. Strings are shared, not copied: where
+// they view memory that no value holds a reference to, it must outlive the result. The
+// caller releases all values and the result.
+func Concat(values []Value, mem memory.Allocator) Value {
+	shape := slices.Clone(values[0].Shape)
+	shape[0] = 0
+	for i := range values {
+		shape[0] += values[i].Shape[0]
+	}
+	if values[0].DType == savedmodel.String {
+		out := Value{DType: savedmodel.String, Shape: shape, Strings: make([][]byte, 0, elements(shape))}
+		for i := range values {
+			out.Strings = append(out.Strings, values[i].Strings...)
+			out.held = append(out.held, values[i].held...)
+		}
+		out.retain()
+		return out
+	}
+	out := Allocate(values[0].DType, shape, mem)
+	rest := out.Data
+	for i := range values {
+		rest = rest[copy(rest, values[i].Data):]
+	}
+	return out
+}
+
+// ByteSize returns the size of the elements in memory.
+func (v *Value) ByteSize() int64 {
+	n := int64(len(v.Data))
+	for _, s := range v.Strings {
+		n += int64(len(s))
+	}
+	return n
+}
+
 // Take returns a value that holds the rows at the given positions, in that order, copied
 // into memory from mem. Strings are shared, not copied. The caller releases both values.
 func (v *Value) Take(rows []int, mem memory.Allocator) Value {
 	shape := append([]int64{int64(len(rows))}, v.Shape[1:]...)
 	width := int(elements(v.Shape[1:]))
 	if v.DType == savedmodel.String {
-		out := Value{DType: v.DType, Shape: shape, Strings: make([][]byte, 0, len(rows)*width)}
+		out := Value{DType: v.DType, Shape: shape, Strings: make([][]byte, 0, len(rows)*width), held: slices.Clone(v.held)}
 		for _, row := range rows {
 			out.Strings = append(out.Strings, v.Strings[row*width:(row+1)*width]...)
 		}
+		out.retain()
 		return out
 	}
 	out := Allocate(v.DType, shape, mem)

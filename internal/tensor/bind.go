@@ -1,0 +1,330 @@
+package tensor
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// Binding is a plan fitted to the schema of one stream.
+type Binding struct {
+	plan   *Plan
+	inputs []boundInput
+}
+
+type boundInput struct {
+	input
+	at     int    // position of the column
+	name   string // name of the column
+	source source // nil for pictures
+}
+
+// source makes the tensor of one input of the cells of a column; each kind of cell has its own.
+type source interface {
+	// nulls marks the rows that are null at any depth; nil for none.
+	nulls(column arrow.Array) []bool
+	// screen refuses the rows that cannot be part of the tensor for a reason of their own. It
+	// reads rows that do not take part too, and may refuse them.
+	screen(column arrow.Array, refuse func(row int, reason string))
+	// value makes the tensor of the given rows, of which there is at least one and none would be
+	// refused, and where the input has lengths the length of each row.
+	value(column arrow.Array, rows []span, mem memory.Allocator) (value Value, lengths []int64, err error)
+}
+
+// Bind finds the column of each input in a stream's schema and checks its type. Its faults
+// name input, column, both types, and the cast to write.
+func (p *Plan) Bind(schema *arrow.Schema) (*Binding, error) {
+	binding := &Binding{plan: p}
+	for _, in := range p.inputs {
+		name := in.Column
+		if p.options.Inputs == nil && len(p.inputs) == 1 && len(schema.Fields()) == 1 {
+			name = schema.Field(0).Name
+		}
+		at := schema.FieldIndices(name)
+		if len(at) != 1 {
+			return nil, fault.New(fault.BadRequest, "input %q wants column %q, which the stream has %s; its columns are %s", in.spec.Name, name, times(len(at)), columnNames(schema))
+		}
+		bound := boundInput{input: in, at: at[0], name: name}
+		if err := bound.bind(schema.Field(at[0])); err != nil {
+			return nil, err
+		}
+		binding.inputs = append(binding.inputs, bound)
+	}
+	return binding, nil
+}
+
+// bind compares a column with the input that it feeds and chooses the source.
+func (in *boundInput) bind(field arrow.Field) error {
+	switch {
+	case in.picture:
+		t := field.Type
+		if dictionary, ok := t.(*arrow.DictionaryType); ok {
+			t = dictionary.ValueType
+		}
+		switch t.ID() {
+		case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW:
+			return nil
+		}
+		return fault.New(fault.BadRequest, "input %q decodes pictures and wants a binary column; column %q is %s", in.spec.Name, in.name, field.Type)
+	case in.Encoding == encodingRaw:
+		return in.bindRaw(field.Type)
+	case isVector(field.Type):
+		return in.bindVectors(field.Type)
+	}
+	return in.bindLists(field)
+}
+
+func (in *boundInput) bindRaw(column arrow.DataType) error {
+	source := &raw{dtype: in.spec.DType, inner: in.spec.Shape[1:]}
+	switch t := column.(type) {
+	case *arrow.BinaryType, *arrow.LargeBinaryType, *arrow.BinaryViewType:
+	case *arrow.FixedSizeBinaryType:
+		if t.ByteWidth != source.size() || t.ByteWidth == 0 {
+			return fault.New(fault.BadRequest, "input %s wants raw cells of %d bytes; column %q is %s", describe(in.spec), source.size(), in.name, column)
+		}
+	default:
+		return fault.New(fault.BadRequest, "input %s has the encoding raw and wants a binary column; column %q is %s", describe(in.spec), in.name, column)
+	}
+	in.source = source
+	return nil
+}
+
+func (in *boundInput) bindVectors(column arrow.DataType) error {
+	source := &vectors{dtype: in.spec.DType, want: -1}
+	if !in.spec.UnknownRank && len(in.spec.Shape) == 2 {
+		source.want = in.spec.Shape[1]
+	}
+	switch {
+	case !in.spec.UnknownRank && len(in.spec.Shape) != 2, in.spec.DType != savedmodel.Float64 && in.spec.DType != savedmodel.Float32:
+		return fault.New(fault.BadRequest, "input %s cannot take column %q of Spark vectors, which make float64 or float32 of 2 dimensions; write vector_to_array(%s) and cast its elements", describe(in.spec), in.name, quoted(in.name))
+	case in.Pad != nil || in.Lengths != "":
+		return fault.New(fault.BadRequest, "input %s has pad or lengths, but column %q has Spark vectors, which have one length; leave them out or write vector_to_array(%s)", describe(in.spec), in.name, quoted(in.name))
+	}
+	in.source = source
+	return nil
+}
+
+func (in *boundInput) bindLists(field arrow.Field) error {
+	column := field.Type
+	element, sizes := unnest(column)
+	how, ok := convertible(element, in.spec.DType)
+	if !ok {
+		return fault.New(fault.BadRequest, "input %s cannot take column %q of %s%s", describe(in.spec), in.name, column, in.hint(element, len(sizes)))
+	}
+	source := &lists{spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling}, pad: in.Pad != nil, counted: in.Lengths != "", most: in.most}
+	shape, err := tensorShape(field)
+	if err != nil {
+		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, column, err)
+	}
+	if shape != nil {
+		source.shape, sizes = shape, append(slices.Clone(shape), sizes[1:]...)
+	}
+	rank := len(sizes) + 1
+	if !in.spec.UnknownRank && rank != len(in.spec.Shape) && !(element.ID() == arrow.NULL && rank < len(in.spec.Shape)) {
+		return fault.New(fault.BadRequest, "input %s wants %s of list in each row; column %q is %s", describe(in.spec), levels(len(in.spec.Shape)-1), in.name, column)
+	}
+	if len(sizes) == 0 && source.counted && element.ID() != arrow.NULL {
+		return fault.New(fault.BadRequest, "input %s has lengths, but column %q is %s, which has none", describe(in.spec), in.name, column)
+	}
+	for i, size := range sizes {
+		want := source.want(i + 1)
+		if size >= 0 && (want >= 0 && (size > want || size < want && (!source.pad || shape != nil)) || i == 0 && source.counted && size > in.most) {
+			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at dimension %d", describe(in.spec), in.name, column, size, i+1)
+		}
+	}
+	in.source = source
+	return nil
+}
+
+// The name of Arrow's extension type for tensors of one shape and the keys of a field's metadata that hold an extension.
+const (
+	tensorExtension   = "arrow.fixed_shape_tensor"
+	extensionName     = "ARROW:extension:name"
+	extensionMetadata = "ARROW:extension:metadata"
+)
+
+// tensorShape returns the dimensions of a column of arrow.fixed_shape_tensor, nil of any other.
+func tensorShape(field arrow.Field) ([]int64, error) {
+	if name, _ := field.Metadata.GetValue(extensionName); name != tensorExtension {
+		return nil, nil
+	}
+	text, _ := field.Metadata.GetValue(extensionMetadata)
+	var about struct {
+		Shape       []int64 `json:"shape"`
+		Permutation []int   `json:"permutation"`
+	}
+	list, ok := field.Type.(*arrow.FixedSizeListType)
+	if !ok || json.Unmarshal([]byte(text), &about) != nil || len(about.Shape) == 0 {
+		return nil, fmt.Errorf("the metadata of its %s cannot be read", tensorExtension)
+	}
+	size := int64(1)
+	for _, d := range about.Shape {
+		if d < 1 || d > int64(list.Len()) {
+			return nil, fmt.Errorf("its %s has shape %d, but its lists have %d elements", tensorExtension, about.Shape, list.Len())
+		}
+		if size *= d; size > int64(list.Len()) {
+			break
+		}
+	}
+	if size != int64(list.Len()) {
+		return nil, fmt.Errorf("its %s has shape %d, but its lists have %d elements", tensorExtension, about.Shape, list.Len())
+	}
+	for i, from := range about.Permutation {
+		if from != i {
+			return nil, fmt.Errorf("its %s has the permutation %d; write the tensors in the order of their dimensions and leave it out", tensorExtension, about.Permutation)
+		}
+	}
+	return about.Shape, nil
+}
+
+// sqlTypes holds the type of Spark SQL to cast to for each dtype.
+var sqlTypes = map[savedmodel.DType]string{
+	savedmodel.Int8: "TINYINT", savedmodel.Int16: "SMALLINT", savedmodel.Int32: "INT", savedmodel.Int64: "BIGINT",
+	savedmodel.Uint8: "BIGINT", savedmodel.Uint16: "BIGINT", savedmodel.Uint32: "BIGINT", savedmodel.Uint64: "DECIMAL(20,0)",
+	savedmodel.Float16: "FLOAT", savedmodel.Bfloat16: "FLOAT", savedmodel.Float32: "FLOAT", savedmodel.Float64: "DOUBLE",
+	savedmodel.Bool: "BOOLEAN", savedmodel.String: "STRING",
+}
+
+// hint says what to write in Spark so that elements of a type, below so many lists, fit the input.
+func (in *boundInput) hint(element arrow.DataType, depth int) string {
+	target, ok := sqlTypes[in.spec.DType]
+	if !ok {
+		return "; no column can feed this dtype"
+	}
+	if dictionary, ok := element.(*arrow.DictionaryType); ok {
+		element = dictionary.ValueType
+	}
+	cast := func(x string) string { return fmt.Sprintf("CAST(%s AS %s)", x, target) }
+	whole := target == "BIGINT" || target == "DECIMAL(20,0)" // takes any BIGINT
+	isText, isFloat := target == "STRING", target == "FLOAT" || target == "DOUBLE"
+	count := func(timestamp string) string {
+		switch {
+		case whole:
+			return "unix_micros(" + timestamp + ")"
+		case isFloat || target == "BOOLEAN":
+			return cast("unix_micros(" + timestamp + ")")
+		}
+		return cast("unix_seconds(" + timestamp + ")") // microseconds would not fit
+	}
+	express := cast
+	switch element.ID() {
+	case arrow.TIMESTAMP:
+		switch {
+		case isFloat && element.(*arrow.TimestampType).TimeZone == "":
+			express = func(x string) string { return cast("CAST(" + x + " AS TIMESTAMP)") }
+		case !isFloat && !isText:
+			express = count
+		}
+	case arrow.DATE32, arrow.DATE64:
+		switch {
+		case whole || target == "INT":
+			express = func(x string) string { return "unix_date(" + x + ")" }
+		case !isText:
+			express = func(x string) string { return cast("unix_date(" + x + ")") }
+		}
+	case arrow.TIME32, arrow.TIME64:
+		if isFloat {
+			express = func(x string) string { return cast("CAST(" + x + " AS DECIMAL(20,9))") }
+		}
+	case arrow.DURATION:
+		if !isText {
+			express = func(x string) string { return count("timestamp_seconds(0) + " + x) }
+		}
+	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.FIXED_SIZE_BINARY:
+		if depth == 0 {
+			return `; if its cells hold the bytes of a row, map it with "encoding":"raw"`
+		}
+		express = func(x string) string { return cast("CAST(" + x + " AS STRING)") }
+	case arrow.MAP:
+		express = func(x string) string { return "map_values(" + x + ")" }
+	case arrow.STRUCT:
+		names := []string{}
+		for _, field := range element.(*arrow.StructType).Fields() {
+			names = append(names, field.Name)
+		}
+		if len(names) == 0 {
+			return "; no column without fields can feed an input"
+		}
+		express = func(x string) string { return x + "." + quoted(names[0]) }
+	case arrow.SPARSE_UNION, arrow.DENSE_UNION, arrow.RUN_END_ENCODED, arrow.INTERVAL_MONTHS, arrow.INTERVAL_DAY_TIME, arrow.INTERVAL_MONTH_DAY_NANO, arrow.EXTENSION:
+		return fmt.Sprintf("; send plain %s instead", in.spec.DType)
+	}
+	column := quoted(in.name)
+	if depth == 0 {
+		return "; write " + express(column)
+	}
+	if express("x") == cast("x") {
+		return fmt.Sprintf("; write CAST(%s AS %s%s%s)", column, strings.Repeat("ARRAY<", depth), target, strings.Repeat(">", depth))
+	}
+	text := express("x")
+	for range depth - 1 {
+		text = "transform(x, x -> " + text + ")"
+	}
+	return fmt.Sprintf("; write transform(%s, x -> %s)", column, text)
+}
+
+// quoted writes a column's name as SQL takes it.
+func quoted(name string) string {
+	plain := name != ""
+	for i, r := range name {
+		plain = plain && (r == '_' || 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || i > 0 && '0' <= r && r <= '9')
+	}
+	if plain {
+		return name
+	}
+	return "`" + strings.ReplaceAll(name, "`", "``") + "`"
+}
+
+// describe writes specs as people read them: "x" float32 [?,4].
+func describe(specs ...savedmodel.Spec) string {
+	texts := make([]string, len(specs))
+	for i, spec := range specs {
+		shape := "of unknown rank"
+		if !spec.UnknownRank {
+			shape = shapeText(spec.Shape)
+		}
+		texts[i] = fmt.Sprintf("%q %s %s", spec.Name, spec.DType, shape)
+	}
+	return strings.Join(texts, ", ")
+}
+
+// shapeText writes a shape with ? for what is open.
+func shapeText(shape []int64) string {
+	dims := make([]string, len(shape))
+	for i, d := range shape {
+		dims[i] = "?"
+		if d >= 0 {
+			dims[i] = fmt.Sprint(d)
+		}
+	}
+	return "[" + strings.Join(dims, ",") + "]"
+}
+
+func columnNames(schema *arrow.Schema) string {
+	names := make([]string, len(schema.Fields()))
+	for i, field := range schema.Fields() {
+		names[i] = fmt.Sprintf("%q", field.Name)
+	}
+	return strings.Join(names, ", ")
+}
+
+func times(n int) string {
+	if n == 0 {
+		return "not"
+	}
+	return fmt.Sprintf("%d times", n)
+}
+
+func levels(n int) string {
+	if n == 1 {
+		return "1 level"
+	}
+	return fmt.Sprintf("%d levels", n)
+}

@@ -1,0 +1,160 @@
+package tensor
+
+import (
+	"fmt"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// Nulls takes the rows out of the run in which any input is null at any depth.
+// If refuse is set they are refused rows with a reason, else null rows as in SQL.
+func (b *Binding) Nulls(rec arrow.Record, rows *Rows, refuse bool) {
+	for i := range b.inputs {
+		in := &b.inputs[i]
+		column := rec.Column(in.at)
+		var all []bool
+		if in.source == nil {
+			all = nulls(column, 0)
+		} else {
+			all = in.source.nulls(column)
+		}
+		for row, null := range all {
+			switch {
+			case !null:
+			case refuse:
+				rows.Refuse(row, fmt.Sprintf("column %q is null", in.name))
+			default:
+				rows.Null(row)
+			}
+		}
+	}
+}
+
+// Pictures decodes one input's encoded pictures, given as views of the column's memory, into
+// a value whose rows are theirs, in order. failed holds a reason for each row that cannot be
+// decoded; such a row's part of the value is not defined.
+type Pictures func(input string, encoded [][]byte, mem memory.Allocator) (value Value, failed map[int]string, err error)
+
+// Feed is the value of one input for one batch.
+type Feed struct {
+	Tensor string // tensor in the graph
+	Value  Value
+}
+
+// Values makes the input tensors from the rows that take part; there must be at least one.
+// Rows that cannot be part of a tensor, and those whose picture cannot be decoded, are refused in
+// rows; if none is left the result is empty. String tensors view rec's memory and hold it. The
+// caller releases each value. Faults name input, column, and lengths or sizes.
+func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memory.Allocator) (feeds []Feed, err error) {
+	defer func() {
+		if err != nil {
+			ReleaseFeeds(feeds)
+			feeds = nil
+		}
+	}()
+	for i := range b.inputs {
+		if in := &b.inputs[i]; in.source != nil {
+			in.source.screen(rec.Column(in.at), func(row int, reason string) {
+				if rows.state[row] == rowKept {
+					rows.Refuse(row, fmt.Sprintf("column %q: %s", in.name, reason))
+				}
+			})
+		}
+	}
+	for i := range b.inputs {
+		in := &b.inputs[i]
+		if in.source != nil || rows.Kept() == 0 {
+			continue
+		}
+		before := rows.Positions()
+		encoded, at := make([][]byte, len(before)), bytesAt(rec.Column(in.at))
+		for i, row := range before {
+			encoded[i] = at(row)
+		}
+		value, failed, err := decode(in.spec.Name, encoded, mem)
+		if err != nil {
+			return feeds, err
+		}
+		feeds = append(feeds, Feed{Tensor: in.spec.Tensor, Value: value})
+		if len(failed) == 0 {
+			continue
+		}
+		for i, reason := range failed {
+			rows.Refuse(before[i], fmt.Sprintf("column %q: %s", in.name, reason))
+		}
+		left := remaining(before, rows)
+		for i := range feeds {
+			narrowed := feeds[i].Value.Take(left, mem)
+			feeds[i].Value.Release()
+			feeds[i].Value = narrowed
+		}
+	}
+	if rows.Kept() == 0 {
+		ReleaseFeeds(feeds)
+		return nil, nil
+	}
+	spans := rows.spans()
+	for i := range b.inputs {
+		in := &b.inputs[i]
+		if in.source == nil {
+			continue
+		}
+		value, lengths, err := in.source.value(rec.Column(in.at), spans, mem)
+		if err != nil {
+			kind, _ := fault.KindOf(err)
+			return feeds, fault.New(kind, "input %s, column %q: %w", describe(in.spec), in.name, err)
+		}
+		feeds = append(feeds, Feed{Tensor: in.spec.Tensor, Value: value})
+		if in.Lengths != "" {
+			feeds = append(feeds, Feed{Tensor: in.lengths.Tensor, Value: lengthsValue(in.lengths.DType, lengths, mem)})
+		}
+	}
+	return feeds, nil
+}
+
+// ReleaseFeeds releases every value.
+func ReleaseFeeds(feeds []Feed) {
+	for i := range feeds {
+		feeds[i].Value.Release()
+	}
+}
+
+// remaining returns the positions within before of the rows that still take part.
+func remaining(before []int, rows *Rows) []int {
+	positions := make([]int, 0, rows.Kept())
+	for i, row := range before {
+		if rows.state[row] == rowKept {
+			positions = append(positions, i)
+		}
+	}
+	return positions
+}
+
+// longest returns the largest number that an integer dtype holds, as far as lengths go.
+func longest(dtype savedmodel.DType) (most int64, ok bool) {
+	bits := 8 * dtype.Size()
+	switch dtype {
+	case savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64:
+		bits--
+	case savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64:
+	default:
+		return 0, false
+	}
+	return 1<<min(bits, 62) - 1, true
+}
+
+// lengthsValue makes a tensor of rank 1 from lengths that fit its dtype.
+func lengthsValue(dtype savedmodel.DType, lengths []int64, mem memory.Allocator) Value {
+	value := Allocate(dtype, []int64{int64(len(lengths))}, mem)
+	size := dtype.Size()
+	for i, n := range lengths {
+		for b := range size {
+			value.Data[i*size+b] = byte(n >> (8 * b))
+		}
+	}
+	return value
+}
