@@ -1,0 +1,539 @@
+package batch
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/offheap"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+// machine stands for TensorFlow: y is x + 1, for int64 rows of any width. It refuses a run that has a negative x. It
+// notes which runs there were.
+type machine struct {
+	mem    *offheap.Allocator
+	before func(first int64) // called by each run with its first number
+	open   atomic.Int64      // outputs that were not closed
+
+	mu   sync.Mutex
+	runs [][]int64 // the numbers of each run
+}
+
+type outputs struct {
+	machine *machine
+	values  []tensor.Value
+}
+
+func (o *outputs) Values() []tensor.Value { return o.values }
+
+func (o *outputs) Close() {
+	for i := range o.values {
+		o.values[i].Release()
+	}
+	o.machine.open.Add(-1)
+}
+
+func numbers(v tensor.Value) []int64 {
+	list := make([]int64, len(v.Data)/8)
+	for i := range list {
+		list[i] = int64(binary.LittleEndian.Uint64(v.Data[8*i:]))
+	}
+	return list
+}
+
+func (m *machine) run(feeds []tensor.Feed, _ []string, _ time.Duration) (Outputs, error) {
+	defer tensor.ReleaseFeeds(feeds)
+	x := numbers(feeds[0].Value)
+	m.mu.Lock()
+	m.runs = append(m.runs, x)
+	m.mu.Unlock()
+	if m.before != nil {
+		m.before(x[0])
+	}
+	if slices.ContainsFunc(x, func(n int64) bool { return n < 0 }) {
+		return nil, fault.New(fault.BadRequest, "there is a negative number")
+	}
+	y := tensor.Allocate(savedmodel.Int64, feeds[0].Value.Shape, m.mem)
+	for i, n := range x {
+		binary.LittleEndian.PutUint64(y.Data[8*i:], uint64(n+1))
+	}
+	m.open.Add(1)
+	return &outputs{m, []tensor.Value{y}}, nil
+}
+
+// newScheduler returns a scheduler on a machine. At the end of its test no goroutine, no byte and no output may be left.
+func newScheduler(t *testing.T, change func(*Options)) (*Scheduler, *machine) {
+	t.Helper()
+	m := &machine{mem: &offheap.Allocator{}}
+	options := Options{
+		MaxBatchSize: 8, MaxBatchBytes: 1 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 4, NumBatchThreads: 2,
+		Run: m.run, Memory: m.mem, Log: zap.NewNop(), Stuck: func(time.Duration) { t.Error("a run was stuck") },
+	}
+	if change != nil {
+		change(&options)
+	}
+	s := New(options)
+	t.Cleanup(func() {
+		s.Close()
+		if n := m.mem.Live(); n != 0 {
+			t.Errorf("%d bytes were not freed", n)
+		}
+		if n := m.open.Load(); n != 0 {
+			t.Errorf("%d outputs were not closed", n)
+		}
+		goleak.VerifyNone(t)
+	})
+	return s, m
+}
+
+func feed(m *machine, width int, x ...int64) []tensor.Feed {
+	v := tensor.Allocate(savedmodel.Int64, []int64{int64(len(x) / width), int64(width)}, m.mem)
+	for i, n := range x {
+		binary.LittleEndian.PutUint64(v.Data[8*i:], uint64(n))
+	}
+	return []tensor.Feed{{Tensor: "x:0", Value: v}}
+}
+
+func call(limits Limits) Call {
+	return Call{Fetches: []string{"y:0"}, Limits: limits, Check: func(values []tensor.Value, rows int) error {
+		if values[0].Rows() != int64(rows) {
+			return fault.New(fault.BadRequest, "%d rows for %d", values[0].Rows(), rows)
+		}
+		return nil
+	}}
+}
+
+// eventually waits until a condition holds, and fails the test after ten seconds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("after 10 s it is not so that %s", what)
+		}
+	}
+}
+
+func (s *Scheduler) queued() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waiting
+}
+
+// TestRowsComeBack runs random record batches, some with rows to refuse, of many streams at once with all kinds of limits.
+func TestRowsComeBack(t *testing.T) {
+	s, m := newScheduler(t, nil)
+	var working sync.WaitGroup
+	for stream := range 12 {
+		working.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(stream), 5))
+			limits := []Limits{{}, {Off: true}, {MaxBatchSize: 3}, {BatchTimeout: 2 * time.Millisecond}, {MaxBatchSize: 100}}[stream%5]
+			st := s.Stream(call(limits))
+			for range 60 {
+				width, rows := 1+r.IntN(2), 1+r.IntN(20)
+				x := make([]int64, rows*width)
+				bad := map[int]bool{}
+				for i := range x {
+					if x[i] = r.Int64N(1000); r.IntN(30) == 0 {
+						x[i], bad[i/width] = -1, true
+					}
+				}
+				a, err := st.Run(t.Context(), feed(m, width, x...), rows, false)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				var want []int64
+				for i, n := range x {
+					if !bad[i/width] {
+						want = append(want, n+1)
+					}
+				}
+				var got []int64
+				if a.Values != nil {
+					got = numbers(a.Values[0])
+				}
+				if len(a.Refused) != len(bad) || !slices.Equal(got, want) {
+					t.Errorf("stream %d: %v became %v, refused %v", stream, x, got, a.Refused)
+				}
+				if a.TFRows < rows-len(bad) {
+					t.Errorf("%d rows of runs for %d rows", a.TFRows, rows)
+				}
+				a.Close()
+			}
+		})
+	}
+	working.Wait()
+	if c := s.Counts(); c.JoinedRuns == 0 || c.JoinedRuns >= c.Runs || c.Runs != int64(len(m.runs)) {
+		t.Errorf("%+v of %d runs", c, len(m.runs))
+	}
+	for _, x := range m.runs {
+		if len(x) > 40 {
+			t.Errorf("a run of %d numbers", len(x))
+		}
+	}
+}
+
+// busy keeps the only thread in a run until the result is called.
+func busy(t *testing.T, s *Scheduler, m *machine) (release func()) {
+	t.Helper()
+	held, running := make(chan struct{}), make(chan struct{})
+	m.before = func(first int64) {
+		if first == 1_000_000 {
+			close(running)
+			<-held
+		}
+	}
+	var working sync.WaitGroup
+	working.Go(func() {
+		a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1_000_000), 1, false)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		a.Close()
+	})
+	<-running
+	return func() {
+		close(held)
+		working.Wait()
+	}
+}
+
+func one(o *Options) { o.NumBatchThreads = 1 }
+
+// start runs a record batch in the background and waits until it is queued.
+func start(t *testing.T, s *Scheduler, m *machine, working *sync.WaitGroup, limits Limits, x ...int64) {
+	t.Helper()
+	before := s.queued()
+	working.Go(func() {
+		a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, x...), len(x), false)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer a.Close()
+		for i, n := range numbers(a.Values[0]) {
+			if n != x[i]+1 {
+				t.Errorf("%v became %v", x, numbers(a.Values[0]))
+			}
+		}
+	})
+	eventually(t, "it is queued", func() bool { return s.queued() > before })
+}
+
+func TestWaitingStreamsAreJoined(t *testing.T) {
+	s, m := newScheduler(t, one)
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1, 2)
+	start(t, s, m, &working, Limits{Off: true}, 3)
+	start(t, s, m, &working, Limits{}, 4, 5, 6)
+	start(t, s, m, &working, Limits{}, 7, 8, 9, 10) // one row too many for the first batch
+	start(t, s, m, &working, Limits{}, 11)
+	release()
+	working.Wait()
+	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 4 5 6 11] [3] [7 8 9 10]]" {
+		t.Errorf("the runs were %s", got)
+	}
+	if c := s.Counts(); c != (Counts{Runs: 4, JoinedRuns: 1}) {
+		t.Errorf("counted %+v", c)
+	}
+}
+
+// TestStreamsTakeTurns lets a bulk of several batches wait beside a row that came later.
+func TestStreamsTakeTurns(t *testing.T) {
+	s, m := newScheduler(t, one)
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	bulk := make([]int64, 24)
+	for i := range bulk {
+		bulk[i] = int64(i)
+	}
+	start(t, s, m, &working, Limits{}, bulk...)
+	start(t, s, m, &working, Limits{}, 100)
+	release()
+	working.Wait()
+	if len(m.runs) != 5 || len(m.runs[1]) != 8 || m.runs[2][0] != 100 {
+		t.Errorf("the runs were %v", m.runs[1:])
+	}
+}
+
+func TestAWholeBatchIsNotTouched(t *testing.T) {
+	s, m := newScheduler(t, nil)
+	var fed *byte
+	s.options.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+		fed = &feeds[0].Value.Data[0]
+		return m.run(feeds, fetches, timeout)
+	}
+	x := feed(m, 1, 1, 2, 3, 4, 5, 6, 7, 8)
+	first := &x[0].Value.Data[0]
+	a, err := s.Stream(call(Limits{})).Run(t.Context(), x, 8, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if fed != first || len(m.runs) != 1 || a.TFRows != 8 {
+		t.Errorf("copied: %t, in %d runs of %d rows", fed != first, len(m.runs), a.TFRows)
+	}
+}
+
+func TestBytesBoundARun(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) { o.MaxBatchBytes = 48 })
+	a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 2, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10), 5, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if got := numbers(a.Values[0]); len(m.runs) != 2 || !slices.Equal(got, []int64{2, 3, 4, 5, 6, 7, 8, 9, 10, 11}) {
+		t.Errorf("%v in runs of %v", got, m.runs)
+	}
+}
+
+// TestBatchTimeout makes a batch wait for a second stream, though the thread is idle.
+func TestBatchTimeout(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) { o.BatchTimeout = 5 * time.Second })
+	var working sync.WaitGroup
+	started := time.Now()
+	limits := Limits{MaxBatchSize: 3, BatchTimeout: time.Hour} // lowered to 5 s
+	start(t, s, m, &working, limits, 1, 2)
+	working.Go(func() {
+		a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, 3), 1, false)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		a.Close()
+	})
+	working.Wait()
+	if len(m.runs) != 1 || time.Since(started) > 4*time.Second {
+		t.Errorf("runs of %v after %s: a full batch does not wait", m.runs, time.Since(started))
+	}
+	limits.BatchTimeout = 20 * time.Millisecond
+	a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, 4), 1, false)
+	if err != nil || a.Queue < 20*time.Millisecond {
+		t.Fatalf("alone it waited %v, %v", a.Queue, err)
+	}
+	a.Close()
+}
+
+func TestRefusedRowsAreFound(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) { o.MaxBatchSize = 1024 })
+	st := s.Stream(call(Limits{}))
+	x := make([]int64, 1000)
+	x[500], x[3], x[999] = -1, -2, -3
+	a, err := st.Run(t.Context(), feed(m, 1, x...), len(x), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(a.Refused) != 3 || a.Refused[3] == "" || a.Refused[500] == "" || a.Refused[999] != "there is a negative number" || len(numbers(a.Values[0])) != 997 {
+		t.Errorf("refused %v", a.Refused)
+	}
+	a.Close()
+
+	m.runs = nil
+	if a, err = st.Run(t.Context(), feed(m, 1, x...), len(x), true); err != nil {
+		t.Fatal(err)
+	}
+	if len(a.Refused) != 1 || a.Refused[3] == "" || len(m.runs) > 12 {
+		t.Errorf("the first: %v, in %d runs", a.Refused, len(m.runs))
+	}
+	a.Close()
+
+	m.runs = nil
+	for i := range x {
+		x[i] = int64(-(i % 2))
+	}
+	if a, err = st.Run(t.Context(), feed(m, 1, x...), len(x), false); err != nil {
+		t.Fatal(err)
+	}
+	if len(m.runs) != 1+maxHalvings {
+		t.Errorf("%d runs to find half of 1,000 rows", len(m.runs))
+	}
+	ran := 0
+	if a.Values != nil {
+		ran = len(numbers(a.Values[0]))
+	}
+	if len(a.Refused)+ran != len(x) || !strings.Contains(a.Refused[999], "refused together") || !strings.Contains(a.Refused[999], "there is a negative number") {
+		t.Errorf("%d refused, %d ran; the last: %s", len(a.Refused), ran, a.Refused[999])
+	}
+	a.Close()
+}
+
+// TestOtherStreamsAreNotTouched joins a good and a bad stream.
+func TestOtherStreamsAreNotTouched(t *testing.T) {
+	s, m := newScheduler(t, one)
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1, 2)
+	working.Go(func() {
+		a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 3, -4), 2, false)
+		if err != nil || len(a.Refused) != 1 || a.Refused[1] == "" {
+			t.Errorf("%+v, %v", a, err)
+			return
+		}
+		a.Close()
+	})
+	eventually(t, "both wait", func() bool { return s.queued() == 2 })
+	release()
+	working.Wait()
+	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 3 -4] [1 2] [3 -4] [3] [-4]]" {
+		t.Errorf("the runs were %s", got)
+	}
+}
+
+func TestErrorsOfARunAreNotHalved(t *testing.T) {
+	var runs atomic.Int64
+	for name, c := range map[string]struct {
+		run   func() error
+		check error
+		kind  fault.Kind
+		text  string
+	}{
+		"of TensorFlow": {run: func() error { return fault.New(fault.Internal, "broken") }, kind: fault.Internal, text: "broken"},
+		"a panic":       {run: func() error { panic("secret") }, kind: fault.Internal, text: "its log has the details"},
+		"of the check":  {check: fault.New(fault.BadRequest, "no batch dimension"), kind: fault.BadRequest, text: "no batch dimension"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var m *machine
+			s, made := newScheduler(t, func(o *Options) {
+				o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+					runs.Add(1)
+					if c.check != nil {
+						return m.run(feeds, fetches, timeout)
+					}
+					defer tensor.ReleaseFeeds(feeds)
+					return nil, c.run()
+				}
+			})
+			m = made
+			runs.Store(0)
+			asks := call(Limits{})
+			asks.Check = func([]tensor.Value, int) error { return c.check }
+			_, err := s.Stream(asks).Run(t.Context(), feed(m, 1, make([]int64, 30)...), 30, false)
+			if kind, _ := fault.KindOf(err); kind != c.kind || err == nil || err.Error() != c.text && !strings.Contains(err.Error(), c.text) || strings.Contains(err.Error(), "secret") {
+				t.Errorf("got %v", err)
+			}
+			if n := runs.Load(); n > 4 {
+				t.Errorf("%d runs of 4 pieces", n)
+			}
+		})
+	}
+}
+
+func TestCallersLeave(t *testing.T) {
+	s, m := newScheduler(t, one)
+	release := busy(t, s, m)
+	ctx, cancel := context.WithCancel(t.Context())
+	var working sync.WaitGroup
+	for range 3 {
+		working.Go(func() {
+			if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, make([]int64, 20)...), 20, false); !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	eventually(t, "all wait", func() bool { return s.queued() == 9 })
+	if after, full := s.Full(); !full || after < 50*time.Millisecond || after > 5*time.Second {
+		t.Errorf("full: %t, ask again in %s", full, after)
+	}
+	cancel()
+	working.Wait()
+	if n := s.queued(); n != 0 {
+		t.Errorf("%d tasks wait for nobody", n)
+	}
+	if _, full := s.Full(); full {
+		t.Error("an empty queue is full")
+	}
+	release()
+	if len(m.runs) != 1 {
+		t.Errorf("%d runs", len(m.runs))
+	}
+
+	// One that leaves while its run is under way.
+	release = busy(t, s, m)
+	ctx, cancel = context.WithCancel(t.Context())
+	release2 := make(chan struct{})
+	inner := m.before
+	m.before = func(first int64) {
+		inner(first)
+		if first == 5 {
+			cancel()
+			<-release2
+		}
+	}
+	release()
+	if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, 5), 1, false); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	close(release2)
+}
+
+// TestARunIgnoresItsTimeout answers the stream before the run ends, and says so in the end.
+func TestARunIgnoresItsTimeout(t *testing.T) {
+	stuck := make(chan time.Duration, 1)
+	hold := make(chan struct{})
+	s, m := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads = 1
+		o.Stuck = func(timeout time.Duration) { stuck <- timeout }
+	})
+	m.before = func(first int64) {
+		if first == 7 {
+			<-hold
+		}
+	}
+	c := call(Limits{})
+	c.Timeout = time.Millisecond
+	_, err := s.Stream(c).Run(t.Context(), feed(m, 1, 7), 1, false)
+	if kind, _ := fault.KindOf(err); kind != fault.Deadline {
+		t.Fatalf("got %v", err)
+	}
+	select {
+	case <-stuck:
+		t.Error("stuck too soon")
+	default:
+	}
+	close(hold) // it ends after all
+	a, err := s.Stream(c).Run(t.Context(), feed(m, 1, 8), 1, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+}
+
+func TestCloseRefusesWhatWaits(t *testing.T) {
+	s, m := newScheduler(t, one)
+	release := busy(t, s, m)
+	refused := make(chan error, 1)
+	go func() {
+		_, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1), 1, false)
+		refused <- err
+	}()
+	eventually(t, "it waits", func() bool { return s.queued() == 1 })
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	if kind, _ := fault.KindOf(<-refused); kind != fault.Unavailable {
+		t.Errorf("kind %d", kind)
+	}
+	release()
+	<-closed
+	if _, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1), 1, false); err == nil {
+		t.Error("a closed scheduler runs")
+	}
+}

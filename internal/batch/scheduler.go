@@ -1,0 +1,482 @@
+package batch
+
+import (
+	"context"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow/memory"
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/tensor"
+)
+
+// How late a run may be. TensorFlow looks at its timeout between operations, so a run may end
+// after it. A stream is answered lateAnswer after the timeout in any case, and lateEnd after it
+// the run counts as stuck.
+const (
+	lateAnswer = time.Second
+	lateEnd    = 10 * time.Second
+)
+
+// Outputs are the results of one run. The values view memory that is not theirs until Close.
+type Outputs interface {
+	Values() []tensor.Value
+	Close()
+}
+
+// Options are what a Scheduler needs. The numbers are limits that a stream may only lower.
+type Options struct {
+	MaxBatchSize       int           // rows of one run
+	MaxBatchBytes      int64         // bytes of the inputs of one run, unless a single row has more
+	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
+	MaxEnqueuedBatches int           // waiting tasks above which the queue counts as full
+	NumBatchThreads    int           // runs at once
+	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them, also on
+	// error. A fault of kind BadRequest says that the rows are to blame. timeout bounds the run, 0
+	// is none. It is called by several goroutines at once.
+	Run func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error)
+	// Stuck is called when a run has ignored its timeout for 10 s. It ends the process; only that
+	// ends such a run.
+	Stuck  func(timeout time.Duration)
+	Memory memory.Allocator // for what is joined; 64-byte aligned and off the Go heap
+	Log    *zap.Logger
+}
+
+// Counts are what a scheduler has done so far.
+type Counts struct {
+	Runs       int64 `json:"runs"`
+	JoinedRuns int64 `json:"joined_runs"` // that served more than one stream
+}
+
+// Scheduler runs the tasks of all streams of one model. It is safe for concurrent use.
+type Scheduler struct {
+	options Options
+	threads sync.WaitGroup
+
+	runs, joined atomic.Int64
+	recent       atomic.Int64 // how long the last run took, in nanoseconds
+
+	mu      sync.Mutex // guards the fields below, and those of tasks and streams
+	work    *sync.Cond // there may be a batch to run
+	turns   []*Stream  // streams with waiting tasks; the first has its turn
+	waiting int        // tasks
+	closed  bool
+	timer   *time.Timer // wakes a thread when a batch has waited for long enough
+}
+
+// New returns a scheduler with its threads running.
+func New(options Options) *Scheduler {
+	s := &Scheduler{options: options}
+	s.work = sync.NewCond(&s.mu)
+	s.timer = time.AfterFunc(time.Hour, s.work.Broadcast)
+	for range max(options.NumBatchThreads, 1) {
+		s.threads.Go(s.thread)
+	}
+	return s
+}
+
+// Counts returns what was done so far.
+func (s *Scheduler) Counts() Counts {
+	return Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load()}
+}
+
+// Full reports whether max_enqueued_batches tasks are waiting, and for how long, about, a new
+// stream had better stay away.
+func (s *Scheduler) Full() (retryAfter time.Duration, full bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting < s.options.MaxEnqueuedBatches {
+		return 0, false
+	}
+	took := time.Duration(s.recent.Load()) * time.Duration(s.waiting/max(s.options.NumBatchThreads, 1))
+	return min(max(took, 50*time.Millisecond), 5*time.Second), true
+}
+
+// Close waits for the runs under way and ends the threads. Tasks that wait fail as Unavailable.
+func (s *Scheduler) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.timer.Stop()
+	for _, stream := range s.turns {
+		for _, t := range stream.tasks {
+			t.answer(result{err: fault.New(fault.Unavailable, "the server is ending; ask again")})
+		}
+		stream.tasks = nil
+	}
+	s.turns, s.waiting = nil, 0
+	s.mu.Unlock()
+	s.work.Broadcast()
+	s.threads.Wait()
+}
+
+// Call is what a stream asks of each run.
+type Call struct {
+	Fetches []string
+	Timeout time.Duration // bounds each run; 0 is none
+	// Check says what is wrong with the outputs of a run of so many rows; nil is nothing. It is
+	// called before they are cut.
+	Check func(outputs []tensor.Value, rows int) error
+	// Limits are the stream's own.
+	Limits Limits
+}
+
+// Limits are what a stream asks of batching. Numbers may only lower the scheduler's; 0 leaves
+// them, but a stream waits for others only if it says so.
+type Limits struct {
+	Off          bool // each record batch is one run
+	MaxBatchSize int
+	BatchTimeout time.Duration
+}
+
+// Stream is one stream's place in the queue. Its record batches run one after the other.
+type Stream struct {
+	scheduler *Scheduler
+	call      Call
+	key       string // of what its tasks may run together with, without the shapes
+
+	tasks []*task // waiting, the oldest first; guarded by scheduler.mu
+}
+
+// Stream returns a place for a stream. It needs no closing.
+func (s *Scheduler) Stream(call Call) *Stream {
+	limit := s.options.MaxBatchSize
+	if call.Limits.MaxBatchSize > 0 {
+		limit = min(limit, call.Limits.MaxBatchSize)
+	}
+	call.Limits.MaxBatchSize = limit
+	call.Limits.BatchTimeout = min(call.Limits.BatchTimeout, s.options.BatchTimeout)
+	key := fmt.Sprintf("%s|%d|%d|%d", strings.Join(call.Fetches, ","), call.Timeout, limit, call.Limits.BatchTimeout)
+	return &Stream{scheduler: s, call: call, key: key}
+}
+
+// task is a piece of a stream's record batch.
+type task struct {
+	stream *Stream
+	key    string // tasks of one key may run together; "" runs alone
+	feeds  []tensor.Feed
+	rows   int
+	bytes  int64
+	queued time.Time
+	done   chan result // takes one
+
+	// Guarded by the scheduler's mu.
+	taken bool // by a thread
+	left  bool // its stream waits no more
+}
+
+// result is what becomes of a task.
+type result struct {
+	outputs *share // of the run; nil with err
+	values  []tensor.Value
+	err     error
+	checked bool // err is of Call.Check: no row is to blame
+	ran     int  // rows of the run
+	queue   time.Duration
+	run     time.Duration
+}
+
+func (r *result) close() {
+	for i := range r.values {
+		r.values[i].Release()
+	}
+	if r.outputs != nil {
+		r.outputs.close()
+	}
+}
+
+// share closes outputs with the last of those who have a part of them.
+type share struct {
+	outputs Outputs
+	owners  atomic.Int32
+}
+
+func (s *share) close() {
+	if s.owners.Add(-1) == 0 {
+		s.outputs.Close()
+	}
+}
+
+// answer gives the task its result, or closes it if nobody waits any more. The feeds are released.
+// The scheduler's mu is held.
+func (t *task) answer(r result) {
+	tensor.ReleaseFeeds(t.feeds)
+	t.feeds = nil
+	if t.left {
+		r.close()
+		return
+	}
+	t.done <- r
+}
+
+// submit queues a task, which takes over the feeds.
+func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
+	t := &task{stream: st, feeds: feeds, rows: rows, queued: time.Now(), done: make(chan result, 1)}
+	for i := range feeds {
+		t.bytes += feeds[i].Value.ByteSize()
+	}
+	if !alone && !st.call.Limits.Off {
+		t.key = st.key
+		for _, feed := range feeds {
+			t.key += fmt.Sprintf("|%s %d %v", feed.Tensor, feed.Value.DType, feed.Value.Shape[1:])
+		}
+	}
+	s := st.scheduler
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		t.answer(result{err: fault.New(fault.Unavailable, "the server is ending; ask again")})
+		return t
+	}
+	if len(st.tasks) == 0 {
+		s.turns = append(s.turns, st)
+	}
+	st.tasks = append(st.tasks, t)
+	s.waiting++
+	s.work.Signal()
+	return t
+}
+
+// wait returns the task's result. When ctx ends first, a task that waits is dropped, and what a
+// task that runs brings is closed when it comes.
+func (t *task) wait(ctx context.Context) result {
+	select {
+	case r := <-t.done:
+		return r
+	case <-ctx.Done():
+	}
+	s := t.stream.scheduler
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case r := <-t.done:
+		r.close()
+	default:
+		t.left = true
+		if !t.taken {
+			s.remove(t)
+			t.answer(result{})
+		}
+	}
+	return result{err: ctx.Err()}
+}
+
+// remove takes a waiting task out of the queue. mu is held.
+func (s *Scheduler) remove(t *task) {
+	st := t.stream
+	st.tasks = slices.DeleteFunc(st.tasks, func(other *task) bool { return other == t })
+	if len(st.tasks) == 0 {
+		s.turns = slices.DeleteFunc(s.turns, func(other *Stream) bool { return other == st })
+	}
+	s.waiting--
+}
+
+// thread runs batches until the scheduler closes.
+func (s *Scheduler) thread() {
+	for {
+		tasks := s.next()
+		if tasks == nil {
+			return
+		}
+		s.serve(tasks)
+	}
+}
+
+// next waits for a batch and takes it.
+func (s *Scheduler) next() []*task {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed {
+		if tasks := s.take(time.Now()); tasks != nil {
+			return tasks
+		}
+		s.work.Wait()
+	}
+	return nil
+}
+
+// take returns the batch whose turn it is: the task of the first stream, and those of other
+// streams that may run with it. One that is not full and may wait longer is passed over. mu is
+// held.
+func (s *Scheduler) take(now time.Time) []*task {
+	var wake time.Time
+	for _, first := range s.turns {
+		tasks, ready := s.gather(first)
+		if due := tasks[0].queued.Add(first.call.Limits.BatchTimeout); !ready && due.After(now) {
+			if wake.IsZero() || due.Before(wake) {
+				wake = due
+			}
+			continue
+		}
+		for _, t := range tasks {
+			t.taken = true
+			s.remove(t)
+		}
+		for _, t := range tasks { // behind all others, if they have more
+			if at := slices.Index(s.turns, t.stream); at >= 0 {
+				s.turns = append(slices.Delete(s.turns, at, at+1), t.stream)
+			}
+		}
+		if s.waiting > 0 {
+			s.work.Signal()
+		}
+		return tasks
+	}
+	if !wake.IsZero() {
+		s.timer.Reset(wake.Sub(now))
+	}
+	return nil
+}
+
+// gather returns the first task of a stream with those of other streams that fit into its batch,
+// in the order of their turns, and whether there is nothing to wait for. mu is held.
+func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
+	seed := first.tasks[0]
+	tasks = []*task{seed}
+	if seed.key == "" {
+		return tasks, true
+	}
+	rows, bytes := seed.rows, seed.bytes
+	for _, st := range s.turns {
+		t := st.tasks[0]
+		if st == first || t.key != seed.key {
+			continue
+		}
+		if rows+t.rows > first.call.Limits.MaxBatchSize || bytes+t.bytes > s.options.MaxBatchBytes {
+			ready = true // waiting would not make it fuller, only those that follow wait longer
+			continue
+		}
+		rows, bytes = rows+t.rows, bytes+t.bytes
+		tasks = append(tasks, t)
+	}
+	return tasks, ready || rows >= first.call.Limits.MaxBatchSize || first.call.Limits.BatchTimeout == 0
+}
+
+// serve runs one batch and answers its tasks.
+func (s *Scheduler) serve(tasks []*task) {
+	started := time.Now()
+	outputs, err := s.run(tasks)
+	switch kind, known := fault.KindOf(err); {
+	case err == errAnswered:
+		return
+	case len(tasks) > 1 && known && kind == fault.BadRequest:
+		// A row of one stream may be to blame; the others' must not suffer for it.
+		for _, t := range tasks {
+			s.serve([]*task{t})
+		}
+		return
+	}
+	s.deliver(tasks, started, outputs, err)
+}
+
+// join returns the feeds of one run. Those of a single task are its own with references of
+// their own; those of several are copied together.
+func join(tasks []*task, mem memory.Allocator) []tensor.Feed {
+	feeds := make([]tensor.Feed, len(tasks[0].feeds))
+	for i, feed := range tasks[0].feeds {
+		feeds[i].Tensor = feed.Tensor
+		if len(tasks) == 1 {
+			feeds[i].Value = feed.Value.Slice(0, tasks[0].rows)
+			continue
+		}
+		values := make([]tensor.Value, len(tasks))
+		for j, t := range tasks {
+			values[j] = t.feeds[i].Value
+		}
+		feeds[i].Value = tensor.Concat(values, mem)
+	}
+	return feeds
+}
+
+// errAnswered says that the tasks were answered while their run went on.
+var errAnswered = fmt.Errorf("answered already")
+
+// run runs tasks together. If the run ignores its timeout, they are answered before it ends.
+func (s *Scheduler) run(tasks []*task) (Outputs, error) {
+	call := tasks[0].stream.call
+	s.runs.Add(1)
+	if len(tasks) > 1 {
+		s.joined.Add(1)
+	}
+	type outcome struct {
+		outputs Outputs
+		err     error
+	}
+	done := make(chan outcome, 1)
+	started := time.Now()
+	go func() { // ends with the run; Stuck ends the process of one that does not
+		var o outcome
+		defer func() { done <- o }()
+		defer func() {
+			if cause := recover(); cause != nil {
+				s.options.Log.Error("panic", zap.String("method", "run"), zap.Any("cause", cause), zap.ByteString("stack", debug.Stack()))
+				o.err = fault.New(fault.Internal, "the server hit a defect while running a batch; its log has the details")
+			}
+		}()
+		o.outputs, o.err = s.options.Run(join(tasks, s.options.Memory), call.Fetches, call.Timeout)
+	}()
+	if call.Timeout == 0 {
+		o := <-done
+		s.recent.Store(int64(time.Since(started)))
+		return o.outputs, o.err
+	}
+	late := time.NewTimer(call.Timeout + lateAnswer)
+	defer late.Stop()
+	select {
+	case o := <-done:
+		s.recent.Store(int64(time.Since(started)))
+		return o.outputs, o.err
+	case <-late.C:
+	}
+	s.deliver(tasks, started, nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", call.Timeout.Milliseconds()))
+	late.Reset(lateEnd - lateAnswer)
+	select {
+	case o := <-done:
+		if o.outputs != nil {
+			o.outputs.Close()
+		}
+	case <-late.C:
+		s.options.Stuck(call.Timeout)
+	}
+	return nil, errAnswered
+}
+
+// deliver gives each task its rows of the outputs.
+func (s *Scheduler) deliver(tasks []*task, started time.Time, outputs Outputs, err error) {
+	took := time.Since(started)
+	total := 0
+	for _, t := range tasks {
+		total += t.rows
+	}
+	var values []tensor.Value
+	var shared *share
+	if err == nil {
+		values, shared = outputs.Values(), &share{outputs: outputs}
+		shared.owners.Store(int32(len(tasks)))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at := 0
+	for _, t := range tasks {
+		r := result{err: err, ran: total, queue: started.Sub(t.queued), run: took}
+		if err == nil {
+			if r.err = t.stream.call.Check(values, total); r.err != nil {
+				r.checked = true
+				shared.close()
+			} else {
+				r.outputs, r.values = shared, make([]tensor.Value, len(values))
+				for i := range values {
+					r.values[i] = values[i].Slice(at, at+t.rows)
+				}
+			}
+		}
+		at += t.rows
+		t.answer(r)
+	}
+}
