@@ -1,16 +1,17 @@
 package handlers
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
+	"math"
 	"slices"
 	"strconv"
 	"time"
 
+	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/flight"
 
+	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
@@ -30,7 +31,7 @@ const (
 )
 
 // Features are the fields that change answers and that a client may rely on.
-var Features = []string{"on_error", "nulls", "preprocess", "run_timeout_ms"}
+var Features = []string{"on_error", "nulls", "preprocess", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout"}
 
 // Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
 type Descriptor struct {
@@ -39,8 +40,8 @@ type Descriptor struct {
 	Version   string `json:"version,omitempty"`
 	Signature string `json:"signature,omitempty"`
 
-	Inputs     tensor.Mapping        `json:"inputs,omitempty"`
-	Outputs    tensor.Mapping        `json:"outputs,omitempty"`
+	Inputs     tensor.Inputs         `json:"inputs,omitempty"`
+	Outputs    tensor.Outputs        `json:"outputs,omitempty"`
 	Preprocess map[string]Preprocess `json:"preprocess,omitempty"`
 
 	OnError     string `json:"on_error,omitempty"`
@@ -50,9 +51,8 @@ type Descriptor struct {
 	Device string `json:"device,omitempty"`
 	Layout string `json:"layout,omitempty"`
 
-	// Plane and Batching are hints, and this server follows neither.
-	Plane    string          `json:"plane,omitempty"`
-	Batching json.RawMessage `json:"batching,omitempty"`
+	Plane    string   `json:"plane,omitempty"` // a hint, which this server does not follow
+	Batching Batching `json:"batching,omitzero"`
 
 	// RunTimeoutMS bounds each TensorFlow run; nil is DefaultRunTimeout, 0 is none.
 	RunTimeoutMS *int64 `json:"run_timeout_ms,omitempty"`
@@ -60,6 +60,55 @@ type Descriptor struct {
 	RequestID string `json:"request_id,omitempty"`
 	Redirect  *bool  `json:"redirect,omitempty"` // false: relay through the front
 	Lease     *Lease `json:"lease,omitempty"`
+}
+
+// Batching is what a stream asks of the batcher: "off" or an object. It is a hint, but for "off".
+type Batching struct {
+	Off                bool
+	MaxBatchSize       int   // rows of one run; 0 leaves the server's
+	BatchTimeoutMicros int64 // how long to wait for other streams' rows
+}
+
+// batchingNumbers is the object in JSON.
+type batchingNumbers struct {
+	MaxBatchSize       int   `json:"max_batch_size,omitempty"`
+	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"`
+}
+
+const batchingOff = "off"
+
+// UnmarshalJSON is part of json.Unmarshaler.
+func (b *Batching) UnmarshalJSON(data []byte) error {
+	var word string
+	if json.Unmarshal(data, &word) == nil {
+		if b.Off = word == batchingOff; !b.Off {
+			return fmt.Errorf("batching is %q; want %q or an object", word, batchingOff)
+		}
+		return nil
+	}
+	var numbers batchingNumbers
+	if err := decodeStrictly(data, &numbers); err != nil {
+		return fmt.Errorf("batching: %w", err)
+	}
+	if numbers.MaxBatchSize < 0 || numbers.BatchTimeoutMicros < 0 {
+		return fmt.Errorf("batching: max_batch_size and batch_timeout_micros cannot be negative")
+	}
+	b.MaxBatchSize, b.BatchTimeoutMicros = numbers.MaxBatchSize, numbers.BatchTimeoutMicros
+	return nil
+}
+
+// MarshalJSON is part of json.Marshaler.
+func (b Batching) MarshalJSON() ([]byte, error) {
+	if b.Off {
+		return json.Marshal(batchingOff)
+	}
+	return json.Marshal(batchingNumbers{b.MaxBatchSize, b.BatchTimeoutMicros})
+}
+
+// limits says the same to the batcher.
+func (b Batching) limits() batch.Limits {
+	const most = math.MaxInt64 / int64(time.Microsecond)
+	return batch.Limits{Off: b.Off, MaxBatchSize: b.MaxBatchSize, BatchTimeout: time.Duration(min(b.BatchTimeoutMicros, most)) * time.Microsecond}
 }
 
 // DefaultRunTimeout bounds a TensorFlow run when the descriptor does not.
@@ -74,6 +123,12 @@ type Preprocess struct {
 	Scale    channels `json:"scale,omitempty"`    // default 1
 	Offset   channels `json:"offset,omitempty"`   // default 0
 	DType    string   `json:"dtype,omitempty"`    // "float32"
+}
+
+// UnmarshalJSON is part of json.Unmarshaler.
+func (p *Preprocess) UnmarshalJSON(data []byte) error {
+	type plain Preprocess
+	return decodeStrictly(data, (*plain)(p))
 }
 
 // channels is a number, or one for each of the three channels.
@@ -114,9 +169,7 @@ func (d *Descriptor) UnmarshalJSON(data []byte) error {
 		Version json.RawMessage `json:"version"`
 		*plain
 	}{plain: (*plain)(d)}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&aux); err != nil {
+	if err := decodeStrictly(data, &aux); err != nil {
 		return err
 	}
 	if len(aux.Version) > 0 && json.Unmarshal(aux.Version, &d.Version) != nil {
@@ -139,12 +192,8 @@ func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
 		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(fd.GetCmd()), MaxDescriptorBytes)
 	}
 	d := &Descriptor{}
-	dec := json.NewDecoder(bytes.NewReader(fd.GetCmd()))
-	if err := dec.Decode(d); err != nil {
+	if err := decodeStrictly(fd.GetCmd(), d); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, fault.New(fault.BadRequest, "descriptor: there is text after the object")
 	}
 	if err := d.check(); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
@@ -176,7 +225,7 @@ func (d *Descriptor) check() error {
 		{"on_error", &d.OnError, []string{OnErrorFail, OnErrorNull, OnErrorColumn}},
 		{"nulls", &d.Nulls, []string{"null", "fail"}},
 		{"device", &d.Device, []string{"auto", "cpu"}},
-		{"layout", &d.Layout, []string{"list"}},
+		{"layout", &d.Layout, []string{tensor.LayoutList, tensor.LayoutTensor}},
 	} {
 		if err := choose(choice.field, choice.value, choice.known...); err != nil {
 			return err
@@ -227,7 +276,7 @@ func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
 	if signature.Assigns != "" {
 		return nil, d.say(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again after a fault would be answered differently; export a signature that only reads", signature.Assigns))
 	}
-	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Pictures: map[string]bool{}}
+	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Pictures: map[string]bool{}, Layout: d.Layout, Metadata: d.schemaMetadata(signature)}
 	for name := range d.Preprocess {
 		options.Pictures[name] = true
 	}
@@ -239,6 +288,28 @@ func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
 		return nil, d.say(err)
 	}
 	return plan, nil
+}
+
+// schemaMetadata is what the schema of the answer says about the request.
+func (d *Descriptor) schemaMetadata(signature savedmodel.Signature) arrow.Metadata {
+	type input struct {
+		TensorMetadata
+		Column string `json:"column,omitempty"`
+	}
+	inputs := make([]input, 0, len(signature.Inputs))
+	for _, about := range tensorMetadata(signature.Inputs) {
+		inputs = append(inputs, input{about, d.Inputs.Column(about.Name)})
+	}
+	text := func(v any) string {
+		data, err := json.Marshal(v)
+		if err != nil {
+			panic(fmt.Sprintf("numbers and strings always encode: %v", err))
+		}
+		return string(data)
+	}
+	return arrow.NewMetadata(
+		[]string{"flightsvc.v", "flightsvc.features", "flightsvc.inputs"},
+		[]string{strconv.Itoa(WireVersion), text(Features), text(inputs)})
 }
 
 // say puts model and signature in front of an error and keeps its kind.

@@ -36,12 +36,12 @@ func TestParseDescriptor(t *testing.T) {
 		"version text":   {`{"v":1,"model":"m","version":"7"}`, minimal(func(d *Descriptor) { d.Version = "7" })},
 		"version null":   {`{"v":1,"model":"m","version":null}`, minimal(func(*Descriptor) {})},
 		"mapping order": {`{"v":1,"model":"m","outputs":{"z":"1","a":"2","m":"3"}}`, minimal(func(d *Descriptor) {
-			d.Outputs = tensor.Mapping{{Tensor: "z", Column: "1"}, {Tensor: "a", Column: "2"}, {Tensor: "m", Column: "3"}}
+			d.Outputs = tensor.Outputs{{Tensor: "z", Column: "1"}, {Tensor: "a", Column: "2"}, {Tensor: "m", Column: "3"}}
 		})},
-		"long form":      {`{"v":1,"model":"m","inputs":{"x":{"column":"c"},"y":"d"}}`, minimal(func(d *Descriptor) { d.Inputs = tensor.Mapping{{Tensor: "x", Column: "c"}, {Tensor: "y", Column: "d"}} })},
+		"long form":      {`{"v":1,"model":"m","inputs":{"x":{"column":"c"},"y":"d"}}`, minimal(func(d *Descriptor) { d.Inputs = tensor.Inputs{{Tensor: "x", Column: "c"}, {Tensor: "y", Column: "d"}} })},
 		"no run timeout": {`{"v":1,"model":"m","run_timeout_ms":0}`, minimal(func(d *Descriptor) { d.RunTimeoutMS = &limit })},
 		"relay":          {`{"v":1,"model":"m","redirect":false}`, minimal(func(d *Descriptor) { d.Redirect = &no })},
-		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", []byte(`{"max_batch_size":4}`) })},
+		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", Batching{MaxBatchSize: 4} })},
 		"choices":        {`{"v":1,"model":"m","on_error":"column","error_column":"e","nulls":"fail","device":"cpu"}`, minimal(func(d *Descriptor) { d.OnError, d.ErrorColumn, d.Nulls, d.Device = "column", "e", "fail", "cpu" })},
 		"picture defaults": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3]}}}`, minimal(func(d *Descriptor) {
 			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32"}}
@@ -76,7 +76,7 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"unknown field":         {in(`"modle":"m"`), []string{`unknown field "modle"`}},
 		"unknown lease field":   {in(`"lease":{"key":1}`), []string{`unknown field "key"`}},
 		"duplicate key":         {in(`"inputs":{"x":"a","x":"b"}`), []string{`tensor "x" is mapped twice`}},
-		"unknown column field":  {in(`"inputs":{"x":{"column":"c","encoding":"raw"}}`), []string{`tensor "x"`, `unknown field "encoding"`}},
+		"unknown column field":  {in(`"inputs":{"x":{"column":"c","encodings":"raw"}}`), []string{`tensor "x"`, `unknown field "encodings"`}},
 		"no column":             {in(`"outputs":{"x":""}`), []string{`tensor "x" is mapped to no column`}},
 		"mapping is a list":     {in(`"inputs":["x"]`), []string{"must be an object"}},
 		"column is a number":    {in(`"inputs":{"x":1}`), []string{`tensor "x": want a column's name`}},
@@ -85,7 +85,13 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"on_error":              {in(`"on_error":"skip"`), []string{`on_error is "skip"`, `"fail" "null" "column"`}},
 		"nulls":                 {in(`"nulls":"zero"`), []string{`nulls is "zero"`}},
 		"device":                {in(`"device":"gpu"`), []string{`device is "gpu"`, `"auto" "cpu"`}},
-		"layout":                {in(`"layout":"tensor"`), []string{`layout is "tensor"`}},
+		"layout":                {in(`"layout":"rows"`), []string{`layout is "rows"`, `"list" "tensor"`}},
+		"field in capitals":     {in(`"Device":"cpu"`), []string{`unknown field "Device"`}},
+		"field twice":           {in(`"device":"cpu","device":"auto"`), []string{`"device" occurs twice`}},
+		"batching word":         {in(`"batching":"on"`), []string{`batching is "on"`, `"off"`}},
+		"batching field":        {in(`"batching":{"max_batch_sizes":1}`), []string{`batching: unknown field "max_batch_sizes"`}},
+		"batching below 0":      {in(`"batching":{"max_batch_size":-1}`), []string{"cannot be negative"}},
+		"preprocess field":      {in(`"preprocess":{"p":{"size":[1,1],"Size":[2,2]}}`), []string{`unknown field "Size"`}},
 		"run timeout":           {in(`"run_timeout_ms":-1`), []string{"run_timeout_ms is -1"}},
 		"picture without size":  {in(`"preprocess":{"p":{}}`), []string{`preprocess of "p"`, "size must be [height, width]"}},
 		"picture of size 0":     {in(`"preprocess":{"p":{"size":[0,1]}}`), []string{"from 1 to 16384"}},
@@ -139,7 +145,7 @@ func TestPlanNamesModelAndSignature(t *testing.T) {
 	}
 	_, err = d.Plan(doubler)
 	wantFault(t, err, fault.NotFound, "model m", `no signature "nope"`, "serving_default")
-	d.Signature, d.Outputs = savedmodel.DefaultSignature, tensor.Mapping{{Tensor: "nope", Column: "c"}}
+	d.Signature, d.Outputs = savedmodel.DefaultSignature, tensor.Outputs{{Tensor: "nope", Column: "c"}}
 	_, err = d.Plan(doubler)
 	wantFault(t, err, fault.BadRequest, "model m, signature serving_default", `no output "nope"`)
 }

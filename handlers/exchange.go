@@ -3,121 +3,28 @@ package handlers
 import (
 	"bytes"
 	"context"
-	"errors"
 	"sync"
 	"time"
-	"unsafe"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/ipc"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"go.uber.org/zap"
-	"golang.org/x/sync/semaphore"
-	"google.golang.org/grpc/status"
 
+	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/tensor"
 )
 
-// MaxMessageBytes is the largest Flight message that we take: a row of tensor.MaxRowBytes with what
-// Arrow and Flight put around it. gRPC refuses more with ResourceExhausted.
-const MaxMessageBytes = tensor.MaxRowBytes + 1<<20
-
-// readAhead bounds the record batches that a stream holds besides the one in work: at most
-// this many, and at most budgetBytes together unless a single one is larger.
+// What streams hold, from the moment at which a record batch was read until it is answered. A
+// stream that holds nothing may always read one; beyond that it holds readAhead record batches
+// and streamBytes at most, and reads on only while all streams together hold less than runnerBytes.
 const (
-	readAhead   = 4
-	budgetBytes = 64 << 20
+	readAhead   = 5
+	streamBytes = 64 << 20
+	runnerBytes = 1 << 30
 )
-
-// openReader reads the first messages of a stream: the descriptor and the schema. They may come
-// as one message or as two, and a client may repeat the descriptor; the first one counts.
-func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
-	first := &firstDescriptor{DataStreamReader: stream}
-	reader, err := flight.NewRecordReader(first, ipc.WithAllocator(mem))
-	if err != nil {
-		return nil, nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
-	}
-	return reader, first.descriptor, nil
-}
-
-// firstDescriptor keeps the first descriptor that comes by.
-type firstDescriptor struct {
-	flight.DataStreamReader
-	descriptor *flight.FlightDescriptor
-}
-
-// Recv is part of flight.DataStreamReader.
-func (f *firstDescriptor) Recv() (*flight.FlightData, error) {
-	message, err := f.DataStreamReader.Recv()
-	if f.descriptor == nil {
-		f.descriptor = message.GetFlightDescriptor()
-	}
-	return message, err
-}
-
-// streamError keeps errors of the transport and makes all others the caller's mistake.
-func streamError(err error, format string, args ...any) error {
-	if _, ok := status.FromError(err); ok || errors.Is(err, context.Canceled) {
-		return err
-	}
-	return fault.New(fault.BadRequest, format, args...)
-}
-
-// readMemory is the allocator of a stream's reader. When a record batch does not hold what it
-// says, Arrow's reader loses the buffers that it was filling, which may be large and lie off the
-// Go heap; readMemory knows them.
-type readMemory struct {
-	memory.Allocator
-
-	mu    sync.Mutex       // guards fresh
-	fresh map[*byte][]byte // not freed, of the record batch that is being read
-}
-
-// Allocate is part of memory.Allocator.
-func (m *readMemory) Allocate(size int) []byte {
-	b := m.Allocator.Allocate(size)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if len(b) > 0 {
-		m.fresh[unsafe.SliceData(b)] = b
-	}
-	return b
-}
-
-// Reallocate is part of memory.Allocator.
-func (m *readMemory) Reallocate(size int, b []byte) []byte {
-	grown := m.Allocate(size)
-	copy(grown, b)
-	m.Free(b)
-	return grown
-}
-
-// Free is part of memory.Allocator.
-func (m *readMemory) Free(b []byte) {
-	m.mu.Lock()
-	delete(m.fresh, unsafe.SliceData(b))
-	m.mu.Unlock()
-	m.Allocator.Free(b)
-}
-
-// whole says that the record batch was read: its buffers are its own from now on.
-func (m *readMemory) whole() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	clear(m.fresh)
-}
-
-// lost frees what a record batch that could not be read has left.
-func (m *readMemory) lost() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, b := range m.fresh {
-		m.Allocator.Free(b)
-	}
-	clear(m.fresh)
-}
 
 // exchange is one stream at a runner: a goroutine that reads, and the handler's own that
 // runs and writes, joined by a bounded channel. Answers leave in the order of the batches.
@@ -127,6 +34,7 @@ type exchange struct {
 	plan       *tensor.Plan
 	binding    *tensor.Binding
 	pictures   tensor.Pictures
+	queue      *batch.Stream
 	writer     *answerWriter
 
 	rows, batches int64
@@ -146,7 +54,8 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 	if err != nil {
 		return nil, d.say(err)
 	}
-	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures}, nil
+	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: d.Batching.limits()})
+	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue}, nil
 }
 
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the
@@ -181,14 +90,31 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 		meta.Server = x.options.Server
 	}
 	rows := tensor.NewRows(int(arrived.rec.NumRows()))
-	outputs, err := x.run(ctx, arrived.rec, rows, &meta)
+	ran, err := x.run(ctx, arrived.rec, rows)
 	if err != nil {
 		return err
 	}
 	var values []tensor.Value
-	if outputs != nil {
-		defer outputs.Close()
-		values = outputs.Values()
+	if ran != nil {
+		defer ran.Close()
+		x.runTime += ran.Run
+		meta.QueueUS += ran.Queue.Microseconds()
+		meta.RunUS, meta.TFRows = ran.Run.Microseconds(), ran.TFRows
+		values = ran.Values
+	}
+	if rows.Kept() > 0 {
+		settled, owned := x.plan.Settle(values, rows, x.options.Memory)
+		if owned {
+			defer func() {
+				for i := range settled {
+					settled[i].Release()
+				}
+			}()
+		}
+		values = settled
+	}
+	if err := x.refuse(rows); err != nil {
+		return err
 	}
 	err = x.plan.Records(values, rows, answerMemory, func(rec arrow.Record, last bool) error {
 		meta.Last = last
@@ -208,33 +134,42 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 	return nil
 }
 
-// run makes the input tensors of one record batch and runs them. It returns no outputs
-// where no row takes part.
-func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows, meta *AnswerMetadata) (Outputs, error) {
+// run makes the input tensors of one record batch and runs them. It returns nil where no row takes
+// part.
+func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows) (*batch.Answer, error) {
 	x.binding.Nulls(rec, rows, x.descriptor.Nulls == "fail")
-	var feeds []tensor.Feed
-	if rows.Kept() > 0 {
-		var err error
-		if feeds, err = x.binding.Values(rec, rows, x.pictures, x.options.Memory); err != nil {
-			return nil, x.descriptor.say(err)
-		}
+	if rows.Kept() == 0 {
+		return nil, x.refuse(rows)
 	}
-	if row, reason, ok := rows.FirstRefused(); ok && x.descriptor.OnError == OnErrorFail {
-		tensor.ReleaseFeeds(feeds)
-		return nil, x.descriptor.say(rowError(x.batches, row, reason))
-	}
-	if len(feeds) == 0 {
-		return nil, nil
-	}
-	started := time.Now()
-	outputs, err := x.options.Engine.Run(ctx, feeds, x.plan.Fetches(), x.descriptor.runTimeout())
+	feeds, err := x.binding.Values(rec, rows, x.pictures, x.options.Memory)
 	if err != nil {
 		return nil, x.descriptor.say(err)
 	}
-	took := time.Since(started)
-	x.runTime += took
-	meta.RunUS, meta.TFRows = took.Microseconds(), rows.Kept()
-	return outputs, nil
+	if err := x.refuse(rows); err != nil || rows.Kept() == 0 {
+		tensor.ReleaseFeeds(feeds)
+		return nil, err
+	}
+	kept := rows.Positions()
+	ran, err := x.queue.Run(ctx, feeds, len(kept), x.descriptor.OnError == OnErrorFail)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		return nil, x.descriptor.say(fault.New(kindOf(err), "record batch %d: %w", x.batches, err))
+	}
+	for at, reason := range ran.Refused {
+		rows.Refuse(kept[at], reason)
+	}
+	return ran, nil
+}
+
+// refuse returns the error of the first refused row, if one ends the stream.
+func (x *exchange) refuse(rows *tensor.Rows) error {
+	row, reason, ok := rows.FirstRefused()
+	if !ok || x.descriptor.OnError != OnErrorFail {
+		return nil
+	}
+	return x.descriptor.say(rowError(x.batches, row, reason))
 }
 
 // answerMemory is where answers are built and encoded: Go memory, which is zeroed. Arrow's encoder
@@ -304,16 +239,61 @@ type arrival struct {
 // arrivals is the bounded way from the goroutine that reads a stream to the one that answers.
 type arrivals struct {
 	list   chan arrival
-	budget *semaphore.Weighted
 	err    error // why reading ended, nil at the end of the stream; valid once list is closed
 	cancel context.CancelFunc
+	ahead  *ahead
+
+	// Guarded by ahead.mu; what is in work included.
+	held  int
+	bytes int64
+}
+
+// ahead bounds what all streams of a runner hold together.
+type ahead struct {
+	mu    sync.Mutex // guards the fields below, and those of arrivals
+	bytes int64
+	less  chan struct{} // closed, and made anew, when a stream gives something back
+}
+
+func newAhead() *ahead { return &ahead{less: make(chan struct{})} }
+
+// room waits until the stream may read a further record batch, and reports whether it may before
+// ctx ends.
+func (a *arrivals) room(ctx context.Context) bool {
+	for {
+		a.ahead.mu.Lock()
+		ok := a.held == 0 || a.held < readAhead && a.bytes < streamBytes && a.ahead.bytes < runnerBytes
+		less := a.ahead.less
+		a.ahead.mu.Unlock()
+		if ok {
+			return true
+		}
+		select {
+		case <-less:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// hold counts a record batch that was read, or with -1 one that is given back.
+func (a *arrivals) hold(sign int, bytes int64) {
+	a.ahead.mu.Lock()
+	defer a.ahead.mu.Unlock()
+	a.held += sign
+	a.bytes += int64(sign) * bytes
+	a.ahead.bytes += int64(sign) * bytes
+	if sign < 0 {
+		close(a.ahead.less)
+		a.ahead.less = make(chan struct{})
+	}
 }
 
 // readAll starts reading the stream into the result. It takes over reader and gives back
 // everything when the stream is over; ended is called last. The caller must call leave.
-func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, log *zap.Logger, ended func()) *arrivals {
+func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, bound *ahead, log *zap.Logger, ended func()) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
-	a := &arrivals{list: make(chan arrival, readAhead), budget: semaphore.NewWeighted(budgetBytes), cancel: cancel}
+	a := &arrivals{list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // room for all that it may hold
 	go func() {
 		defer ended()
 		defer reader.Release()
@@ -329,29 +309,28 @@ func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, log *z
 func (a *arrivals) read(ctx context.Context, reader *flight.Reader, mem *readMemory, log *zap.Logger) {
 	defer mem.lost()
 	defer guard(log, "read", &a.err)
-	for reader.Next() {
-		mem.whole()
-		next := arrival{rec: reader.Record(), at: time.Now()}
-		next.bytes = min(recordBytes(next.rec), budgetBytes)
-		if a.err = a.budget.Acquire(ctx, next.bytes); a.err != nil {
-			return
-		}
-		next.rec.Retain()
-		select {
-		case a.list <- next:
-		case <-ctx.Done():
-			next.rec.Release()
+	for {
+		if !a.room(ctx) {
 			a.err = ctx.Err()
 			return
 		}
+		if !reader.Next() {
+			a.err = reader.Err()
+			return
+		}
+		mem.whole()
+		next := arrival{rec: reader.Record(), at: time.Now()}
+		next.bytes = recordBytes(next.rec)
+		next.rec.Retain()
+		a.hold(1, next.bytes)
+		a.list <- next
 	}
-	a.err = reader.Err()
 }
 
 // done gives back one arrival.
 func (a *arrivals) done(arrived arrival) {
 	arrived.rec.Release()
-	a.budget.Release(arrived.bytes)
+	a.hold(-1, arrived.bytes)
 }
 
 // leave gives back what was read and will not be answered. Reading itself ends when gRPC

@@ -23,6 +23,12 @@ type Lease struct {
 	MAC     string `json:"mac"`     // HMAC-SHA256 of id and expires, base64
 }
 
+// UnmarshalJSON is part of json.Unmarshaler.
+func (l *Lease) UnmarshalJSON(data []byte) error {
+	type plain Lease
+	return decodeStrictly(data, (*plain)(l))
+}
+
 // Grant returns a new lease that expires LeaseTime after now.
 func Grant(key []byte, now time.Time) Lease {
 	lease := Lease{ID: rand.Text(), Expires: now.Add(LeaseTime).UnixMilli()}

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/reflection"
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
 )
@@ -103,7 +104,8 @@ func peerUID(conn *net.UnixConn) (uint32, error) {
 // does not wait for the reader's acknowledgements.
 const window = 4 << 20
 
-// NewServer returns a gRPC server with our limits, errors and log lines, serving service.
+// NewServer returns a gRPC server with our limits, errors and log lines, serving service and saying which
+// services there are (reflection).
 func NewServer(service flight.FlightServer, log *zap.Logger, more ...grpc.ServerOption) *grpc.Server {
 	options := append(append(Interceptors(log), more...),
 		grpc.MaxRecvMsgSize(MaxMessageBytes),
@@ -112,5 +114,6 @@ func NewServer(service flight.FlightServer, log *zap.Logger, more ...grpc.Server
 	)
 	server := grpc.NewServer(options...)
 	flight.RegisterFlightServiceServer(server, service)
+	reflection.Register(server)
 	return server
 }

@@ -43,6 +43,7 @@ func relay(caller flight.FlightService_DoExchangeServer, runner flight.FlightSer
 			return nil
 		}
 		if err != nil {
+			caller.SetTrailer(onward.Trailer())
 			return err
 		}
 		if err := caller.Send(message); err != nil {

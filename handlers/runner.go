@@ -1,16 +1,19 @@
 package handlers
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 
+	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
@@ -20,51 +23,54 @@ import (
 type Engine interface {
 	// Model says which signatures the loaded SavedModel has.
 	Model() *savedmodel.Model
-	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them,
-	// also on error. timeout bounds the run, 0 is none. The caller closes the outputs.
-	Run(ctx context.Context, feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error)
 	// Pictures returns what decodes pictures for the given inputs.
 	Pictures(specs map[string]Preprocess) (tensor.Pictures, error)
 }
 
-// Outputs are the results of one run. The values view native memory until Close.
-type Outputs interface {
-	Values() []tensor.Value
-	Close()
-}
-
-// StreamEvents is told when a stream opens and closes, with the lease that opened it.
+// StreamEvents is told when a stream opens and closes, with the lease that opened it and
+// what the runner has run so far.
 type StreamEvents interface {
 	StreamOpened(lease string)
-	StreamClosed(lease string)
+	StreamClosed(lease string, counts batch.Counts)
 }
 
 // RunnerOptions are what a runner's service needs.
 type RunnerOptions struct {
-	Engine Engine
-	Events StreamEvents
-	Key    []byte           // for leases
-	Server string           // who answers, for instance "host:1234"; goes into app_metadata
-	Memory memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
-	Log    *zap.Logger
+	Engine  Engine
+	Batches *batch.Scheduler // runs the engine's session
+	Events  StreamEvents
+	Key     []byte           // for leases
+	Server  string           // who answers, for instance "host:1234"; goes into app_metadata
+	Memory  memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
+	Log     *zap.Logger
 }
+
+// MaxStreams is how many streams a runner has open at once. Each may hold a record batch, so
+// they bound its memory; Spark has one for each task of an executor.
+const MaxStreams = 256
 
 // Runner is the Flight service of a runner process: DoExchange, and nothing else.
 type Runner struct {
 	flight.BaseFlightServer
 	options RunnerOptions
 	leases  leases
+	ahead   *ahead
+	streams atomic.Int64
 	readers sync.WaitGroup // one for each stream's reading goroutine
 }
 
 // NewRunner returns the service for one loaded model.
 func NewRunner(options RunnerOptions) *Runner {
-	return &Runner{options: options, leases: leases{key: options.Key, used: map[string]time.Time{}}}
+	return &Runner{options: options, leases: leases{key: options.Key, used: map[string]time.Time{}}, ahead: newAhead()}
 }
 
 // DoExchange serves one stream of inference.
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error {
-	mem := &readMemory{Allocator: r.options.Memory, fresh: map[*byte][]byte{}}
+	defer r.streams.Add(-1)
+	if r.streams.Add(1) > MaxStreams {
+		return stayAway(stream, time.Second, fmt.Sprintf("it has %d streams open, the most that it takes", MaxStreams))
+	}
+	mem := newReadMemory(r.options.Memory, maxStreamMemory)
 	reader, descriptor, err := openReader(stream, mem)
 	if err != nil {
 		return err
@@ -72,7 +78,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	d, err := ParseDescriptor(descriptor)
 	schema := reader.Schema()
 	r.readers.Add(1)
-	arrivals := readAll(stream.Context(), reader, mem, r.options.Log, r.readers.Done)
+	arrivals := readAll(stream.Context(), reader, mem, r.ahead, r.options.Log, r.readers.Done)
 	defer arrivals.leave()
 	if err != nil {
 		return err
@@ -81,9 +87,12 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 		return err
 	}
 	r.options.Events.StreamOpened(d.Lease.ID)
-	defer r.options.Events.StreamClosed(d.Lease.ID)
+	defer func() { r.options.Events.StreamClosed(d.Lease.ID, r.options.Batches.Counts()) }()
 	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model), zap.String("signature", d.Signature))
 	log.Debug("stream opened")
+	if retryAfter, full := r.options.Batches.Full(); full {
+		return stayAway(stream, retryAfter, "its queue is full")
+	}
 	exchange, err := newExchange(r.options, d, schema)
 	if err != nil {
 		return err
@@ -92,6 +101,15 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	err = exchange.serve(stream, arrivals)
 	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), zap.Error(err))
 	return err
+}
+
+// retryAfterHeader is the trailing metadata that says in milliseconds when to ask again.
+const retryAfterHeader = "retry-after-ms"
+
+// stayAway refuses a stream that comes at a bad time.
+func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
+	stream.SetTrailer(metadata.Pairs(retryAfterHeader, fmt.Sprint(retryAfter.Milliseconds())))
+	return fault.New(fault.Unavailable, "the runner takes no further stream now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), retryAfterHeader)
 }
 
 // Close waits until nothing reads any more. Call it after the gRPC server has stopped.
@@ -104,7 +122,7 @@ type AnswerMetadata struct {
 	QueueUS int64  `json:"queue_us"`
 	RunUS   int64  `json:"run_us"`
 	TotalUS int64  `json:"total_us"`
-	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow run
+	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of, other streams' included
 	Server  string `json:"server,omitempty"` // on the first answer only
 }
 

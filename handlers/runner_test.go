@@ -33,6 +33,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
@@ -59,7 +60,7 @@ func (e *fakeEngine) Model() *savedmodel.Model { return doubler }
 
 func (e *fakeEngine) Pictures(map[string]Preprocess) (tensor.Pictures, error) { return nil, nil }
 
-func (e *fakeEngine) Run(_ context.Context, feeds []tensor.Feed, fetches []string, _ time.Duration) (Outputs, error) {
+func (e *fakeEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration) (batch.Outputs, error) {
 	defer tensor.ReleaseFeeds(feeds)
 	call := int(e.calls.Add(1)) - 1
 	if e.before != nil {
@@ -105,7 +106,7 @@ func (e *events) StreamOpened(lease string) {
 	e.opened = append(e.opened, lease)
 }
 
-func (e *events) StreamClosed(lease string) {
+func (e *events) StreamClosed(lease string, _ batch.Counts) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.closed = append(e.closed, lease)
@@ -128,6 +129,8 @@ type service struct {
 	client flight.FlightServiceClient
 }
 
+const numBatchThreads = 2
+
 func newService(t *testing.T, before func(call int) error) *service {
 	t.Helper()
 	s := &service{engine: &fakeEngine{before: before}, events: &events{}, key: []byte("key"), mem: &offheap.Allocator{}}
@@ -139,7 +142,11 @@ func newService(t *testing.T, before func(call int) error) *service {
 	if err != nil {
 		t.Fatal(err)
 	}
-	runner := NewRunner(RunnerOptions{Engine: s.engine, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, Log: log})
+	batches := batch.New(batch.Options{
+		MaxBatchSize: 1024, MaxBatchBytes: 64 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 100, NumBatchThreads: numBatchThreads,
+		Run: s.engine.Run, Memory: s.mem, Log: log,
+	})
+	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, Log: log})
 	server := NewServer(runner, log)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -155,6 +162,7 @@ func newService(t *testing.T, before func(call int) error) *service {
 			t.Errorf("the server ended with %v", err)
 		}
 		runner.Close()
+		batches.Close()
 		if n := s.mem.Live(); n != 0 {
 			t.Errorf("%d bytes were not freed", n)
 		}
@@ -195,8 +203,8 @@ func (s *service) ticket(t *testing.T, fields string) *flight.FlightDescriptor {
 
 var listSchema = arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.ListOf(arrow.PrimitiveTypes.Float32), Nullable: true}}, nil)
 
-// batch has a row of width elements for each number, which is its first element; NaN makes it null.
-func batch(width int, rows ...float64) arrow.Record {
+// rowsOf has a row of width elements for each number, which is its first element; NaN makes it null.
+func rowsOf(width int, rows ...float64) arrow.Record {
 	b := array.NewRecordBuilder(memory.DefaultAllocator, listSchema)
 	defer b.Release()
 	lists := b.Field(0).(*array.ListBuilder)
@@ -308,7 +316,7 @@ func TestRowContract(t *testing.T) {
 			next++
 		}
 		want = append(want, rows)
-		batches = append(batches, batch(3, rows...))
+		batches = append(batches, rowsOf(3, rows...))
 	}
 	batches[5] = batches[5].NewSlice(1, 4)
 	want[5] = want[5][1:4]
@@ -391,7 +399,7 @@ func TestSchemaComesBeforeTheFirstBatch(t *testing.T) {
 func TestLargeAnswer(t *testing.T) {
 	s := newService(t, nil)
 	const width = 10 << 20 // of 40 MiB a row
-	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 1), batch(width, 2, 3), batch(1, 4)))
+	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(width, 2, 3), rowsOf(1, 4)))
 	if err != nil || len(answers) != 4 {
 		t.Fatalf("%d answers: %v", len(answers), err)
 	}
@@ -425,8 +433,8 @@ func TestRefusedStreams(t *testing.T) {
 		"expired lease":     {encode(t, command(fmt.Sprintf(`{"v":1,"model":"m","lease":%s}`, expired)), listSchema), codes.Unavailable, []string{"expired"}},
 		"used lease":        {encode(t, used, listSchema), codes.Unavailable, []string{"opened a stream already"}},
 		"unknown signature": {encode(t, s.ticket(t, `,"signature":"nope"`), listSchema), codes.NotFound, []string{`no signature "nope"`}},
-		"wrong column":      {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument, []string{"model m, signature serving_default", `column "c" is int64`, `"x" float32 [?,?]`}},
-		"null refused":      {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, batch(1, 1), batch(1, 1, math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
+		"wrong column":      {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument, []string{"model m, signature serving_default", `column "c" of int64`, "CAST(c AS FLOAT)", `"x" float32 [?,?]`}},
+		"null refused":      {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, rowsOf(1, 1), rowsOf(1, 1, math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
 		"nothing at all":    {nil, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
 		"no schema":         {[]*flight.FlightData{{FlightDescriptor: s.ticket(t, "")}}, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
 	} {
@@ -436,7 +444,7 @@ func TestRefusedStreams(t *testing.T) {
 		})
 	}
 	for _, policy := range []string{"null", "column"} {
-		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema, batch(1, 1, math.NaN())))
+		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema, rowsOf(1, 1, math.NaN())))
 		if err != nil || answers[0].rec.Column(0).NullN() != 1 {
 			t.Fatalf("on_error %s: %v", policy, err)
 		}
@@ -454,8 +462,8 @@ func TestEngineFails(t *testing.T) {
 		code  codes.Code
 		parts []string
 	}{
-		"bad request": {func() error { return fault.New(fault.BadRequest, "TensorFlow refused the batch: shapes") }, codes.InvalidArgument, []string{"model m, signature serving_default: TensorFlow refused the batch: shapes"}},
-		"deadline":    {func() error { return fault.New(fault.Deadline, "too slow") }, codes.DeadlineExceeded, []string{"model m", "too slow"}},
+		"bad request": {func() error { return fault.New(fault.BadRequest, "TensorFlow refused it: shapes") }, codes.InvalidArgument, []string{"model m, signature serving_default: row 0 of record batch 2: TensorFlow refused it: shapes"}},
+		"deadline":    {func() error { return fault.New(fault.Deadline, "too slow") }, codes.DeadlineExceeded, []string{"model m", "record batch 2: too slow"}},
 		"memory":      {func() error { return fault.New(fault.Exhausted, "no memory") }, codes.ResourceExhausted, []string{"no memory"}},
 		"plain error": {func() error { return errors.New("broken") }, codes.Internal, []string{"model m", "broken"}},
 		"panic":       {func() error { panic("secret detail") }, codes.Internal, []string{"its log has the details"}},
@@ -467,7 +475,7 @@ func TestEngineFails(t *testing.T) {
 				}
 				return nil
 			})
-			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 0), batch(1, 1), batch(1, 2), batch(1, 3), batch(1, 4)))
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 0), rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4)))
 			wantStatus(t, err, c.code, c.parts...)
 			if len(answers) != 2 {
 				t.Errorf("%d batches were answered before the error, want 2", len(answers))
@@ -478,7 +486,7 @@ func TestEngineFails(t *testing.T) {
 			if name == "panic" && s.logs.FilterMessage("panic").Len() != 1 {
 				t.Error("the log says nothing of the panic")
 			}
-			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
 				t.Errorf("the next stream: %d answers, %v", len(answers), err)
 			}
 		})
@@ -502,7 +510,7 @@ func TestClientLeaves(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		messages := encode(t, s.ticket(t, ""), listSchema, batch(1, 1), batch(1, 2), batch(1, 3), batch(1, 4), batch(1, 5), batch(1, 6), batch(1, 7))
+		messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4), rowsOf(1, 5), rowsOf(1, 6), rowsOf(1, 7))
 		working.Go(func() {
 			for _, m := range messages {
 				if stream.Send(m) != nil {
@@ -521,9 +529,10 @@ func TestClientLeaves(t *testing.T) {
 			}
 		})
 	}
-	for range 8 {
+	for range numBatchThreads { // the others' wait in the queue
 		<-running
 	}
+	eventually(t, "all streams are open", func() bool { opened, _ := s.events.counts(); return opened == 8 })
 	for range 8 {
 		(<-cancels)()
 	}
@@ -533,7 +542,7 @@ func TestClientLeaves(t *testing.T) {
 		opened, closed := s.events.counts()
 		return opened == 8 && closed == 8
 	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
 		t.Errorf("the next stream: %d answers, %v", len(answers), err)
 	}
 }
@@ -549,73 +558,45 @@ func eventually(t *testing.T, what string, holds func() bool) {
 	}
 }
 
-// TestBackPressure lets a client send 24 batches of 8 MiB to an engine that stands still.
+// TestBackPressure lets a client send to an engine that stands still: batches so small that their number
+// is what stops the reading, and batches so large that their bytes do.
 func TestBackPressure(t *testing.T) {
-	const size, total = 8 << 20, 24
-	release := make(chan struct{})
-	s := newService(t, func(int) error {
-		<-release
-		return nil
-	})
-	messages := encode(t, s.ticket(t, `,"outputs":{"n":"n"}`), listSchema, batch(size/4, 1))
-	for range total - 1 {
-		messages = append(messages, messages[1])
-	}
-	answered := make(chan int, 1)
-	go func() {
-		answers, _, err := s.exchange(t, messages)
-		if err != nil {
-			t.Error(err)
-		}
-		answered <- len(answers)
-	}()
-	// What is read ahead, the batch in work, which counts in the budget, and one that was read and waits for it.
-	const bound = budgetBytes + 2*size
-	eventually(t, "the server has filled its budget, or its window", func() bool { return s.mem.Live() >= readAhead*size })
-	most := int64(0)
-	for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		most = max(most, s.mem.Live())
-	}
-	if most > bound {
-		t.Errorf("%d MiB are held, at most %d MiB should be", most>>20, bound>>20)
-	}
-	close(release)
-	if n := <-answered; n != total {
-		t.Errorf("%d of %d batches were answered", n, total)
-	}
-}
-
-// TestBudgetBoundsBytes holds the budget to account for batches so large that their number alone would not.
-func TestBudgetBoundsBytes(t *testing.T) {
-	const size, total = 40 << 20, 5
-	release := make(chan struct{})
-	s := newService(t, func(int) error {
-		<-release
-		return nil
-	})
-	messages := encode(t, s.ticket(t, `,"outputs":{"n":"n"}`), listSchema, batch(size/4, 1))
-	for range total - 1 {
-		messages = append(messages, messages[1])
-	}
-	answered := make(chan int, 1)
-	go func() {
-		answers, _, err := s.exchange(t, messages)
-		if err != nil {
-			t.Error(err)
-		}
-		answered <- len(answers)
-	}()
-	eventually(t, "a batch is read and waits", func() bool { return s.mem.Live() >= 2*size })
-	most := int64(0)
-	for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		most = max(most, s.mem.Live())
-	}
-	if most >= 3*size {
-		t.Errorf("%d MiB are held: more than one batch beyond the budget of %d MiB", most>>20, budgetBytes>>20)
-	}
-	close(release)
-	if n := <-answered; n != total {
-		t.Errorf("%d of %d batches were answered", n, total)
+	for _, c := range []struct{ size, total, held int }{
+		{size: 8 << 20, total: 24, held: readAhead},
+		{size: 40 << 20, total: 5, held: 2},
+	} {
+		t.Run(fmt.Sprintf("%d MiB", c.size>>20), func(t *testing.T) {
+			release := make(chan struct{})
+			s := newService(t, func(int) error {
+				<-release
+				return nil
+			})
+			messages := encode(t, s.ticket(t, `,"outputs":{"n":"n"}`), listSchema, rowsOf(c.size/4, 1))
+			for range c.total - 1 {
+				messages = append(messages, messages[1])
+			}
+			answered := make(chan int, 1)
+			go func() {
+				answers, _, err := s.exchange(t, messages)
+				if err != nil {
+					t.Error(err)
+				}
+				answered <- len(answers)
+			}()
+			full := int64(c.size * c.held)
+			eventually(t, "the server has read all that it may", func() bool { return s.mem.Live() >= full })
+			most := int64(0)
+			for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+				most = max(most, s.mem.Live())
+			}
+			if most >= full+int64(c.size) {
+				t.Errorf("%d MiB are held, at most %d MiB should be", most>>20, full>>20)
+			}
+			close(release)
+			if n := <-answered; n != c.total {
+				t.Errorf("%d of %d batches were answered", n, c.total)
+			}
+		})
 	}
 }
 
@@ -639,7 +620,7 @@ func TestMalformedBatches(t *testing.T) {
 		"ragged lists":     func(m *flight.FlightData) { offsets(m.DataBody, 0, 1, 4) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			messages := encode(t, s.ticket(t, ""), listSchema, batch(2, 1), batch(2, 2, 3))
+			messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(2, 1), rowsOf(2, 2, 3))
 			damage(messages[2])
 			answers, _, err := s.exchange(t, messages)
 			wantStatus(t, err, codes.InvalidArgument)
@@ -650,9 +631,9 @@ func TestMalformedBatches(t *testing.T) {
 	}
 	t.Run("every byte of the header", func(t *testing.T) {
 		// Whatever the metadata says, the stream ends with an answer or an error of the caller, never of the server.
-		good := encode(t, command("{}"), listSchema, batch(2, 2, 3))
+		good := encode(t, command("{}"), listSchema, rowsOf(2, 2, 3))
 		for at := range good[1].DataHeader {
-			messages := encode(t, s.ticket(t, ""), listSchema, batch(2, 2, 3))
+			messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(2, 2, 3))
 			messages[1].DataHeader[at] ^= 0x13
 			_, _, err := s.exchange(t, messages)
 			if code := status.Code(err); err != nil && code != codes.InvalidArgument {
@@ -663,9 +644,50 @@ func TestMalformedBatches(t *testing.T) {
 			t.Errorf("%d panics", n)
 		}
 	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, 5))); err != nil || len(answers) != 1 {
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
 		t.Errorf("the next stream: %d answers, %v", len(answers), err)
 	}
+}
+
+// TestOneStreamTooMany opens as many streams as a runner takes, and one more.
+func TestOneStreamTooMany(t *testing.T) {
+	s := newService(t, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	var open []flight.FlightService_DoExchangeClient
+	for range MaxStreams {
+		stream, err := s.client.DoExchange(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range encode(t, s.ticket(t, ""), listSchema) {
+			if err := stream.Send(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := stream.Recv(); err != nil { // the schema: it is open
+			t.Fatal(err)
+		}
+		open = append(open, stream)
+	}
+	stream, err := s.client.DoExchange(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	wantStatus(t, err, codes.Unavailable, "256 streams", "1000 ms")
+	if got := stream.Trailer().Get("retry-after-ms"); len(got) != 1 || got[0] != "1000" {
+		t.Errorf("the trailer says %q", got)
+	}
+	_ = open[0].CloseSend()
+	if _, err := open[0].Recv(); err != io.EOF {
+		t.Errorf("the first stream ended with %v", err)
+	}
+	eventually(t, "a place is free", func() bool {
+		answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5)))
+		return err == nil && len(answers) == 1
+	})
+	cancel()
+	eventually(t, "all streams have ended", func() bool { opened, closed := s.events.counts(); return opened == closed })
 }
 
 func TestManyStreamsAtOnce(t *testing.T) {
@@ -673,7 +695,7 @@ func TestManyStreamsAtOnce(t *testing.T) {
 	var working sync.WaitGroup
 	for i := range 16 {
 		working.Go(func() {
-			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, batch(1, float64(i)), batch(1, float64(-i))))
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, float64(i)), rowsOf(1, float64(-i))))
 			if err != nil || len(answers) != 2 || answers[1].rec.Column(0).(*array.Float32).Value(0) != float32(-i) {
 				t.Errorf("stream %d: %d answers, %v", i, len(answers), err)
 			}

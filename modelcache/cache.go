@@ -16,6 +16,7 @@ import (
 // Options are what a Cache needs.
 type Options struct {
 	ModelRoot   string        // folder in which names are looked up; "" for none
+	CacheDir    string        // for pushed models; made when the first arrives
 	Folder      string        // the front's folder, in which runners make their sockets
 	Binary      string        // path of flightsvc-runner
 	Build       string        // of the front; a runner of another build is refused
@@ -31,8 +32,9 @@ type Options struct {
 
 // The states of a model.
 const (
-	StateLoading = "loading"
-	StateReady   = "ready"
+	StateLoading  = "loading"
+	StateReady    = "ready"
+	StateUnloaded = "unloaded"
 )
 
 // Cache holds at most one runner for each model folder.
@@ -40,7 +42,7 @@ type Cache struct {
 	options Options
 	ctx     context.Context // ends when the Cache closes
 	stop    context.CancelFunc
-	loads   sync.WaitGroup
+	working sync.WaitGroup // loads, unloads and pushes
 
 	mu    sync.Mutex       // guards slots and their fields
 	slots map[string]*slot // by folder
@@ -56,16 +58,12 @@ type slot struct {
 	err    error
 }
 
-// New returns an empty cache.
+// New returns a cache without a model in memory. It clears away what pushes to dead fronts left.
 func New(options Options) *Cache {
 	ctx, stop := context.WithCancel(context.Background())
-	return &Cache{options: options, ctx: ctx, stop: stop, slots: map[string]*slot{}}
-}
-
-// Resolve finds the SavedModel of a reference and reads its signatures, without loading it.
-// version is "latest", "" for the same, or a number.
-func (c *Cache) Resolve(ref, version string) (Model, error) {
-	return resolve(c.options.ModelRoot, ref, cmp.Or(version, latest), c.read.model)
+	c := &Cache{options: options, ctx: ctx, stop: stop, slots: map[string]*slot{}}
+	c.sweep()
+	return c
 }
 
 // Ready returns a runner that has the model loaded, and starts one if there is none.
@@ -116,13 +114,13 @@ func (c *Cache) slotOf(model Model) (*slot, error) {
 	}
 	s := &slot{model: model, loaded: make(chan struct{})}
 	c.slots[model.Dir] = s
-	c.loads.Add(1)
+	c.working.Add(1)
 	go c.load(s)
 	return s, nil
 }
 
 func (c *Cache) load(s *slot) {
-	defer c.loads.Done()
+	defer c.working.Done()
 	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
 	defer cancel()
 	started := time.Now()
@@ -148,6 +146,57 @@ func (c *Cache) load(s *slot) {
 	close(s.loaded)
 }
 
+// Unload ends the runner of a model and returns the version that it had. Nothing happens where there is
+// no runner. A model whose files have gone is found by the reference with which it was loaded.
+// Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
+func (c *Cache) Unload(ref, version string) (string, error) {
+	model, err := c.Resolve(ref, version)
+	c.mu.Lock()
+	s, ok := c.slots[model.Dir]
+	if err != nil {
+		s, ok = c.loadedAsLocked(ref, cmp.Or(version, latest))
+		if !ok {
+			c.mu.Unlock()
+			return "", err
+		}
+		model, err = s.model, nil
+	}
+	switch {
+	case c.ctx.Err() != nil:
+		err = errClosing
+	case !ok:
+	case s.runner == nil:
+		err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
+	default:
+		if streams, leases := s.runner.retire(time.Now()); streams+leases > 0 {
+			err = fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, model.Version, streams, leases)
+			break
+		}
+		c.forgetLocked(s) // whoever asks from now on gets a fresh runner
+		c.working.Add(1)
+		defer c.working.Done()
+	}
+	c.mu.Unlock()
+	if err != nil || !ok {
+		return model.Version, err
+	}
+	s.runner.Close()
+	return model.Version, nil
+}
+
+// loadedAsLocked returns the only slot whose model was loaded under a reference.
+func (c *Cache) loadedAsLocked(ref, version string) (found *slot, ok bool) {
+	for _, s := range c.slots {
+		if s.model.Ref == ref && (version == latest || version == s.model.Version) {
+			if ok {
+				return nil, false
+			}
+			found, ok = s, true
+		}
+	}
+	return found, ok
+}
+
 // forget drops a slot whose runner has ended, so that the next caller starts another.
 func (c *Cache) forget(s *slot) {
 	c.mu.Lock()
@@ -170,6 +219,9 @@ type ModelStatus struct {
 	PID     int    `json:"pid,omitempty"`
 	Streams int    `json:"streams"`
 	Leases  int    `json:"leases"` // granted, not yet used nor expired
+
+	Runs       int64 `json:"runs"`        // TensorFlow runs of the streams that have closed
+	JoinedRuns int64 `json:"joined_runs"` // those of them that served more than one stream
 }
 
 // Status lists the models in memory, by folder.
@@ -182,6 +234,7 @@ func (c *Cache) Status() []ModelStatus {
 		if s.runner != nil {
 			status.State, status.PID = StateReady, s.runner.PID()
 			status.Streams, status.Leases = s.runner.Pins(time.Now())
+			status.Runs, status.JoinedRuns = s.runner.Runs()
 		}
 		list = append(list, status)
 	}
@@ -208,7 +261,8 @@ func (c *Cache) Streams() int {
 	return n
 }
 
-// Close ends all loads and runners and waits until their processes are gone.
+// Close ends all loads and runners and waits until their processes are gone, and until pushes have
+// ended, which their callers' streams must.
 func (c *Cache) Close() {
 	c.mu.Lock()
 	c.stop()
@@ -217,7 +271,7 @@ func (c *Cache) Close() {
 		list = append(list, s)
 	}
 	c.mu.Unlock()
-	c.loads.Wait()
+	c.working.Wait()
 	var ending sync.WaitGroup
 	for _, s := range list {
 		if s.runner != nil {

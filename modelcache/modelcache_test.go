@@ -91,13 +91,13 @@ func fakeRunner(mode string) {
 		if verb == "open" {
 			say(Report{Opened: lease})
 		} else {
-			say(Report{Closed: lease})
+			say(Report{Closed: lease, Runs: 7, JoinedRuns: 3})
 		}
 	}
 }
 
 // saved writes a SavedModel of one signature into dir.
-func saved(t *testing.T, dir string) {
+func saved(t testing.TB, dir string) {
 	t.Helper()
 	tensor := func(name string) map[string]*corepb.TensorInfo {
 		return map[string]*corepb.TensorInfo{name: {Encoding: &corepb.TensorInfo_Name{Name: name + ":0"}, Dtype: types_go_proto.DataType_DT_FLOAT}}
@@ -112,7 +112,7 @@ func saved(t *testing.T, dir string) {
 	write(t, filepath.Join(dir, savedmodel.File), string(data))
 }
 
-func write(t *testing.T, path, text string) {
+func write(t testing.TB, path, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		t.Fatal(err)
@@ -221,7 +221,8 @@ func TestResolve(t *testing.T) {
 	write(t, at("broken", savedmodel.File), "this is no protocol buffer")
 	write(t, at("file"), "")
 	saved(t, at("with space"))
-	var read readings
+	cache := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Log: zap.NewNop()})
+	rootless := New(Options{CacheDir: t.TempDir(), Log: zap.NewNop()})
 
 	for name, c := range map[string]struct{ ref, version, dir, number string }{
 		"a name":             {"plain", latest, at("plain"), "1"},
@@ -237,7 +238,7 @@ func TestResolve(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for range 2 { // read, and remembered
-				got, err := resolve(root, c.ref, c.version, read.model)
+				got, err := cache.Resolve(c.ref, c.version)
 				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref || len(got.Saved.Signatures) != 1 {
 					t.Errorf("resolved to %+v, %v", got, err)
 				}
@@ -245,31 +246,32 @@ func TestResolve(t *testing.T) {
 		})
 	}
 	for name, c := range map[string]struct {
-		root, ref, version string
-		kind               fault.Kind
-		parts              []string
+		from         *Cache
+		ref, version string
+		kind         fault.Kind
+		parts        []string
 	}{
-		"unknown name":         {root, "nope", latest, fault.NotFound, []string{"model nope", at("nope"), "no folder"}},
-		"unknown path":         {root, "/nope/m", latest, fault.NotFound, []string{"/nope/m", "on this host"}},
-		"a file":               {root, "file", latest, fault.NotFound, []string{"no folder"}},
-		"not a SavedModel":     {root, "empty", latest, fault.NotFound, []string{"holds no saved_model.pb"}},
-		"broken":               {root, "broken", latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
-		"unknown version":      {root, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
-		"version without one":  {root, "many", "11", fault.NotFound, []string{"version 11"}},
-		"label":                {root, "many", "draft", fault.NotFound, []string{"version draft"}},
-		"traversing version":   {root, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
-		"version of a plain":   {root, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
-		"no root":              {"", "plain", latest, fault.NotFound, []string{"no model-root", "--model-root"}},
-		"traversal":            {root, "../" + filepath.Base(root) + "/plain", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"dots":                 {root, "..", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"nested":               {root, "many/9", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"other scheme":         {root, "s3://bucket/m", latest, fault.BadRequest, []string{"s3://bucket/m", "file: URIs"}},
-		"URI of another host":  {root, "file://host/m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
-		"URI of relative path": {root, "file:m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
-		"URI with bad escape":  {root, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+		"unknown name":         {cache, "nope", latest, fault.NotFound, []string{"model nope", at("nope"), "no folder"}},
+		"unknown path":         {cache, "/nope/m", latest, fault.NotFound, []string{"/nope/m", "on this host"}},
+		"a file":               {cache, "file", latest, fault.NotFound, []string{"no folder"}},
+		"not a SavedModel":     {cache, "empty", latest, fault.NotFound, []string{"holds no saved_model.pb"}},
+		"broken":               {cache, "broken", latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
+		"unknown version":      {cache, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
+		"version without one":  {cache, "many", "11", fault.NotFound, []string{"version 11"}},
+		"label":                {cache, "many", "draft", fault.NotFound, []string{"version draft"}},
+		"traversing version":   {cache, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
+		"version of a plain":   {cache, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
+		"no root":              {rootless, "plain", latest, fault.NotFound, []string{"no model-root", "--model-root"}},
+		"traversal":            {cache, "../" + filepath.Base(root) + "/plain", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"dots":                 {cache, "..", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"nested":               {cache, "many/9", latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"other scheme":         {cache, "s3://bucket/m", latest, fault.BadRequest, []string{"s3://bucket/m", "file: URIs", "sha256:"}},
+		"URI of another host":  {cache, "file://host/m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+		"URI of relative path": {cache, "file:m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
+		"URI with bad escape":  {cache, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := resolve(c.root, c.ref, c.version, read.model)
+			_, err := c.from.Resolve(c.ref, c.version)
 			wantFault(t, err, c.kind, c.parts...)
 		})
 	}
@@ -277,11 +279,11 @@ func TestResolve(t *testing.T) {
 	// A model that changes is read again.
 	write(t, at("broken", savedmodel.File), "")
 	saved(t, at("broken"))
-	if _, err := resolve(root, "broken", latest, read.model); err != nil {
+	if _, err := cache.Resolve("broken", latest); err != nil {
 		t.Error(err)
 	}
 	write(t, at("plain", savedmodel.File), "broken now")
-	if _, err := resolve(root, "plain", latest, read.model); err == nil {
+	if _, err := cache.Resolve("plain", latest); err == nil {
 		t.Error("a model that was broken since is served from memory")
 	}
 }
@@ -472,4 +474,105 @@ func TestRunnerEnvironment(t *testing.T) {
 	if got != "TF_CPP_MIN_LOG_LEVEL=0 LD_LIBRARY_PATH=/lib" {
 		t.Error(got)
 	}
+}
+
+func TestUnload(t *testing.T) {
+	cache, model := newCache(t, "good", nil)
+	unload := func() error {
+		version, err := cache.Unload("m", "")
+		if version != "1" {
+			t.Errorf("the version is %q", version)
+		}
+		return err
+	}
+	if err := unload(); err != nil {
+		t.Errorf("a model that is not in memory: %v", err)
+	}
+	_, err := cache.Unload("nope", "")
+	wantFault(t, err, fault.NotFound, "model nope")
+
+	runner, err := cache.Ready(context.Background(), model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	runner.Leased("a", time.Now().Add(time.Hour))
+	wantFault(t, unload(), fault.Precondition, "model m, version 1", "0 open streams and 1 leases")
+	if _, err := fmt.Fprintln(runner.stdin, "open a"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a stream is open", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 1 })
+	wantFault(t, unload(), fault.Precondition, "1 open streams and 0 leases", "when they have ended")
+	if _, err := fmt.Fprintln(runner.stdin, "close a"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the stream is closed", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 0 })
+	if s := cache.Status()[0]; s.Runs != 7 || s.JoinedRuns != 3 {
+		t.Errorf("the runner reported 7 runs, 3 of them joined; the status is %+v", s)
+	}
+	if err := unload(); err != nil || runner.Alive() || len(cache.Status()) != 0 {
+		t.Errorf("%v; the status is %+v", err, cache.Status())
+	}
+	if runner.Leased("b", time.Now().Add(time.Hour)) {
+		t.Error("a runner that has ended takes a lease")
+	}
+
+	// A model whose folder has gone is still known by the name it was loaded with.
+	if _, err := cache.Ready(context.Background(), model); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(model.Dir, savedmodel.File)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unload(); err != nil || len(cache.Status()) != 0 {
+		t.Errorf("%v; the status is %+v", err, cache.Status())
+	}
+}
+
+func TestUnloadWhileLoading(t *testing.T) {
+	cache, model := newCache(t, "gated", nil)
+	loaded := make(chan error, 1)
+	go func() {
+		_, err := cache.Ready(context.Background(), model)
+		loaded <- err
+	}()
+	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	_, err := cache.Unload("m", "1")
+	wantFault(t, err, fault.Precondition, "it is being loaded")
+	write(t, filepath.Join(model.Dir, "go"), "")
+	if err := <-loaded; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestUnloadGrantsNoLeaseOnTheWayOut races callers with unloads: whoever gets a lease has a runner that lives.
+func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
+	cache, model := newCache(t, "good", nil)
+	var working sync.WaitGroup
+	for caller := range 4 {
+		working.Go(func() {
+			for turn := range 10 {
+				runner, err := cache.Ready(context.Background(), model)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				id := fmt.Sprint(caller, "-", turn)
+				if !runner.Leased(id, time.Now().Add(time.Hour)) {
+					continue
+				}
+				if !runner.Alive() {
+					t.Error("a lease was granted for a runner that has ended")
+				}
+				runner.note(Report{Opened: id})
+				if _, err := cache.Unload("m", ""); err == nil {
+					t.Error("unloaded under an open stream")
+				}
+				runner.note(Report{Closed: id})
+				if _, err := cache.Unload("m", ""); err != nil {
+					wantFault(t, err, fault.Precondition)
+				}
+			}
+		})
+	}
+	working.Wait()
 }

@@ -1,9 +1,12 @@
 package modelcache
 
 import (
+	"cmp"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,12 +27,14 @@ type Model struct {
 // latest asks for the highest version.
 const latest = "latest"
 
-// resolve finds the SavedModel of a reference: a file URI or an absolute path of a SavedModel or of a folder
-// with numbered versions, or a name below root. It reads saved_model.pb and loads nothing.
+// Resolve finds the SavedModel of a reference: a file URI or an absolute path of a SavedModel or of a folder
+// with numbered versions, a name below the model-root, or the digest of a pushed model. version is
+// "latest", "" for the same, or a number. It reads saved_model.pb and loads nothing.
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file.
-func resolve(root, ref, version string, read func(dir string) (*savedmodel.Model, error)) (Model, error) {
-	base, err := folder(root, ref)
+func (c *Cache) Resolve(ref, version string) (Model, error) {
+	version = cmp.Or(version, latest)
+	base, err := c.folder(ref)
 	if err != nil {
 		return Model{}, err
 	}
@@ -46,7 +51,7 @@ func resolve(root, ref, version string, read func(dir string) (*savedmodel.Model
 	} else if version != latest && version != model.Version {
 		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
 	}
-	if model.Saved, err = read(model.Dir); err != nil {
+	if model.Saved, err = c.read.model(model.Dir); err != nil {
 		return Model{}, err
 	}
 	return model, nil
@@ -87,7 +92,9 @@ func (r *readings) model(dir string) (*savedmodel.Model, error) {
 	return model, nil
 }
 
-func folder(root, ref string) (string, error) {
+// folder returns where the SavedModel of a reference, or the folder of its versions, has to be.
+func (c *Cache) folder(ref string) (string, error) {
+	root := c.options.ModelRoot
 	scheme, _, hasScheme := strings.Cut(ref, ":")
 	switch {
 	case filepath.IsAbs(ref):
@@ -98,8 +105,10 @@ func folder(root, ref string) (string, error) {
 			return "", fault.New(fault.BadRequest, "model %q: want file:///absolute/path", ref)
 		}
 		return filepath.Clean(uri.Path), nil
+	case hasScheme && scheme == "sha256":
+		return c.pushed(ref)
 	case hasScheme:
-		return "", fault.New(fault.BadRequest, "model %q: this server reads file: URIs, absolute paths and names below its model-root", ref)
+		return "", fault.New(fault.BadRequest, "model %q: this server reads file: URIs, absolute paths, sha256: digests of pushed models and names below its model-root", ref)
 	case root == "":
 		return "", fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
 	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
@@ -117,19 +126,30 @@ func pick(base, version string) (string, bool) {
 		_, err := os.Stat(filepath.Join(base, version, savedmodel.File))
 		return version, err == nil
 	}
-	entries, err := os.ReadDir(base)
-	if err != nil {
+	list := versions(base)
+	if len(list) == 0 {
 		return "", false
 	}
-	best, found := uint64(0), ""
+	return list[len(list)-1], true
+}
+
+// versions lists the numbered folders below base that hold a SavedModel, by number.
+func versions(base string) []string {
+	entries, err := os.ReadDir(base)
+	if err != nil {
+		return nil
+	}
+	numbers := map[string]uint64{}
 	for _, entry := range entries {
 		number, err := strconv.ParseUint(entry.Name(), 10, 63)
-		if err != nil || (found != "" && number <= best) {
+		if err != nil {
 			continue
 		}
 		if _, err := os.Stat(filepath.Join(base, entry.Name(), savedmodel.File)); err == nil {
-			best, found = number, entry.Name()
+			numbers[entry.Name()] = number
 		}
 	}
-	return found, found != ""
+	return slices.SortedFunc(maps.Keys(numbers), func(a, b string) int {
+		return cmp.Or(cmp.Compare(numbers[a], numbers[b]), strings.Compare(b, a)) // of 1 and 01 the first is "1"
+	})
 }

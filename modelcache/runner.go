@@ -45,6 +45,10 @@ type Report struct {
 	Kind       fault.Kind `json:"kind,omitempty"`
 	Opened     string     `json:"opened,omitempty"` // lease of a stream that opened
 	Closed     string     `json:"closed,omitempty"` // lease of a stream that closed
+	// Runs and JoinedRuns come with Closed: TensorFlow runs since the runner's start, and those that
+	// served more than one stream.
+	Runs       int64 `json:"runs,omitempty"`
+	JoinedRuns int64 `json:"joined_runs,omitempty"`
 }
 
 // runnerGrace is how long a runner may take to end after its standard input has ended.
@@ -62,6 +66,9 @@ type Runner struct {
 	leases  map[string]time.Time // expiry of leases that have not opened a stream
 	streams map[string]bool      // leases of open streams
 	conn    *grpc.ClientConn     // for relaying; made on first use
+	retired bool                 // takes no lease any more
+	runs    int64                // as last reported
+	joined  int64                // as last reported
 }
 
 // start runs flightsvc-runner and waits for its handshake. ctx bounds the wait. ended is
@@ -177,6 +184,7 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- Report, ended func())
 	}
 	clear(r.leases)
 	clear(r.streams)
+	r.retired = true
 	r.mu.Unlock()
 	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
 	ended()
@@ -190,28 +198,57 @@ func (r *Runner) note(report Report) {
 		delete(r.leases, report.Opened)
 		r.streams[report.Opened] = true
 	}
-	delete(r.streams, report.Closed)
+	if report.Closed != "" {
+		delete(r.streams, report.Closed)
+		r.runs, r.joined = max(r.runs, report.Runs), max(r.joined, report.JoinedRuns) // reports may overtake one another
+	}
 }
 
-// Leased records a lease that was granted for this runner.
-func (r *Runner) Leased(id string, expires time.Time) {
+// Leased records a lease that was granted for this runner. It reports false if the runner is ending:
+// the lease is void, and Cache.Ready has another runner.
+func (r *Runner) Leased(id string, expires time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.retired {
+		return false
+	}
 	if !r.streams[id] {
 		r.leases[id] = expires
 	}
+	return true
+}
+
+// retire makes the runner refuse leases from now on, unless it has streams or leases: it returns how many.
+func (r *Runner) retire(now time.Time) (streams, leases int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	streams, leases = r.pinsLocked(now)
+	r.retired = r.retired || streams+leases == 0
+	return streams, leases
 }
 
 // Pins returns how many streams are open and how many leases may still open one.
 func (r *Runner) Pins(now time.Time) (streams, leases int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return r.pinsLocked(now)
+}
+
+func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
 	for id, expires := range r.leases {
 		if now.After(expires) {
 			delete(r.leases, id)
 		}
 	}
 	return len(r.streams), len(r.leases)
+}
+
+// Runs returns how many TensorFlow runs there were, and how many of them served more than one stream, as
+// of the last stream that closed.
+func (r *Runner) Runs() (runs, joined int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.runs, r.joined
 }
 
 // Alive reports whether the process has not ended.

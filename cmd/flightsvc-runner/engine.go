@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -12,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"flightsvc/handlers"
+	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/savedmodel"
@@ -48,8 +48,8 @@ func open(setup modelcache.Setup) (*engine, error) {
 func (e *engine) Model() *savedmodel.Model { return e.saved }
 
 // Run makes tensors of the feeds, without a copy where their memory is aligned, and runs the
-// session.
-func (e *engine) Run(_ context.Context, feeds []tensor.Feed, fetches []string, timeout time.Duration) (handlers.Outputs, error) {
+// session. It takes over the feeds. What TensorFlow finds wrong with the rows is a BadRequest.
+func (e *engine) Run(feeds []tensor.Feed, fetches []string, timeout time.Duration) (batch.Outputs, error) {
 	fed := make([]tensorflow.Feed, 0, len(feeds))
 	defer func() {
 		for _, feed := range fed {
@@ -78,7 +78,7 @@ func (e *engine) Run(_ context.Context, feeds []tensor.Feed, fetches []string, t
 		if kindOf(err) == fault.Deadline {
 			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", timeout.Milliseconds())
 		}
-		return nil, fault.New(kindOf(err), "TensorFlow refused the batch: %s", firstLine(err))
+		return nil, fault.New(kindOf(err), "TensorFlow refused it: %s", firstLine(err))
 	}
 	return outputs(results), nil
 }
@@ -216,6 +216,6 @@ func firstLine(err error) string {
 
 // Interface guards.
 var (
-	_ handlers.Engine  = (*engine)(nil)
-	_ handlers.Outputs = (outputs)(nil)
+	_ handlers.Engine = (*engine)(nil)
+	_ batch.Outputs   = (outputs)(nil)
 )

@@ -13,10 +13,12 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"go.uber.org/zap"
 
 	"flightsvc/handlers"
+	"flightsvc/internal/batch"
 	"flightsvc/internal/build"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/logging"
@@ -70,14 +72,39 @@ func run(stdin io.Reader, reports *reporter) error {
 	if err != nil {
 		return err
 	}
+	memory := &offheap.Allocator{}
+	batches := batch.New(batch.Options{
+		MaxBatchSize:       maxBatchSize,
+		MaxBatchBytes:      maxBatchBytes,
+		BatchTimeout:       batchTimeout,
+		MaxEnqueuedBatches: maxEnqueuedBatches,
+		NumBatchThreads:    engine.cores,
+		Run:                engine.Run,
+		Stuck: func(timeout time.Duration) {
+			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model), zap.Duration("run_timeout", timeout))
+			_ = os.Remove(setup.Socket)
+			os.Exit(1)
+		},
+		Memory: memory,
+		Log:    log,
+	})
 	service := handlers.NewRunner(handlers.RunnerOptions{
-		Engine: engine, Events: reports, Key: setup.Key, Server: setup.Server, Memory: &offheap.Allocator{}, Log: log,
+		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Memory: memory, Log: log,
 	})
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
 	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
 	return server.Serve(listener)
 }
+
+// How a model is batched, in TF Serving's words. max_batch_size is near its default of 1,000;
+// max_batch_bytes keeps a run of large rows, such as pictures, to what one message may hold.
+const (
+	maxBatchSize       = 1024
+	maxBatchBytes      = 64 << 20
+	batchTimeout       = 10 * time.Millisecond
+	maxEnqueuedBatches = 128
+)
 
 // reporter writes reports to the front, a line each.
 type reporter struct {
@@ -95,7 +122,9 @@ func (r *reporter) write(report modelcache.Report) {
 func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened: lease}) }
 
 // StreamClosed tells the front that a stream is over.
-func (r *reporter) StreamClosed(lease string) { r.write(modelcache.Report{Closed: lease}) }
+func (r *reporter) StreamClosed(lease string, counts batch.Counts) {
+	r.write(modelcache.Report{Closed: lease, Runs: counts.Runs, JoinedRuns: counts.JoinedRuns})
+}
 
 // Interface guards.
 var _ handlers.StreamEvents = (*reporter)(nil)

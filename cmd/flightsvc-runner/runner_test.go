@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -79,7 +78,7 @@ func TestEngineRuns(t *testing.T) {
 	var working sync.WaitGroup
 	for i := range int64(8) {
 		working.Go(func() {
-			out, err := e.Run(context.Background(), []tensor.Feed{feed(t, e, "i", mem, []int64{2, 3}, numbers(i, 2, 3, -4, 1<<40, 6))}, fetches(e), time.Minute)
+			out, err := e.Run([]tensor.Feed{feed(t, e, "i", mem, []int64{2, 3}, numbers(i, 2, 3, -4, 1<<40, 6))}, fetches(e), time.Minute)
 			if err != nil {
 				t.Error(err)
 				return
@@ -100,7 +99,7 @@ func TestEngineRuns(t *testing.T) {
 func TestEngineRunsStrings(t *testing.T) {
 	e := load(t, "strings")
 	long := strings.Repeat("x", 100)
-	out, err := e.Run(context.Background(), []tensor.Feed{feed(t, e, "s", nil, []int64{3}, nil, "a", "", long)}, fetches(e), 0)
+	out, err := e.Run([]tensor.Feed{feed(t, e, "s", nil, []int64{3}, nil, "a", "", long)}, fetches(e), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,17 +137,17 @@ func TestEngineFails(t *testing.T) {
 	mem := &offheap.Allocator{}
 	e := load(t, "slow")
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
-	_, err := e.Run(context.Background(), []tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}, fetches(e), 50*time.Millisecond)
+	_, err := e.Run([]tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}, fetches(e), 50*time.Millisecond)
 	wantFault(t, err, fault.Deadline, "run_timeout_ms (50)")
 
 	ints := load(t, "ints")
-	_, err = ints.Run(context.Background(), []tensor.Feed{feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))}, []string{"nope:0"}, 0)
-	wantFault(t, err, fault.Internal, "TensorFlow refused the batch", `no tensor "nope:0"`)
+	_, err = ints.Run([]tensor.Feed{feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))}, []string{"nope:0"}, 0)
+	wantFault(t, err, fault.Internal, "TensorFlow refused it", `no tensor "nope:0"`)
 
 	short := feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))
 	short.Value.Shape = []int64{2, 3}
 	good := feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))
-	_, err = ints.Run(context.Background(), []tensor.Feed{short, good}, fetches(ints), 0)
+	_, err = ints.Run([]tensor.Feed{short, good}, fetches(ints), 0)
 	wantFault(t, err, fault.BadRequest, "make input tensors", "48 bytes, 24 were given")
 	if mem.Live() != 0 {
 		t.Errorf("%d bytes of inputs were not freed", mem.Live())

@@ -169,8 +169,13 @@ func newCache(settings config.Serve, folder string, log *zap.Logger) (*modelcach
 			return nil, err
 		}
 	}
+	cacheDir, err := filepath.Abs(cmp.Or(settings.CacheDir, rundir.CacheDir(settings.RunDir)))
+	if err != nil {
+		return nil, err
+	}
 	return modelcache.New(modelcache.Options{
 		ModelRoot:   root,
+		CacheDir:    cacheDir,
 		Folder:      folder,
 		Binary:      filepath.Join(filepath.Dir(self), "flightsvc-runner"),
 		Build:       build.ID(),

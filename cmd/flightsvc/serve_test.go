@@ -1,6 +1,7 @@
 package main
 
 import (
+	"archive/tar"
 	"bufio"
 	"bytes"
 	"context"
@@ -29,6 +30,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
 	"flightsvc/handlers"
@@ -351,12 +353,49 @@ func TestServe(t *testing.T) {
 		}
 		names = append(names, action.Type)
 	}
-	if slices.Sort(names); strings.Join(names, " ") != "model.metadata server.ready server.shutdown status" {
+	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.unload repository.index server.ready server.shutdown status" {
 		t.Errorf("the actions are %v", names)
 	}
 	f.signal(t, syscall.SIGTERM)
 	if code := f.wait(t); code != 0 || !p.empty() {
 		t.Errorf("ended with %d: %s", code, f.stderr)
+	}
+}
+
+// TestReflection asks a front and its runner which services they have.
+func TestReflection(t *testing.T) {
+	f := newPlace(t).serve(t)
+	info, err := f.info(t, modelOf("ints"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, conn := range []*grpc.ClientConn{f.conn, dial(t, info.Endpoint[0].Location[0].Uri)} {
+		stream, err := reflectionpb.NewServerReflectionClient(conn).ServerReflectionInfo(within(t, 10*time.Second))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ask := &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}}
+		if err := stream.Send(ask); err != nil {
+			t.Fatal(err)
+		}
+		answer, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, service := range answer.GetListServicesResponse().GetService() {
+			names = append(names, service.GetName())
+		}
+		if !slices.Contains(names, "arrow.flight.protocol.FlightService") {
+			t.Errorf("the services are %v", names)
+		}
+		ask.MessageRequest = &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "arrow.flight.protocol.FlightService"}
+		if err := stream.Send(ask); err != nil {
+			t.Fatal(err)
+		}
+		if answer, err = stream.Recv(); err != nil || len(answer.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+			t.Errorf("its definition is %v, %v", answer, err)
+		}
 	}
 }
 
@@ -826,6 +865,49 @@ func TestDrainIsBounded(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestEndingFrontLeavesNoHalfPush ends a front while a model arrives.
+func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
+	p := newPlace(t)
+	cache := filepath.Join(p.home, "pushed")
+	f := p.serve(t, "--drain-timeout", "100ms", "--cache-dir", cache)
+	pieces := func() []string {
+		list, err := filepath.Glob(filepath.Join(cache, "models", ".*", "saved_model.pb"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	wire, err := f.client.DoPut(within(t, 20*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := arrow.NewSchema([]arrow.Field{{Name: "chunk", Type: arrow.BinaryTypes.Binary}}, nil)
+	writer := flight.NewRecordWriter(wire, ipc.WithSchema(schema))
+	writer.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: []byte(`{"v":1,"put":"model"}`)})
+	var archive bytes.Buffer
+	if err := tar.NewWriter(&archive).WriteHeader(&tar.Header{Name: "saved_model.pb", Size: 1 << 20, Typeflag: tar.TypeReg}); err != nil {
+		t.Fatal(err)
+	}
+	b := array.NewRecordBuilder(memory.DefaultAllocator, schema)
+	defer b.Release()
+	b.Field(0).(*array.BinaryBuilder).Append(archive.Bytes())
+	rec := b.NewRecord()
+	defer rec.Release()
+	if err := writer.Write(rec); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(pieces()) == 1 })
+	f.signal(t, syscall.SIGTERM)
+	if code := f.wait(t); code != 0 {
+		t.Errorf("exit code %d: %s", code, f.stderr)
+	}
+	if entries, err := os.ReadDir(filepath.Join(cache, "models")); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+	_, err = wire.Recv()
+	wantStatus(t, err, codes.Unavailable)
 }
 
 func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 type Serve struct {
 	Endpoint      string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
 	ModelRoot     string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder in which model names are looked up."`
+	CacheDir      string        `env:"FLIGHTSVC_CACHE_DIR" placeholder:"DIR" help:"Folder that keeps pushed models. Default: $$XDG_CACHE_HOME/flightsvc, else ~/.cache/flightsvc."`
 	Libtensorflow string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
 	RunDir        string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
 	IdleTimeout   time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`

@@ -45,6 +45,18 @@ func LogDir(runDir string) string {
 	return runDir
 }
 
+// CacheDir returns the folder for pushed models when none is set: below XDG_CACHE_HOME, else ~/.cache, else
+// below run-dir.
+func CacheDir(runDir string) string {
+	if dir := os.Getenv("XDG_CACHE_HOME"); dir != "" {
+		return filepath.Join(dir, "flightsvc")
+	}
+	if home, err := os.UserHomeDir(); err == nil {
+		return filepath.Join(home, ".cache", "flightsvc")
+	}
+	return filepath.Join(runDir, "cache")
+}
+
 // Ensure makes dir, private to this user, or checks that it is.
 func Ensure(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -57,11 +69,11 @@ func Ensure(dir string) error {
 	owner := info.Sys().(*syscall.Stat_t).Uid
 	switch {
 	case !info.IsDir():
-		return fmt.Errorf("%s is not a folder (links are refused); set another run-dir", dir)
+		return fmt.Errorf("%s is not a folder (links are refused); set another one", dir)
 	case int(owner) != os.Geteuid():
-		return fmt.Errorf("%s belongs to user %d, not to user %d; set another run-dir", dir, owner, os.Geteuid())
+		return fmt.Errorf("%s belongs to user %d, not to user %d; set another one", dir, owner, os.Geteuid())
 	case info.Mode().Perm()&0o077 != 0:
-		return fmt.Errorf("%s is open to other users (mode %04o); run chmod 700 on it, or set another run-dir", dir, info.Mode().Perm())
+		return fmt.Errorf("%s is open to other users (mode %04o); run chmod 700 on it, or set another one", dir, info.Mode().Perm())
 	}
 	return nil
 }

@@ -375,17 +375,19 @@ func TestSweep(t *testing.T) {
 func TestFoldersFollowTheEnvironment(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", "/run/user/7")
 	t.Setenv("XDG_STATE_HOME", "/state")
-	if got := Default() + " " + LogDir("/r"); got != "/run/user/7/flightsvc /state/flightsvc/log" {
+	t.Setenv("XDG_CACHE_HOME", "/cache")
+	if got := Default() + " " + LogDir("/r") + " " + CacheDir("/r"); got != "/run/user/7/flightsvc /state/flightsvc/log /cache/flightsvc" {
 		t.Error(got)
 	}
 	t.Setenv("XDG_RUNTIME_DIR", "")
 	t.Setenv("XDG_STATE_HOME", "")
+	t.Setenv("XDG_CACHE_HOME", "")
 	t.Setenv("HOME", "/home/me")
-	if got, want := Default()+" "+LogDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d /home/me/.local/state/flightsvc/log", os.Geteuid()); got != want {
+	if got, want := Default()+" "+LogDir("/r")+" "+CacheDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d /home/me/.local/state/flightsvc/log /home/me/.cache/flightsvc", os.Geteuid()); got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	t.Setenv("HOME", "")
-	if got := LogDir("/r"); got != "/r" {
+	if got := LogDir("/r") + " " + CacheDir("/r"); got != "/r /r/cache" {
 		t.Error(got)
 	}
 }

@@ -1,0 +1,267 @@
+package handlers
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/modelcache"
+)
+
+// MaxActionBytes bounds the body of an action.
+const MaxActionBytes = 64 << 10
+
+// actions are what DoAction knows, in the order in which ListActions lists them.
+var actions = []struct {
+	name, about string
+	act         func(*Front, context.Context, []byte) (any, error)
+}{
+	{"server.ready", `{} -> {"ready":true} when this server takes requests`, (*Front).ready},
+	{"status", `{} -> versions, features, and the models in memory with their streams`, (*Front).status},
+	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`, (*Front).modelReady},
+	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`, (*Front).metadata},
+	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
+	{"model.load", `{"model","version"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
+	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`, (*Front).unload},
+	{"server.shutdown", `{} -> {"draining":true}; ends this server after its streams have ended`, (*Front).shutdown},
+}
+
+// ListActions lists what DoAction knows.
+func (f *Front) ListActions(_ *flight.Empty, stream flight.FlightService_ListActionsServer) error {
+	for _, action := range actions {
+		if err := stream.Send(&flight.ActionType{Type: action.name, Description: action.about}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// DoAction runs one action; body and result are JSON.
+func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoActionServer) error {
+	for _, known := range actions {
+		if known.name != action.GetType() {
+			continue
+		}
+		answer, err := known.act(f, stream.Context(), action.GetBody())
+		if err != nil {
+			return err
+		}
+		body, err := json.Marshal(answer)
+		if err != nil {
+			return err
+		}
+		return stream.Send(&flight.Result{Body: body})
+	}
+	return fault.New(fault.Unimplemented, "no action %q; ListActions lists those there are", action.GetType())
+}
+
+// decodeBody reads one JSON object into ask, of at most MaxActionBytes. A body of nothing is {}.
+func decodeBody(body []byte, ask any) error {
+	if len(body) > MaxActionBytes {
+		return fmt.Errorf("it has %d bytes, more than %d", len(body), MaxActionBytes)
+	}
+	if len(body) == 0 {
+		return nil
+	}
+	return decodeStrictly(body, ask)
+}
+
+// nothing checks the body of an action that takes none.
+func nothing(body []byte) error {
+	if err := decodeBody(body, &struct{}{}); err != nil {
+		return fault.New(fault.BadRequest, "this action wants an empty body, or {}: %w", err)
+	}
+	return nil
+}
+
+// modelBody is the body of an action on one model.
+type modelBody struct {
+	Model   string        `json:"model"`
+	Version versionNumber `json:"version"`
+}
+
+// versionNumber is a version as text, and as JSON either text or a number.
+type versionNumber string
+
+func (v *versionNumber) UnmarshalJSON(data []byte) error {
+	if json.Unmarshal(data, (*string)(v)) == nil {
+		return nil
+	}
+	number, err := strconv.ParseUint(string(data), 10, 63)
+	if err != nil {
+		return fmt.Errorf("version must be a number or \"latest\"")
+	}
+	*v = versionNumber(strconv.FormatUint(number, 10))
+	return nil
+}
+
+func decodeModel(body []byte) (modelBody, error) {
+	var ask modelBody
+	if err := decodeBody(body, &ask); err != nil {
+		return ask, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}: %w", err)
+	}
+	if ask.Model == "" {
+		return ask, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}; model is missing")
+	}
+	return ask, nil
+}
+
+// resolveBody finds the model that a body names.
+func (f *Front) resolveBody(body []byte) (modelcache.Model, error) {
+	ask, err := decodeModel(body)
+	if err != nil {
+		return modelcache.Model{}, err
+	}
+	return f.options.Cache.Resolve(ask.Model, string(ask.Version))
+}
+
+// Ready is the answer of server.ready and model.ready.
+type Ready struct {
+	Ready bool `json:"ready"`
+}
+
+func (f *Front) ready(_ context.Context, body []byte) (any, error) {
+	return Ready{Ready: true}, nothing(body)
+}
+
+func (f *Front) modelReady(_ context.Context, body []byte) (any, error) {
+	model, err := f.resolveBody(body)
+	if err != nil {
+		return nil, err
+	}
+	_, loaded := f.options.Cache.Loaded(model)
+	return Ready{Ready: loaded}, nil
+}
+
+// ModelState is the answer of model.load and model.unload.
+type ModelState struct {
+	Model   string `json:"model"`
+	Version string `json:"version"`
+	State   string `json:"state"`
+}
+
+// load goes on when its caller has left.
+func (f *Front) load(ctx context.Context, body []byte) (any, error) {
+	model, err := f.resolveBody(body)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.options.Cache.Ready(ctx, model); err != nil {
+		return nil, err
+	}
+	return ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
+}
+
+func (f *Front) unload(_ context.Context, body []byte) (any, error) {
+	ask, err := decodeModel(body)
+	if err != nil {
+		return nil, err
+	}
+	version, err := f.options.Cache.Unload(ask.Model, string(ask.Version))
+	if err != nil {
+		return nil, err
+	}
+	return ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
+}
+
+func (f *Front) shutdown(_ context.Context, body []byte) (any, error) {
+	if err := nothing(body); err != nil {
+		return nil, err
+	}
+	f.options.Shutdown()
+	return struct {
+		Draining bool `json:"draining"`
+	}{true}, nil
+}
+
+// Index is the answer of repository.index.
+type Index struct {
+	Models []IndexEntry `json:"models"`
+}
+
+// IndexEntry is one version of a model. Reason says why it cannot be served as it is.
+type IndexEntry struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	State   string `json:"state"`
+	Reason  string `json:"reason,omitempty"`
+}
+
+func (f *Front) index(_ context.Context, body []byte) (any, error) {
+	if err := nothing(body); err != nil {
+		return nil, err
+	}
+	entries, err := f.options.Cache.Index()
+	if err != nil {
+		return nil, err
+	}
+	answer := Index{Models: make([]IndexEntry, len(entries))}
+	for i, entry := range entries {
+		_, reasons := flightsOf(entry)
+		answer.Models[i] = IndexEntry{Name: entry.Ref, Version: entry.Version, State: entry.State, Reason: strings.Join(reasons, "; ")}
+	}
+	return answer, nil
+}
+
+// Status is the answer of the action status.
+type Status struct {
+	Flightsvc string                   `json:"flightsvc"` // version
+	Build     string                   `json:"build"`
+	V         int                      `json:"v"` // of descriptors
+	Features  []string                 `json:"features"`
+	Server    string                   `json:"server"`
+	PID       int                      `json:"pid"`
+	Models    []modelcache.ModelStatus `json:"models"`
+}
+
+func (f *Front) status(_ context.Context, body []byte) (any, error) {
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status()}, nothing(body)
+}
+
+// Metadata is the answer of the action model.metadata.
+type Metadata struct {
+	Model      string                       `json:"model"`
+	Version    string                       `json:"version"`
+	Signatures map[string]SignatureMetadata `json:"signatures"`
+}
+
+// SignatureMetadata lists a signature's inputs and outputs, sorted by name.
+type SignatureMetadata struct {
+	Inputs  []TensorMetadata `json:"inputs"`
+	Outputs []TensorMetadata `json:"outputs"`
+}
+
+// TensorMetadata is one input or output. Shape has -1 for unknown dimensions and is null for an
+// unknown rank.
+type TensorMetadata struct {
+	Name  string  `json:"name"`
+	DType string  `json:"dtype"`
+	Shape []int64 `json:"shape"`
+}
+
+func (f *Front) metadata(_ context.Context, body []byte) (any, error) {
+	model, err := f.resolveBody(body)
+	if err != nil {
+		return nil, err
+	}
+	answer := &Metadata{Model: model.Ref, Version: model.Version, Signatures: map[string]SignatureMetadata{}}
+	for name, signature := range model.Saved.Signatures {
+		answer.Signatures[name] = SignatureMetadata{Inputs: tensorMetadata(signature.Inputs), Outputs: tensorMetadata(signature.Outputs)}
+	}
+	return answer, nil
+}
+
+func tensorMetadata(specs []savedmodel.Spec) []TensorMetadata {
+	list := make([]TensorMetadata, len(specs))
+	for i, spec := range specs {
+		list[i] = TensorMetadata{Name: spec.Name, DType: spec.DType.String(), Shape: spec.Shape}
+	}
+	return list
+}

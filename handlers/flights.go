@@ -1,0 +1,86 @@
+package handlers
+
+import (
+	"encoding/json"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+
+	"flightsvc/internal/fault"
+	"flightsvc/modelcache"
+)
+
+// ListFlights lists what GetFlightInfo would serve with nothing but defaults: one flight for each model, version
+// and signature that this host knows, with the answer's schema and without an endpoint. It loads
+// nothing. Criteria are nothing, or {"model":"name"} for the flights of one reference.
+func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightService_ListFlightsServer) error {
+	var only struct {
+		Model string `json:"model"`
+	}
+	if err := decodeBody(criteria.GetExpression(), &only); err != nil {
+		return fault.New(fault.BadRequest, "criteria are empty or JSON like {\"model\":\"name\"}: %w", err)
+	}
+	entries, err := f.options.Cache.Index()
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if only.Model != "" && only.Model != entry.Ref {
+			continue
+		}
+		flights, _ := flightsOf(entry)
+		for _, info := range flights {
+			if err := stream.Send(info); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// flightDescriptor is the command of a listed flight.
+type flightDescriptor struct {
+	V         int    `json:"v"`
+	Model     string `json:"model"`
+	Version   string `json:"version"`
+	Signature string `json:"signature"`
+}
+
+// flightsOf returns the flights of a model's signatures, by name, and why others cannot be served
+// with nothing but defaults.
+func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []string) {
+	if entry.Err != nil {
+		return nil, []string{entry.Err.Error()}
+	}
+	for _, name := range entry.Saved.Names() {
+		info, err := flightOf(entry, name)
+		if err != nil {
+			reasons = append(reasons, err.Error())
+			continue
+		}
+		flights = append(flights, info)
+	}
+	return flights, reasons
+}
+
+func flightOf(entry modelcache.Entry, signature string) (*flight.FlightInfo, error) {
+	command, err := json.Marshal(flightDescriptor{V: WireVersion, Model: entry.Ref, Version: entry.Version, Signature: signature})
+	if err != nil {
+		return nil, err
+	}
+	fd := &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: command}
+	d, err := ParseDescriptor(fd)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := d.Plan(entry.Saved)
+	if err != nil {
+		return nil, err
+	}
+	return &flight.FlightInfo{
+		Schema:           flight.SerializeSchema(plan.Schema(), memory.DefaultAllocator),
+		FlightDescriptor: fd,
+		TotalRecords:     -1,
+		TotalBytes:       -1,
+	}, nil
+}
