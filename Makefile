@@ -8,6 +8,11 @@ PY      := $(VENV)/bin/python
 SITE    := $(VENV)/lib/python3.11/site-packages
 TF      := build/libtensorflow
 
+MAVEN        := build/maven/bin/mvn
+MAVEN_URL    := https://repo.maven.apache.org/maven2/org/apache/maven/apache-maven/3.9.16/apache-maven-3.9.16-bin.tar.gz
+MAVEN_SHA512 := 831a8591fe20c8243b1dbe7d71e3244f31d1665b0804b2e825e38cbbe5ce0cafb8338851f90780735568773e0a6cd07bbec107cda0b896b008b861075358b6f6
+JAVA_CLIENT  := build/java-client/flightsvc-java-client.jar
+
 VERSION := $(shell cat VERSION)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 LDFLAGS := -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
@@ -18,7 +23,7 @@ export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-python lint format prove bench lock clean
+.PHONY: help build demo test test-go test-python lint format prove bench java-client lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,40 +34,42 @@ build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bi
 demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
 	@$(PY) examples/demo.py
 
-test: build build/models/.done ## everything that CI runs: lint, Go, Python, Spark
+test: build build/models/.done $(JAVA_CLIENT) ## everything that CI runs: lint, Go, Python, Spark
 	@$(PY) tools/suites.py lint test-go test-python
 
 test-go: build build/models/.done ## Go tests under the race detector
 	@go test -race -timeout 10m ./...
 
-test-python: build build/models/.done ## Python tests, with real servers and real Spark
+test-python: build build/models/.done $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests
 
 lint: build ## gofmt, go vet, staticcheck, ruff, mypy
 	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal)" || { gofmt -d cmd handlers gpu modelcache internal; exit 1; }
 	@go vet ./...
 	@go tool staticcheck ./...
-	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
-	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
+	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
+	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
 	@$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src
 
 format: build ## rewrite Go and Python in the house format
 	@gofmt -w cmd handlers gpu modelcache internal
-	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
-	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks tools internal
+	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
+	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
 
-prove: build build/models/.done ## the full counts of every promise, into build/prove.json; resumes where it stopped
+prove: build build/models/.done $(JAVA_CLIENT) ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py
 
 bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
 	@$(PY) benchmarks/latency.py
+
+java-client: $(JAVA_CLIENT) ## the client in Java, an example, into build/java-client/
 
 lock: $(UV) ## renew pyspark-shim/requirements.lock from requirements.in
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
 		pyspark-shim/requirements.in -o pyspark-shim/requirements.lock
 
 clean: ## remove what was built, but not .venv
-	rm -rf bin build/bench build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin
+	rm -rf bin build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin
 
 # How it is made.
 
@@ -103,4 +110,18 @@ $(TF): $(VENV)/.locked
 build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked
 	@echo "making the models for the tests"
 	@$(PY) pyspark-shim/tests/make_models.py build/models
+	@touch $@
+
+# The Java client's tests build nothing: they take the jar.
+$(MAVEN):
+	@echo "installing Maven into build/maven"
+	@mkdir -p build/maven
+	@$(PYTHON) -c 'import urllib.request; urllib.request.urlretrieve("$(MAVEN_URL)", "build/maven.tar.gz")'
+	@echo "$(MAVEN_SHA512)  build/maven.tar.gz" | sha512sum --check --quiet
+	@tar -xzf build/maven.tar.gz --strip-components=1 -C build/maven
+	@rm build/maven.tar.gz
+
+$(JAVA_CLIENT): examples/java-client/pom.xml $(shell find examples/java-client/src -name '*.java') | $(MAVEN)
+	@echo "building the Java client"
+	@$(MAVEN) --batch-mode --quiet --no-transfer-progress -Dmaven.repo.local=$(CURDIR)/build/m2 -f examples/java-client package
 	@touch $@
