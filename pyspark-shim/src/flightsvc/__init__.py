@@ -17,16 +17,19 @@ from flightsvc.errors import (
     SidecarError,
     UnavailableError,
 )
-from flightsvc.model import ImageInput, Model, TensorSpec
+from flightsvc.model import ImageInput, Input, Model, Options, Output, TensorSpec
 
 __all__ = [
     "Client",
     "DeadlineExceededError",
     "FlightsvcError",
     "ImageInput",
+    "Input",
     "InvalidArgumentError",
     "Model",
     "NotFoundError",
+    "Options",
+    "Output",
     "SidecarError",
     "TensorSpec",
     "UnavailableError",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import pyarrow as pa
+import pyarrow.flight as flight
 
-from flightsvc import sidecar
+from flightsvc import archive, sidecar
 from flightsvc.connection import Connection
-from flightsvc.errors import UnavailableError
-from flightsvc.model import Model, read_signature
+from flightsvc.errors import FLIGHT_ERRORS, NotFoundError, UnavailableError
+from flightsvc.model import Model, Options, read_signature
 from flightsvc.settings import Settings
+
+_CHUNKS = pa.schema([pa.field("chunk", pa.binary())])
 
 
 def connect(endpoint: str | None = None) -> Client:
@@ -47,10 +51,8 @@ class Client:
         model: Model | str | os.PathLike[str],
         data: pa.Table | pa.RecordBatch,
         *,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Mapping[str, str] | None = None,
-        on_error: str = "fail",
-        error_column: str = "error",
+        layout: str = "list",
+        **options: Unpack[Options],
     ) -> pa.Table:
         """Return ``data`` with the model's outputs as further columns.
 
@@ -59,12 +61,9 @@ class Client:
         Args:
             model: A model, or what :class:`Model` takes.
             data: A table or a record batch.
-            inputs: Input tensor to column. Absent: columns of the same names, or the only column for the
-                only input.
-            outputs: Output tensor to column, in the wanted order. Absent: all, by tensor name.
-            on_error: What a row that cannot be run does: ``fail`` the call, make its outputs ``null``, or
-                null with the reason in ``error_column`` (``column``).
-            error_column: Name of the column for the reason.
+            layout: How outputs of rank 2 and more come back: as nested lists (``list``, the types that Spark
+                has) or as Arrow's fixed shape tensors (``tensor``, all types that Arrow has).
+            **options: See :class:`Options`.
 
         Raises:
             InvalidArgumentError: A type does not fit, or an output's name is taken.
@@ -73,8 +72,8 @@ class Client:
         """
         if not isinstance(model, Model):
             model = Model(model)
-        request = model.request(inputs, outputs, on_error, error_column)
-        known = () if inputs else tuple(read_signature(model, self._connection)["inputs"])
+        request = model.request(**options, layout=layout)
+        known = () if request.inputs else tuple(read_signature(model, self._connection)["inputs"])
         positions = request.columns(data.schema.names, known, case_sensitive=True)
         exchange = request.exchange(self._connection, data.schema.names, positions)
         return pa.Table.from_batches([answer.beside() for answer in exchange.answers(_batches(data))])
@@ -85,12 +84,81 @@ class Client:
         Raises:
             NotFoundError: There is no such model or version.
         """
-        model = model if isinstance(model, Model) else Model(model)
-        return self._connection.action("model.metadata", {"model": model.reference, "version": model.version})
+        return self._connection.action("model.metadata", _named(model))
 
     def status(self) -> dict[str, Any]:
         """Return what the front says of itself: its version, process and models."""
         return self._connection.action("status", {})
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return the models that the front knows: of its repository, pushed, and in memory.
+
+        Each has ``name``, ``version``, ``state`` (``loading``, ``ready``, ``unloaded``) and, where it cannot
+        be served as it is, ``reason``.
+        """
+        models: list[dict[str, Any]] = self._connection.action("repository.index", {})["models"]
+        return models
+
+    def load(self, model: Model | str | os.PathLike[str]) -> None:
+        """Load the model, and return when it is in memory; nothing happens if it is.
+
+        Raises:
+            NotFoundError: There is no such model or version.
+            FlightsvcError: It cannot be loaded.
+        """
+        self._connection.action("model.load", _named(model))
+
+    def unload(self, model: Model | str | os.PathLike[str]) -> None:
+        """Take the model out of memory; nothing happens if it is not in memory.
+
+        Raises:
+            NotFoundError: There is no such model or version.
+            InvalidArgumentError: It is being loaded, or is in use by a stream.
+        """
+        self._connection.action("model.unload", _named(model))
+
+    def push(self, folder: str | os.PathLike[str]) -> str:
+        """Send a SavedModel to the front's host, unless it is there already, and return its digest.
+
+        ``Model(digest)`` is the model from then on. It stays until somebody deletes it from the front's
+        ``cache-dir``.
+
+        Args:
+            folder: A folder with ``saved_model.pb``; regular files and folders alone, no links.
+
+        Raises:
+            NotFoundError: The folder holds no SavedModel.
+            InvalidArgumentError: It holds something else than files and folders, the front cannot read it,
+                or there is no space for it.
+        """
+        place = Path(folder)
+        digest = archive.digest(place)
+
+        def known() -> bool:
+            try:
+                self._connection.action("model.metadata", {"model": digest})
+            except NotFoundError:
+                return False
+            return True
+
+        def send() -> None:
+            command = json.dumps({"v": 1, "put": "model", "digest": digest})
+            descriptor = flight.FlightDescriptor.for_command(command)
+            writer, results = self._connection.front().do_put(descriptor, _CHUNKS)
+            try:
+                with writer:
+                    for piece in archive.pieces(place):
+                        writer.write_batch(pa.record_batch([pa.array([piece], pa.binary())], schema=_CHUNKS))
+                    writer.done_writing()
+                    results.read()  # there is one answer, once the model has its place
+            except FLIGHT_ERRORS:
+                # Somebody else's push of the same model was faster: the front answers and reads no further.
+                if not known():
+                    raise
+
+        if not known():
+            self._connection.retry(send, self._connection.settings.retry_seconds)
+        return digest
 
     def shutdown(self) -> None:
         """End the front, once its streams have ended or its drain timeout is over."""
@@ -113,13 +181,18 @@ class Client:
         self.close()
 
 
+def _named(model: Model | str | os.PathLike[str]) -> dict[str, str]:
+    """Return the body of an action on one model."""
+    model = model if isinstance(model, Model) else Model(model)
+    return {"model": model.reference, "version": model.version}
+
+
 def _batches(data: pa.Table | pa.RecordBatch) -> list[pa.RecordBatch]:
     if isinstance(data, pa.RecordBatch):
         return [data]
-    nothing = pa.RecordBatch.from_arrays(
-        [pa.array([], field.type) for field in data.schema], schema=data.schema
-    )
-    return data.to_batches() or [nothing]
+    return data.to_batches() or [
+        pa.RecordBatch.from_arrays([pa.nulls(0, kind) for kind in data.schema.types], schema=data.schema)
+    ]
 
 
 def _in_worker() -> bool:

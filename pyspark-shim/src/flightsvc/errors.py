@@ -48,6 +48,9 @@ _ENVELOPE = re.compile(
     re.DOTALL,
 )
 
+# A server that is full says for how long it would rather not be asked.
+_RETRY_AFTER = re.compile(r"ask again in (\d+) ms \(retry-after-ms\)")
+
 _CLASSES: tuple[tuple[type[BaseException], type[FlightsvcError]], ...] = (
     (flight.FlightUnavailableError, UnavailableError),
     (flight.FlightCancelledError, UnavailableError),
@@ -67,3 +70,9 @@ def translate(error: BaseException) -> FlightsvcError:
         if isinstance(error, theirs):
             return ours(text)
     return FlightsvcError(text)
+
+
+def retry_after(error: BaseException) -> float:
+    """Return for how many seconds a full server asks to be left alone, 0 if ``error`` does not say so."""
+    match = _RETRY_AFTER.search(str(error))
+    return int(match[1]) / 1000 if match else 0.0

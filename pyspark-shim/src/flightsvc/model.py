@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from flightsvc import sidecar
 from flightsvc.connection import Connection, shared
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
     from flightsvc.spark import Mapper
 
-_ON_ERROR = ("fail", "null", "column")
+_CHOICES = {
+    "on_error": ("fail", "null", "column"),
+    "nulls": ("null", "fail"),
+    "layout": ("list", "tensor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +74,96 @@ class ImageInput:
         return fields
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """The column that feeds an input tensor, where its name alone does not say enough.
+
+    Attributes:
+        column: Name of the column.
+        encoding: ``raw``: a binary column whose cells are exactly the bytes of one row of the tensor, in C
+            order and little-endian. ``None``: the type table.
+        pad: Fills up lists that differ in length: a number, a string or a bool, as the tensor's dtype is.
+            An unknown dimension gets the longest length of the record batch, a known one its own.
+        lengths: Name of another input tensor, integer and of rank 1, that receives the true length of each
+            row's list; it has no column of its own.
+
+    Raises:
+        InvalidArgumentError: ``pad`` is not finite.
+    """
+
+    column: str
+    encoding: str | None = dataclasses.field(default=None, kw_only=True)
+    pad: bool | int | float | str | None = dataclasses.field(default=None, kw_only=True)
+    lengths: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pad, float) and not math.isfinite(self.pad):
+            raise InvalidArgumentError(f"pad of column {self.column!r} is {self.pad}; it must be finite")
+
+    def wire(self) -> dict[str, Any]:
+        """Return the entry of the descriptor's ``inputs``; defaults are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The column that an output tensor becomes, where its name alone does not say enough.
+
+    Attributes:
+        column: Name of the column.
+        type: ``utf8``: a string tensor becomes text; a row with bytes that are not UTF-8 is refused.
+            ``None``: the type table, where it becomes binary.
+        shape: The shape of an output whose rank the signature does not tell, the batch first: ``(-1, 3)``.
+    """
+
+    column: str
+    type: str | None = dataclasses.field(default=None, kw_only=True)
+    shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+
+    def wire(self) -> dict[str, Any]:
+        """Return the entry of the descriptor's ``outputs``; defaults are left out."""
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        if self.shape is not None:
+            fields["shape"] = list(self.shape)
+        return fields
+
+
+class Options(TypedDict, total=False):
+    """What a request may say besides its model and its data, as keyword arguments.
+
+    Attributes:
+        inputs: Input tensor to column, or to :class:`Input`. Absent: columns of the same names, or the only
+            column for the only input.
+        outputs: Output tensor to column, or to :class:`Output`, in the wanted order. Absent: all, by tensor
+            name.
+        on_error: What a row that cannot be run does: ``fail`` all, make its outputs ``null``, or null with
+            the reason in ``error_column`` (``column``).
+        error_column: Name of the column for the reason; ``error`` when absent.
+        nulls: What a row with a null in an input is: ``null``, its outputs are null as in SQL, or ``fail``, a
+            row that cannot be run.
+        run_timeout: Seconds for each run of TensorFlow, 0 for no bound. Absent: 300.
+        batching: ``off``: each record batch is one run. A mapping: ``max_batch_size`` in rows and
+            ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
+            what waits while the model is busy.
+    """
+
+    inputs: Mapping[str, str | Input] | None
+    outputs: Mapping[str, str | Output] | None
+    on_error: str
+    error_column: str
+    nulls: str
+    run_timeout: float | None
+    batching: str | Mapping[str, int] | None
+
+
 class Model:
     """A SavedModel and one of its signatures; cheap to make, nothing is loaded before rows arrive.
 
     Args:
         model: Folder of a SavedModel, or of its numbered versions, as it is readable on every executor; a
-            URI such as ``file:///models/lite0``; or the name of a model in the server's repository. Text
-            with ``://`` is a URI, text with ``/`` or that names a folder here is a path, other text a name.
+            URI such as ``file:///models/lite0``; the digest that :meth:`Client.push` returned; or the name of
+            a model in the server's repository. Text with ``://`` is a URI, text that begins with ``sha256:``
+            a digest, text with ``/`` or that names a folder here a path, other text a name.
         signature: Which signature to run.
         version: A version's number, or ``latest``.
         preprocess: Inputs that are made from encoded pictures.
@@ -113,70 +201,34 @@ class Model:
         return dict(self._signature["outputs"])
 
     def transform(
-        self,
-        df: DataFrame,
-        *,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Mapping[str, str] | None = None,
-        on_error: str = "fail",
-        error_column: str = "error",
-        sidecar: str | None = None,
+        self, df: DataFrame, *, sidecar: str | None = None, **options: Unpack[Options]
     ) -> DataFrame:
         """Return ``df`` with the model's outputs as further columns.
 
         Args:
             df: Any DataFrame, classic or Connect.
-            inputs: Input tensor to column. Absent: columns of the same names, or the only column for the
-                only input.
-            outputs: Output tensor to column, in the wanted order. Absent: all, by tensor name.
-            on_error: What a row that cannot be run does: ``fail`` the job, make its outputs ``null``, or
-                null with the reason in ``error_column`` (``column``).
-            error_column: Name of the column for the reason.
             sidecar: Name of a column that says which sidecar answered, ``host:pid``; absent: none.
+            **options: See :class:`Options`.
 
         Raises:
             InvalidArgumentError: A column has a type that the input does not take, or an output's name is
                 taken; before any task starts.
             NotFoundError: No such model, signature, input, output or column.
         """
-        schema = self.output_schema(
-            df.schema,
-            inputs=inputs,
-            outputs=outputs,
-            on_error=on_error,
-            error_column=error_column,
-            sidecar=sidecar,
-        )
-        mapper = self.mapper(
-            inputs=inputs, outputs=outputs, on_error=on_error, error_column=error_column, sidecar=sidecar
-        )
+        schema = self.output_schema(df.schema, sidecar=sidecar, **options)
+        mapper = self.mapper(sidecar=sidecar, **options)
         from flightsvc import spark
 
         return spark.transform(df, mapper, schema)
 
-    def mapper(
-        self,
-        *,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Mapping[str, str] | None = None,
-        on_error: str = "fail",
-        error_column: str = "error",
-        sidecar: str | None = None,
-    ) -> Mapper:
+    def mapper(self, *, sidecar: str | None = None, **options: Unpack[Options]) -> Mapper:
         """Return the function for ``mapInArrow``; arguments and errors as in :meth:`transform`."""
         from flightsvc import spark
 
-        return spark.mapper(self, self.request(inputs, outputs, on_error, error_column), sidecar)
+        return spark.mapper(self, self.request(**options), sidecar)
 
     def output_schema(
-        self,
-        schema: StructType,
-        *,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Mapping[str, str] | None = None,
-        on_error: str = "fail",
-        error_column: str = "error",
-        sidecar: str | None = None,
+        self, schema: StructType, *, sidecar: str | None = None, **options: Unpack[Options]
     ) -> StructType:
         """Return the schema of :meth:`mapper`'s result over ``schema``; the columns are checked.
 
@@ -184,21 +236,45 @@ class Model:
         """
         from flightsvc import spark
 
-        return spark.output_schema(
-            self, schema, self.request(inputs, outputs, on_error, error_column), sidecar
-        )
+        return spark.output_schema(self, schema, self.request(**options), sidecar)
 
     def request(
         self,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Mapping[str, str] | None = None,
+        inputs: Mapping[str, str | Input] | None = None,
+        outputs: Mapping[str, str | Output] | None = None,
         on_error: str = "fail",
         error_column: str = "error",
+        *,
+        nulls: str = "null",
+        run_timeout: float | None = None,
+        batching: str | Mapping[str, int] | None = None,
+        layout: str = "list",
     ) -> Request:
-        """Return what is asked of this model; arguments as in :meth:`transform`."""
-        if on_error not in _ON_ERROR:
-            raise InvalidArgumentError(f"on_error is {on_error!r}; it is one of {', '.join(_ON_ERROR)}")
-        return Request(self, dict(inputs or {}), dict(outputs or {}), on_error, error_column)
+        """Return what is asked of this model.
+
+        ``layout`` says how outputs of rank 2 and more come back: as nested lists (``list``, the types that
+        Spark has) or as Arrow's fixed shape tensors (``tensor``, all types that Arrow has). The other
+        arguments are those of :class:`Options`.
+
+        Raises:
+            InvalidArgumentError: An argument is none of its choices.
+        """
+        for name, value in (("on_error", on_error), ("nulls", nulls), ("layout", layout)):
+            if value not in _CHOICES[name]:
+                raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(_CHOICES[name])}")
+        if run_timeout is not None and not 0 <= run_timeout < math.inf:
+            raise InvalidArgumentError(f"run_timeout is {run_timeout!r}; want seconds, 0 for no bound")
+        return Request(
+            self,
+            dict(inputs or {}),
+            dict(outputs or {}),
+            on_error,
+            error_column,
+            nulls,
+            run_timeout,
+            dict(batching) if isinstance(batching, Mapping) else batching,
+            layout,
+        )
 
     def driver(self) -> Connection:
         """Return the connection to the front that is asked about this model on the driver."""
@@ -214,10 +290,19 @@ class Request:
     """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules."""
 
     model: Model
-    inputs: dict[str, str]
-    outputs: dict[str, str]
+    inputs: dict[str, str | Input]
+    outputs: dict[str, str | Output]
     on_error: str
     error_column: str
+    nulls: str
+    run_timeout: float | None
+    batching: str | dict[str, int] | None
+    layout: str
+
+    def input(self, name: str, column: str) -> Input:
+        """Return how ``column`` feeds the input ``name``."""
+        entry = self.inputs.get(name)
+        return dataclasses.replace(entry, column=column) if isinstance(entry, Input) else Input(column)
 
     def descriptor(self, inputs: Mapping[str, str] | None = None, request_id: str = "") -> dict[str, Any]:
         """Return the descriptor of the wire contract, fields at their default left out.
@@ -226,21 +311,31 @@ class Request:
             inputs: Input tensor to column on the wire, once that is settled.
             request_id: Names the stream in all logs.
         """
+        if inputs is None:
+            inputs = {name: _column(entry) for name, entry in self.inputs.items()}
         fields: dict[str, Any] = {"v": 1, "model": self.model.reference}
         if self.model.version != "latest":
             fields["version"] = self.model.version
         if self.model.signature != "serving_default":
             fields["signature"] = self.model.signature
-        if inputs or self.inputs:
-            fields["inputs"] = dict(inputs or self.inputs)
+        if inputs:
+            fields["inputs"] = {name: _wire(self.input(name, column)) for name, column in inputs.items()}
         if self.outputs:
-            fields["outputs"] = self.outputs
+            fields["outputs"] = {name: _wire(entry) for name, entry in self.outputs.items()}
         if self.model.preprocess:
             fields["preprocess"] = {name: image.wire() for name, image in self.model.preprocess.items()}
         if self.on_error != "fail":
             fields["on_error"] = self.on_error
         if self.on_error == "column" and self.error_column != "error":
             fields["error_column"] = self.error_column
+        if self.nulls != "null":
+            fields["nulls"] = self.nulls
+        if self.run_timeout is not None:
+            fields["run_timeout_ms"] = math.ceil(self.run_timeout * 1000)
+        if self.batching is not None:
+            fields["batching"] = self.batching
+        if self.layout != "list":
+            fields["layout"] = self.layout
         if request_id:
             fields["request_id"] = request_id
         return fields
@@ -258,16 +353,18 @@ class Request:
             InvalidArgumentError: A column's name occurs twice.
         """
         where = f"model {self.model.reference}, signature {self.model.signature}"
-        wanted = self.inputs
+        wanted = {name: _column(entry) for name, entry in self.inputs.items()}
         if not wanted:
             only = len(known) == 1 and len(names) == 1
             wanted = {known[0]: names[0]} if only else {name: name for name in known}
         elif known:
-            for name in wanted:
+            entries = self.inputs.values()
+            lengths = [e.lengths for e in entries if isinstance(e, Input) and e.lengths is not None]
+            for name in (*wanted, *lengths):
                 if name not in known:
                     raise NotFoundError(f"{where}: there is no input {name!r}; inputs: {', '.join(known)}")
             for name in known:
-                if name not in wanted:
+                if name not in wanted and name not in lengths:
                     raise NotFoundError(
                         f"{where}: input {name!r} has no column; add it: inputs={{{name!r}: <column>, ...}}"
                     )
@@ -326,9 +423,21 @@ def same_name(one: str, other: str, case_sensitive: bool) -> bool:
     return one == other if case_sensitive else one.lower() == other.lower()
 
 
+def _column(entry: str | Input | Output) -> str:
+    return entry if isinstance(entry, str) else entry.column
+
+
+def _wire(entry: str | Input | Output) -> str | dict[str, Any]:
+    """Return a mapping's entry for the descriptor, in its short form where that says all."""
+    if isinstance(entry, str):
+        return entry
+    fields = entry.wire()
+    return entry.column if len(fields) == 1 else fields
+
+
 def _reference(model: str | os.PathLike[str]) -> str:
     text = os.fspath(model)
-    if isinstance(model, str) and "://" in text:
+    if isinstance(model, str) and ("://" in text or text.startswith("sha256:")):
         return text
     if not isinstance(model, str) or "/" in text or os.path.isdir(text):
         return Path(os.path.abspath(text)).as_uri()

@@ -30,6 +30,7 @@ class Settings:
         endpoint: Address of a running front, ``grpc+unix:///path`` or a bare path. Default: one is started.
         binary: Path of the program ``flightsvc``. Default: the one in this package, else the one on PATH.
         model_root: Folder of the model repository.
+        cache_dir: Folder that keeps pushed models. Default: ``flightsvc`` in the user's cache folder.
         libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
         run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
         idle_timeout: A front without work ends after this time.
@@ -43,6 +44,7 @@ class Settings:
     endpoint: str | None = None
     binary: str | None = None
     model_root: str | None = None
+    cache_dir: str | None = None
     libtensorflow: str | None = None
     run_dir: str | None = None
     idle_timeout: str | None = None

@@ -88,7 +88,8 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
     for field in schema.fields:
         check_sendable(field)
     for name, position in positions.items():
-        check_input(model, name, inputs[name], schema.fields[position])
+        field = schema.fields[position]
+        check_input(model, name, inputs[name], request.input(name, field.name), field)
     descriptor = request.descriptor({name: schema.names[position] for name, position in positions.items()})
     further = [
         StructField(field.name, spark_type(field.type)) for field in model.driver().answer_schema(descriptor)

@@ -7,23 +7,32 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.model import Model, TensorSpec
+from flightsvc.model import Input, Model, TensorSpec
 
 if TYPE_CHECKING:
     from pyspark.sql.types import DataType, StructField
 
-# Spark's element types that each tensor takes without a loss; float64 to float32 is allowed besides.
+_INTEGERS = ("tinyint", "smallint", "int", "bigint")
+_UNSIGNED = (*_INTEGERS, "decimal(20,0)")  # checked value by value by the server
+# Spark's element types that each tensor takes, the one to cast to first.
 _ACCEPTED = {
     "bool": ("boolean",),
     "int8": ("tinyint",),
     "int16": ("smallint", "tinyint"),
     "int32": ("int", "smallint", "tinyint"),
     "int64": ("bigint", "int", "smallint", "tinyint"),
+    "uint8": ("smallint", *_UNSIGNED),
+    "uint16": ("int", *_UNSIGNED),
+    "uint32": ("bigint", *_UNSIGNED),
+    "uint64": ("decimal(20,0)", *_UNSIGNED),
+    "float16": ("float",),
+    "bfloat16": ("float",),
     "float32": ("float", "double", "smallint", "tinyint"),
     "float64": ("double", "float", "int", "smallint", "tinyint"),
     "string": ("string", "binary"),
 }
-_NUMBERS = {"tinyint", "smallint", "int", "bigint", "float", "double", "boolean"}
+_NUMBERS = {*_INTEGERS, "float", "double", "boolean", "string"}
+_VECTOR = "struct<type:tinyint,size:int,indices:array<int>,values:array<double>>"
 
 
 def spark_type(arrow: pa.DataType) -> DataType:
@@ -56,19 +65,20 @@ def spark_type(arrow: pa.DataType) -> DataType:
     return simple[arrow]
 
 
-def check_input(model: Model, name: str, spec: TensorSpec, field: StructField) -> None:
+def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: StructField) -> None:
     """Refuse a column whose type cannot feed an input.
+
+    Args:
+        model: The model, for the error.
+        name: The input's name.
+        spec: The input's type.
+        entry: How the column feeds it.
+        field: The column's type.
 
     Raises:
         InvalidArgumentError: It cannot; the text has an expression that Spark can run where there is one.
     """
-    from pyspark.sql.types import ArrayType
-
-    element, depth = field.dataType, 0
-    while isinstance(element, ArrayType):
-        element, depth = element.elementType, depth + 1
-    found = element.simpleString()
-    column = f"`{field.name.replace('`', '``')}`"
+    found, depth = _element(field.dataType)
     head = (
         f"model {model.reference}, signature {model.signature}: column {field.name!r} is "
         f"{field.dataType.simpleString()}, input {name!r} ({spec})"
@@ -81,24 +91,30 @@ def check_input(model: Model, name: str, spec: TensorSpec, field: StructField) -
         raise InvalidArgumentError(f"{head} has an element type that no column can feed")
     if spec.shape == ():
         raise InvalidArgumentError(f"{head} has no batch dimension; export the model with one")
-    accepted = _ACCEPTED[spec.dtype]
+    if entry.encoding == "raw":
+        if found != "binary" or depth:
+            raise InvalidArgumentError(
+                f"{head} is encoded raw and needs binary, the bytes of a row in each cell"
+            )
+        return
     wanted_depth = depth if spec.shape is None else len(spec.shape) - 1
+    if found == "void" and depth <= wanted_depth:
+        return  # nothing but nulls
+    if found == _VECTOR and depth == 0:
+        if spec.dtype in ("float32", "float64") and (spec.shape is None or wanted_depth == 1):
+            return
+        raise InvalidArgumentError(
+            f"{head} needs {_nested(_ACCEPTED[spec.dtype][0], wanted_depth)}; make it an array first: "
+            f"pyspark.ml.functions.vector_to_array({field.name!r})"
+        )
+    accepted = _ACCEPTED[spec.dtype]
     if found in accepted and depth == wanted_depth:
         return
-    wanted = _nested(accepted[0], wanted_depth)
-    expression = column
-    for _ in range(depth - wanted_depth if wanted_depth else 0):
-        expression = f"flatten({expression})"
-    added = (spec.shape or ())[1 : 1 + max(0, wanted_depth - depth)]
-    for _ in added:
-        expression = f"array({expression})"
-    if found not in accepted:
-        expression = f"CAST({expression} AS {wanted.upper()})"
-    nestable = depth <= wanted_depth or wanted_depth > 0
-    runnable = nestable and all(size in (-1, 1) for size in added)
-    runnable = runnable and (found in accepted or _castable(found, accepted[0]))
-    advice = f"; if that is what you mean, use {expression}" if runnable else ""
-    raise InvalidArgumentError(f"{head} needs {wanted}{advice}")
+    expression = _expression(field.name, found, depth, spec, wanted_depth)
+    advice = f"; if that is what you mean, use {expression}" if expression else ""
+    if found == "binary" and not depth and spec.dtype != "string":
+        advice = f"; if its cells hold the tensor's bytes, say so: Input({field.name!r}, encoding='raw')"
+    raise InvalidArgumentError(f"{head} needs {_nested(accepted[0], wanted_depth)}{advice}")
 
 
 def check_sendable(field: StructField) -> None:
@@ -112,16 +128,72 @@ def check_sendable(field: StructField) -> None:
 
     try:
         to_arrow_type(field.dataType, timezone="UTC")
-    except PySparkException as error:
+    except (PySparkException, ValueError) as error:  # pyarrow's, for array<void> that has no null
         raise InvalidArgumentError(
             f"column {field.name!r} is {field.dataType.simpleString()}, which Spark cannot send through "
             f"Arrow; drop it first: df.drop({field.name!r})"
         ) from error
 
 
-def _castable(found: str, wanted: str) -> bool:
-    number = found in _NUMBERS or found.startswith("decimal") or found == "string"
-    return (number and (wanted in _NUMBERS or wanted == "string")) or wanted == "string"
+def _element(kind: DataType) -> tuple[str, int]:
+    """Return the name of the type below all arrays, as Spark sends it, and how many arrays there are."""
+    from pyspark.sql.types import ArrayType, StringType, UserDefinedType
+
+    depth = 0
+    while isinstance(kind, ArrayType | UserDefinedType):
+        if isinstance(kind, ArrayType):
+            kind, depth = kind.elementType, depth + 1
+        else:
+            kind = kind.sqlType()
+    return "string" if isinstance(kind, StringType) else kind.simpleString(), depth
+
+
+def _expression(name: str, found: str, depth: int, spec: TensorSpec, wanted_depth: int) -> str | None:
+    """Return the SQL that makes a column fit, or ``None`` if there is none that means the same."""
+    added = (spec.shape or ())[1 : 1 + max(0, wanted_depth - depth)]
+    if (depth > wanted_depth and not wanted_depth) or any(size not in (-1, 1) for size in added):
+        return None
+    accepted = _ACCEPTED[spec.dtype]
+    expression = f"`{name.replace('`', '``')}`"
+    if found not in accepted and accepted[0] != "string":
+        number = _number(found, spec.dtype)
+        if number is None:
+            return None
+        function, found = number
+        expression = _mapped(function, expression, depth)
+    for _ in range(depth - wanted_depth):
+        expression = f"flatten({expression})"
+    for _ in added:
+        expression = f"array({expression})"
+    if found not in accepted:
+        expression = f"CAST({expression} AS {_nested(accepted[0], wanted_depth).upper()})"
+    return expression
+
+
+def _number(found: str, dtype: str) -> tuple[str, str] | None:
+    """Return the SQL function that makes a number of a type for ``dtype``, and what type that is.
+
+    Times are microseconds where those fit, else seconds; dates are days; all since 1970.
+    """
+    if found in _NUMBERS or found.startswith("decimal"):
+        return "{}", found
+    if dtype in ("bool", "float16", "bfloat16", "int8", "uint8"):
+        return None  # no time or date is one
+    if found == "date":
+        return "unix_date({})", "int"
+    if not found.startswith("timestamp") or dtype in ("int16", "uint16"):
+        return None
+    if dtype in ("float32", "float64"):
+        seconds = "{}" if found == "timestamp" else "CAST({} AS TIMESTAMP)"
+        return f"CAST({seconds} AS DOUBLE)", "double"
+    return ("unix_micros({})" if dtype in ("int64", "uint64") else "unix_seconds({})"), "bigint"
+
+
+def _mapped(function: str, expression: str, depth: int) -> str:
+    """Return ``function`` of ``expression``, of each element where it is nested."""
+    if depth == 0 or function == "{}":
+        return function.format(expression)
+    return f"transform({expression}, v{depth} -> {_mapped(function, f'v{depth}', depth - 1)})"
 
 
 def _nested(element: str, depth: int) -> str:

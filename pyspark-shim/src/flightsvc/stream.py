@@ -27,6 +27,7 @@ from flightsvc.errors import (
     FlightsvcError,
     InvalidArgumentError,
     UnavailableError,
+    retry_after,
     translate,
 )
 
@@ -187,7 +188,7 @@ class Exchange:
 
         def attempt() -> _Stream:
             descriptor = self._descriptor if self._redirect else {**self._descriptor, "redirect": False}
-            command = flight.FlightDescriptor.for_command(json.dumps(descriptor))
+            command = self._connection.command(descriptor)
             options = flight.FlightCallOptions(timeout=self._connection.settings.load_seconds + 30)
             front = self._connection.front()
             [endpoint] = front.get_flight_info(command, options).endpoints
@@ -195,7 +196,12 @@ class Exchange:
             # A runner that we cannot reach where it is may still be reached through the front.
             self._redirect = location is None
             client = self._connection.runner(location) if location is not None else front
-            stream = _Stream(client, endpoint.ticket.ticket, schema)
+            try:
+                stream = _Stream(client, endpoint.ticket.ticket, schema)
+            except LOST as error:
+                if retry_after(error):  # it was reached, and is full
+                    self._redirect = True
+                raise
             self._redirect = True
             log.debug("%s: stream opened, %s", self._id, location or "through the front")
             return stream

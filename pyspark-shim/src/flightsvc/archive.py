@@ -1,0 +1,96 @@
+"""A SavedModel's folder as one archive, and the digest that names it wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from flightsvc.errors import InvalidArgumentError, NotFoundError
+
+PIECE_BYTES = 4 << 20
+
+
+def files(folder: Path) -> list[str]:
+    """Return the regular files below a SavedModel's folder: relative paths with ``/``, sorted by their bytes.
+
+    Raises:
+        NotFoundError: The folder holds no ``saved_model.pb``.
+        InvalidArgumentError: There is a link or anything else that is neither file nor folder, or a name
+            that is not UTF-8 or holds control characters.
+    """
+    if not (folder / "saved_model.pb").exists():
+        raise NotFoundError(f"{folder} holds no saved_model.pb; give the folder of one SavedModel")
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        for name in folders + names:
+            path = os.path.join(place, name)
+            relative = os.path.relpath(path, folder)
+            mode = os.lstat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+                raise InvalidArgumentError(f"{path} is {kind}; a model holds regular files and folders alone")
+            if not _plain(relative):
+                raise InvalidArgumentError(f"the name {relative!r} holds control characters, or is not UTF-8")
+            if stat.S_ISREG(mode):
+                found.append(relative)
+    return sorted(found, key=os.fsencode)
+
+
+def digest(folder: Path) -> str:
+    """Return ``sha256:`` and the SHA-256 over lines ``<path> <size> <sha256>`` of all files.
+
+    Raises as :func:`files` does.
+    """
+    lines = hashlib.sha256()
+    for path in files(folder):
+        with open(folder / path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            lines.update(f"{path} {size} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{lines.hexdigest()}"
+
+
+def pieces(folder: Path) -> Iterator[bytes]:
+    """Yield a plain POSIX tar of the folder in pieces of ``PIECE_BYTES``, the last one shorter.
+
+    The same files give the same bytes: owners, times and modes are left out. Raises as :func:`files` does,
+    and :class:`InvalidArgumentError` if a file changes its size meanwhile.
+    """
+    held = bytearray()
+    for part in _parts(folder):
+        held += part
+        while len(held) >= PIECE_BYTES:
+            yield bytes(held[:PIECE_BYTES])
+            del held[:PIECE_BYTES]
+    yield bytes(held)
+
+
+def _parts(folder: Path) -> Iterator[bytes]:
+    for path in files(folder):
+        with open(folder / path, "rb") as file:
+            entry = tarfile.TarInfo(path)
+            entry.size = left = os.fstat(file.fileno()).st_size
+            yield entry.tobuf(tarfile.PAX_FORMAT)
+            while part := file.read(min(left, PIECE_BYTES)):
+                left -= len(part)
+                yield part
+            if left or file.read(1):
+                raise InvalidArgumentError(f"{folder / path} changed while it was sent")
+        yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _plain(name: str) -> bool:
+    """Tell whether a path can stand in a line of the digest: UTF-8 without control characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return not any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
