@@ -54,7 +54,9 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 	if err != nil {
 		return nil, d.say(err)
 	}
-	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: d.Batching.limits()})
+	limits := d.Batching.limits()
+	limits.Off = limits.Off || plan.Open() // other rows must not change the size of an output
+	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: limits})
 	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue}, nil
 }
 

@@ -373,6 +373,34 @@ func TestRefusedRowsAreFound(t *testing.T) {
 	a.Close()
 }
 
+// TestOutputsWhoseSizeDependsOnTheRun has outputs as wide as the largest number of the run.
+func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) {
+		run := o.Run
+		o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+			x := numbers(feeds[0].Value)
+			out, err := run(feeds, fetches, timeout)
+			if err != nil {
+				return nil, err
+			}
+			y := out.(*outputs)
+			wide := tensor.Allocate(savedmodel.Int64, []int64{int64(len(x)), slices.Max(x)}, y.machine.mem)
+			clear(wide.Data)
+			y.values[0].Release()
+			y.values[0] = wide
+			return y, nil
+		}
+	})
+	a, err := s.Stream(call(Limits{Off: true})).Run(t.Context(), feed(m, 1, 1, 2, -1, 3), 4, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if len(a.Refused) != 1 || !slices.Equal(a.Values[0].Shape, []int64{3, 3}) || fmt.Sprint(m.runs[len(m.runs)-1]) != "[1 2 3]" {
+		t.Errorf("%v of runs %v", a.Values[0].Shape, m.runs)
+	}
+}
+
 // TestOtherStreamsAreNotTouched joins a good and a bad stream.
 func TestOtherStreamsAreNotTouched(t *testing.T) {
 	s, m := newScheduler(t, one)

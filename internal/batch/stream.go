@@ -73,11 +73,13 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 			drop() // nobody needs the later pieces
 		}
 	}
+	if failed == nil && !a.gather(parts, st) {
+		failed = st.again(ctx, a, feeds, rows)
+	}
 	if failed != nil {
 		a.Close()
 		return nil, failed
 	}
-	a.gather(parts, st)
 	return a, nil
 }
 
@@ -162,21 +164,49 @@ func (a *Answer) refuse(row int, reason string) {
 	a.Refused[row] = reason
 }
 
-// gather puts the values of the parts together, in the order of their rows.
-func (a *Answer) gather(parts []part, st *Stream) {
+// gather puts the values of the parts together, in the order of their rows. It reports false if
+// they do not agree in the dimensions after the first.
+func (a *Answer) gather(parts []part, st *Stream) bool {
 	slices.SortFunc(parts, func(x, y part) int { return cmp.Compare(x.lo, y.lo) })
 	if len(parts) == 1 {
 		a.Values = a.results[parts[0].result].values
 	}
 	if len(parts) < 2 {
-		return
+		return true
 	}
 	for i := range st.call.Fetches {
 		values := make([]tensor.Value, len(parts))
 		for j, p := range parts {
 			values[j] = a.results[p.result].values[i]
+			if !slices.Equal(values[j].Shape[1:], values[0].Shape[1:]) {
+				return false
+			}
 		}
 		a.joined = append(a.joined, tensor.Concat(values, st.scheduler.options.Memory))
 	}
 	a.Values = a.joined
+	return true
+}
+
+// again runs the rows that were not refused once more, in one run. The size of an output may depend on
+// all rows of a run, and parts of a record batch then have several.
+func (st *Stream) again(ctx context.Context, a *Answer, feeds []tensor.Feed, rows int) error {
+	kept := make([]int, 0, rows)
+	for row := range rows {
+		if _, refused := a.Refused[row]; !refused {
+			kept = append(kept, row)
+		}
+	}
+	left := make([]tensor.Feed, len(feeds))
+	for i := range feeds {
+		left[i] = tensor.Feed{Tensor: feeds[i].Tensor, Value: feeds[i].Value.Take(kept, st.scheduler.options.Memory)}
+	}
+	r := st.submit(left, len(kept), true).wait(ctx)
+	if r.err != nil {
+		return r.err
+	}
+	a.TFRows, a.Run, a.Queue = a.TFRows+r.ran, a.Run+r.run, max(a.Queue, r.queue)
+	a.results = append(a.results, r)
+	a.Values = r.values
+	return nil
 }

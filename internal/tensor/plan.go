@@ -189,6 +189,12 @@ func (p *Plan) Fetches() []string {
 	return names
 }
 
+// Open reports whether an output has a dimension after the first that the signature leaves open, so
+// that it may depend on all rows of a run.
+func (p *Plan) Open() bool {
+	return slices.ContainsFunc(p.outputs, func(out output) bool { return slices.Contains(out.spec.Shape[1:], -1) })
+}
+
 func find(specs []savedmodel.Spec, name string) (savedmodel.Spec, bool) {
 	for _, spec := range specs {
 		if spec.Name == name {
