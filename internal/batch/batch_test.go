@@ -80,7 +80,7 @@ func newScheduler(t *testing.T, change func(*Options)) (*Scheduler, *machine) {
 	t.Helper()
 	m := &machine{mem: &offheap.Allocator{}}
 	options := Options{
-		MaxBatchSize: 8, MaxBatchBytes: 1 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 4, NumBatchThreads: 2,
+		MaxBatchSize: 8, MaxBatchBytes: 1 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 3, NumBatchThreads: 2,
 		Run: m.run, Memory: m.mem, Log: zap.NewNop(), Stuck: func(time.Duration) { t.Error("a run was stuck") },
 	}
 	if change != nil {

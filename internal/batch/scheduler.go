@@ -36,7 +36,7 @@ type Options struct {
 	MaxBatchSize       int           // rows of one run
 	MaxBatchBytes      int64         // bytes of the inputs of one run, unless a single row has more
 	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
-	MaxEnqueuedBatches int           // waiting tasks above which the queue counts as full
+	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
 	NumBatchThreads    int           // runs at once
 	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them, also on
 	// error. A fault of kind BadRequest says that the rows are to blame. timeout bounds the run, 0
@@ -87,12 +87,12 @@ func (s *Scheduler) Counts() Counts {
 	return Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load()}
 }
 
-// Full reports whether max_enqueued_batches tasks are waiting, and for how long, about, a new
-// stream had better stay away.
+// Full reports whether max_enqueued_batches record batches are waiting, each of its stream, and for
+// how long, about, a new stream had better stay away.
 func (s *Scheduler) Full() (retryAfter time.Duration, full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.waiting < s.options.MaxEnqueuedBatches {
+	if len(s.turns) < s.options.MaxEnqueuedBatches {
 		return 0, false
 	}
 	took := time.Duration(s.recent.Load()) * time.Duration(s.waiting/max(s.options.NumBatchThreads, 1))

@@ -56,7 +56,7 @@ class Client:
     ) -> pa.Table:
         """Return ``data`` with the model's outputs as further columns.
 
-        The caller's columns are not copied, and the result has one chunk for each of ``data``.
+        The caller's columns are not copied, and the result has one chunk for each record batch of ``data``.
 
         Args:
             model: A model, or what :class:`Model` takes.
