@@ -298,6 +298,7 @@ func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, bound 
 	a := &arrivals{list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // room for all that it may hold
 	go func() {
 		defer ended()
+		defer mem.lost() // after the reader, whose dictionaries may still be fresh
 		defer reader.Release()
 		a.read(ctx, reader, mem, log)
 		close(a.list)
@@ -309,7 +310,6 @@ func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, bound 
 }
 
 func (a *arrivals) read(ctx context.Context, reader *flight.Reader, mem *readMemory, log *zap.Logger) {
-	defer mem.lost()
 	defer guard(log, "read", &a.err)
 	for {
 		if !a.room(ctx) {

@@ -491,23 +491,28 @@ func TestCallersLeave(t *testing.T) {
 		t.Errorf("%d runs", len(m.runs))
 	}
 
-	// One that leaves while its run is under way.
+	// One that leaves while its run is under way does not keep the thread.
 	release = busy(t, s, m)
 	ctx, cancel = context.WithCancel(t.Context())
-	release2 := make(chan struct{})
+	hold := make(chan struct{})
 	inner := m.before
 	m.before = func(first int64) {
 		inner(first)
 		if first == 5 {
 			cancel()
-			<-release2
+			<-hold
 		}
 	}
 	release()
 	if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, 5), 1, false); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	close(release2)
+	a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 6), 1, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	close(hold)
 }
 
 // TestARunIgnoresItsTimeout answers the stream before the run ends, and says so in the end.

@@ -167,8 +167,15 @@ type task struct {
 	done   chan result // takes one
 
 	// Guarded by the scheduler's mu.
-	taken bool // by a thread
-	left  bool // its stream waits no more
+	taken   bool     // by a thread
+	left    bool     // its stream waits no more
+	running *running // its run, once that has begun
+}
+
+// running is a run under way.
+type running struct {
+	callers int           // tasks whose stream waits; guarded by the scheduler's mu
+	gone    chan struct{} // closed when there are none left
 }
 
 // result is what becomes of a task.
@@ -262,6 +269,10 @@ func (t *task) wait(ctx context.Context) result {
 		if !t.taken {
 			s.remove(t)
 			t.answer(result{})
+		} else if r := t.running; r != nil {
+			if r.callers--; r.callers == 0 {
+				close(r.gone)
+			}
 		}
 	}
 	return result{err: ctx.Err()}
@@ -361,7 +372,11 @@ func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
 // serve runs one batch and answers its tasks.
 func (s *Scheduler) serve(tasks []*task) {
 	started := time.Now()
-	outputs, err := s.run(tasks)
+	tasks, under := s.begin(tasks)
+	if len(tasks) == 0 {
+		return
+	}
+	outputs, err := s.run(tasks, under)
 	switch kind, known := fault.KindOf(err); {
 	case err == errAnswered:
 		return
@@ -375,10 +390,29 @@ func (s *Scheduler) serve(tasks []*task) {
 	s.deliver(tasks, started, outputs, err)
 }
 
+// begin drops the tasks whose stream has left and notes the run of the others.
+func (s *Scheduler) begin(tasks []*task) ([]*task, *running) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	under := &running{gone: make(chan struct{})}
+	stay := make([]*task, 0, len(tasks))
+	for _, t := range tasks {
+		if t.left {
+			t.answer(result{})
+			continue
+		}
+		t.running = under
+		under.callers++
+		stay = append(stay, t)
+	}
+	return stay, under
+}
+
 // join returns the feeds of one run. Those of a single task are its own with references of
 // their own; those of several are copied together.
-func join(tasks []*task, mem memory.Allocator) []tensor.Feed {
-	feeds := make([]tensor.Feed, len(tasks[0].feeds))
+func (s *Scheduler) join(tasks []*task) (feeds []tensor.Feed, err error) {
+	defer s.guard(&err)
+	feeds = make([]tensor.Feed, len(tasks[0].feeds))
 	for i, feed := range tasks[0].feeds {
 		feeds[i].Tensor = feed.Tensor
 		if len(tasks) == 1 {
@@ -389,61 +423,73 @@ func join(tasks []*task, mem memory.Allocator) []tensor.Feed {
 		for j, t := range tasks {
 			values[j] = t.feeds[i].Value
 		}
-		feeds[i].Value = tensor.Concat(values, mem)
+		feeds[i].Value = tensor.Concat(values, s.options.Memory)
 	}
-	return feeds
+	return feeds, nil
 }
 
-// errAnswered says that the tasks were answered while their run went on.
+// guard turns a panic, such as one for want of memory, into an error and a log line.
+func (s *Scheduler) guard(err *error) {
+	if cause := recover(); cause != nil {
+		s.options.Log.Error("panic", zap.String("method", "run"), zap.Any("cause", cause), zap.ByteString("stack", debug.Stack()))
+		*err = fault.New(fault.Internal, "the server hit a defect while running a batch; its log has the details")
+	}
+}
+
+// errAnswered says that the tasks were answered, or left, while their run went on.
 var errAnswered = fmt.Errorf("answered already")
 
-// run runs tasks together. If the run ignores its timeout, they are answered before it ends.
-func (s *Scheduler) run(tasks []*task) (Outputs, error) {
+// outcome is what comes of a run.
+type outcome struct {
+	outputs Outputs
+	err     error
+}
+
+// run runs tasks together. It does not wait for a run that ignores its timeout, whose tasks are
+// answered then, or whose streams have all left: TensorFlow cannot be stopped, but the thread has
+// others to serve.
+func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 	call := tasks[0].stream.call
+	feeds, err := s.join(tasks)
+	if err != nil {
+		return nil, err
+	}
 	s.runs.Add(1)
 	if len(tasks) > 1 {
 		s.joined.Add(1)
 	}
-	type outcome struct {
-		outputs Outputs
-		err     error
-	}
 	done := make(chan outcome, 1)
 	started := time.Now()
-	go func() { // ends with the run; Stuck ends the process of one that does not
+	go func() { // ends with the run
 		var o outcome
 		defer func() { done <- o }()
-		defer func() {
-			if cause := recover(); cause != nil {
-				s.options.Log.Error("panic", zap.String("method", "run"), zap.Any("cause", cause), zap.ByteString("stack", debug.Stack()))
-				o.err = fault.New(fault.Internal, "the server hit a defect while running a batch; its log has the details")
-			}
-		}()
-		o.outputs, o.err = s.options.Run(join(tasks, s.options.Memory), call.Fetches, call.Timeout)
+		defer s.guard(&o.err)
+		o.outputs, o.err = s.options.Run(feeds, call.Fetches, call.Timeout)
 	}()
-	if call.Timeout == 0 {
-		o := <-done
-		s.recent.Store(int64(time.Since(started)))
-		return o.outputs, o.err
+	var late, stuck <-chan time.Time // never, without a timeout
+	if call.Timeout > 0 {
+		late, stuck = time.After(call.Timeout+lateAnswer), time.After(call.Timeout+lateEnd)
 	}
-	late := time.NewTimer(call.Timeout + lateAnswer)
-	defer late.Stop()
 	select {
 	case o := <-done:
 		s.recent.Store(int64(time.Since(started)))
 		return o.outputs, o.err
-	case <-late.C:
+	case <-under.gone:
+		// The last who left have been told; deliver gives the tasks back.
+		s.deliver(tasks, started, nil, context.Canceled)
+	case <-late:
+		s.deliver(tasks, started, nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", call.Timeout.Milliseconds()))
 	}
-	s.deliver(tasks, started, nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", call.Timeout.Milliseconds()))
-	late.Reset(lateEnd - lateAnswer)
-	select {
-	case o := <-done:
-		if o.outputs != nil {
-			o.outputs.Close()
+	s.threads.Go(func() { // ends with the run, or with the process
+		select {
+		case o := <-done:
+			if o.outputs != nil {
+				o.outputs.Close()
+			}
+		case <-stuck:
+			s.options.Stuck(call.Timeout)
 		}
-	case <-late.C:
-		s.options.Stuck(call.Timeout)
-	}
+	})
 	return nil, errAnswered
 }
 

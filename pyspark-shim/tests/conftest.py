@@ -81,6 +81,13 @@ def client(surroundings: Path) -> Iterator[flightsvc.Client]:
             client.shutdown()
 
 
+@pytest.fixture
+def endpoint(client: flightsvc.Client, surroundings: Path) -> str:
+    """The address of the front of ``client``, started if need be."""
+    client.status()
+    return f"grpc+unix://{surroundings}/run/user/front.sock"
+
+
 @pytest.fixture(scope="session")
 def spark(surroundings: Path) -> Iterator[Any]:
     from pyspark.sql import SparkSession
