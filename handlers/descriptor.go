@@ -20,8 +20,15 @@ import (
 // WireVersion is the value of the field v that this server speaks.
 const WireVersion = 1
 
-// MaxDescriptorBytes bounds a descriptor; anything longer is refused unread.
-const MaxDescriptorBytes = 64 << 10
+// MaxDescriptorBytes bounds a descriptor. A ticket, which is one in other words, may be longer; anything
+// beyond maxTicketBytes is refused unread.
+const (
+	MaxDescriptorBytes = 64 << 10
+	maxTicketBytes     = 8 * MaxDescriptorBytes
+)
+
+// MaxRunTimeout is the largest run_timeout_ms, but for 0.
+const MaxRunTimeout = 7 * 24 * time.Hour
 
 // Error policies: what becomes of a refused row.
 const (
@@ -188,12 +195,14 @@ func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
 	if fd == nil || fd.GetType() != flight.DescriptorCMD {
 		return nil, fault.New(fault.BadRequest, "the stream's first message must hold a CMD descriptor, JSON such as {\"v\":1,\"model\":\"name\"}")
 	}
-	if len(fd.GetCmd()) > MaxDescriptorBytes {
-		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(fd.GetCmd()), MaxDescriptorBytes)
-	}
 	d := &Descriptor{}
-	if err := decodeStrictly(fd.GetCmd(), d); err != nil {
-		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
+	if len(fd.GetCmd()) <= maxTicketBytes {
+		if err := decodeStrictly(fd.GetCmd(), d); err != nil {
+			return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
+		}
+	}
+	if len(fd.GetCmd()) > MaxDescriptorBytes && d.Lease == nil {
+		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(fd.GetCmd()), MaxDescriptorBytes)
 	}
 	if err := d.check(); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
@@ -209,8 +218,8 @@ func (d *Descriptor) check() error {
 	if d.Model == "" {
 		return fmt.Errorf("model is missing")
 	}
-	if d.RunTimeoutMS != nil && *d.RunTimeoutMS < 0 {
-		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or more", *d.RunTimeoutMS)
+	if d.RunTimeoutMS != nil && (*d.RunTimeoutMS < 0 || *d.RunTimeoutMS > MaxRunTimeout.Milliseconds()) {
+		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or up to %d", *d.RunTimeoutMS, MaxRunTimeout.Milliseconds())
 	}
 	if d.ErrorColumn == "" {
 		d.ErrorColumn = "error"
@@ -323,6 +332,15 @@ func (d *Descriptor) runTimeout() time.Duration {
 		return DefaultRunTimeout
 	}
 	return time.Duration(*d.RunTimeoutMS) * time.Millisecond
+}
+
+// pictureBytes returns the bytes of the tensors that the pictures of one row become.
+func (d *Descriptor) pictureBytes() int64 {
+	size := int64(0)
+	for _, p := range d.Preprocess {
+		size += int64(p.Size[0]) * int64(p.Size[1]) * 3 * int64(savedmodel.Float32.Size())
+	}
+	return size
 }
 
 // redirect reports whether the caller takes a location.

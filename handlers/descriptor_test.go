@@ -9,6 +9,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/flight"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 )
@@ -92,6 +93,7 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"batching field":        {in(`"batching":{"max_batch_sizes":1}`), []string{`batching: unknown field "max_batch_sizes"`}},
 		"batching below 0":      {in(`"batching":{"max_batch_size":-1}`), []string{"cannot be negative"}},
 		"preprocess field":      {in(`"preprocess":{"p":{"size":[1,1],"Size":[2,2]}}`), []string{`unknown field "Size"`}},
+		"run timeout of years":  {in(`"run_timeout_ms":18446744073710`), []string{"run_timeout_ms is 18446744073710", "up to 604800000"}},
 		"run timeout":           {in(`"run_timeout_ms":-1`), []string{"run_timeout_ms is -1"}},
 		"picture without size":  {in(`"preprocess":{"p":{}}`), []string{`preprocess of "p"`, "size must be [height, width]"}},
 		"picture of size 0":     {in(`"preprocess":{"p":{"size":[0,1]}}`), []string{"from 1 to 16384"}},
@@ -163,24 +165,26 @@ func FuzzParseDescriptor(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		d, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: data})
-		if err != nil {
-			wantFault(t, err, fault.BadRequest)
-			return
-		}
-		written, err := d.Command()
-		if err != nil {
-			t.Fatalf("%q cannot be written again: %v", data, err)
-		}
-		if len(written) > MaxDescriptorBytes {
-			return // escapes are longer than what they stand for
-		}
-		again, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: written})
-		if err != nil {
-			t.Fatalf("%q was written as %q: %v", data, written, err)
-		}
-		if twice, err := again.Command(); err != nil || string(twice) != string(written) {
-			t.Fatalf("%q was written as %q, then as %q, %v", data, written, twice, err)
-		}
+		fuzztest.Bounded(t, fuzzJSONBytes, func() {
+			d, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: data})
+			if err != nil {
+				wantFault(t, err, fault.BadRequest)
+				return
+			}
+			written, err := d.Command()
+			if err != nil {
+				t.Fatalf("%q cannot be written again: %v", data, err)
+			}
+			if len(written) > MaxDescriptorBytes {
+				return // escapes are longer than what they stand for
+			}
+			again, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: written})
+			if err != nil {
+				t.Fatalf("%q was written as %q: %v", data, written, err)
+			}
+			if twice, err := again.Command(); err != nil || string(twice) != string(written) {
+				t.Fatalf("%q was written as %q, then as %q, %v", data, written, twice, err)
+			}
+		})
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/array"
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/ipc"
 	"github.com/apache/arrow/go/v15/arrow/memory"
@@ -35,6 +36,7 @@ type exchange struct {
 	binding    *tensor.Binding
 	pictures   tensor.Pictures
 	queue      *batch.Stream
+	whole      bool // a record batch is one run
 	writer     *answerWriter
 
 	rows, batches int64
@@ -55,9 +57,11 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 		return nil, d.say(err)
 	}
 	limits := d.Batching.limits()
-	limits.Off = limits.Off || plan.Open() // other rows must not change the size of an output
+	if plan.Open() { // other rows may change the size of an output: cut only what asks for it
+		limits.Alone, limits.Off = true, limits.Off || limits.MaxBatchSize == 0
+	}
 	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: limits})
-	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue}, nil
+	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off}, nil
 }
 
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the
@@ -79,20 +83,46 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	return nil
 }
 
-// answer runs one record batch, writes its answer, in several parts if it is large, and gives
-// the batch back.
+// answer runs one record batch and gives it back. Pictures are decoded and answered a piece at a time,
+// since they may be much larger as tensors.
 func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arrivals) error {
 	defer arrivals.done(arrived)
 	started := time.Now()
 	if err := x.binding.Check(arrived.rec); err != nil {
 		return x.descriptor.say(err)
 	}
-	meta := AnswerMetadata{Batch: x.batches, QueueUS: started.Sub(arrived.at).Microseconds()}
-	if x.batches == 0 {
+	waited := started.Sub(arrived.at)
+	total := arrived.rec.NumRows()
+	step := max(total, 1)
+	if size := x.descriptor.pictureBytes(); size > 0 && !x.whole {
+		step = max(maxPictureBytes/size, 1)
+	}
+	for lo := int64(0); lo == 0 || lo < total; lo += step {
+		hi := min(lo+step, total)
+		piece := arrived.rec.NewSlice(lo, hi)
+		err := x.answerPiece(ctx, piece, lo, hi == total, waited, arrived.at)
+		piece.Release()
+		if err != nil {
+			return err
+		}
+	}
+	x.batches++
+	x.rows += total
+	return nil
+}
+
+// maxPictureBytes bounds the tensors that are made of pictures at once, unless a single one is larger.
+const maxPictureBytes = 64 << 20
+
+// answerPiece runs the rows of a record batch from lo on, which is all of them but for pictures, and
+// writes their answer, in several parts if it is large.
+func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, final bool, waited time.Duration, arrivedAt time.Time) error {
+	meta := AnswerMetadata{Batch: x.batches, QueueUS: waited.Microseconds()}
+	if x.batches == 0 && lo == 0 {
 		meta.Server = x.options.Server
 	}
-	rows := tensor.NewRows(int(arrived.rec.NumRows()))
-	ran, err := x.run(ctx, arrived.rec, rows)
+	rows := tensor.NewRows(int(rec.NumRows()))
+	ran, err := x.run(ctx, rec, rows, lo)
 	if err != nil {
 		return err
 	}
@@ -115,39 +145,34 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 		}
 		values = settled
 	}
-	if err := x.refuse(rows); err != nil {
+	if err := x.refuse(rows, lo); err != nil {
 		return err
 	}
 	err = x.plan.Records(values, rows, answerMemory, func(rec arrow.Record, last bool) error {
-		meta.Last = last
-		meta.TotalUS = time.Since(arrived.at).Microseconds()
+		meta.Last = last && final
+		meta.TotalUS = time.Since(arrivedAt).Microseconds()
 		err := x.writer.write(rec, meta)
 		meta.Server = ""
 		return err
 	})
-	if err != nil {
-		if _, ok := fault.KindOf(err); ok {
-			return x.descriptor.say(err)
-		}
-		return err
+	if _, ok := fault.KindOf(err); ok {
+		return x.descriptor.say(err)
 	}
-	x.batches++
-	x.rows += arrived.rec.NumRows()
-	return nil
+	return err
 }
 
-// run makes the input tensors of one record batch and runs them. It returns nil where no row takes
-// part.
-func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows) (*batch.Answer, error) {
+// run makes the input tensors of rows, which begin at lo of their record batch, and runs them. It
+// returns nil where no row takes part.
+func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows, lo int64) (*batch.Answer, error) {
 	x.binding.Nulls(rec, rows, x.descriptor.Nulls == "fail")
 	if rows.Kept() == 0 {
-		return nil, x.refuse(rows)
+		return nil, x.refuse(rows, lo)
 	}
 	feeds, err := x.binding.Values(rec, rows, x.pictures, x.options.Memory)
 	if err != nil {
 		return nil, x.descriptor.say(err)
 	}
-	if err := x.refuse(rows); err != nil || rows.Kept() == 0 {
+	if err := x.refuse(rows, lo); err != nil || rows.Kept() == 0 {
 		tensor.ReleaseFeeds(feeds)
 		return nil, err
 	}
@@ -162,16 +187,20 @@ func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows)
 	for at, reason := range ran.Refused {
 		rows.Refuse(kept[at], reason)
 	}
+	if err := x.refuse(rows, lo); err != nil {
+		ran.Close()
+		return nil, err
+	}
 	return ran, nil
 }
 
-// refuse returns the error of the first refused row, if one ends the stream.
-func (x *exchange) refuse(rows *tensor.Rows) error {
+// refuse returns the error of the first refused row, if one ends the stream. The rows begin at lo.
+func (x *exchange) refuse(rows *tensor.Rows, lo int64) error {
 	row, reason, ok := rows.FirstRefused()
 	if !ok || x.descriptor.OnError != OnErrorFail {
 		return nil
 	}
-	return x.descriptor.say(rowError(x.batches, row, reason))
+	return x.descriptor.say(rowError(x.batches, lo+int64(row), reason))
 }
 
 // answerMemory is where answers are built and encoded: Go memory, which is zeroed. Arrow's encoder
@@ -192,9 +221,7 @@ type answerWriter struct {
 func newAnswerWriter(stream flight.DataStreamWriter, schema *arrow.Schema) (*answerWriter, error) {
 	w := &answerWriter{stream: stream}
 	encoder := func() *ipc.Writer {
-		// Memory of the Go heap is zeroed, which Arrow's writer expects when a column is all null: it
-		// sends the validity bits as they were allocated.
-		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(memory.DefaultAllocator))
+		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(answerMemory))
 	}
 	// A writer that is closed before its first record batch has sent the schema alone.
 	if err := encoder().Close(); err != nil {
@@ -374,6 +401,9 @@ func dataBytes(data arrow.ArrayData) int64 {
 	}
 	for _, child := range data.Children() {
 		n += dataBytes(child)
+	}
+	if dictionary, _ := data.Dictionary().(*array.Data); dictionary != nil {
+		n += dataBytes(dictionary)
 	}
 	return n
 }

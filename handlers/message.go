@@ -18,7 +18,7 @@ import (
 )
 
 // What a stream may send. Arrow's reader believes what a message says of itself; these bounds, and
-// checkHeader, are what lies between that and our memory.
+// checkedStream, are what lies between that and our memory.
 const (
 	// MaxMessageBytes is the largest Flight message that we take: a row of tensor.MaxRowBytes with
 	// what Arrow and Flight put around it. gRPC refuses more with ResourceExhausted.
@@ -29,15 +29,17 @@ const (
 	// maxStreamMemory bounds what the record batches and dictionaries of a stream take in memory
 	// once they are uncompressed.
 	maxStreamMemory = 1 << 30
-	// maxSchemaFields and maxSchemaDepth bound a schema, nested fields included.
+	// maxSchemaFields, maxSchemaDepth and maxSchemaText bound a schema, nested fields included. Text is
+	// the bytes of its names and metadata, which fields can share and Arrow's reader copies for each.
 	maxSchemaFields = 1 << 14
 	maxSchemaDepth  = 64
+	maxSchemaText   = 16 << 20
 )
 
 // openReader reads the first messages of a stream: the descriptor and the schema. They may come
 // as one message or as two, and a client may repeat the descriptor; the first one counts.
 func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
-	first := &checkedStream{DataStreamReader: stream}
+	first := &checkedStream{DataStreamReader: stream, mem: mem}
 	reader, err := flight.NewRecordReader(first, ipc.WithAllocator(mem))
 	if err != nil {
 		return nil, nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
@@ -45,10 +47,13 @@ func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader
 	return reader, first.descriptor, nil
 }
 
-// checkedStream checks the header of each message and keeps the first descriptor that comes by.
+// checkedStream checks each message and keeps the first descriptor that comes by.
 type checkedStream struct {
 	flight.DataStreamReader
 	descriptor *flight.FlightDescriptor
+	schema     outline
+	awaited    int // dictionaries that must come before all else
+	mem        *readMemory
 }
 
 // Recv is part of flight.DataStreamReader.
@@ -63,7 +68,7 @@ func (c *checkedStream) Recv() (*flight.FlightData, error) {
 	if len(message.GetDataHeader()) == 0 {
 		return message, nil
 	}
-	return message, checkHeader(message.GetDataHeader())
+	return message, c.check(message.GetDataHeader(), message.GetDataBody())
 }
 
 // streamError keeps errors of the transport and makes all others the caller's mistake.
@@ -78,6 +83,9 @@ func streamError(err error, format string, args ...any) error {
 // says, Arrow's reader loses the buffers that it was filling, which may be large and lie off the
 // Go heap; readMemory knows them. It refuses, by a panic that the reader turns into an error, what a
 // stream may not hold.
+//
+// The reader may lose its hold on dictionaries then as well, which other record batches still read. So those lie on
+// the Go heap.
 type readMemory struct {
 	memory.Allocator
 
@@ -86,10 +94,12 @@ type readMemory struct {
 	live    int              // bytes not freed, of all record batches
 	limit   int              // of live
 	refused bool             // limit was reached
+	heap    bool             // the next buffers lie on the Go heap
+	onHeap  map[*byte]bool   // those that do
 }
 
 func newReadMemory(mem memory.Allocator, limit int) *readMemory {
-	return &readMemory{Allocator: mem, fresh: map[*byte][]byte{}, limit: limit}
+	return &readMemory{Allocator: mem, fresh: map[*byte][]byte{}, limit: limit, onHeap: map[*byte]bool{}}
 }
 
 // Allocate is part of memory.Allocator.
@@ -100,12 +110,25 @@ func (m *readMemory) Allocate(size int) []byte {
 		m.refused = true
 		panic(fmt.Sprintf("the stream holds %d MiB and wants %d MiB more, of at most %d MiB", m.live>>20, uint64(size)>>20, m.limit>>20))
 	}
-	b := m.Allocator.Allocate(size)
-	m.live += len(b)
-	if len(b) > 0 {
-		m.fresh[unsafe.SliceData(b)] = b
+	if size == 0 {
+		return nil
 	}
+	m.live += size
+	if m.heap {
+		b := memory.DefaultAllocator.Allocate(size)
+		m.onHeap[unsafe.SliceData(b)] = true
+		return b
+	}
+	b := m.Allocator.Allocate(size)
+	m.fresh[unsafe.SliceData(b)] = b
 	return b
+}
+
+// collected says whether the next buffers are left to Go's collector.
+func (m *readMemory) collected(yes bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.heap = yes
 }
 
 // Reallocate is part of memory.Allocator.
@@ -118,11 +141,16 @@ func (m *readMemory) Reallocate(size int, b []byte) []byte {
 
 // Free is part of memory.Allocator.
 func (m *readMemory) Free(b []byte) {
+	at := unsafe.SliceData(b)
 	m.mu.Lock()
-	delete(m.fresh, unsafe.SliceData(b))
+	onHeap := m.onHeap[at]
+	delete(m.onHeap, at)
+	delete(m.fresh, at)
 	m.live -= len(b)
 	m.mu.Unlock()
-	m.Allocator.Free(b)
+	if !onHeap {
+		m.Allocator.Free(b)
+	}
 }
 
 // whole says that the record batch was read: its buffers are its own from now on.
@@ -145,44 +173,68 @@ func (m *readMemory) lost() {
 // Slots of the fields that are looked at, and the types of headers, from Arrow's Message.fbs and
 // Schema.fbs: the field with number n has slot 4+2n.
 const (
-	slotHeaderType, slotHeader, slotMessageMetadata      = 6, 8, 12
-	slotSchemaFields, slotSchemaMetadata                 = 6, 8
-	slotFieldTypeID, slotFieldType                       = 8, 10
-	slotFieldChildren, slotFieldMetadata                 = 14, 16
-	slotUnionTypeIDs                                     = 6
-	slotDictionaryData                                   = 6
-	slotBatchLength, slotBatchBuffers, slotBatchVariadic = 4, 8, 12
+	slotHeaderType, slotHeader, slotMessageMetadata    = 6, 8, 12
+	slotSchemaFields, slotSchemaMetadata               = 6, 8
+	slotFieldName, slotFieldTypeID, slotFieldType      = 4, 8, 10
+	slotFieldChildren, slotFieldMetadata               = 14, 16
+	slotUnionTypeIDs, slotTimestampZone                = 6, 6
+	slotKey, slotValue                                 = 4, 6
+	slotUnionMode, slotFieldDictionary, slotEncodingID = 4, 12, 4
+	slotDictionaryID, slotDictionaryData               = 4, 6
+	slotDictionaryDelta                                = 8
+	slotBatchLength, slotBatchNodes, slotBatchBuffers  = 4, 6, 8
+	slotBatchVariadic                                  = 12
+	slotBatchCompression, slotCompressionCodec         = 10, 4
 
 	headerSchema, headerDictionary, headerRecordBatch = 1, 2, 3
-	typeUnion                                         = 14
+	unionDense, codecZstd                             = 1, 1
 )
 
-// checkHeader looks at the numbers in a message's header by which Arrow's reader allocates and
-// recurses before it has seen what they count, so that none claims more than the header holds.
-func checkHeader(header []byte) (err error) {
+// Types of fields, from Schema.fbs.
+const (
+	typeNull, typeBinary, typeUTF8, typeTimestamp = 1, 4, 5, 10
+	typeStruct, typeUnion, typeFixedSizeList      = 13, 14, 16
+	typeLargeBinary, typeLargeUTF8, typeRunEnds   = 19, 20, 22
+	typeBinaryView, typeUTF8View                  = 23, 24
+	typeListView, typeLargeListView               = 25, 26
+)
+
+// check looks at the numbers in a message by which Arrow's reader allocates and recurses before it has
+// seen what they count, so that none claims more than the message holds; and at how many there are, since it
+// reads on behind a list that is too short for the schema.
+func (c *checkedStream) check(header, body []byte) (err error) {
 	defer func() {
 		if recover() != nil { // an offset that leads outside
-			err = fault.New(fault.BadRequest, "the header of a message is malformed")
+			err = fault.New(fault.BadRequest, "a message is malformed")
 		}
 	}()
 	message := flatTable{flatbuffers.Table{Bytes: header, Pos: flatbuffers.GetUOffsetT(header)}}
 	message.vector(slotMessageMetadata, 4)
 	kind := message.byte(slotHeaderType)
-	switch body := message.union(slotHeader); kind {
-	case headerSchema:
-		fields := 0
-		body.vector(slotSchemaMetadata, 4)
-		body.fields(slotSchemaFields, 0, &fields)
+	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
+		return fault.New(fault.BadRequest, "the schema wants %d more dictionaries before anything else", c.awaited)
+	}
+	c.mem.collected(kind == headerDictionary)
+	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
-		data := body.table(slotDictionaryData)
-		data.batch()
+		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
+			return fault.New(fault.BadRequest, "a dictionary that adds to the one before (isDelta) is not taken; send it whole")
+		}
+		c.awaited--
+		data := about.table(slotDictionaryData)
+		data.batch(body, c.schema.dictionaries[about.GetInt64Slot(slotDictionaryID, 0)])
+	case headerSchema:
+		c.schema = outline{dictionaries: map[int64]parts{}}
+		c.schema.columns = about.fields(slotSchemaFields, 0, &c.schema)
+		about.metadata(slotSchemaMetadata, &c.schema)
+		c.awaited = len(c.schema.dictionaries)
 	case headerRecordBatch:
-		body.batch()
+		about.batch(body, c.schema.columns)
 	}
 	return nil
 }
 
-// errHeader is thrown by the methods of flatTable and caught by checkHeader.
+// errHeader is thrown by the methods of flatTable and caught by check.
 var errHeader = errors.New("malformed header")
 
 // flatTable is a FlatBuffers table whose vectors are checked.
@@ -224,36 +276,133 @@ func (t *flatTable) vector(slot flatbuffers.VOffsetT, width int) (start flatbuff
 	return start, n
 }
 
-// fields walks over a vector of fields and those below them. FlatBuffers lets many share one, so
-// a small header could unfold to any size.
-func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, count *int) {
-	start, n := t.vector(slot, 4)
-	if *count += n; *count > maxSchemaFields || depth > maxSchemaDepth {
+// outline is what is kept of a schema: how large it becomes, each part counted as often as it occurs, and
+// what its columns, and its dictionaries by their id, are made of.
+type outline struct {
+	fields, text int
+	columns      parts
+	dictionaries map[int64]parts
+}
+
+// parts counts the nodes and buffers of arrays; views are the arrays that have any number of buffers more.
+type parts struct{ nodes, buffers, views int }
+
+func (p *parts) add(more parts) {
+	p.nodes += more.nodes
+	p.buffers += more.buffers
+	p.views += more.views
+}
+
+// addText counts text, and stops where it is too much.
+func (o *outline) addText(bytes int) {
+	if o.text += bytes; o.text > maxSchemaText {
 		panic(errHeader)
-	}
-	for i := range n {
-		field := flatTable{flatbuffers.Table{Bytes: t.Bytes, Pos: t.Indirect(start + flatbuffers.UOffsetT(4*i))}}
-		field.vector(slotFieldMetadata, 4)
-		if field.byte(slotFieldTypeID) == typeUnion {
-			union := field.union(slotFieldType)
-			union.vector(slotUnionTypeIDs, 4)
-		}
-		field.fields(slotFieldChildren, depth+1, count)
 	}
 }
 
-// batch checks a record batch, or the data of a dictionary.
-func (t *flatTable) batch() {
+// fields walks over a vector of fields and those below them, and returns what their arrays are made
+// of. FlatBuffers lets many share one, so a small header could unfold to any size.
+func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) (all parts) {
+	start, n := t.vector(slot, 4)
+	if seen.fields += n; seen.fields > maxSchemaFields || depth > maxSchemaDepth {
+		panic(errHeader)
+	}
+	for i := range n {
+		field := t.element(start, i)
+		field.text(slotFieldName, seen)
+		field.metadata(slotFieldMetadata, seen)
+		made := parts{nodes: 1, buffers: 2}
+		switch field.byte(slotFieldTypeID) {
+		case typeNull, typeRunEnds:
+			made.buffers = 0
+		case typeStruct, typeFixedSizeList:
+			made.buffers = 1
+		case typeBinary, typeUTF8, typeLargeBinary, typeLargeUTF8, typeListView, typeLargeListView:
+			made.buffers = 3
+		case typeBinaryView, typeUTF8View:
+			made.views = 1
+		case typeUnion:
+			union := field.union(slotFieldType)
+			_, ids := union.vector(slotUnionTypeIDs, 4)
+			seen.addText(ids)
+			if made.buffers = 1; union.GetInt16Slot(slotUnionMode, 0) == unionDense {
+				made.buffers = 2
+			}
+		case typeTimestamp:
+			timestamp := field.union(slotFieldType)
+			timestamp.text(slotTimestampZone, seen)
+		}
+		made.add(field.fields(slotFieldChildren, depth+1, seen))
+		if field.Offset(slotFieldDictionary) != 0 {
+			dictionary := field.table(slotFieldDictionary)
+			seen.dictionaries[dictionary.GetInt64Slot(slotEncodingID, 0)] = made
+			made = parts{nodes: 1, buffers: 2}
+		}
+		all.add(made)
+	}
+	return all
+}
+
+// metadata counts a vector of pairs of key and value.
+func (t *flatTable) metadata(slot flatbuffers.VOffsetT, seen *outline) {
+	start, n := t.vector(slot, 4)
+	seen.addText(n * 2 * int(unsafe.Sizeof("")))
+	for i := range n {
+		pair := t.element(start, i)
+		pair.text(slotKey, seen)
+		pair.text(slotValue, seen)
+	}
+}
+
+// text counts a string.
+func (t *flatTable) text(slot flatbuffers.VOffsetT, seen *outline) {
+	_, n := t.vector(slot, 1)
+	seen.addText(n)
+}
+
+// element returns a table of a vector of tables.
+func (t *flatTable) element(start flatbuffers.UOffsetT, i int) flatTable {
+	return flatTable{flatbuffers.Table{Bytes: t.Bytes, Pos: t.Indirect(start + flatbuffers.UOffsetT(4*i))}}
+}
+
+// batch checks a record batch, or the data of a dictionary: that it has what the schema asks for, and
+// that no two of its buffers need the same bytes of the body.
+func (t *flatTable) batch(body []byte, want parts) {
 	if o := t.Offset(slotBatchLength); o != 0 {
 		if n := t.GetInt64(t.Pos + flatbuffers.UOffsetT(o)); n < 0 || n > MaxBatchRows {
 			panic(errHeader)
 		}
 	}
-	_, buffers := t.vector(slotBatchBuffers, 16)
-	start, n := t.vector(slotBatchVariadic, 8)
-	for i := range n {
-		if count := t.GetInt64(start + flatbuffers.UOffsetT(8*i)); count < 0 || count > int64(buffers) {
+	zstd := false
+	if t.Offset(slotBatchCompression) != 0 {
+		compression := t.table(slotBatchCompression)
+		zstd = compression.byte(slotCompressionCodec) == codecZstd
+	}
+	_, nodes := t.vector(slotBatchNodes, 16)
+	start, buffers := t.vector(slotBatchBuffers, 16)
+	total := int64(0)
+	for i := range buffers {
+		at := start + flatbuffers.UOffsetT(16*i)
+		offset, size := t.GetInt64(at), t.GetInt64(at+8)
+		if size == 0 {
+			continue
+		}
+		if total += size; offset < 0 || size < 0 || offset > int64(len(body))-size || total > int64(len(body)) {
 			panic(errHeader)
 		}
+		if zstd {
+			checkFrames(body[offset : offset+size])
+		}
+	}
+	start, views := t.vector(slotBatchVariadic, 8)
+	more := int64(0)
+	for i := range min(views, want.views) {
+		count := t.GetInt64(start + flatbuffers.UOffsetT(8*i))
+		if more += count; count < 0 || count > int64(buffers) {
+			panic(errHeader)
+		}
+	}
+	if nodes < want.nodes || views < want.views || int64(buffers) < int64(want.buffers)+more {
+		panic(errHeader)
 	}
 }

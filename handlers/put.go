@@ -119,7 +119,9 @@ func (a *archive) Read(p []byte) (int, error) {
 		if begin < 0 || size < 0 || size > 0 && (values == nil || begin+size > values.Len()) {
 			return 0, fault.New(fault.BadRequest, "chunk %d of the archive does not lie in its buffer", a.row)
 		}
-		a.rest = a.chunks.Value(i)
+		if size > 0 { // an empty one may lie anywhere
+			a.rest = a.chunks.Value(i)
+		}
 		a.next++
 		a.row++
 	}

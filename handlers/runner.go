@@ -66,10 +66,6 @@ func NewRunner(options RunnerOptions) *Runner {
 
 // DoExchange serves one stream of inference.
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error {
-	defer r.streams.Add(-1)
-	if r.streams.Add(1) > MaxStreams {
-		return stayAway(stream, time.Second, fmt.Sprintf("it has %d streams open, the most that it takes", MaxStreams))
-	}
 	mem := newReadMemory(r.options.Memory, maxStreamMemory)
 	reader, descriptor, err := openReader(stream, mem)
 	if err != nil {
@@ -90,6 +86,10 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	defer func() { r.options.Events.StreamClosed(d.Lease.ID, r.options.Batches.Counts()) }()
 	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model), zap.String("signature", d.Signature))
 	log.Debug("stream opened")
+	defer r.streams.Add(-1)
+	if r.streams.Add(1) > MaxStreams {
+		return stayAway(stream, time.Second, fmt.Sprintf("it has %d streams open, the most that it takes", MaxStreams))
+	}
 	if retryAfter, full := r.options.Batches.Full(); full {
 		return stayAway(stream, retryAfter, "its queue is full")
 	}
@@ -99,7 +99,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	}
 	started := time.Now()
 	err = exchange.serve(stream, arrivals)
-	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), zap.Error(err))
+	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), cause(err))
 	return err
 }
 
@@ -135,7 +135,7 @@ func (m AnswerMetadata) encode() []byte {
 }
 
 // rowError is the fault of a refused row under on_error fail.
-func rowError(batch int64, row int, reason string) error {
+func rowError(batch, row int64, reason string) error {
 	return fault.New(fault.BadRequest, "row %d of record batch %d: %s; on_error \"null\" or \"column\" lets the other rows through", row, batch, reason)
 }
 

@@ -558,6 +558,21 @@ func eventually(t *testing.T, what string, holds func() bool) {
 	}
 }
 
+// TestLogsDoNotQuote lets TensorFlow quote a row in its error.
+func TestLogsDoNotQuote(t *testing.T) {
+	s := newService(t, func(int) error { return fault.New(fault.BadRequest, TensorFlowSays+"SECRET-4111 is no number") })
+	_, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1)))
+	wantStatus(t, err, codes.InvalidArgument, "SECRET-4111")
+	eventually(t, "the end of the call is logged", func() bool { return s.logs.FilterMessage("call ended").Len() == 1 })
+	for _, line := range s.logs.All() {
+		for _, field := range line.Context {
+			if strings.Contains(field.String, "SECRET") {
+				t.Errorf("the log line %q quotes the row: %s", line.Message, field.String)
+			}
+		}
+	}
+}
+
 // TestBackPressure lets a client send to an engine that stands still: batches so small that their number
 // is what stops the reading, and batches so large that their bytes do.
 func TestBackPressure(t *testing.T) {
@@ -669,9 +684,19 @@ func TestOneStreamTooMany(t *testing.T) {
 		}
 		open = append(open, stream)
 	}
+	for range 2 * MaxStreams { // whoever has no ticket takes no place
+		if _, err := s.client.DoExchange(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
 	stream, err := s.client.DoExchange(ctx)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, m := range encode(t, s.ticket(t, ""), listSchema) {
+		if err := stream.Send(m); err != nil {
+			t.Fatal(err)
+		}
 	}
 	_, err = stream.Recv()
 	wantStatus(t, err, codes.Unavailable, "256 streams", "1000 ms")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"runtime/debug"
+	"strings"
 
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -34,7 +35,7 @@ func statusOf(err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &f):
-		return status.Error(table[f.Kind], err.Error())
+		return status.Error(table[f.Kind], clipped(err.Error()))
 	case errors.Is(err, context.DeadlineExceeded):
 		return status.Error(codes.DeadlineExceeded, "the caller's deadline passed")
 	case errors.Is(err, context.Canceled):
@@ -43,7 +44,17 @@ func statusOf(err error) error {
 	if s, ok := status.FromError(err); ok {
 		return s.Err()
 	}
-	return status.Error(codes.Internal, err.Error())
+	return status.Error(codes.Internal, clipped(err.Error()))
+}
+
+// clipped cuts a text to what every client takes: messages travel as metadata, of which clients take 8 KiB, and what
+// is not ASCII takes three times its bytes there.
+func clipped(text string) string {
+	const most = 2500
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most], "") + "..."
 }
 
 // kindOf returns the kind of a fault, Internal for any other error.
@@ -63,6 +74,22 @@ func guard(log *zap.Logger, method string, err *error) {
 	}
 }
 
+// TensorFlowSays stands in an error before TensorFlow's own words, which may quote what is in a row. The caller may
+// read them, the log may not.
+const TensorFlowSays = "TensorFlow refused it: "
+
+// cause is the field of a log line that says why something ended.
+func cause(err error) zap.Field {
+	if err == nil {
+		return zap.Skip()
+	}
+	own, _, quotes := strings.Cut(err.Error(), TensorFlowSays)
+	if quotes {
+		own += TensorFlowSays + "..."
+	}
+	return zap.String("error", own)
+}
+
 // Interceptors returns the server options that map errors through the table, survive
 // panics, and log calls that fail.
 func Interceptors(log *zap.Logger) []grpc.ServerOption {
@@ -71,7 +98,7 @@ func Interceptors(log *zap.Logger) []grpc.ServerOption {
 			return nil
 		}
 		err = statusOf(err)
-		log.Info("call ended", zap.String("method", method), zap.Stringer("code", status.Code(err)), zap.Error(err))
+		log.Info("call ended", zap.String("method", method), zap.Stringer("code", status.Code(err)), cause(err))
 		return err
 	}
 	return []grpc.ServerOption{

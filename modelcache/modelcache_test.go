@@ -421,7 +421,7 @@ func TestPins(t *testing.T) {
 	if got := pins(now); got != "0 2" || !cache.Busy() {
 		t.Errorf("two leases are %s", got)
 	}
-	if got := pins(now.Add(2 * time.Second)); got != "0 1" {
+	if got := pins(now.Add(3 * time.Second)); got != "0 1" {
 		t.Errorf("with one expired they are %s", got)
 	}
 	tell := func(line string) {

@@ -236,7 +236,7 @@ func (r *Runner) Pins(now time.Time) (streams, leases int) {
 
 func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
 	for id, expires := range r.leases {
-		if now.After(expires) {
+		if now.After(expires.Add(time.Second)) { // the report of its stream may still be on its way
 			delete(r.leases, id)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/rundir"
 	"flightsvc/internal/savedmodel"
 )
@@ -316,7 +317,7 @@ func TestArchiveIsBounded(t *testing.T) {
 	_, err := io.ReadAll(s)
 	wantFault(t, err, fault.BadRequest, "more than 68719476736 bytes")
 	u := unpacking{entries: tar.NewReader(bytes.NewReader(archived(t, entry{name: "a"}))), count: maxEntries}
-	wantFault(t, u.next(), fault.BadRequest, "more than 100000 entries")
+	wantFault(t, u.next(), fault.BadRequest, "more than 100000 files and folders")
 	_, err = checkEntry(&tar.Header{Typeflag: tar.TypeReg, Name: "saved_model.pb", Size: maxGraphBytes + 1})
 	wantFault(t, err, fault.BadRequest, "more than 2147483648")
 }
@@ -359,6 +360,15 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	}
 }
 
+// memoryFolder returns a folder in memory, "" where there is none.
+func memoryFolder() string {
+	const folder = "/dev/shm"
+	if info, err := os.Stat(folder); err != nil || !info.IsDir() {
+		return ""
+	}
+	return folder
+}
+
 // FuzzUnpack feeds damaged archives: nothing may appear beside the folder, a success has a digest and a
 // graph, and a push that fails leaves nothing.
 func FuzzUnpack(f *testing.F) {
@@ -368,21 +378,32 @@ func FuzzUnpack(f *testing.F) {
 	f.Add(archived(f, entry{name: "a", header: tar.Header{Typeflag: tar.TypeSymlink, Linkname: ".."}}, entry{name: "a/x", text: "1"}))
 	f.Add(archived(f, entry{name: "saved_model.pb", text: pb}, entry{name: strings.Repeat("n", 150) + "/ü", text: "pax"}))
 	f.Add([]byte{})
+	around, err := os.MkdirTemp(memoryFolder(), "flightsvc-fuzz-")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = os.RemoveAll(around) })
+	c := New(Options{CacheDir: filepath.Join(around, "cache"), Log: zap.NewNop()})
+	f.Cleanup(c.Close)
 	f.Fuzz(func(t *testing.T, archive []byte) {
-		around := t.TempDir()
-		c := New(Options{CacheDir: filepath.Join(around, "cache"), Log: zap.NewNop()})
-		defer c.Close()
-		digest, _, err := c.Push(bytes.NewReader(archive), "")
-		got := tree(t, around)
-		switch {
-		case err != nil && got != "cache cache/models":
-			t.Errorf("after %v there is %s", err, got)
-		case err == nil && (!c.Known(digest) || !strings.HasPrefix(got, "cache cache/models cache/models/"+strings.TrimPrefix(digest, "sha256:"))):
-			t.Errorf("%s has left %s", digest, got)
-		}
-		if kind, ok := fault.KindOf(err); err != nil && (!ok || kind != fault.BadRequest) {
-			t.Errorf("the error is %v", err)
-		}
+		fuzztest.Bounded(t, 64<<20, func() {
+			digest, known, err := c.Push(bytes.NewReader(archive), "")
+			got := tree(t, around)
+			switch {
+			case err != nil && got != "cache cache/models":
+				t.Errorf("after %v there is %s", err, got)
+			case err == nil && (known || !c.Known(digest) || !strings.HasPrefix(got, "cache cache/models cache/models/"+strings.TrimPrefix(digest, "sha256:"))):
+				t.Errorf("%s, known %t, has left %s", digest, known, got)
+			}
+			if kind, ok := fault.KindOf(err); err != nil && (!ok || kind != fault.BadRequest) {
+				t.Errorf("the error is %v", err)
+			}
+			if err == nil {
+				if err := os.RemoveAll(c.place(digest)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
 	})
 }
 

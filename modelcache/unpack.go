@@ -131,10 +131,10 @@ func (u *unpacking) next() error {
 	if err != nil {
 		return refused("it is no plain POSIX tar (%w); send it neither compressed nor in another format", err)
 	}
-	u.count++
+	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
 	u.names += len(header.Name)
 	if u.count > maxEntries || u.names > maxNamesBytes {
-		return refused("it has more than %d entries, or names of more than %d bytes together", maxEntries, maxNamesBytes)
+		return refused("it has more than %d files and folders, or names of more than %d bytes together", maxEntries, maxNamesBytes)
 	}
 	name, err := checkEntry(header)
 	if err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 	"sync"
 	"time"
@@ -78,7 +77,7 @@ func (e *engine) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 		if kindOf(err) == fault.Deadline {
 			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", timeout.Milliseconds())
 		}
-		return nil, fault.New(kindOf(err), "TensorFlow refused it: %s", firstLine(err))
+		return nil, fault.New(kindOf(err), "%s%s", handlers.TensorFlowSays, firstLine(err))
 	}
 	return outputs(results), nil
 }
@@ -124,15 +123,18 @@ func (e *engine) Pictures(specs map[string]handlers.Preprocess) (tensor.Pictures
 	for input, spec := range specs {
 		graph, err := e.graph(preprocess.Spec{Height: spec.Size[0], Width: spec.Size[1], Scale: spec.Scales(), Offset: spec.Offsets()})
 		if err != nil {
-			return nil, fmt.Errorf("preprocess of input %q: %w", input, err)
+			return nil, fault.New(kindOf(err), "preprocess of input %q: %w", input, err)
 		}
 		graphs[input] = graph
 	}
 	return func(input string, encoded [][]byte, mem memory.Allocator) (tensor.Value, map[int]string, error) {
 		graph := graphs[input]
 		height, width := specs[input].Size[0], specs[input].Size[1]
-		value := tensor.Allocate(savedmodel.Float32, []int64{int64(len(encoded)), int64(height), int64(width), 3}, mem)
 		size := height * width * 3 * savedmodel.Float32.Size()
+		if len(encoded)*size > tensor.MaxTensorBytes {
+			return tensor.Value{}, nil, fault.New(fault.Exhausted, "input %q: %d pictures of %dx%d are more than %d MiB; send fewer rows in a record batch", input, len(encoded), width, height, tensor.MaxTensorBytes>>20)
+		}
+		value := tensor.Allocate(savedmodel.Float32, []int64{int64(len(encoded)), int64(height), int64(width), 3}, mem)
 		var mu sync.Mutex // guards refused
 		refused := map[int]string{}
 		var group errgroup.Group
@@ -157,11 +159,17 @@ func (e *engine) Pictures(specs map[string]handlers.Preprocess) (tensor.Pictures
 	}, nil
 }
 
+// maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
+const maxGraphs = 64
+
 func (e *engine) graph(spec preprocess.Spec) (*preprocess.Graph, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if graph, ok := e.graphs[spec]; ok {
 		return graph, nil
+	}
+	if len(e.graphs) == maxGraphs {
+		return nil, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, the most that it keeps; use one of them, or unload the model", maxGraphs)
 	}
 	graph, err := preprocess.New(spec)
 	if err == nil {

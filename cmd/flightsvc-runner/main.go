@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
@@ -31,10 +32,23 @@ func main() {
 	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the
 	// front drains first.
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
-	if err := run(os.Stdin, &reporter{out: json.NewEncoder(os.Stdout)}); err != nil {
+	control, err := controlPipe()
+	if err == nil {
+		err = run(os.Stdin, &reporter{out: json.NewEncoder(control)})
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "flightsvc-runner: "+err.Error())
 		os.Exit(1)
 	}
+}
+
+// controlPipe takes standard output for reports alone: whatever a model prints goes to standard error.
+func controlPipe() (*os.File, error) {
+	fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "control"), unix.Dup3(2, 1, 0)
 }
 
 // run reads the setup, loads the model, says so, and serves until the front's end of stdin.

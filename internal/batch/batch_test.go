@@ -423,6 +423,36 @@ func TestOtherStreamsAreNotTouched(t *testing.T) {
 	}
 }
 
+// TestOtherStreamsHearNothing lets a joined run fail for a reason that no row can be blamed for.
+func TestOtherStreamsHearNothing(t *testing.T) {
+	secret := fault.New(fault.Internal, "DATA_LOSS: what is in row 13")
+	s, m := newScheduler(t, func(o *Options) {
+		run := o.Run
+		o.NumBatchThreads = 1
+		o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+			if slices.Contains(numbers(feeds[0].Value), 13) {
+				tensor.ReleaseFeeds(feeds)
+				return nil, secret
+			}
+			return run(feeds, fetches, timeout)
+		}
+	})
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1, 2)
+	working.Go(func() {
+		if _, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 13), 1, false); !errors.Is(err, secret) {
+			t.Errorf("got %v", err)
+		}
+	})
+	eventually(t, "both wait", func() bool { return s.queued() == 2 })
+	release()
+	working.Wait()
+	if c := s.Counts(); c.JoinedRuns != 1 {
+		t.Errorf("counted %+v", c)
+	}
+}
+
 func TestErrorsOfARunAreNotHalved(t *testing.T) {
 	var runs atomic.Int64
 	for name, c := range map[string]struct {
@@ -474,7 +504,7 @@ func TestCallersLeave(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all wait", func() bool { return s.queued() == 9 })
+	eventually(t, "all wait", func() bool { return s.queued() == 6 })
 	if after, full := s.Full(); !full || after < 50*time.Millisecond || after > 5*time.Second {
 		t.Errorf("full: %t, ask again in %s", full, after)
 	}

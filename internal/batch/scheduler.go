@@ -75,7 +75,11 @@ type Scheduler struct {
 func New(options Options) *Scheduler {
 	s := &Scheduler{options: options}
 	s.work = sync.NewCond(&s.mu)
-	s.timer = time.AfterFunc(time.Hour, s.work.Broadcast)
+	s.timer = time.AfterFunc(time.Hour, func() {
+		s.mu.Lock() // else it could come between a thread's last look and its wait
+		defer s.mu.Unlock()
+		s.work.Broadcast()
+	})
 	for range max(options.NumBatchThreads, 1) {
 		s.threads.Go(s.thread)
 	}
@@ -106,7 +110,7 @@ func (s *Scheduler) Close() {
 	s.timer.Stop()
 	for _, stream := range s.turns {
 		for _, t := range stream.tasks {
-			t.answer(result{err: fault.New(fault.Unavailable, "the server is ending; ask again")})
+			t.answer(result{err: errClosed})
 		}
 		stream.tasks = nil
 	}
@@ -115,6 +119,8 @@ func (s *Scheduler) Close() {
 	s.work.Broadcast()
 	s.threads.Wait()
 }
+
+var errClosed = fault.New(fault.Unavailable, "the server is ending; ask again")
 
 // Call is what a stream asks of each run.
 type Call struct {
@@ -131,11 +137,12 @@ type Call struct {
 // them, but a stream waits for others only if it says so.
 type Limits struct {
 	Off          bool // each record batch is one run
+	Alone        bool // record batches are cut, but not joined with other streams'
 	MaxBatchSize int
 	BatchTimeout time.Duration
 }
 
-// Stream is one stream's place in the queue. Its record batches run one after the other.
+// Stream is one stream's place in the queue, for one record batch after the other.
 type Stream struct {
 	scheduler *Scheduler
 	call      Call
@@ -228,7 +235,7 @@ func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
 	for i := range feeds {
 		t.bytes += feeds[i].Value.ByteSize()
 	}
-	if !alone && !st.call.Limits.Off {
+	if !alone && !st.call.Limits.Off && !st.call.Limits.Alone {
 		t.key = st.key
 		for _, feed := range feeds {
 			t.key += fmt.Sprintf("|%s %d %v", feed.Tensor, feed.Value.DType, feed.Value.Shape[1:])
@@ -238,7 +245,7 @@ func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		t.answer(result{err: fault.New(fault.Unavailable, "the server is ending; ask again")})
+		t.answer(result{err: errClosed})
 		return t
 	}
 	if len(st.tasks) == 0 {
@@ -377,17 +384,32 @@ func (s *Scheduler) serve(tasks []*task) {
 		return
 	}
 	outputs, err := s.run(tasks, under)
-	switch kind, known := fault.KindOf(err); {
+	switch {
 	case err == errAnswered:
-		return
-	case len(tasks) > 1 && known && kind == fault.BadRequest:
-		// A row of one stream may be to blame; the others' must not suffer for it.
-		for _, t := range tasks {
-			s.serve([]*task{t})
-		}
-		return
+	case err != nil && len(tasks) > 1:
+		s.part(tasks) // one stream's rows may be to blame; the others' must not suffer, nor hear of them
+	default:
+		s.deliver(tasks, started, outputs, err)
 	}
-	s.deliver(tasks, started, outputs, err)
+}
+
+// part puts tasks that ran together back, each to run alone.
+func (s *Scheduler) part(tasks []*task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range tasks {
+		switch t.key, t.running = "", nil; {
+		case t.left, s.closed:
+			t.answer(result{err: errClosed})
+			continue
+		case len(t.stream.tasks) == 0:
+			s.turns = append(s.turns, t.stream)
+		}
+		t.taken = false
+		t.stream.tasks = slices.Insert(t.stream.tasks, 0, t)
+		s.waiting++
+	}
+	s.work.Broadcast()
 }
 
 // begin drops the tasks whose stream has left and notes the run of the others.

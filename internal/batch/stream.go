@@ -40,11 +40,8 @@ func (a *Answer) Close() {
 	}
 }
 
-// piece is a range of a record batch's rows with the task that runs them.
-type piece struct {
-	lo, hi int
-	task   *task
-}
+// piece is a range of a record batch's rows.
+type piece struct{ lo, hi int }
 
 // Run runs the rows of one record batch, in several runs where it is too large for one, and
 // together with other streams' where those wait. It takes over the feeds, each of which has
@@ -60,17 +57,23 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 	var parts []part
 	var failed error
 	halvings := maxHalvings
-	for _, p := range st.cut(feeds, rows) {
-		r := p.task.wait(ctx)
-		if failed != nil || first && len(a.Refused) > 0 {
-			r.close()
-			continue
+	pieces := st.cut(feeds, rows)
+	var submitted []*task // as many at once as can run, and one that waits for its turn
+	for i, p := range pieces {
+		for len(submitted) < len(pieces) && len(submitted) <= i+st.scheduler.options.NumBatchThreads {
+			next := pieces[len(submitted)]
+			submitted = append(submitted, st.submit(slice(feeds, next.lo, next.hi), next.hi-next.lo, false))
 		}
 		var found []part
-		found, failed = st.settle(ctx, a, feeds, p.lo, p.hi, r, &halvings, first)
+		found, failed = st.settle(ctx, a, feeds, p.lo, p.hi, submitted[i].wait(ctx), &halvings, first)
 		parts = append(parts, found...)
 		if failed != nil || first && len(a.Refused) > 0 {
 			drop() // nobody needs the later pieces
+			for _, t := range submitted[i+1:] {
+				r := t.wait(ctx)
+				r.close()
+			}
+			break
 		}
 	}
 	if failed == nil && !a.gather(parts, st) {
@@ -86,7 +89,7 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 // part is a range of rows that ran, with its result's place in the answer.
 type part struct{ lo, result int }
 
-// cut submits the rows in pieces of about one size, none above the limits.
+// cut divides the rows into pieces of about one size, none above the limits.
 func (st *Stream) cut(feeds []tensor.Feed, rows int) []piece {
 	count := 1
 	if !st.call.Limits.Off {
@@ -102,8 +105,7 @@ func (st *Stream) cut(feeds []tensor.Feed, rows int) []piece {
 	}
 	pieces := make([]piece, count)
 	for i := range pieces {
-		lo, hi := i*rows/count, (i+1)*rows/count
-		pieces[i] = piece{lo: lo, hi: hi, task: st.submit(slice(feeds, lo, hi), hi-lo, false)}
+		pieces[i] = piece{lo: i * rows / count, hi: (i + 1) * rows / count}
 	}
 	return pieces
 }

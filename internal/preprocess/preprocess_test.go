@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/tensorflow"
 )
 
@@ -216,19 +217,21 @@ func FuzzHeader(f *testing.F) {
 	f.Add(pngOf(3, 4))
 	f.Add(jpegOf(5, 6))
 	f.Fuzz(func(t *testing.T, encoded []byte) {
-		h, ok := readHeader(encoded)
-		if ok && (h.width <= 0 || h.height <= 0) {
-			t.Fatalf("%+v", h)
-		}
-		decode := jpeg.DecodeConfig
-		if bytes.HasPrefix(encoded, []byte("\x89PNG")) {
-			decode = png.DecodeConfig
-		}
-		var config image.Config
-		config, err := decode(bytes.NewReader(encoded))
-		if ok && err == nil && (config.Width != h.width || config.Height != h.height) {
-			t.Fatalf("%+v, the standard library says %dx%d", h, config.Width, config.Height)
-		}
+		fuzztest.Bounded(t, 64<<20, func() {
+			h, ok := readHeader(encoded)
+			if ok && (h.width <= 0 || h.height <= 0) {
+				t.Fatalf("%+v", h)
+			}
+			decode := jpeg.DecodeConfig
+			if bytes.HasPrefix(encoded, []byte("\x89PNG")) {
+				decode = png.DecodeConfig
+			}
+			var config image.Config
+			config, err := decode(bytes.NewReader(encoded))
+			if ok && err == nil && (config.Width != h.width || config.Height != h.height) {
+				t.Fatalf("%+v, the standard library says %dx%d", h, config.Width, config.Height)
+			}
+		})
 	})
 }
 

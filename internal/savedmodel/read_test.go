@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/fuzztest"
 )
 
 func info(name string, dtype types_go_proto.DataType, dims ...int64) *corepb.TensorInfo {
@@ -131,10 +132,12 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{0x12, 0xff, 0xff, 0xff, 0xff, 0x0f})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		model, err := parse(data)
-		if (err == nil) == (model == nil) || err == nil && len(model.Names()) == 0 {
-			t.Errorf("model %v, error %v", model, err)
-		}
+		fuzztest.Bounded(t, 256<<20, func() {
+			model, err := parse(data)
+			if (err == nil) == (model == nil) || err == nil && len(model.Names()) == 0 {
+				t.Errorf("model %v, error %v", model, err)
+			}
+		})
 	})
 }
 

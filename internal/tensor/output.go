@@ -265,6 +265,9 @@ func (p *Plan) part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, ne
 				size += p.outputs[i].rowSize(&outputs[i], next)
 			}
 		}
+		if reason, ok := rows.reason(row); ok && p.options.ErrorColumn != "" {
+			size += len(reason) + 4
+		}
 		if size > MaxRowBytes {
 			return nil, 0, fault.New(fault.Exhausted, "the answer to row %d of a batch has %d MiB, more than the limit of %d MiB", row, size>>20, MaxRowBytes>>20)
 		}
@@ -296,7 +299,7 @@ func (p *Plan) record(outputs []Value, kept span, valid []bool, rows *Rows, lo i
 	if p.options.ErrorColumn != "" {
 		texts := array.NewStringBuilder(mem)
 		for i := range valid {
-			if reason, ok := rows.texts[lo+i]; ok {
+			if reason, ok := rows.reason(lo + i); ok {
 				texts.Append(reason)
 			} else {
 				texts.AppendNull()

@@ -235,8 +235,10 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		if r.IntN(2) == 0 {
 			options.ErrorColumn = "error"
 			texts := make([]any, rows.Len())
-			for row, text := range rows.texts {
-				texts[row] = text
+			for row := range texts {
+				if text, ok := rows.reason(row); ok {
+					texts[row] = text
+				}
 			}
 			want = append(want, texts)
 		}

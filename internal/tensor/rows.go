@@ -5,7 +5,7 @@ package tensor
 // TensorFlow and have null outputs.
 type Rows struct {
 	state []rowState
-	texts map[int]string // reason by row, for refused rows
+	texts []string // reason by row, for refused rows; nil without any
 	kept  int
 }
 
@@ -41,14 +41,22 @@ func (r *Rows) Refuse(row int, reason string) {
 	}
 	r.state[row] = rowRefused
 	if r.texts == nil {
-		r.texts = map[int]string{}
+		r.texts = make([]string, len(r.state))
 	}
 	r.texts[row] = reason
 }
 
+// reason returns why a row was refused, or false if it was not.
+func (r *Rows) reason(row int) (string, bool) {
+	if r.state[row] != rowRefused {
+		return "", false
+	}
+	return r.texts[row], true
+}
+
 // FirstRefused returns the first refused row and its reason, or false if there is none.
 func (r *Rows) FirstRefused() (row int, reason string, ok bool) {
-	if len(r.texts) == 0 {
+	if r.texts == nil {
 		return 0, "", false
 	}
 	for row, state := range r.state {

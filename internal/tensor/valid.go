@@ -42,7 +42,10 @@ func inBounds(data arrow.ArrayData) bool {
 	if data.Len() < 0 || n < 0 {
 		return false
 	}
-	if bits := size(0); bits > 0 && n > 8*bits { // none at all means no nulls
+	switch bits := size(0); {
+	case bits > 0 && n > 8*bits:
+		return false
+	case bits == 0 && data.NullN() != 0 && data.DataType().ID() != arrow.NULL: // none at all means no nulls
 		return false
 	}
 	if data.Len() == 0 {

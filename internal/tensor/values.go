@@ -22,11 +22,12 @@ func (b *Binding) Nulls(rec arrow.Record, rows *Rows, refuse bool) {
 		} else {
 			all = in.source.nulls(column)
 		}
+		reason := fmt.Sprintf("column %.80q is null", in.name)
 		for row, null := range all {
 			switch {
 			case !null:
 			case refuse:
-				rows.Refuse(row, fmt.Sprintf("column %q is null", in.name))
+				rows.Refuse(row, reason)
 			default:
 				rows.Null(row)
 			}
@@ -50,18 +51,24 @@ type Feed struct {
 // rows; if none is left the result is empty. String tensors view rec's memory and hold it. The
 // caller releases each value. Faults name input, column, and lengths or sizes.
 func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memory.Allocator) (feeds []Feed, err error) {
-	defer func() {
-		if err != nil {
+	made := false
+	defer func() { // also after a panic, such as one for want of memory
+		if !made {
 			ReleaseFeeds(feeds)
 			feeds = nil
 		}
 	}()
 	for i := range b.inputs {
 		if in := &b.inputs[i]; in.source != nil {
+			var last, text string // most rows are refused for the same reason
 			in.source.screen(rec.Column(in.at), func(row int, reason string) {
-				if rows.state[row] == rowKept {
-					rows.Refuse(row, fmt.Sprintf("column %q: %s", in.name, reason))
+				if rows.state[row] != rowKept {
+					return
 				}
+				if last != reason {
+					last, text = reason, fmt.Sprintf("column %.80q: %s", in.name, reason)
+				}
+				rows.Refuse(row, text)
 			})
 		}
 	}
@@ -84,7 +91,7 @@ func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memo
 			continue
 		}
 		for i, reason := range failed {
-			rows.Refuse(before[i], fmt.Sprintf("column %q: %s", in.name, reason))
+			rows.Refuse(before[i], fmt.Sprintf("column %.80q: %s", in.name, reason))
 		}
 		left := remaining(before, rows)
 		for i := range feeds {
@@ -94,8 +101,7 @@ func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memo
 		}
 	}
 	if rows.Kept() == 0 {
-		ReleaseFeeds(feeds)
-		return nil, nil
+		return feeds, nil
 	}
 	spans := rows.spans()
 	for i := range b.inputs {
@@ -113,6 +119,7 @@ func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memo
 			feeds = append(feeds, Feed{Tensor: in.lengths.Tensor, Value: lengthsValue(in.lengths.DType, lengths, mem)})
 		}
 	}
+	made = true
 	return feeds, nil
 }
 
