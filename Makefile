@@ -23,7 +23,7 @@ export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-python lint format prove bench java-client lock clean
+.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench java-client lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,10 +35,13 @@ demo: build ## Spark labels photographs through flightsvc; ends with a table and
 	@$(PY) examples/demo.py
 
 test: build build/models/.done $(JAVA_CLIENT) ## everything that CI runs: lint, Go, Python, Spark
-	@$(PY) tools/suites.py lint test-go test-python
+	@$(PY) tools/suites.py lint test-go test-fuzz test-python
 
 test-go: build build/models/.done ## Go tests under the race detector
 	@go test -race -timeout 10m ./...
+
+test-fuzz: build ## every parser of bytes off the wire, briefly
+	@$(PY) tools/fuzz.py --executions 2000
 
 test-python: build build/models/.done $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests
@@ -55,6 +58,9 @@ format: build ## rewrite Go and Python in the house format
 	@gofmt -w cmd handlers gpu modelcache internal
 	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
 	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
+
+fuzz: build ## every parser of bytes off the wire, 1,000,000 executions each
+	@$(PY) tools/fuzz.py
 
 prove: build build/models/.done $(JAVA_CLIENT) ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py

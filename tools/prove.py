@@ -31,7 +31,10 @@ BARS = {
     "soak": [f"{TESTS}/test_soak.py"],
     "latency": ["benchmarks/latency.py"],
     "lifecycle": [f"{TESTS}/test_lifecycle.py"],
-    "bad-input": [f"{TESTS}/test_bad_input.py"],
+    "bad-input": [f"{TESTS}/test_bad_input.py", f"{TESTS}/test_errors.py", f"{TESTS}/test_timeouts.py"],
+    "models": [f"{TESTS}/test_models.py", f"{TESTS}/test_types.py"],
+    "property": [f"{TESTS}/test_property.py"],
+    "fuzz": ["tools/fuzz.py", "--seconds", "120"],
 }
 
 

@@ -360,7 +360,7 @@ func TestRefusedRowsAreFound(t *testing.T) {
 	if a, err = st.Run(t.Context(), feed(m, 1, x...), len(x), false); err != nil {
 		t.Fatal(err)
 	}
-	if len(m.runs) != 1+maxHalvings {
+	if n := len(m.runs); n > maxRuns || n < maxRuns-1 {
 		t.Errorf("%d runs to find half of 1,000 rows", len(m.runs))
 	}
 	ran := 0

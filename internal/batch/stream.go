@@ -11,9 +11,9 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// maxHalvings is how many runs may be spent on finding the rows of one record batch that
-// TensorFlow refuses. Ten are enough for one row among 1,024; 64 find about six.
-const maxHalvings = 64
+// maxRuns is how many runs a record batch that TensorFlow refuses may take, the first included, until the
+// rows to blame are found. 21 are enough for one row among 1,024.
+const maxRuns = 64
 
 // Answer is what became of one record batch.
 type Answer struct {
@@ -56,7 +56,7 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 	a := &Answer{}
 	var parts []part
 	var failed error
-	halvings := maxHalvings
+	halvings := maxRuns - 1
 	pieces := st.cut(feeds, rows)
 	var submitted []*task // as many at once as can run, and one that waits for its turn
 	for i, p := range pieces {
@@ -138,7 +138,7 @@ func (st *Stream) settle(ctx context.Context, a *Answer, feeds []tensor.Feed, lo
 	}
 	if *halvings < 2 {
 		for row := lo; row < hi; row++ {
-			a.refuse(row, fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v", hi-lo, maxHalvings, r.err))
+			a.refuse(row, fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v", hi-lo, maxRuns, r.err))
 		}
 		return nil, nil
 	}

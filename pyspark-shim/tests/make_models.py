@@ -13,6 +13,14 @@ half. Tensors are float32 unless said otherwise; -1 is any number of rows. Signa
 - ``pictures``: image [-1, 32, 32, 3] -> mean [-1, 3], of each channel
 - ``slow``: x [-1, 1] -> y [-1, 1], x itself after max(x) turns of a loop of a few microseconds each
 - ``nested``: x [-1, 2, 3] -> y [-1, 3, 2], transposed
+- ``vocabulary``: word string [-1] -> id int64 [-1], position int32 [-1], written string [-1]; its five words
+  lie in an asset, other words fall into two further ids, position -1 and "?"
+- ``mixed``: a [-1, 4], b int32 [-1], c bool [-1, 2], d string [-1], e float64 [-1, 2, 2] -> score [-1],
+  picked int64 [-1, 2], label string [-1, 2], sure bool [-1]
+- ``loop``: n int64 [-1], positive -> steps int64 [-1], peak int64 [-1], of the Collatz sequence down to 1
+- ``strict``: x [-1], text string [-1] -> root [-1], number float64 [-1]; it refuses an x below 0 and a text
+  that is no number
+- ``sums``: x [-1, -1] -> total [-1], width int64 [-1]
 """
 
 from __future__ import annotations
@@ -124,6 +132,90 @@ class Counter(tf.Module):
         return self.pure(x)
 
 
+WORDS = ("apple", "pear", "fig", "quince", "Fr\u00fcchte")
+
+
+class Vocabulary(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()  # as long as this module: saving copies the file
+        words = Path(self.folder.name, "words.txt")
+        words.write_text("".join(f"{word}\n" for word in WORDS))
+        asset = self.asset = tf.saved_model.Asset(str(words))
+
+        def lines(key: str, value: str) -> tf.lookup.TextFileInitializer:
+            index = {"word": tf.lookup.TextFileIndex.WHOLE_LINE, "line": tf.lookup.TextFileIndex.LINE_NUMBER}
+            types = {"word": tf.string, "line": tf.int64}
+            return tf.lookup.TextFileInitializer(
+                asset.asset_path, types[key], index[key], types[value], index[value]
+            )
+
+        self.ids = tf.lookup.StaticVocabularyTable(lines("word", "line"), num_oov_buckets=2)
+        self.places = tf.lookup.StaticHashTable(lines("word", "line"), default_value=-1)
+        self.words = tf.lookup.StaticHashTable(lines("line", "word"), default_value="?")
+
+    @tf.function(input_signature=[spec("word", dtype=tf.string)])
+    def serve(self, word: tf.Tensor) -> dict[str, tf.Tensor]:
+        place = self.places.lookup(word)
+        return {
+            "id": self.ids.lookup(word),
+            "position": tf.cast(place, tf.int32),
+            "written": self.words.lookup(place),
+        }
+
+
+class Mixed(tf.Module):
+    @tf.function(
+        input_signature=[
+            spec("a", 4),
+            spec("b", dtype=tf.int32),
+            spec("c", 2, dtype=tf.bool),
+            spec("d", dtype=tf.string),
+            spec("e", 2, 2, dtype=tf.float64),
+        ]
+    )
+    def serve(
+        self, a: tf.Tensor, b: tf.Tensor, c: tf.Tensor, d: tf.Tensor, e: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        score = tf.reduce_sum(a * a, axis=1) + tf.cast(tf.linalg.trace(e), tf.float32)
+        return {
+            "score": score,
+            "picked": tf.where(c, tf.cast(b, tf.int64)[:, tf.newaxis], tf.constant(-1, tf.int64)),
+            "label": tf.strings.join(
+                [tf.stack([d, tf.strings.upper(d)], axis=1), tf.strings.as_string(c)], ":"
+            ),
+            "sure": tf.reduce_all(c, axis=1),
+        }
+
+
+class Loop(tf.Module):
+    @tf.function(input_signature=[spec("n", dtype=tf.int64)])
+    def serve(self, n: tf.Tensor) -> dict[str, tf.Tensor]:
+        def step(n: tf.Tensor, steps: tf.Tensor, peak: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            following = tf.where(n % 2 == 0, n // 2, 3 * n + 1)
+            n, steps = tf.where(n > 1, following, n), steps + tf.cast(n > 1, tf.int64)
+            return n, steps, tf.maximum(peak, n)
+
+        _, steps, peak = tf.while_loop(
+            lambda n, *_: tf.reduce_any(n > 1), step, (n, tf.zeros_like(n), n), parallel_iterations=1
+        )
+        return {"steps": steps, "peak": peak}
+
+
+class Strict(tf.Module):
+    @tf.function(input_signature=[spec("x"), spec("text", dtype=tf.string)])
+    def serve(self, x: tf.Tensor, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        with tf.control_dependencies([tf.debugging.assert_non_negative(x, "x must not be negative")]):
+            return {"root": tf.sqrt(x), "number": tf.strings.to_number(text, tf.float64)}
+
+
+class Sums(tf.Module):
+    @tf.function(input_signature=[spec("x", None)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        width = tf.fill(tf.shape(x)[:1], tf.shape(x, tf.int64)[1])
+        return {"total": tf.reduce_sum(x, axis=1), "width": width}
+
+
 MODELS: dict[str, Callable[[], tf.Module]] = {
     "mlp": Mlp,
     "two": Two,
@@ -133,6 +225,11 @@ MODELS: dict[str, Callable[[], tf.Module]] = {
     "slow": Slow,
     "nested": Nested,
     "counter": Counter,
+    "vocabulary": Vocabulary,
+    "mixed": Mixed,
+    "loop": Loop,
+    "strict": Strict,
+    "sums": Sums,
 }
 
 
