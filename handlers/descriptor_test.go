@@ -8,6 +8,7 @@ import (
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/savedmodel"
@@ -106,26 +107,12 @@ func TestParseDescriptorRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := ParseDescriptor(command(c.text))
-			wantFault(t, err, fault.BadRequest, c.parts...)
+			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
 	for _, fd := range []*flight.FlightDescriptor{nil, {Type: flight.DescriptorPATH, Path: []string{"m"}}} {
 		_, err := ParseDescriptor(fd)
-		wantFault(t, err, fault.BadRequest, "CMD descriptor")
-	}
-}
-
-// wantFault checks that err is a fault of a kind whose sentence holds all the parts.
-func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
-	t.Helper()
-	if got, ok := fault.KindOf(err); !ok || got != kind {
-		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
-		return
-	}
-	for _, part := range parts {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
-		}
+		expect.Fault(t, err, fault.BadRequest, "CMD descriptor")
 	}
 }
 
@@ -146,10 +133,10 @@ func TestPlanNamesModelAndSignature(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = d.Plan(doubler)
-	wantFault(t, err, fault.NotFound, "model m", `no signature "nope"`, "serving_default")
+	expect.Fault(t, err, fault.NotFound, "model m", `no signature "nope"`, "serving_default")
 	d.Signature, d.Outputs = savedmodel.DefaultSignature, tensor.Outputs{{Tensor: "nope", Column: "c"}}
 	_, err = d.Plan(doubler)
-	wantFault(t, err, fault.BadRequest, "model m, signature serving_default", `no output "nope"`)
+	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", `no output "nope"`)
 }
 
 // FuzzParseDescriptor checks that no bytes do harm, and that a ticket means what its descriptor meant: what was read
@@ -168,7 +155,7 @@ func FuzzParseDescriptor(f *testing.F) {
 		fuzztest.Bounded(t, fuzzJSONBytes, func() {
 			d, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: data})
 			if err != nil {
-				wantFault(t, err, fault.BadRequest)
+				expect.Fault(t, err, fault.BadRequest)
 				return
 			}
 			written, err := d.Command()

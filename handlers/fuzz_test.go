@@ -21,6 +21,7 @@ import (
 	flatbuffers "github.com/google/flatbuffers/go"
 	"go.uber.org/zap"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/offheap"
@@ -277,13 +278,13 @@ func exchangeOf(t *testing.T, plan *tensor.Plan, refuse bool, messages []*flight
 	defer mem.lost()
 	reader, _, err := openReader(&sent{messages: messages}, mem)
 	if err != nil {
-		wantFault(t, err, fault.BadRequest)
+		expect.Fault(t, err, fault.BadRequest)
 		return
 	}
 	defer reader.Release()
 	binding, err := plan.Bind(reader.Schema())
 	if err != nil {
-		wantFault(t, err, fault.BadRequest)
+		expect.Fault(t, err, fault.BadRequest)
 		binding = nil
 	}
 	for reader.Next() {
@@ -297,7 +298,7 @@ func exchangeOf(t *testing.T, plan *tensor.Plan, refuse bool, messages []*flight
 // tensorsOf makes the input tensors of a record batch and reads all of them.
 func tensorsOf(t *testing.T, binding *tensor.Binding, rec arrow.Record, refuse bool, mem memory.Allocator) {
 	if err := binding.Check(rec); err != nil {
-		wantFault(t, err, fault.BadRequest)
+		expect.Fault(t, err, fault.BadRequest)
 		return
 	}
 	rows := tensor.NewRows(int(rec.NumRows()))
@@ -496,7 +497,7 @@ func FuzzChunks(f *testing.F) {
 			message := &flight.FlightData{DataHeader: header, DataBody: body}
 			archive, _, err := openArchive(&sent{messages: []*flight.FlightData{{DataHeader: schema}, message, message}})
 			if err != nil {
-				wantFault(t, err, fault.BadRequest)
+				expect.Fault(t, err, fault.BadRequest)
 				return
 			}
 			defer archive.reader.Release()
@@ -504,7 +505,7 @@ func FuzzChunks(f *testing.F) {
 				return
 			}
 			if _, err := io.Copy(io.Discard, archive); err != nil {
-				wantFault(t, err, fault.BadRequest)
+				expect.Fault(t, err, fault.BadRequest)
 			}
 		})
 	})
@@ -523,7 +524,7 @@ func FuzzLease(f *testing.F) {
 			l := leases{key: key, used: map[string]time.Time{}}
 			lease := Lease{ID: id, Expires: expires, MAC: mac}
 			if err := l.spend(&lease, now); err != nil {
-				wantFault(t, err, fault.Unavailable)
+				expect.Fault(t, err, fault.Unavailable)
 				if lease == good {
 					t.Error("a good lease is refused")
 				}
@@ -532,7 +533,7 @@ func FuzzLease(f *testing.F) {
 			if lease.MAC != lease.sign(key) {
 				t.Errorf("%+v is taken", lease)
 			}
-			wantFault(t, l.spend(&lease, now), fault.Unavailable, "already")
+			expect.Fault(t, l.spend(&lease, now), fault.Unavailable, "already")
 		})
 	})
 }
@@ -549,7 +550,7 @@ func FuzzCriteria(f *testing.F) {
 	f.Fuzz(func(t *testing.T, criteria []byte) {
 		fuzztest.Bounded(t, fuzzJSONBytes, func() {
 			if err := front.ListFlights(&flight.Criteria{Expression: criteria}, nil); err != nil {
-				wantFault(t, err, fault.BadRequest, "criteria")
+				expect.Fault(t, err, fault.BadRequest, "criteria")
 			} else if len(criteria) > 0 && !json.Valid(criteria) {
 				t.Error("what is no JSON was taken")
 			}

@@ -17,6 +17,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/ipc"
 	"go.uber.org/zap"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
@@ -123,7 +124,7 @@ func TestGoldenDescriptors(t *testing.T) {
 	for _, c := range file.Refused {
 		t.Run(c.Name, func(t *testing.T) {
 			_, err := ParseDescriptor(command(c.Text))
-			wantFault(t, err, fault.BadRequest, c.Says...)
+			expect.Fault(t, err, fault.BadRequest, c.Says...)
 		})
 	}
 	model, err := savedmodel.Read(filepath.Join(golden, "model"))
@@ -141,7 +142,7 @@ func TestGoldenDescriptors(t *testing.T) {
 				kind = fault.NotFound
 			}
 			_, err = d.Plan(model)
-			wantFault(t, err, kind, c.Says...)
+			expect.Fault(t, err, kind, c.Says...)
 		})
 	}
 }

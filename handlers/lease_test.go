@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 )
 
@@ -22,10 +23,10 @@ func TestLease(t *testing.T) {
 	if err := book.spend(&lease, now.Add(LeaseTime-time.Second)); err != nil {
 		t.Error(err)
 	}
-	wantFault(t, book.spend(&lease, now), fault.Unavailable, "opened a stream already", "ask the front")
+	expect.Fault(t, book.spend(&lease, now), fault.Unavailable, "opened a stream already", "ask the front")
 
 	late := Grant(key, now)
-	wantFault(t, book.spend(&late, now.Add(LeaseTime+time.Second)), fault.Unavailable, "expired 1s ago", "ask the front")
+	expect.Fault(t, book.spend(&late, now.Add(LeaseTime+time.Second)), fault.Unavailable, "expired 1s ago", "ask the front")
 	for name, change := range map[string]func(*Lease){
 		"another key":    func(l *Lease) { *l = Grant([]byte("other"), now) },
 		"no mac":         func(l *Lease) { l.MAC = "" },
@@ -39,10 +40,10 @@ func TestLease(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			forged := Grant(key, now)
 			change(&forged)
-			wantFault(t, book.spend(&forged, now), fault.Unavailable, "ticket of GetFlightInfo")
+			expect.Fault(t, book.spend(&forged, now), fault.Unavailable, "ticket of GetFlightInfo")
 		})
 	}
-	wantFault(t, book.spend(nil, now), fault.Unavailable, "ticket of GetFlightInfo")
+	expect.Fault(t, book.spend(nil, now), fault.Unavailable, "ticket of GetFlightInfo")
 	if len(book.used) != 1 {
 		t.Errorf("%d leases are remembered, want the good one alone", len(book.used))
 	}

@@ -34,6 +34,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
@@ -532,13 +533,13 @@ func TestClientLeaves(t *testing.T) {
 	for range numBatchThreads { // the others' wait in the queue
 		<-running
 	}
-	eventually(t, "all streams are open", func() bool { opened, _ := s.events.counts(); return opened == 8 })
+	expect.Eventually(t, "all streams are open", func() bool { opened, _ := s.events.counts(); return opened == 8 })
 	for range 8 {
 		(<-cancels)()
 	}
 	working.Wait()
 	close(leave)
-	eventually(t, "all streams are closed", func() bool {
+	expect.Eventually(t, "all streams are closed", func() bool {
 		opened, closed := s.events.counts()
 		return opened == 8 && closed == 8
 	})
@@ -547,23 +548,12 @@ func TestClientLeaves(t *testing.T) {
 	}
 }
 
-// eventually waits until a condition holds, and fails the test after ten seconds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !holds(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("after 10 s it is not so that %s", what)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-}
-
 // TestLogsDoNotQuote lets TensorFlow quote a row in its error.
 func TestLogsDoNotQuote(t *testing.T) {
 	s := newService(t, func(int) error { return fault.New(fault.BadRequest, TensorFlowSays+"SECRET-4111 is no number") })
 	_, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1)))
 	wantStatus(t, err, codes.InvalidArgument, "SECRET-4111")
-	eventually(t, "the end of the call is logged", func() bool { return s.logs.FilterMessage("call ended").Len() == 1 })
+	expect.Eventually(t, "the end of the call is logged", func() bool { return s.logs.FilterMessage("call ended").Len() == 1 })
 	for _, line := range s.logs.All() {
 		for _, field := range line.Context {
 			if strings.Contains(field.String, "SECRET") {
@@ -599,7 +589,7 @@ func TestBackPressure(t *testing.T) {
 				answered <- len(answers)
 			}()
 			full := int64(c.size * c.held)
-			eventually(t, "the server has read all that it may", func() bool { return s.mem.Live() >= full })
+			expect.Eventually(t, "the server has read all that it may", func() bool { return s.mem.Live() >= full })
 			most := int64(0)
 			for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 				most = max(most, s.mem.Live())
@@ -707,12 +697,12 @@ func TestOneStreamTooMany(t *testing.T) {
 	if _, err := open[0].Recv(); err != io.EOF {
 		t.Errorf("the first stream ended with %v", err)
 	}
-	eventually(t, "a place is free", func() bool {
+	expect.Eventually(t, "a place is free", func() bool {
 		answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5)))
 		return err == nil && len(answers) == 1
 	})
 	cancel()
-	eventually(t, "all streams have ended", func() bool { opened, closed := s.events.counts(); return opened == closed })
+	expect.Eventually(t, "all streams have ended", func() bool { opened, closed := s.events.counts(); return opened == closed })
 }
 
 func TestManyStreamsAtOnce(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/ipc"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 )
@@ -43,14 +44,14 @@ func TestBodies(t *testing.T) {
 		strings.Repeat(" ", MaxActionBytes) + `{"model":"m"}`: "more than 65536",
 	} {
 		_, err := decodeModel([]byte(body))
-		wantFault(t, err, fault.BadRequest, `{"model":"name"}`, part)
+		expect.Fault(t, err, fault.BadRequest, `{"model":"name"}`, part)
 	}
 	for _, body := range []string{"", "{}", " {} "} {
 		if err := nothing([]byte(body)); err != nil {
 			t.Errorf("%q: %v", body, err)
 		}
 	}
-	wantFault(t, nothing([]byte(`{"a":1}`)), fault.BadRequest, "empty body, or {}", `unknown field "a"`)
+	expect.Fault(t, nothing([]byte(`{"a":1}`)), fault.BadRequest, "empty body, or {}", `unknown field "a"`)
 }
 
 func TestPutCommands(t *testing.T) {
@@ -70,11 +71,11 @@ func TestPutCommands(t *testing.T) {
 		`{"v":1,"put":"model","digest":"md5"}`: `"md5" is no digest`,
 	} {
 		_, err := parsePut(command(text))
-		wantFault(t, err, fault.BadRequest, part)
+		expect.Fault(t, err, fault.BadRequest, part)
 	}
 	for _, fd := range []*flight.FlightDescriptor{nil, {Type: flight.DescriptorPATH, Path: []string{"m"}}} {
 		_, err := parsePut(fd)
-		wantFault(t, err, fault.BadRequest, "DoPut wants a CMD descriptor")
+		expect.Fault(t, err, fault.BadRequest, "DoPut wants a CMD descriptor")
 	}
 }
 
@@ -136,12 +137,12 @@ func TestArchiveOfChunks(t *testing.T) {
 		t.Errorf("of a compressed record batch %d bytes, %v", len(got), err)
 	}
 	_, err = read(t, chunks(t, nil, [][]byte{[]byte("ab"), nil}))
-	wantFault(t, err, fault.BadRequest, "chunk 1 of the archive is null")
+	expect.Fault(t, err, fault.BadRequest, "chunk 1 of the archive is null")
 	_, err = read(t, chunks(t, nil, [][]byte{make([]byte, maxPutBytes+1)}))
-	wantFault(t, err, fault.BadRequest, "more than 67108864 bytes", "4 MiB")
+	expect.Fault(t, err, fault.BadRequest, "more than 67108864 bytes", "4 MiB")
 	// Few bytes that claim to become many.
 	_, err = read(t, chunks(t, []ipc.Option{ipc.WithZstd()}, [][]byte{make([]byte, maxPutBytes+1)}))
-	wantFault(t, err, fault.BadRequest, "more than 67108864 bytes")
+	expect.Fault(t, err, fault.BadRequest, "more than 67108864 bytes")
 
 	// Offsets that are not in order: the first of three values ends behind the second.
 	s := chunks(t, nil, [][]byte{[]byte("ab"), []byte("cd"), []byte("ef")})
@@ -149,7 +150,7 @@ func TestArchiveOfChunks(t *testing.T) {
 	at := bytes.Index(body, []byte{0, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 6, 0, 0, 0})
 	body[at+4] = 200
 	got, err = read(t, s)
-	wantFault(t, err, fault.BadRequest, "chunk 0 of the archive does not lie in its buffer")
+	expect.Fault(t, err, fault.BadRequest, "chunk 0 of the archive does not lie in its buffer")
 	if got != "" {
 		t.Errorf("read %q", got)
 	}

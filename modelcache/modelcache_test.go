@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -122,20 +123,6 @@ func write(t testing.TB, path, text string) {
 	}
 }
 
-// wantFault checks that err is a fault of a kind whose sentence holds all the parts.
-func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
-	t.Helper()
-	if got, ok := fault.KindOf(err); !ok || got != kind {
-		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
-		return
-	}
-	for _, part := range parts {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
-		}
-	}
-}
-
 // newCache returns a cache of fake runners and a model for it. Closing the cache, at the latest at the end of the
 // test, must leave no process and no socket.
 func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) {
@@ -195,17 +182,6 @@ func started(t *testing.T, model Model) []int {
 		pids = append(pids, pid)
 	}
 	return pids
-}
-
-// eventually waits until a condition holds, and fails the test after ten seconds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !holds(); {
-		if time.Now().After(deadline) {
-			t.Fatalf("after 10 s it is not so that %s", what)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
 }
 
 func TestResolve(t *testing.T) {
@@ -272,7 +248,7 @@ func TestResolve(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := c.from.Resolve(c.ref, c.version)
-			wantFault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.parts...)
 		})
 	}
 
@@ -296,7 +272,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 		_, err := cache.Ready(first, model)
 		left <- err
 	}()
-	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
 	runners := make(chan *Runner, 50)
 	var working sync.WaitGroup
 	for range cap(runners) {
@@ -352,7 +328,7 @@ func TestDeadRunnerIsReplaced(t *testing.T) {
 		if err := syscall.Kill(runner.PID(), syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the end is known", func() bool { return !runner.Alive() })
+		expect.Eventually(t, "the end is known", func() bool { return !runner.Alive() })
 		if _, ok := cache.Loaded(model); ok || cache.Busy() || len(cache.Status()) != 0 {
 			t.Errorf("a dead runner is counted: %+v", cache.Status())
 		}
@@ -382,7 +358,7 @@ func TestLoadFails(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			cache, model := newCache(t, mode, c.change)
 			_, err := cache.Ready(context.Background(), model)
-			wantFault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.parts...)
 			if cache.Busy() || len(cache.Status()) != 0 {
 				t.Errorf("after a failure the status is %+v", cache.Status())
 			}
@@ -430,7 +406,7 @@ func TestPins(t *testing.T) {
 		}
 	}
 	tell("open a")
-	eventually(t, "a stream is open", func() bool { return pins(now) == "1 0" })
+	expect.Eventually(t, "a stream is open", func() bool { return pins(now) == "1 0" })
 	if !cache.Busy() || cache.Streams() != 1 || cache.Status()[0].Streams != 1 {
 		t.Errorf("with a stream the status is %+v", cache.Status())
 	}
@@ -439,10 +415,10 @@ func TestPins(t *testing.T) {
 		t.Errorf("a lease noted late counts twice: %s", got)
 	}
 	tell("open x") // a lease that the front has not noted yet
-	eventually(t, "two streams are open", func() bool { return pins(now) == "2 0" })
+	expect.Eventually(t, "two streams are open", func() bool { return pins(now) == "2 0" })
 	tell("close a")
 	tell("close x")
-	eventually(t, "the streams are closed", func() bool { return pins(now) == "0 0" })
+	expect.Eventually(t, "the streams are closed", func() bool { return pins(now) == "0 0" })
 	if cache.Busy() || cache.Streams() != 0 {
 		t.Errorf("at rest the status is %+v", cache.Status())
 	}
@@ -458,11 +434,11 @@ func TestCloseEndsWhatLoads(t *testing.T) {
 		_, err := cache.Ready(context.Background(), model)
 		failed <- err
 	}()
-	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
 	cache.Close()
-	wantFault(t, <-failed, fault.Unavailable, "this server is ending")
+	expect.Fault(t, <-failed, fault.Unavailable, "this server is ending")
 	_, err := cache.Ready(context.Background(), model)
-	wantFault(t, err, fault.Unavailable, "this server is ending")
+	expect.Fault(t, err, fault.Unavailable, "this server is ending")
 }
 
 func TestRunnerEnvironment(t *testing.T) {
@@ -489,23 +465,23 @@ func TestUnload(t *testing.T) {
 		t.Errorf("a model that is not in memory: %v", err)
 	}
 	_, err := cache.Unload("nope", "")
-	wantFault(t, err, fault.NotFound, "model nope")
+	expect.Fault(t, err, fault.NotFound, "model nope")
 
 	runner, err := cache.Ready(context.Background(), model)
 	if err != nil {
 		t.Fatal(err)
 	}
 	runner.Leased("a", time.Now().Add(time.Hour))
-	wantFault(t, unload(), fault.Precondition, "model m, version 1", "0 open streams and 1 leases")
+	expect.Fault(t, unload(), fault.Precondition, "model m, version 1", "0 open streams and 1 leases")
 	if _, err := fmt.Fprintln(runner.stdin, "open a"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "a stream is open", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 1 })
-	wantFault(t, unload(), fault.Precondition, "1 open streams and 0 leases", "when they have ended")
+	expect.Eventually(t, "a stream is open", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 1 })
+	expect.Fault(t, unload(), fault.Precondition, "1 open streams and 0 leases", "when they have ended")
 	if _, err := fmt.Fprintln(runner.stdin, "close a"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the stream is closed", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 0 })
+	expect.Eventually(t, "the stream is closed", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 0 })
 	if s := cache.Status()[0]; s.Runs != 7 || s.JoinedRuns != 3 {
 		t.Errorf("the runner reported 7 runs, 3 of them joined; the status is %+v", s)
 	}
@@ -535,9 +511,9 @@ func TestUnloadWhileLoading(t *testing.T) {
 		_, err := cache.Ready(context.Background(), model)
 		loaded <- err
 	}()
-	eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
+	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
 	_, err := cache.Unload("m", "1")
-	wantFault(t, err, fault.Precondition, "it is being loaded")
+	expect.Fault(t, err, fault.Precondition, "it is being loaded")
 	write(t, filepath.Join(model.Dir, "go"), "")
 	if err := <-loaded; err != nil {
 		t.Error(err)
@@ -569,7 +545,7 @@ func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
 				}
 				runner.note(Report{Closed: id})
 				if _, err := cache.Unload("m", ""); err != nil {
-					wantFault(t, err, fault.Precondition)
+					expect.Fault(t, err, fault.Precondition)
 				}
 			}
 		})

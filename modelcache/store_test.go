@@ -20,6 +20,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/rundir"
@@ -155,10 +156,10 @@ func TestPush(t *testing.T) {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 	_, err = c.Resolve("sha256:"+strings.Repeat("0", 64), "")
-	wantFault(t, err, fault.NotFound, "has not been pushed to this host", "DoPut")
+	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host", "DoPut")
 	for _, ref := range []string{"sha256:", "sha256:" + strings.Repeat("A", 64), "sha256:../../x", digest + "0", digest + "\n"} {
 		_, err = c.Resolve(ref, "")
-		wantFault(t, err, fault.BadRequest, "64 lower-case hexadecimal digits")
+		expect.Fault(t, err, fault.BadRequest, "64 lower-case hexadecimal digits")
 	}
 }
 
@@ -258,7 +259,7 @@ func TestPushRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			store := newStore(t)
 			_, _, err := store.Push(bytes.NewReader(c.archive), c.want)
-			wantFault(t, err, fault.BadRequest, "archive", c.part)
+			expect.Fault(t, err, fault.BadRequest, "archive", c.part)
 			if got := tree(t, store.options.CacheDir); got != "models" {
 				t.Errorf("left behind: %s", got)
 			}
@@ -309,31 +310,31 @@ func TestPushEndsWithItsReader(t *testing.T) {
 	}
 	c.Close()
 	_, _, err = c.Push(bytes.NewReader(nil), "")
-	wantFault(t, err, fault.Unavailable, "this server is ending")
+	expect.Fault(t, err, fault.Unavailable, "this server is ending")
 }
 
 func TestArchiveIsBounded(t *testing.T) {
 	s := &source{archive: bytes.NewReader(make([]byte, 100)), left: 99}
 	_, err := io.ReadAll(s)
-	wantFault(t, err, fault.BadRequest, "more than 68719476736 bytes")
+	expect.Fault(t, err, fault.BadRequest, "more than 68719476736 bytes")
 	u := unpacking{entries: tar.NewReader(bytes.NewReader(archived(t, entry{name: "a"}))), count: maxEntries}
-	wantFault(t, u.next(), fault.BadRequest, "more than 100000 files and folders")
+	expect.Fault(t, u.next(), fault.BadRequest, "more than 100000 files and folders")
 	_, err = checkEntry(&tar.Header{Typeflag: tar.TypeReg, Name: "saved_model.pb", Size: maxGraphBytes + 1})
-	wantFault(t, err, fault.BadRequest, "more than 2147483648")
+	expect.Fault(t, err, fault.BadRequest, "more than 2147483648")
 }
 
 func TestDiskFaults(t *testing.T) {
 	c := newStore(t)
 	full := &fs.PathError{Op: "write", Path: "/x", Err: syscall.ENOSPC}
-	wantFault(t, c.diskFault(full), fault.Exhausted, "no space left", c.options.CacheDir, "set cache-dir")
-	wantFault(t, c.diskFault(&fs.PathError{Op: "write", Path: "/x", Err: syscall.EIO}), fault.Precondition, "cannot be written (input/output error)")
+	expect.Fault(t, c.diskFault(full), fault.Exhausted, "no space left", c.options.CacheDir, "set cache-dir")
+	expect.Fault(t, c.diskFault(&fs.PathError{Op: "write", Path: "/x", Err: syscall.EIO}), fault.Precondition, "cannot be written (input/output error)")
 	c.options.CacheDir = t.TempDir()
 	open := c.models()
 	if err := os.Mkdir(open, 0o755); err != nil { //nolint:gosec // to be refused
 		t.Fatal(err)
 	}
 	_, _, err := c.Push(bytes.NewReader(nil), "")
-	wantFault(t, err, fault.Precondition, "cache-dir: "+open, "chmod 700")
+	expect.Fault(t, err, fault.Precondition, "cache-dir: "+open, "chmod 700")
 }
 
 // TestSweepsPushesOfTheDead leaves what a live process unpacks.
@@ -452,5 +453,5 @@ func TestIndex(t *testing.T) {
 	}
 	cache.options.ModelRoot = filepath.Join(root, "nope")
 	_, err = cache.Index()
-	wantFault(t, err, fault.Precondition, "model-root: ", "nope")
+	expect.Fault(t, err, fault.Precondition, "model-root: ", "nope")
 }

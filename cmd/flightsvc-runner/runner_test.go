@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"flightsvc/handlers"
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
@@ -116,45 +117,28 @@ func TestEngineRunsStrings(t *testing.T) {
 	}
 }
 
-// wantFault checks that err is a fault of a kind, of one line that holds all the parts.
-func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
-	t.Helper()
-	if got, ok := fault.KindOf(err); !ok || got != kind {
-		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
-		return
-	}
-	for _, part := range parts {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
-		}
-	}
-	if strings.Contains(err.Error(), "\n") {
-		t.Errorf("%q has more than a line", err)
-	}
-}
-
 func TestEngineFails(t *testing.T) {
 	mem := &offheap.Allocator{}
 	e := load(t, "slow")
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
 	_, err := e.Run([]tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}, fetches(e), 50*time.Millisecond)
-	wantFault(t, err, fault.Deadline, "run_timeout_ms (50)")
+	expect.Fault(t, err, fault.Deadline, "run_timeout_ms (50)")
 
 	ints := load(t, "ints")
 	_, err = ints.Run([]tensor.Feed{feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))}, []string{"nope:0"}, 0)
-	wantFault(t, err, fault.Internal, "TensorFlow refused it", `no tensor "nope:0"`)
+	expect.Fault(t, err, fault.Internal, "TensorFlow refused it", `no tensor "nope:0"`)
 
 	short := feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))
 	short.Value.Shape = []int64{2, 3}
 	good := feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))
 	_, err = ints.Run([]tensor.Feed{short, good}, fetches(ints), 0)
-	wantFault(t, err, fault.BadRequest, "make input tensors", "48 bytes, 24 were given")
+	expect.Fault(t, err, fault.BadRequest, "make input tensors", "48 bytes, 24 were given")
 	if mem.Live() != 0 {
 		t.Errorf("%d bytes of inputs were not freed", mem.Live())
 	}
 
 	_, err = open(modelcache.Setup{Model: "m", Dir: t.TempDir()})
-	wantFault(t, err, fault.NotFound, "is not a SavedModel")
+	expect.Fault(t, err, fault.NotFound, "is not a SavedModel")
 }
 
 func TestPictures(t *testing.T) {
@@ -224,7 +208,7 @@ func TestRun(t *testing.T) {
 	}()
 	var reports bytes.Buffer
 	err := run(input, &reporter{out: json.NewEncoder(&reports)})
-	wantFault(t, err, fault.NotFound, "/nope is not a SavedModel")
+	expect.Fault(t, err, fault.NotFound, "/nope is not a SavedModel")
 	var report modelcache.Report
 	if err := json.Unmarshal(reports.Bytes(), &report); err != nil || report.Kind != fault.NotFound || report.Error != "/nope is not a SavedModel: it has no saved_model.pb" || report.Ready || report.Build == "" {
 		t.Errorf("the report is %s, %v", &reports, err)

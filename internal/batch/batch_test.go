@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
@@ -115,16 +116,6 @@ func call(limits Limits) Call {
 		}
 		return nil
 	}}
-}
-
-// eventually waits until a condition holds, and fails the test after ten seconds.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("after 10 s it is not so that %s", what)
-		}
-	}
 }
 
 func (s *Scheduler) queued() int {
@@ -232,7 +223,7 @@ func start(t *testing.T, s *Scheduler, m *machine, working *sync.WaitGroup, limi
 			}
 		}
 	})
-	eventually(t, "it is queued", func() bool { return s.queued() > before })
+	expect.Eventually(t, "it is queued", func() bool { return s.queued() > before })
 }
 
 func TestWaitingStreamsAreJoined(t *testing.T) {
@@ -415,7 +406,7 @@ func TestOtherStreamsAreNotTouched(t *testing.T) {
 		}
 		a.Close()
 	})
-	eventually(t, "both wait", func() bool { return s.queued() == 2 })
+	expect.Eventually(t, "both wait", func() bool { return s.queued() == 2 })
 	release()
 	working.Wait()
 	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 3 -4] [1 2] [3 -4] [3] [-4]]" {
@@ -445,7 +436,7 @@ func TestOtherStreamsHearNothing(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
-	eventually(t, "both wait", func() bool { return s.queued() == 2 })
+	expect.Eventually(t, "both wait", func() bool { return s.queued() == 2 })
 	release()
 	working.Wait()
 	if c := s.Counts(); c.JoinedRuns != 1 {
@@ -504,7 +495,7 @@ func TestCallersLeave(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "all wait", func() bool { return s.queued() == 6 })
+	expect.Eventually(t, "all wait", func() bool { return s.queued() == 6 })
 	if after, full := s.Full(); !full || after < 50*time.Millisecond || after > 5*time.Second {
 		t.Errorf("full: %t, ask again in %s", full, after)
 	}
@@ -585,7 +576,7 @@ func TestCloseRefusesWhatWaits(t *testing.T) {
 		_, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1), 1, false)
 		refused <- err
 	}()
-	eventually(t, "it waits", func() bool { return s.queued() == 1 })
+	expect.Eventually(t, "it waits", func() bool { return s.queued() == 1 })
 	closed := make(chan struct{})
 	go func() {
 		s.Close()

@@ -15,6 +15,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/decimal128"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -400,7 +401,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 				t.Error("a record batch was written")
 				return nil
 			})
-			wantFault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.parts...)
 		})
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
@@ -409,7 +410,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = texts.Records([]Value{huge}, NewRows(1), memory.DefaultAllocator, nil)
-	wantFault(t, err, fault.Exhausted, "256 MiB")
+	expect.Fault(t, err, fault.Exhausted, "256 MiB")
 }
 
 // TestGivenShapeIsChecked has an output whose shape only the request says.
@@ -424,9 +425,9 @@ func TestGivenShapeIsChecked(t *testing.T) {
 	}
 	for _, shape := range [][]int64{{2, 3}, {2, 1, 4}, {2}, {}} {
 		err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: shape}}, 2)
-		wantFault(t, err, fault.BadRequest, `output "y"`, shapeText(shape), "[?,?,3]")
+		expect.Fault(t, err, fault.BadRequest, `output "y"`, shapeText(shape), "[?,?,3]")
 	}
-	wantFault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
+	expect.Fault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
 }
 
 // TestTensorLayoutSaysItsShape reads the field and the slots of rows without an answer.

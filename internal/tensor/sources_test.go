@@ -11,6 +11,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/array"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -253,7 +254,7 @@ func TestVectorLengths(t *testing.T) {
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
 	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(rec, NewRows(2), nil, mem)
-	wantFault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
+	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
 	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {

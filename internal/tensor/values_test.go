@@ -20,6 +20,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/float16"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -584,7 +585,7 @@ func TestValuesAgreeWithRows(t *testing.T) {
 				t.Fatalf("seed %d: rows %v took part, want %v; %v", seed, rows.Positions(), kept, rows.texts)
 			case differ:
 				disagreed++
-				wantFault(t, err, fault.BadRequest, "elements at dimension", `"pad"`)
+				expect.Fault(t, err, fault.BadRequest, "elements at dimension", `"pad"`)
 			case err != nil:
 				t.Fatalf("seed %d: %v", seed, err)
 			case len(kept) == 0:
@@ -815,20 +816,6 @@ func TestPictures(t *testing.T) {
 	}
 }
 
-// wantFault checks that err is a fault of a kind whose sentence holds all the parts.
-func wantFault(t *testing.T, err error, kind fault.Kind, parts ...string) {
-	t.Helper()
-	if got, ok := fault.KindOf(err); !ok || got != kind {
-		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
-		return
-	}
-	for _, part := range parts {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
-		}
-	}
-}
-
 func TestBindNamesColumnAndBothTypes(t *testing.T) {
 	list := func(t arrow.DataType) arrow.DataType { return arrow.ListOf(t) }
 	f32, i64, str, stamp := arrow.PrimitiveTypes.Float32, arrow.PrimitiveTypes.Int64, arrow.BinaryTypes.String, arrow.FixedWidthTypes.Timestamp_us
@@ -883,14 +870,14 @@ func TestBindNamesColumnAndBothTypes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}}, arrow.NewSchema([]arrow.Field{{Name: "c", Type: c.column, Metadata: c.metadata}}, nil))
-			wantFault(t, err, fault.BadRequest, c.parts...)
+			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
 	two := savedmodel.Signature{Inputs: []savedmodel.Spec{spec("a", savedmodel.Float32, -1), spec("b", savedmodel.Float32, -1)}}
 	_, err := bindAll(two, arrow.NewSchema([]arrow.Field{{Name: "a", Type: f32}, {Name: "z", Type: f32}}, nil))
-	wantFault(t, err, fault.BadRequest, `input "b"`, `column "b"`, "not", `"a", "z"`)
+	expect.Fault(t, err, fault.BadRequest, `input "b"`, `column "b"`, "not", `"a", "z"`)
 	_, err = bindAll(two, arrow.NewSchema([]arrow.Field{{Name: "a", Type: f32}, {Name: "a", Type: f32}, {Name: "b", Type: f32}}, nil))
-	wantFault(t, err, fault.BadRequest, `column "a"`, "2 times")
+	expect.Fault(t, err, fault.BadRequest, `column "a"`, "2 times")
 }
 
 func TestNewPlanRefuses(t *testing.T) {
@@ -955,7 +942,7 @@ func TestNewPlanRefuses(t *testing.T) {
 				signature.Outputs = []savedmodel.Spec{y}
 			}
 			_, err := NewPlan(signature, c.options)
-			wantFault(t, err, fault.BadRequest, c.parts...)
+			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
 	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)}, Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]bool{"p": true}})
@@ -963,7 +950,7 @@ func TestNewPlanRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = plan.Bind(arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.BinaryTypes.String}}, nil))
-	wantFault(t, err, fault.BadRequest, `input "p"`, "binary", `column "c" is utf8`)
+	expect.Fault(t, err, fault.BadRequest, `input "p"`, "binary", `column "c" is utf8`)
 }
 
 // TestValuesRefuse has a bad row or batch of each kind: a row leaves with a reason and the others stay; a batch is a fault.
@@ -1023,7 +1010,7 @@ func TestValuesRefuse(t *testing.T) {
 				ReleaseFeeds(feeds)
 			}
 			if c.fault != nil {
-				wantFault(t, err, c.kind, c.fault...)
+				expect.Fault(t, err, c.kind, c.fault...)
 			} else if err != nil {
 				t.Error(err)
 			}
