@@ -287,7 +287,7 @@ func exchangeOf(t *testing.T, plan *tensor.Plan, refuse bool, messages []*flight
 		expect.Fault(t, err, fault.BadRequest)
 		binding = nil
 	}
-	for reader.Next() {
+	for rows := int64(0); rows <= MaxBatchRows && reader.Next(); rows += reader.Record().NumRows() { // the time is that of one record batch
 		mem.whole()
 		if rec := reader.Record(); binding != nil {
 			tensorsOf(t, binding, rec, refuse, tensors)

@@ -26,6 +26,15 @@ KEPT = ROOT / "build" / "prove"
 BAR_SECONDS = 20 * 60
 
 TESTS = "pyspark-shim/tests"
+FUZZ_JSON = [
+    "FuzzAction",
+    "FuzzCriteria",
+    "FuzzLease",
+    "FuzzMapping",
+    "FuzzParseDescriptor",
+    "FuzzPutCommand",
+    "FuzzTensorShape",
+]
 BARS = {
     "equality": [f"{TESTS}/test_equality.py"],
     "soak": [f"{TESTS}/test_soak.py"],
@@ -34,7 +43,9 @@ BARS = {
     "bad-input": [f"{TESTS}/test_bad_input.py", f"{TESTS}/test_errors.py", f"{TESTS}/test_timeouts.py"],
     "models": [f"{TESTS}/test_models.py", f"{TESTS}/test_types.py"],
     "property": [f"{TESTS}/test_property.py"],
-    "fuzz": ["tools/fuzz.py", "--seconds", "120"],
+    "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
+    "fuzz-files": ["tools/fuzz.py", "--seconds", "200", "FuzzUnpack", "FuzzParse", "FuzzHeader"],
+    "fuzz-json": ["tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
 }
 
 
@@ -121,11 +132,11 @@ def main(wanted: list[str]) -> int:
         "bars": results,
     }
     (ROOT / "build" / "prove.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\nbar         seconds  result")
+    print("\nbar           seconds  result")
     for bar in BARS:
         result = results.get(bar)
         text = "not run" if result is None else "ok" if result["ok"] else "FAILED"
-        print(f"{bar:<10} {result['seconds'] if result else 0:8}  {text}")
+        print(f"{bar:<12} {result['seconds'] if result else 0:8}  {text}")
         for name, value in (result or {}).get("figures", {}).items():
             print(f"{'':12}{name}: {value}")
     print(f"\nhash {code}; all of it in build/prove.json")

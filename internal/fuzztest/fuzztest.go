@@ -10,7 +10,7 @@ import (
 )
 
 // maxTime is how long one execution may take.
-const maxTime = time.Second
+const maxTime = slower * time.Second
 
 // Bounded runs parse and fails the test if that takes longer than a second, twice in a row since other
 // processes want the machine too, or takes more than most bytes of the Go heap, given back or not. Parse

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/memory"
@@ -72,7 +74,7 @@ func (in *boundInput) bind(field arrow.Field) error {
 		case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW:
 			return nil
 		}
-		return fault.New(fault.BadRequest, "input %q decodes pictures and wants a binary column; column %q is %s", in.spec.Name, in.name, field.Type)
+		return fault.New(fault.BadRequest, "input %q decodes pictures and wants a binary column; column %q is %s", in.spec.Name, in.name, typeText(field.Type))
 	case in.Encoding == encodingRaw:
 		return in.bindRaw(field.Type)
 	case isVector(field.Type):
@@ -87,10 +89,10 @@ func (in *boundInput) bindRaw(column arrow.DataType) error {
 	case *arrow.BinaryType, *arrow.LargeBinaryType, *arrow.BinaryViewType:
 	case *arrow.FixedSizeBinaryType:
 		if t.ByteWidth != source.size() || t.ByteWidth == 0 {
-			return fault.New(fault.BadRequest, "input %s wants raw cells of %d bytes; column %q is %s", describe(in.spec), source.size(), in.name, column)
+			return fault.New(fault.BadRequest, "input %s wants raw cells of %d bytes; column %q is %s", describe(in.spec), source.size(), in.name, typeText(column))
 		}
 	default:
-		return fault.New(fault.BadRequest, "input %s has the encoding raw and wants a binary column; column %q is %s", describe(in.spec), in.name, column)
+		return fault.New(fault.BadRequest, "input %s has the encoding raw and wants a binary column; column %q is %s", describe(in.spec), in.name, typeText(column))
 	}
 	in.source = source
 	return nil
@@ -116,27 +118,27 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	element, sizes := unnest(column)
 	how, ok := convertible(element, in.spec.DType)
 	if !ok {
-		return fault.New(fault.BadRequest, "input %s cannot take column %q of %s%s", describe(in.spec), in.name, column, in.hint(element, len(sizes)))
+		return fault.New(fault.BadRequest, "input %s cannot take column %q of %s%s", describe(in.spec), in.name, typeText(column), printable(in.hint(element, len(sizes))))
 	}
 	source := &lists{spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling}, pad: in.Pad != nil, counted: in.Lengths != "", most: in.most}
 	shape, err := tensorShape(field)
 	if err != nil {
-		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, column, err)
+		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, typeText(column), err)
 	}
 	if shape != nil {
 		source.shape, sizes = shape, append(slices.Clone(shape), sizes[1:]...)
 	}
 	rank := len(sizes) + 1
 	if !in.spec.UnknownRank && rank != len(in.spec.Shape) && !(element.ID() == arrow.NULL && rank < len(in.spec.Shape)) {
-		return fault.New(fault.BadRequest, "input %s wants %s of list in each row; column %q is %s", describe(in.spec), levels(len(in.spec.Shape)-1), in.name, column)
+		return fault.New(fault.BadRequest, "input %s wants %s of list in each row; column %q is %s", describe(in.spec), levels(len(in.spec.Shape)-1), in.name, typeText(column))
 	}
 	if len(sizes) == 0 && source.counted && element.ID() != arrow.NULL {
-		return fault.New(fault.BadRequest, "input %s has lengths, but column %q is %s, which has none", describe(in.spec), in.name, column)
+		return fault.New(fault.BadRequest, "input %s has lengths, but column %q is %s, which has none", describe(in.spec), in.name, typeText(column))
 	}
 	for i, size := range sizes {
 		want := source.want(i + 1)
 		if size >= 0 && (want >= 0 && (size > want || size < want && (!source.pad || shape != nil)) || i == 0 && source.counted && size > in.most) {
-			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at dimension %d", describe(in.spec), in.name, column, size, i+1)
+			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at dimension %d", describe(in.spec), in.name, typeText(column), size, i+1)
 		}
 	}
 	in.source = source
@@ -268,6 +270,24 @@ func (in *boundInput) hint(element arrow.DataType, depth int) string {
 		text = "transform(x, x -> " + text + ")"
 	}
 	return fmt.Sprintf("; write transform(%s, x -> %s)", column, text)
+}
+
+// typeText writes the type of a column, which holds the names of its fields as the caller has sent them.
+func typeText(t arrow.DataType) string { return printable(t.String()) }
+
+// printable makes one line of a text, not a long one.
+func printable(text string) string {
+	const most = 500
+	cut := ""
+	if len(text) > most {
+		text, cut = text[:most], "..."
+	}
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return utf8.RuneError
+		}
+		return r
+	}, text) + cut
 }
 
 // quoted writes a column's name as SQL takes it.

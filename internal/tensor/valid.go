@@ -17,7 +17,7 @@ func (b *Binding) Check(rec arrow.Record) error {
 		in := &b.inputs[i]
 		column := rec.Column(in.at)
 		if int64(column.Len()) != rec.NumRows() || !inBounds(column.Data()) {
-			return fault.New(fault.BadRequest, "column %q of %s is malformed: its offsets or lengths do not fit its buffers", in.name, column.DataType())
+			return fault.New(fault.BadRequest, "column %q of %s is malformed: its offsets or lengths do not fit its buffers", in.name, typeText(column.DataType()))
 		}
 	}
 	return nil

@@ -1,0 +1,6 @@
+//go:build race
+
+package fuzztest
+
+// slower is how much longer anything takes under the race detector.
+const slower = 10
