@@ -49,28 +49,64 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ImageInput:
-    """How encoded pictures (JPEG, PNG) in a binary column become one float32 input tensor, in the sidecar.
+    """How pictures become one input tensor ``[batch, height, width, channels]``, in the sidecar.
 
-    The largest centred box of the target's aspect is cut out, resized bilinearly with half-pixel centres
-    and without antialias, and each RGB value ``v`` of 0..255 becomes ``v * scale + offset``.
+    The column holds encoded files (JPEG, PNG, GIF, BMP) or Spark's image struct. A picture is turned upright,
+    fitted, resized, brought to its channels; each value ``v`` of 0..255 then becomes ``v * scale + offset``.
 
     Attributes:
         size: Height and width of the tensor, in pixels.
-        scale: One number, or one for each of R, G, B.
-        offset: One number, or one for each of R, G, B.
+        resize: ``bilinear``, ``nearest``, ``bicubic`` or ``area``, as ``tf.image.resize`` does them.
+        antialias: Widens the kernel of ``bilinear`` and ``bicubic`` where a picture is made smaller.
+        fit: ``crop``: the largest centred box of the tensor's aspect is taken; ``stretch``: all of the
+            picture, in another aspect; ``pad``: all of it in its own aspect, in the centre of black.
+        channels: ``RGB``, ``BGR`` or ``L``, which is grey.
+        scale: One number, or one for each channel in the order of ``channels``.
+        offset: One number, or one for each channel in the order of ``channels``.
+        dtype: Element type of the tensor; ``None``: that of the input. Whole numbers are rounded.
     """
 
     size: tuple[int, int]
-    scale: float | tuple[float, float, float] = 1.0
-    offset: float | tuple[float, float, float] = 0.0
+    resize: str = dataclasses.field(default="bilinear", kw_only=True)
+    antialias: bool = dataclasses.field(default=False, kw_only=True)
+    fit: str = dataclasses.field(default="crop", kw_only=True)
+    channels: str = dataclasses.field(default="RGB", kw_only=True)
+    scale: float | tuple[float, ...] = 1.0
+    offset: float | tuple[float, ...] = 0.0
+    dtype: str | None = dataclasses.field(default=None, kw_only=True)
+
+    @classmethod
+    def keras(cls, mode: str, size: tuple[int, int], **how: Any) -> ImageInput:
+        """Return what ``keras.applications.*.preprocess_input`` does in ``mode``.
+
+        Args:
+            mode: ``tf`` (-1 to 1), ``caffe`` (BGR less ImageNet's means) or ``torch`` (less ImageNet's means,
+                by its deviations).
+            size: Height and width of the tensor, in pixels.
+            **how: Further attributes: ``resize``, ``antialias``, ``fit``, ``dtype``.
+
+        Raises:
+            InvalidArgumentError: There is no such mode.
+        """
+        if mode == "tf":
+            return cls(size, scale=1 / 127.5, offset=-1.0, **how)
+        if mode == "caffe":
+            return cls(size, channels="BGR", offset=(-103.939, -116.779, -123.68), **how)
+        if mode == "torch":
+            mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+            scale = tuple(1 / (255 * d) for d in deviation)
+            return cls(
+                size, scale=scale, offset=tuple(-m / d for m, d in zip(mean, deviation, strict=True)), **how
+            )
+        raise InvalidArgumentError(f"mode is {mode!r}; it is one of tf, caffe, torch")
 
     def wire(self) -> dict[str, Any]:
         """Return the entry of the descriptor's ``preprocess``; defaults are left out."""
         fields: dict[str, Any] = {"size": list(self.size)}
-        if self.scale != 1.0:
-            fields["scale"] = self.scale
-        if self.offset != 0.0:
-            fields["offset"] = self.offset
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                fields[field.name] = list(value) if isinstance(value, tuple) else value
         return fields
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from flightsvc import sidecar as sidecars
-from flightsvc.connection import shared
+from flightsvc.connection import Connection, shared
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.model import Model, Request, same_name
 from flightsvc.settings import SPARK_PREFIX, Settings
@@ -56,7 +56,7 @@ class Mapper:
             return
         names = first.schema.names
         positions = self.request.columns(names, self.known, self.case_sensitive)
-        connection = shared(sidecars.for_worker, Settings.read(self.conf))
+        connection = worker_connection(self.request, self.conf)
         exchange = self.request.exchange(connection, names, positions, _place())
         answers = exchange.answers(_chain(first, batches))
         try:
@@ -66,11 +66,21 @@ class Mapper:
             answers.close()
 
 
+def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
+    """Return the connection of a worker to its front, which has the model of ``request`` from then on."""
+    return shared(sidecars.for_worker, Settings.read(conf))
+
+
+def for_workers(request: Request) -> Request:
+    """Return ``request`` as the workers send it: a model that lies on the driver alone is on its way to them."""
+    return request
+
+
 def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
     """Return the function that runs ``request`` in the workers; see :meth:`Model.mapper`."""
     conf = active_conf()
     return Mapper(
-        request,
+        for_workers(request),
         known=() if request.inputs else tuple(model.inputs),
         conf={key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
         case_sensitive=_case_sensitive(conf),
