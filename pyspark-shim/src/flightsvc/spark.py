@@ -72,7 +72,7 @@ def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
 
 
 def for_workers(request: Request) -> Request:
-    """Return ``request`` as the workers send it: a model that lies on the driver alone is on its way to them."""
+    """Return ``request`` as the workers send it: with a model of the driver shipped."""
     return request
 
 
