@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"strconv"
 	"strings"
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
@@ -85,21 +84,6 @@ func nothing(body []byte) error {
 type modelBody struct {
 	Model   string        `json:"model"`
 	Version versionNumber `json:"version"`
-}
-
-// versionNumber is a version as text, and as JSON either text or a number.
-type versionNumber string
-
-func (v *versionNumber) UnmarshalJSON(data []byte) error {
-	if json.Unmarshal(data, (*string)(v)) == nil {
-		return nil
-	}
-	number, err := strconv.ParseUint(string(data), 10, 63)
-	if err != nil {
-		return fmt.Errorf("version must be a number or \"latest\"")
-	}
-	*v = versionNumber(strconv.FormatUint(number, 10))
-	return nil
 }
 
 func decodeModel(body []byte) (modelBody, error) {

@@ -38,7 +38,7 @@ const (
 )
 
 // Features are the fields that change answers and that a client may rely on.
-var Features = []string{"on_error", "nulls", "preprocess", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout"}
+var Features = []string{"on_error", "nulls", "preprocess", "pictures", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout"}
 
 // Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
 type Descriptor struct {
@@ -121,71 +121,33 @@ func (b Batching) limits() batch.Limits {
 // DefaultRunTimeout bounds a TensorFlow run when the descriptor does not.
 const DefaultRunTimeout = 300 * time.Second
 
-// Preprocess turns encoded pictures into an input of float32 [batch, height, width, 3].
-type Preprocess struct {
-	Size     []int    `json:"size"`               // height, width
-	Resize   string   `json:"resize,omitempty"`   // "bilinear"
-	Fit      string   `json:"fit,omitempty"`      // "crop"
-	Channels string   `json:"channels,omitempty"` // "RGB"
-	Scale    channels `json:"scale,omitempty"`    // default 1
-	Offset   channels `json:"offset,omitempty"`   // default 0
-	DType    string   `json:"dtype,omitempty"`    // "float32"
-}
-
-// UnmarshalJSON is part of json.Unmarshaler.
-func (p *Preprocess) UnmarshalJSON(data []byte) error {
-	type plain Preprocess
-	return decodeStrictly(data, (*plain)(p))
-}
-
-// channels is a number, or one for each of the three channels.
-type channels []float32
-
-func (c *channels) UnmarshalJSON(data []byte) error {
-	var one *float32
-	if json.Unmarshal(data, &one) == nil && one != nil {
-		*c = channels{*one, *one, *one}
-		return nil
-	}
-	var list []float32
-	if err := json.Unmarshal(data, &list); err != nil || len(list) != 3 {
-		return fmt.Errorf("scale and offset take a number or a list of 3 numbers")
-	}
-	*c = list
-	return nil
-}
-
-// Scales returns what each channel is multiplied with.
-func (p *Preprocess) Scales() [3]float32 { return p.Scale.or(1) }
-
-// Offsets returns what is then added to each channel.
-func (p *Preprocess) Offsets() [3]float32 { return p.Offset.or(0) }
-
-// or returns the three numbers, or the given default for each.
-func (c channels) or(fallback float32) [3]float32 {
-	if c == nil {
-		return [3]float32{fallback, fallback, fallback}
-	}
-	return [3]float32(c)
-}
-
 // UnmarshalJSON accepts version as a number too.
 func (d *Descriptor) UnmarshalJSON(data []byte) error {
 	type plain Descriptor
 	aux := struct {
-		Version json.RawMessage `json:"version"`
+		Version versionNumber `json:"version"`
 		*plain
 	}{plain: (*plain)(d)}
 	if err := decodeStrictly(data, &aux); err != nil {
 		return err
 	}
-	if len(aux.Version) > 0 && json.Unmarshal(aux.Version, &d.Version) != nil {
-		number, err := strconv.ParseUint(string(aux.Version), 10, 63)
-		if err != nil {
-			return fmt.Errorf("version must be a number, \"latest\" or a label")
-		}
-		d.Version = strconv.FormatUint(number, 10)
+	d.Version = string(aux.Version)
+	return nil
+}
+
+// versionNumber is a version as text, and as JSON either text or a number.
+type versionNumber string
+
+// UnmarshalJSON is part of json.Unmarshaler.
+func (v *versionNumber) UnmarshalJSON(data []byte) error {
+	if json.Unmarshal(data, (*string)(v)) == nil {
+		return nil
 	}
+	number, err := strconv.ParseUint(string(data), 10, 63)
+	if err != nil {
+		return fmt.Errorf("version must be a number, \"latest\" or a label")
+	}
+	*v = versionNumber(strconv.FormatUint(number, 10))
 	return nil
 }
 
@@ -197,7 +159,7 @@ func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
 	}
 	d := &Descriptor{}
 	if len(fd.GetCmd()) <= maxTicketBytes {
-		if err := decodeStrictly(fd.GetCmd(), d); err != nil {
+		if err := d.UnmarshalJSON(fd.GetCmd()); err != nil {
 			return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
 		}
 	}
@@ -240,29 +202,7 @@ func (d *Descriptor) check() error {
 			return err
 		}
 	}
-	for name, p := range d.Preprocess {
-		if err := p.check(); err != nil {
-			return fmt.Errorf("preprocess of %q: %w", name, err)
-		}
-		d.Preprocess[name] = p
-	}
-	return nil
-}
-
-func (p *Preprocess) check() error {
-	if len(p.Size) != 2 || p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > 1<<14 || p.Size[1] > 1<<14 {
-		return fmt.Errorf("size must be [height, width], each from 1 to %d", 1<<14)
-	}
-	for _, choice := range []struct {
-		field string
-		value *string
-		known string
-	}{{"resize", &p.Resize, "bilinear"}, {"fit", &p.Fit, "crop"}, {"channels", &p.Channels, "RGB"}, {"dtype", &p.DType, "float32"}} {
-		if err := choose(choice.field, choice.value, choice.known); err != nil {
-			return err
-		}
-	}
-	return nil
+	return d.checkPictures()
 }
 
 // choose sets value to the first known one if it is empty, and refuses an unknown one.
@@ -285,9 +225,9 @@ func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
 	if signature.Assigns != "" {
 		return nil, d.say(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again after a fault would be answered differently; export a signature that only reads", signature.Assigns))
 	}
-	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Pictures: map[string]bool{}, Layout: d.Layout, Metadata: d.schemaMetadata(signature)}
-	for name := range d.Preprocess {
-		options.Pictures[name] = true
+	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: d.schemaMetadata(signature)}
+	if options.Pictures, err = d.made(signature); err != nil {
+		return nil, d.say(err)
 	}
 	if d.OnError == OnErrorColumn {
 		options.ErrorColumn = d.ErrorColumn
@@ -332,15 +272,6 @@ func (d *Descriptor) runTimeout() time.Duration {
 		return DefaultRunTimeout
 	}
 	return time.Duration(*d.RunTimeoutMS) * time.Millisecond
-}
-
-// pictureBytes returns the bytes of the tensors that the pictures of one row become.
-func (d *Descriptor) pictureBytes() int64 {
-	size := int64(0)
-	for _, p := range d.Preprocess {
-		size += int64(p.Size[0]) * int64(p.Size[1]) * 3 * int64(savedmodel.Float32.Size())
-	}
-	return size
 }
 
 // redirect reports whether the caller takes a location.

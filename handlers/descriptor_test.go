@@ -46,10 +46,19 @@ func TestParseDescriptor(t *testing.T) {
 		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", Batching{MaxBatchSize: 4} })},
 		"choices":        {`{"v":1,"model":"m","on_error":"column","error_column":"e","nulls":"fail","device":"cpu"}`, minimal(func(d *Descriptor) { d.OnError, d.ErrorColumn, d.Nulls, d.Device = "column", "e", "fail", "cpu" })},
 		"picture defaults": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3]}}}`, minimal(func(d *Descriptor) {
-			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32"}}
+			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB"}}
 		})},
 		"picture scale": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3],"scale":0.5,"offset":[1,2,3]}}}`, minimal(func(d *Descriptor) {
-			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32", Scale: channels{.5, .5, .5}, Offset: channels{1, 2, 3}}}
+			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB", Scale: channels{.5, .5, .5}, Offset: channels{1, 2, 3}}}
+		})},
+		"picture in all its fields": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3],"resize":"bicubic","antialias":true,"fit":"pad","channels":"L","scale":2,"offset":[3],"dtype":"uint8"}}}`, minimal(func(d *Descriptor) {
+			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bicubic", Antialias: true, Fit: "pad", Channels: "L", Scale: channels{2, 2, 2}, Offset: channels{3}, DType: "uint8"}}
+		})},
+		"built-in model": {`{"v":1,"model":"image"}`, minimal(func(d *Descriptor) {
+			d.Model, d.Preprocess = "image", map[string]Preprocess{"image": {}}
+		})},
+		"built-in model resizes": {`{"v":1,"model":"image","preprocess":{"image":{"size":[2,3],"channels":"L"}}}`, minimal(func(d *Descriptor) {
+			d.Model, d.Preprocess = "image", map[string]Preprocess{"image": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "L"}}
 		})},
 		"whitespace around": {" {\"v\":1,\"model\":\"m\"}\n", minimal(func(*Descriptor) {})},
 	} {
@@ -96,13 +105,22 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"preprocess field":      {in(`"preprocess":{"p":{"size":[1,1],"Size":[2,2]}}`), []string{`unknown field "Size"`}},
 		"run timeout of years":  {in(`"run_timeout_ms":18446744073710`), []string{"run_timeout_ms is 18446744073710", "up to 604800000"}},
 		"run timeout":           {in(`"run_timeout_ms":-1`), []string{"run_timeout_ms is -1"}},
-		"picture without size":  {in(`"preprocess":{"p":{}}`), []string{`preprocess of "p"`, "size must be [height, width]"}},
+		"picture without size":  {in(`"preprocess":{"p":{}}`), []string{`preprocess of "p"`, "size is missing; want [height, width]"}},
 		"picture of size 0":     {in(`"preprocess":{"p":{"size":[0,1]}}`), []string{"from 1 to 16384"}},
 		"picture too large":     {in(`"preprocess":{"p":{"size":[1,16385]}}`), []string{"from 1 to 16384"}},
 		"picture of three":      {in(`"preprocess":{"p":{"size":[1,1,3]}}`), []string{"size must be"}},
-		"picture resize":        {in(`"preprocess":{"p":{"size":[1,1],"resize":"area"}}`), []string{`resize is "area"`}},
-		"picture scale of two":  {in(`"preprocess":{"p":{"size":[1,1],"scale":[1,2]}}`), []string{"a number or a list of 3"}},
-		"picture scale of null": {in(`"preprocess":{"p":{"size":[1,1],"scale":null}}`), []string{"a number or a list of 3"}},
+		"picture resize":        {in(`"preprocess":{"p":{"size":[1,1],"resize":"lanczos"}}`), []string{`resize is "lanczos"`, `"area"`}},
+		"picture fit":           {in(`"preprocess":{"p":{"size":[1,1],"fit":"box"}}`), []string{`fit is "box"`, `"stretch"`}},
+		"picture channels":      {in(`"preprocess":{"p":{"size":[1,1],"channels":"rgb"}}`), []string{`channels is "rgb"`, `"BGR"`}},
+		"picture dtype":         {in(`"preprocess":{"p":{"size":[1,1],"dtype":"int8"}}`), []string{`dtype is "int8"`, "uint8"}},
+		"nearest antialias":     {in(`"preprocess":{"p":{"size":[1,1],"resize":"nearest","antialias":true}}`), []string{"antialias goes with bilinear and bicubic"}},
+		"picture scale of two":  {in(`"preprocess":{"p":{"size":[1,1],"scale":[1,2]}}`), []string{"a number or a list with one for each channel"}},
+		"picture scale of null": {in(`"preprocess":{"p":{"size":[1,1],"scale":null}}`), []string{"a number or a list with one for each channel"}},
+		"one scale for three":   {in(`"preprocess":{"p":{"size":[1,1],"scale":[1]}}`), []string{"scale has 1 numbers, but RGB has 3 channels"}},
+		"three scales for one":  {in(`"preprocess":{"p":{"size":[1,1],"channels":"L","offset":[1,2,3]}}`), []string{"offset has 3 numbers, but L has 1 channels"}},
+		"built-in scale":        {`{"v":1,"model":"image","preprocess":{"image":{"scale":2}}}`, []string{"scale, offset and dtype are for tensors"}},
+		"built-in RGB":          {`{"v":1,"model":"image","preprocess":{"image":{"channels":"RGB"}}}`, []string{`channels is "RGB"`, `"BGR"`}},
+		"built-in fit":          {`{"v":1,"model":"image","preprocess":{"image":{"fit":"pad"}}}`, []string{"want a size"}},
 		"too long":              {`{"v":1,"model":"` + strings.Repeat("m", MaxDescriptorBytes) + `"}`, []string{"bytes, more than 65536"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -93,18 +93,19 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 	}
 	waited := started.Sub(arrived.at)
 	total := arrived.rec.NumRows()
-	step := max(total, 1)
-	if size := x.descriptor.pictureBytes(); size > 0 && !x.whole {
-		step = max(maxPictureBytes/size, 1)
+	ends := []int64{total}
+	if !x.whole {
+		ends = x.binding.Cut(arrived.rec, x.pictures, maxPictureBytes)
 	}
-	for lo := int64(0); lo == 0 || lo < total; lo += step {
-		hi := min(lo+step, total)
+	lo := int64(0)
+	for _, hi := range ends {
 		piece := arrived.rec.NewSlice(lo, hi)
 		err := x.answerPiece(ctx, piece, lo, hi == total, waited, arrived.at)
 		piece.Release()
 		if err != nil {
 			return err
 		}
+		lo = hi
 	}
 	x.batches++
 	x.rows += total
@@ -168,7 +169,7 @@ func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows,
 	if rows.Kept() == 0 {
 		return nil, x.refuse(rows, lo)
 	}
-	feeds, err := x.binding.Values(rec, rows, x.pictures, x.options.Memory)
+	feeds, err := x.binding.Values(ctx, rec, rows, x.pictures, x.options.Memory)
 	if err != nil {
 		return nil, x.descriptor.say(err)
 	}

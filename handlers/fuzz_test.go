@@ -2,6 +2,7 @@ package handlers
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"io"
@@ -301,12 +302,15 @@ func tensorsOf(t *testing.T, binding *tensor.Binding, rec arrow.Record, refuse b
 		expect.Fault(t, err, fault.BadRequest)
 		return
 	}
+	if ends := binding.Cut(rec, notDecoded{}, 64); ends[len(ends)-1] != rec.NumRows() || !slices.IsSorted(ends) {
+		t.Errorf("%d rows are cut at %d", rec.NumRows(), ends)
+	}
 	rows := tensor.NewRows(int(rec.NumRows()))
 	binding.Nulls(rec, rows, refuse)
 	if rows.Kept() == 0 {
 		return
 	}
-	feeds, err := binding.Values(rec, rows, notDecoded, mem)
+	feeds, err := binding.Values(t.Context(), rec, rows, notDecoded{}, mem)
 	if err != nil {
 		if kind, ok := fault.KindOf(err); !ok || kind != fault.BadRequest && kind != fault.Exhausted {
 			t.Errorf("the error is %v", err)
@@ -337,14 +341,18 @@ func tensorsOf(t *testing.T, binding *tensor.Binding, rec arrow.Record, refuse b
 }
 
 // notDecoded stands for the decoder of pictures: it takes those with an even number of bytes.
-func notDecoded(_ string, encoded [][]byte, mem memory.Allocator) (tensor.Value, map[int]string, error) {
+type notDecoded struct{}
+
+func (notDecoded) Bytes(_ string, p tensor.Picture) int64 { return int64(len(p.Data)) }
+
+func (notDecoded) Decode(_ context.Context, _ string, pictures []tensor.Picture, mem memory.Allocator) (tensor.Value, map[int]string, error) {
 	failed := map[int]string{}
-	for i, picture := range encoded {
-		if len(picture)%2 == 1 {
+	for i, picture := range pictures {
+		if len(picture.Data)%2 == 1 {
 			failed[i] = "odd"
 		}
 	}
-	return tensor.Allocate(savedmodel.Float32, []int64{int64(len(encoded)), 2, 3, 3}, mem), failed, nil
+	return tensor.Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 2, 3, 3}, mem), failed, nil
 }
 
 // liars returns streams that would make much work or take much memory for few bytes.
@@ -538,7 +546,14 @@ func FuzzLease(f *testing.F) {
 	})
 }
 
-// FuzzCriteria feeds criteria of ListFlights: a list, here empty, or a fault of the caller.
+// unheard takes flights and forgets them.
+type unheard struct {
+	flight.FlightService_ListFlightsServer
+}
+
+func (unheard) Send(*flight.FlightInfo) error { return nil }
+
+// FuzzCriteria feeds criteria of ListFlights: a list, or a fault of the caller.
 func FuzzCriteria(f *testing.F) {
 	f.Add([]byte(`{"model":"m"}`))
 	f.Add([]byte(`{}`))
@@ -549,7 +564,7 @@ func FuzzCriteria(f *testing.F) {
 	front := &Front{options: FrontOptions{Cache: cache}}
 	f.Fuzz(func(t *testing.T, criteria []byte) {
 		fuzztest.Bounded(t, fuzzJSONBytes, func() {
-			if err := front.ListFlights(&flight.Criteria{Expression: criteria}, nil); err != nil {
+			if err := front.ListFlights(&flight.Criteria{Expression: criteria}, unheard{}); err != nil {
 				expect.Fault(t, err, fault.BadRequest, "criteria")
 			} else if len(criteria) > 0 && !json.Valid(criteria) {
 				t.Error("what is no JSON was taken")

@@ -275,7 +275,7 @@ func TestGoldenColumns(t *testing.T) {
 				binding.Nulls(rec, rows, false)
 				feeds := map[string]tensor.Value{}
 				if rows.Kept() > 0 {
-					made, err := binding.Values(rec, rows, nil, mem)
+					made, err := binding.Values(t.Context(), rec, rows, nil, mem)
 					if err != nil {
 						t.Fatal(err)
 					}

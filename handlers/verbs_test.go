@@ -39,8 +39,8 @@ func TestBodies(t *testing.T) {
 		`{"model":"m"} {}`:           "text after the object",
 		`{"model":"m","sig":"x"}`:    `unknown field "sig"`,
 		`{"model":1}`:                "cannot unmarshal number",
-		`{"model":"m","version":-1}`: `version must be a number or "latest"`,
-		`{"model":"m","version":[]}`: `version must be a number or "latest"`,
+		`{"model":"m","version":-1}`: `version must be a number, "latest"`,
+		`{"model":"m","version":[]}`: `version must be a number, "latest"`,
 		strings.Repeat(" ", MaxActionBytes) + `{"model":"m"}`: "more than 65536",
 	} {
 		_, err := decodeModel([]byte(body))

@@ -15,15 +15,17 @@ import (
 
 // Options are what a Cache needs.
 type Options struct {
-	ModelRoot   string        // folder in which names are looked up; "" for none
-	CacheDir    string        // for pushed models; made when the first arrives
-	Folder      string        // the front's folder, in which runners make their sockets
-	Binary      string        // path of flightsvc-runner
-	Build       string        // of the front; a runner of another build is refused
-	Server      string        // name under which runners answer
-	Cores       int           // threads of a runner's pools; 0 leaves it to TensorFlow
-	LogLevel    string        // of runners
-	LoadTimeout time.Duration // bound on starting a runner and loading its model
+	ModelRoot string // folder in which names are looked up; "" for none
+	CacheDir  string // for pushed models; made when the first arrives
+	Folder    string // the front's folder, in which runners make their sockets
+	Binary    string // path of flightsvc-runner
+	Build     string // of the front; a runner of another build is refused
+	Server    string // name under which runners answer
+	Cores     int    // threads of a runner's pools; 0 leaves it to TensorFlow
+	LogLevel  string // of runners
+	// Bounds on a picture that a runner decodes: pixels, and bytes of its file.
+	MaxImagePixels, MaxImageBytes int64
+	LoadTimeout                   time.Duration // bound on starting a runner and loading its model
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)

@@ -18,10 +18,11 @@ type Entry struct {
 	Err   error  // why it cannot be read
 }
 
-// Index lists the models below the model-root, those that were pushed, and those in memory, each version once, by
+// Index lists the built-in model, the models below the model-root, those that were pushed, and those in memory, each version once, by
 // reference and version. It loads nothing. Its fault is Precondition where the model-root cannot be read.
 func (c *Cache) Index() ([]Entry, error) {
-	var list []Entry
+	image, _ := resolveImage(latest)
+	list := []Entry{{Model: image, State: StateUnloaded}}
 	if root := c.options.ModelRoot; root != "" {
 		folders, err := os.ReadDir(root)
 		if err != nil {
@@ -30,7 +31,7 @@ func (c *Cache) Index() ([]Entry, error) {
 		for _, folder := range folders {
 			base := filepath.Join(root, folder.Name())
 			info, err := os.Stat(base) // a link to a folder is one
-			if err != nil || !info.IsDir() || strings.HasPrefix(folder.Name(), ".") {
+			if err != nil || !info.IsDir() || strings.HasPrefix(folder.Name(), ".") || folder.Name() == Image {
 				continue
 			}
 			numbers := []string{latest}

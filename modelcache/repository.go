@@ -20,7 +20,7 @@ import (
 type Model struct {
 	Ref     string // as the caller wrote it
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
-	Dir     string // absolute folder of the SavedModel
+	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
 	Saved   *savedmodel.Model
 }
 
@@ -28,12 +28,19 @@ type Model struct {
 const latest = "latest"
 
 // Resolve finds the SavedModel of a reference: a file URI or an absolute path of a SavedModel or of a folder
-// with numbered versions, a name below the model-root, or the digest of a pushed model. version is
+// with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
 // "latest", "" for the same, or a number. It reads saved_model.pb and loads nothing.
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file.
 func (c *Cache) Resolve(ref, version string) (Model, error) {
 	version = cmp.Or(version, latest)
+	if ref == Image {
+		model, ok := resolveImage(version)
+		if !ok {
+			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref, version, model.Version)
+		}
+		return model, nil
+	}
 	base, err := c.folder(ref)
 	if err != nil {
 		return Model{}, err

@@ -152,7 +152,7 @@ func TestPush(t *testing.T) {
 		t.Errorf("resolved to %+v, %v", model, err)
 	}
 	entries, err := c.Index()
-	if err != nil || len(entries) != 1 || entries[0].Ref != digest || entries[0].State != StateUnloaded || entries[0].Err != nil {
+	if err != nil || len(entries) != 2 || entries[0].Ref != Image || entries[1].Ref != digest || entries[1].State != StateUnloaded || entries[1].Err != nil {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 	_, err = c.Resolve("sha256:"+strings.Repeat("0", 64), "")
@@ -356,7 +356,7 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	if got := tree(t, c.models()); got != fmt.Sprintf("%s %[1]s/f:0 .push-x .push-x/f:0 notes notes/f:0", live) {
 		t.Errorf("after the sweep there are %s", got)
 	}
-	if entries, err := c.Index(); err != nil || len(entries) != 0 {
+	if entries, err := c.Index(); err != nil || len(entries) != 1 {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 }
@@ -431,7 +431,7 @@ func TestIndex(t *testing.T) {
 		}
 		return strings.Join(words, " ")
 	}
-	const rest = "broken/:unloaded:false empty/:unloaded:false m/1:%s:true many/2:unloaded:true many/10:unloaded:true"
+	const rest = "broken/:unloaded:false empty/:unloaded:false image/1:unloaded:true m/1:%s:true many/2:unloaded:true many/10:unloaded:true"
 	if got := list(); got != fmt.Sprintf(rest, "unloaded") {
 		t.Errorf("the index is %s", got)
 	}

@@ -46,8 +46,19 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "layout": "list",
 }
-PICTURE = {"size": [2, 3], "resize": "bilinear", "fit": "crop", "channels": "RGB", "dtype": "float32"}
-FEATURES = ["on_error", "nulls", "preprocess", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout"]
+PICTURE = {"size": [2, 3], "resize": "bilinear", "fit": "crop", "channels": "RGB"}
+FEATURES = [
+    "on_error",
+    "nulls",
+    "preprocess",
+    "pictures",
+    "run_timeout_ms",
+    "encoding",
+    "pad",
+    "type",
+    "shape",
+    "layout",
+]
 
 
 def descriptors() -> dict[str, Any]:
@@ -163,11 +174,16 @@ def descriptors() -> dict[str, Any]:
             wrong("a picture of no size", '"preprocess":{"image":{"size":[0,3]}}', '"image"', "size"),
             wrong(
                 "an unknown resize",
-                '"preprocess":{"image":{"size":[2,3],"resize":"area"}}',
+                '"preprocess":{"image":{"size":[2,3],"resize":"lanczos"}}',
                 '"image"',
-                '"area"',
+                '"lanczos"',
             ),
-            wrong("two scales", '"preprocess":{"image":{"size":[2,3],"scale":[1,2]}}', "scale", "3 numbers"),
+            wrong(
+                "two scales",
+                '"preprocess":{"image":{"size":[2,3],"scale":[1,2]}}',
+                "scale",
+                "one for each channel",
+            ),
             wrong("an unknown field of a lease", '"lease":{"id":"ID","key":1}', '"key"'),
         ],
         # Refused for the tiny model, whose digest stands in for the model's name.

@@ -92,7 +92,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		MaxBatchBytes:      maxBatchBytes,
 		BatchTimeout:       batchTimeout,
 		MaxEnqueuedBatches: maxEnqueuedBatches,
-		NumBatchThreads:    engine.cores,
+		NumBatchThreads:    max(setup.Cores, 1),
 		Run:                engine.Run,
 		Stuck: func(timeout time.Duration) {
 			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model), zap.Duration("run_timeout", timeout))

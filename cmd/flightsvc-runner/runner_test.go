@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -26,10 +27,10 @@ import (
 	"flightsvc/modelcache"
 )
 
-// load opens one of the models of pyspark-shim/tests/make_models.py.
-func load(t *testing.T, name string) *engine {
+// loadModel opens one of the models of pyspark-shim/tests/make_models.py.
+func loadModel(t *testing.T, name string) *loaded {
 	t.Helper()
-	e, err := open(modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2})
+	e, err := load(modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2, MaxImagePixels: 1 << 20, MaxImageBytes: 1 << 20})
 	if err != nil {
 		t.Fatalf("%v; make build/models/.done makes the models", err)
 	}
@@ -38,7 +39,7 @@ func load(t *testing.T, name string) *engine {
 }
 
 // feed is a value for an input of the default signature, in memory from mem.
-func feed(t *testing.T, e *engine, input string, mem *offheap.Allocator, shape []int64, data []byte, texts ...string) tensor.Feed {
+func feed(t *testing.T, e *loaded, input string, mem *offheap.Allocator, shape []int64, data []byte, texts ...string) tensor.Feed {
 	t.Helper()
 	for _, spec := range e.Model().Signatures[savedmodel.DefaultSignature].Inputs {
 		if spec.Name != input {
@@ -59,7 +60,7 @@ func feed(t *testing.T, e *engine, input string, mem *offheap.Allocator, shape [
 	return tensor.Feed{}
 }
 
-func fetches(e *engine) (names []string) {
+func fetches(e *loaded) (names []string) {
 	for _, spec := range e.Model().Signatures[savedmodel.DefaultSignature].Outputs {
 		names = append(names, spec.Tensor)
 	}
@@ -75,7 +76,7 @@ func numbers(values ...int64) []byte {
 }
 
 func TestEngineRuns(t *testing.T) {
-	e, mem := load(t, "ints"), &offheap.Allocator{}
+	e, mem := loadModel(t, "ints"), &offheap.Allocator{}
 	var working sync.WaitGroup
 	for i := range int64(8) {
 		working.Go(func() {
@@ -98,7 +99,7 @@ func TestEngineRuns(t *testing.T) {
 }
 
 func TestEngineRunsStrings(t *testing.T) {
-	e := load(t, "strings")
+	e := loadModel(t, "strings")
 	long := strings.Repeat("x", 100)
 	out, err := e.Run([]tensor.Feed{feed(t, e, "s", nil, []int64{3}, nil, "a", "", long)}, fetches(e), 0)
 	if err != nil {
@@ -119,12 +120,12 @@ func TestEngineRunsStrings(t *testing.T) {
 
 func TestEngineFails(t *testing.T) {
 	mem := &offheap.Allocator{}
-	e := load(t, "slow")
+	e := loadModel(t, "slow")
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
 	_, err := e.Run([]tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}, fetches(e), 50*time.Millisecond)
 	expect.Fault(t, err, fault.Deadline, "run_timeout_ms (50)")
 
-	ints := load(t, "ints")
+	ints := loadModel(t, "ints")
 	_, err = ints.Run([]tensor.Feed{feed(t, ints, "i", mem, []int64{1, 3}, numbers(1, 2, 3))}, []string{"nope:0"}, 0)
 	expect.Fault(t, err, fault.Internal, "TensorFlow refused it", `no tensor "nope:0"`)
 
@@ -141,36 +142,88 @@ func TestEngineFails(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "is not a SavedModel")
 }
 
-func TestPictures(t *testing.T) {
-	e, mem := load(t, "pictures"), &offheap.Allocator{}
-	var picture bytes.Buffer
-	if err := png.Encode(&picture, image.NewRGBA(image.Rect(0, 0, 5, 5))); err != nil {
+// blackPicture is a PNG of so many pixels a side.
+func blackPicture(t *testing.T, side int) tensor.Picture {
+	t.Helper()
+	var encoded bytes.Buffer
+	if err := png.Encode(&encoded, image.NewRGBA(image.Rect(0, 0, side, side))); err != nil {
 		t.Fatal(err)
 	}
-	specs := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}}}
+	return tensor.Picture{Data: encoded.Bytes()}
+}
+
+func TestPictures(t *testing.T) {
+	e, mem := loadModel(t, "pictures"), &offheap.Allocator{}
+	black := blackPicture(t, 5)
+	wanted := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32"}}
 	for range 2 {
-		decode, err := e.Pictures(specs)
+		pictures, err := e.Pictures(wanted)
 		if err != nil {
 			t.Fatal(err)
 		}
-		value, refused, err := decode("image", [][]byte{picture.Bytes(), []byte("no picture"), picture.Bytes()}, mem)
+		if size := pictures.Bytes("image", black); size != 4*4*3*4 {
+			t.Errorf("a picture becomes %d bytes", size)
+		}
+		value, refused, err := pictures.Decode(t.Context(), "image", []tensor.Picture{black, {Data: []byte("no picture")}, black}, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(refused) != 1 || refused[1] == "" || !slices.Equal(value.Shape, []int64{3, 4, 4, 3}) {
 			t.Errorf("refused %v, shape %v", refused, value.Shape)
 		}
-		black := make([]byte, 4*4*3*4)
-		if !bytes.Equal(value.Data[:len(black)], black) || !bytes.Equal(value.Data[2*len(black):], black) {
+		zero := make([]byte, 4*4*3*4)
+		if !bytes.Equal(value.Data[:len(zero)], zero) || !bytes.Equal(value.Data[2*len(zero):], zero) {
 			t.Error("a black picture is not black")
 		}
 		value.Release()
+
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, _, err := pictures.Decode(ctx, "image", []tensor.Picture{black}, mem); !errors.Is(err, context.Canceled) {
+			t.Errorf("after its stream has ended: %v", err)
+		}
 	}
-	if len(e.graphs) != 1 {
-		t.Errorf("%d graphs for one spec", len(e.graphs))
+	if len(e.graphs.built) != 1 {
+		t.Errorf("%d graphs for one spec", len(e.graphs.built))
 	}
 	if mem.Live() != 0 {
 		t.Errorf("%d bytes were not freed", mem.Live())
+	}
+}
+
+// TestImage runs the built-in model as handlers do.
+func TestImage(t *testing.T) {
+	e, err := open(modelcache.Setup{Model: modelcache.Image, Cores: 2, MaxImagePixels: 1_000, MaxImageBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pictures, err := e.Pictures(map[string]handlers.Preprocess{modelcache.ImageInput: {}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	grey := tensor.Picture{Data: []byte{1, 2, 3, 4, 5, 6}, Height: 2, Width: 3, Channels: 1, DType: savedmodel.Uint8}
+	if size := pictures.Bytes("image", blackPicture(t, 5)); size < 5*5*3 || size > 200 {
+		t.Errorf("a picture of 5x5 becomes %d bytes", size)
+	}
+	cells := []tensor.Picture{grey, blackPicture(t, 100), blackPicture(t, 5)}
+	value, refused, err := pictures.Decode(t.Context(), "image", cells, nil)
+	if err != nil || len(refused) != 1 || !strings.Contains(refused[1], "1000 pixels") {
+		t.Fatalf("refused %v, %v", refused, err)
+	}
+	kept := value.Take([]int{0, 2}, nil)
+	outputs, err := e.Run([]tensor.Feed{{Tensor: "image", Value: kept}}, []string{"data", "height", "mode", "nChannels", "width"}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer outputs.Close()
+	got := outputs.Values()
+	if !bytes.Equal(got[0].Strings[0], grey.Data) || len(got[0].Strings[1]) != 5*5*4 {
+		t.Errorf("the data are %v", got[0].Strings)
+	}
+	for i, want := range map[int][]byte{1: {2, 0, 0, 0, 5, 0, 0, 0}, 2: {0, 0, 0, 0, 24, 0, 0, 0}, 3: {1, 0, 0, 0, 4, 0, 0, 0}, 4: {3, 0, 0, 0, 5, 0, 0, 0}} {
+		if !bytes.Equal(got[i].Data, want) || !slices.Equal(got[i].Shape, []int64{2}) {
+			t.Errorf("output %d is %v", i, got[i])
+		}
 	}
 }
 

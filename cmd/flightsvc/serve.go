@@ -174,17 +174,19 @@ func newCache(settings config.Serve, folder string, log *zap.Logger) (*modelcach
 		return nil, err
 	}
 	return modelcache.New(modelcache.Options{
-		ModelRoot:   root,
-		CacheDir:    cacheDir,
-		Folder:      folder,
-		Binary:      filepath.Join(filepath.Dir(self), "flightsvc-runner"),
-		Build:       build.ID(),
-		Server:      serverName(),
-		Cores:       cmp.Or(settings.Cores, runtime.GOMAXPROCS(0)),
-		LogLevel:    settings.LogLevel,
-		LoadTimeout: settings.LoadTimeout,
-		Library:     library(settings.Libtensorflow),
-		Log:         log,
+		ModelRoot:      root,
+		CacheDir:       cacheDir,
+		Folder:         folder,
+		Binary:         filepath.Join(filepath.Dir(self), "flightsvc-runner"),
+		Build:          build.ID(),
+		Server:         serverName(),
+		Cores:          cmp.Or(settings.Cores, runtime.GOMAXPROCS(0)),
+		MaxImagePixels: settings.MaxImagePixels,
+		MaxImageBytes:  settings.MaxImageBytes,
+		LogLevel:       settings.LogLevel,
+		LoadTimeout:    settings.LoadTimeout,
+		Library:        library(settings.Libtensorflow),
+		Log:            log,
 	}), nil
 }
 

@@ -14,16 +14,18 @@ import (
 
 // Serve are the settings of `flightsvc serve`.
 type Serve struct {
-	Endpoint      string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
-	ModelRoot     string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder in which model names are looked up."`
-	CacheDir      string        `env:"FLIGHTSVC_CACHE_DIR" placeholder:"DIR" help:"Folder that keeps pushed models. Default: $$XDG_CACHE_HOME/flightsvc, else ~/.cache/flightsvc."`
-	Libtensorflow string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
-	RunDir        string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
-	IdleTimeout   time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`
-	Cores         int           `env:"FLIGHTSVC_CORES" default:"0" help:"Threads for each model. Default: the cores that this process may use."`
-	LogLevel      string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Least level to log: debug, info, warn, error."`
-	LoadTimeout   time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
-	DrainTimeout  time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
+	Endpoint       string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
+	ModelRoot      string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder in which model names are looked up."`
+	CacheDir       string        `env:"FLIGHTSVC_CACHE_DIR" placeholder:"DIR" help:"Folder that keeps pushed models. Default: $$XDG_CACHE_HOME/flightsvc, else ~/.cache/flightsvc."`
+	Libtensorflow  string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
+	RunDir         string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
+	IdleTimeout    time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`
+	Cores          int           `env:"FLIGHTSVC_CORES" default:"0" help:"Threads for each model. Default: the cores that this process may use."`
+	MaxImagePixels int64         `env:"FLIGHTSVC_MAX_IMAGE_PIXELS" default:"178956970" help:"Most pixels of a picture; a larger one is refused before it is decoded. Default: 178956970, twice Pillow's limit for a warning."`
+	MaxImageBytes  int64         `env:"FLIGHTSVC_MAX_IMAGE_BYTES" default:"67108864" help:"Most bytes of a picture's file; a larger one is refused before it is decoded. Default: 64 MiB."`
+	LogLevel       string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Least level to log: debug, info, warn, error."`
+	LoadTimeout    time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
+	DrainTimeout   time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
 
 	Detach  bool   `help:"Start in the background, in a session of its own with a clean environment; print its handshake line and return."`
 	Owner   string `placeholder:"PID:START" help:"End with this process; START is its start time in clock ticks, field 22 of /proc/PID/stat."`
@@ -43,6 +45,11 @@ func (s *Serve) Validate() error {
 	}
 	if s.Cores < 0 {
 		faults = append(faults, fmt.Errorf("cores is %d; want 0 for all, or more", s.Cores))
+	}
+	for name, value := range map[string]int64{"max-image-pixels": s.MaxImagePixels, "max-image-bytes": s.MaxImageBytes} {
+		if value < 1 {
+			faults = append(faults, fmt.Errorf("%s is %d; want 1 or more", name, value))
+		}
 	}
 	return errors.Join(faults...)
 }

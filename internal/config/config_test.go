@@ -8,7 +8,7 @@ import (
 )
 
 func valid() Serve {
-	return Serve{IdleTimeout: time.Minute, LoadTimeout: time.Minute, DrainTimeout: time.Second}
+	return Serve{IdleTimeout: time.Minute, LoadTimeout: time.Minute, DrainTimeout: time.Second, MaxImagePixels: 1, MaxImageBytes: 1}
 }
 
 func TestValidate(t *testing.T) {
@@ -26,7 +26,7 @@ func TestValidate(t *testing.T) {
 	if err == nil {
 		t.Fatal("nothing was refused")
 	}
-	for _, part := range []string{"idle-timeout is -1ns", "load-timeout is -1s", "drain-timeout is 0s", "cores is -2"} {
+	for _, part := range []string{"idle-timeout is -1ns", "load-timeout is -1s", "drain-timeout is 0s", "cores is -2", "max-image-pixels is 0", "max-image-bytes is 0"} {
 		if !strings.Contains(err.Error(), part) {
 			t.Errorf("%q does not say %q", err, part)
 		}

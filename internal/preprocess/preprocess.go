@@ -1,144 +1,296 @@
-// Package preprocess turns the bytes of one encoded picture into the tensor that an
-// image network takes: decode, crop, resize, normalise. What may enter is a way to
-// describe and to run that one transformation. tfgo builds its graph and
-// TensorFlow's own kernels run it, so that its numbers are those of
-// tf.image.resize; internal/tensorflow runs it, so that its tensors are freed at
+// Package preprocess turns one picture into the tensor that an image network takes,
+// or into another picture: decode, turn, crop, resize, order channels, normalise.
+// What may enter is a way to describe and to run that one transformation. tfgo
+// builds its graph and TensorFlow's own kernels run it, so that its numbers are
+// those of tf.image; internal/tensorflow runs it, so that its tensors are freed at
 // once and its errors keep TensorFlow's code. Batches, columns and what to do with
 // a bad row belong to the caller.
+//
+// The order of work: limits by the header; decode to uint8; orientation by EXIF;
+// crop; resize with half-pixel centres; pad; channels; scale and offset; element
+// type. JPEG and PNG are decoded by TensorFlow, BMP and the first frame of a GIF in
+// Go. An image struct has its pixels already.
 package preprocess
 
 import (
-	"bytes"
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
-	tf "github.com/galeone/tensorflow/tensorflow/go"
-	"github.com/galeone/tensorflow/tensorflow/go/op"
-	tg "github.com/galeone/tfgo"
-
 	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
 )
 
-// maxPixels is the most pixels that a picture may have. It is where Pillow raises
-// DecompressionBombError: twice its Image.MAX_IMAGE_PIXELS, which is a quarter of a
-// gigabyte of 3-byte pixels.
-const maxPixels = 2 * 89_478_485
+// maxScans is the most scans of a JPEG. Encoders write about ten; each costs a pass
+// over the whole picture, however few bytes it has.
+const maxScans = 100
 
-// Spec says what the tensor should look like.
+// Spec says what the result should look like. It can be the key of a map.
 type Spec struct {
-	// Height and Width of the tensor in pixels. The picture's largest centred box
-	// of this aspect is resized to it, bilinearly, with half-pixel centres and
-	// without antialias.
-	Height, Width int
-	// Scale and Offset make x*Scale+Offset of a channel's value x, which is 0 to
-	// 255; in the order red, green, blue.
+	Height, Width int    // of the result in pixels
+	Resize        string // "bilinear", "nearest", "bicubic" or "area", as in tf.image.resize
+	Antialias     bool   // only bilinear and bicubic
+	// Fit is "crop": the picture's largest centred box of the result's aspect;
+	// "stretch": the whole picture; or "pad": the whole picture in its own aspect,
+	// black beside it, as tf.image.resize_with_pad.
+	Fit string
+	// Channels is "RGB", "BGR" or "L". Grey becomes colour, alpha is dropped; L is
+	// 0.299 R + 0.587 G + 0.114 B of the resized values.
+	Channels string
+	// Scale and Offset make x*Scale+Offset of a channel's value x, which is 0 to 255
+	// for pictures of uint8; in the order of Channels, for L the first.
 	Scale, Offset [3]float32
+	// DType is Float32, Float64, Float16, Bfloat16, Uint8 or Int32. Whole numbers
+	// are rounded, halves to even ones, and saturate.
+	DType savedmodel.DType
 }
 
-// Graph runs one Spec. Its methods may be called from several goroutines at once.
-type Graph struct {
-	spec         Spec
-	session      *tensorflow.Session
-	input, fetch string
+// Bytes returns the bytes of one row's tensor, [Height, Width, channels].
+func (s Spec) Bytes() int64 {
+	channels := int64(3)
+	if s.Channels == "L" {
+		channels = 1
+	}
+	return int64(s.Height) * int64(s.Width) * channels * int64(s.DType.Size())
 }
 
-// New builds the graph of a Spec and opens a session on it. A Spec without height
-// or width, or with more than 178,956,970 pixels, is an *tensorflow.Error with
-// InvalidArgument.
-func New(spec Spec) (*Graph, error) {
-	if spec.Height <= 0 || spec.Width <= 0 || spec.Width > maxPixels/spec.Height {
-		return nil, invalid("a picture cannot be resized to %dx%d; each side must be at least 1, and %d pixels are the most",
-			spec.Width, spec.Height, maxPixels)
+// affine reports whether Scale and Offset change anything.
+func (s Spec) affine() bool {
+	return s.Scale != [3]float32{1, 1, 1} || s.Offset != [3]float32{}
+}
+
+// Graph makes tensors of pictures after one Spec. Its methods may be called from
+// several goroutines at once.
+type Graph struct{ converter }
+
+// New builds the graph of a Spec and opens a session on it. A Spec with a value
+// that it does not have, without height or width, or with more pixels than the
+// budget's limit, is an *tensorflow.Error with InvalidArgument.
+func New(spec Spec, budget *Budget) (*Graph, error) {
+	dtypes := []savedmodel.DType{savedmodel.Float32, savedmodel.Float64, savedmodel.Float16,
+		savedmodel.Bfloat16, savedmodel.Uint8, savedmodel.Int32}
+	if !slices.Contains(dtypes, spec.DType) {
+		return nil, invalid("a picture cannot become a tensor of %v", spec.DType)
 	}
-	root := tg.NewRoot()
-	input, output := build(root, spec)
-	graph, err := root.Finalize()
-	if err != nil {
-		return nil, fmt.Errorf("build the image graph: %w", err)
+	if !slices.Contains([]string{"RGB", "BGR", "L"}, spec.Channels) {
+		return nil, invalid("a picture cannot become a tensor of channels %q; they are RGB, BGR or L", spec.Channels)
 	}
-	var def bytes.Buffer
-	if _, err := graph.WriteTo(&def); err != nil {
-		return nil, fmt.Errorf("serialise the image graph: %w", err)
-	}
-	// Rows run in parallel, each in the thread of its caller.
-	session, err := tensorflow.FromGraphDef(def.Bytes(), tensorflow.Options{IntraOpThreads: 1, InterOpThreads: -1})
+	c, err := newConverter(spec, budget)
 	if err != nil {
 		return nil, err
 	}
-	return &Graph{spec: spec, session: session, input: input.Op.Name() + ":0", fetch: output.Op.Name() + ":0"}, nil
+	return &Graph{*c}, nil
 }
 
-// build adds the graph to root: from the encoded bytes, a scalar string, to float32
-// [1, height, width, 3].
-func build(root *op.Scope, spec Spec) (input, output tf.Output) {
-	scope := func() *op.Scope { return tg.NewScope(root) } // each operation needs a name of its own
-	pair := func(h, w int) tf.Output { return tg.Const(root, []int64{int64(h), int64(w)}) }
-	axis, zero := tg.Const(root, int32(0)), tg.Const(root, []int64{0})
-
-	input = op.Placeholder(scope(), tf.String, op.PlaceholderShape(tf.ScalarShape()))
-	picture := op.DecodeImage(scope(), input, op.DecodeImageChannels(3), op.DecodeImageExpandAnimations(false))
-
-	// Pairs of height and width: the picture's size, the largest box of the aspect
-	// that fits in it, and where the box begins.
-	size := op.Slice(scope(), op.Shape(scope(), picture, op.ShapeOutType(tf.Int64)), zero, tg.Const(root, []int64{2}))
-	ofOtherSide := op.FloorDiv(scope(),
-		op.Mul(scope(), op.ReverseV2(scope(), size, zero), pair(spec.Height, spec.Width)),
-		pair(spec.Width, spec.Height))
-	box := op.Maximum(scope(), op.Minimum(scope(), size, ofOtherSide), pair(1, 1))
-	begin := op.FloorDiv(scope(), op.Sub(scope(), size, box), pair(2, 2))
-
-	cropped := op.Slice(scope(), picture,
-		op.ConcatV2(scope(), []tf.Output{begin, zero}, axis),
-		op.ConcatV2(scope(), []tf.Output{box, tg.Const(root, []int64{3})}, axis))
-	resized := op.ResizeBilinear(scope(), op.ExpandDims(scope(), cropped, axis),
-		tg.Const(root, []int32{int32(spec.Height), int32(spec.Width)}), op.ResizeBilinearHalfPixelCenters(true))
-	normalised := tg.NewTensor(root, resized).Mul(tg.Const(root, spec.Scale[:])).Add(tg.Const(root, spec.Offset[:]))
-	return input, normalised.Output
-}
-
-// Run decodes one JPEG or PNG and writes the tensor to dst, which must have
-// Height*Width*3*4 bytes: float32 in the machine's byte order, rows from the top,
-// red, green, blue. Grey becomes RGB, alpha is dropped, orientation tags are not
-// looked at. encoded is copied and dst is not kept; both may lie on the Go heap.
+// Run writes the tensor of a picture to dst, which must have Spec.Bytes() bytes: in
+// the machine's byte order, rows from the top, the channels of a pixel together.
+// The picture is copied and dst is not kept; both may lie on the Go heap.
 //
-// A picture that cannot be decoded, or has more than 178,956,970 pixels, is an
-// *tensorflow.Error with InvalidArgument, whose message holds nothing of the
-// picture but format and size; dst is then left as it was.
-func (g *Graph) Run(encoded []byte, dst []byte) error {
-	if want := g.spec.Height * g.spec.Width * 3 * 4; len(dst) != want {
+// Run waits while other pictures use the budget. When ctx ends first, the error is
+// ctx's. A picture that cannot be decoded, whose numbers do not agree, or that is
+// over a limit is an *tensorflow.Error with InvalidArgument, whose message holds
+// nothing of the picture but format and size. dst is left as it was by any error.
+func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
+	if want := g.spec.Bytes(); int64(len(dst)) != want {
 		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d", g.spec.Width, g.spec.Height, want, len(dst))
 	}
-	header, ok := readHeader(encoded)
-	if !ok {
-		return invalid("%d bytes that are neither a JPEG nor a PNG picture", len(encoded))
+	return g.run(ctx, p, func(result *tensorflow.Tensor) error {
+		if got := result.Bytes(); result.DType() != g.spec.DType || len(got) != len(dst) {
+			return fmt.Errorf("the image graph made a %v tensor of shape %v", result.DType(), result.Shape())
+		}
+		copy(dst, result.Bytes())
+		return nil
+	})
+}
+
+// Decoder makes pictures of pictures after one Spec. Its methods may be called from
+// several goroutines at once.
+type Decoder struct{ converter }
+
+// NewDecoder builds the graph of a Spec and opens a session on it. Without Height
+// and Width the picture keeps its size, and Resize, Antialias and Fit say nothing.
+// Channels is "BGR", "L", or "" for the picture's own: grey, or blue, green, red,
+// and alpha if it has that. Scale, Offset and DType are not looked at: pixels keep
+// their element type. Errors are those of New.
+func NewDecoder(spec Spec, budget *Budget) (*Decoder, error) {
+	if !slices.Contains([]string{"", "BGR", "L"}, spec.Channels) {
+		return nil, invalid("a picture cannot have channels %q; they are BGR, L or its own", spec.Channels)
 	}
-	if header.width > maxPixels/header.height {
-		return invalid("%v has more than %d pixels", header, maxPixels)
+	if spec.Height == 0 && spec.Width == 0 {
+		spec.Resize, spec.Fit, spec.Antialias = "", "", false
 	}
-	in, err := tensorflow.NewStrings(nil, 1, func(int) []byte { return encoded })
+	spec.Scale, spec.Offset, spec.DType = [3]float32{1, 1, 1}, [3]float32{}, 0
+	c, err := newConverter(spec, budget)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer in.Close()
-	out, err := g.session.Run(0, []tensorflow.Feed{{Name: g.input, Tensor: in}}, []string{g.fetch})
+	return &Decoder{*c}, nil
+}
+
+// Run returns the picture as pixels in Go memory that the caller owns. p is copied.
+// Waiting and errors are those of Graph.Run.
+//
+// A BMP or GIF is always blue, green, red. Of a PNG with a transparent colour only
+// one with a palette has alpha.
+func (d *Decoder) Run(ctx context.Context, p tensor.Picture) (tensor.Picture, error) {
+	var made tensor.Picture
+	err := d.run(ctx, p, func(result *tensorflow.Tensor) error {
+		shape := result.Shape() // [1, height, width, channels]
+		made = tensor.Picture{
+			Data:   slices.Clone(result.Bytes()),
+			Height: int(shape[1]), Width: int(shape[2]), Channels: int(shape[3]), DType: result.DType(),
+		}
+		return nil
+	})
+	return made, err
+}
+
+// converter runs one Spec.
+type converter struct {
+	spec    Spec
+	budget  *Budget
+	graph   *graph
+	session *tensorflow.Session
+}
+
+// newConverter checks what Graph and Decoder have in common of a Spec. That of a
+// Decoder, which has no DType, may have no size.
+func newConverter(spec Spec, budget *Budget) (*converter, error) {
+	if spec.Height != 0 || spec.Width != 0 || spec.DType != 0 {
+		most := budget.limits.Pixels
+		if spec.Height <= 0 || spec.Width <= 0 || int64(spec.Width) > most/int64(spec.Height) {
+			return nil, invalid("a picture cannot be resized to %dx%d; each side must be at least 1, and %d pixels are the most",
+				spec.Width, spec.Height, most)
+		}
+		if !slices.Contains([]string{"crop", "stretch", "pad"}, spec.Fit) {
+			return nil, invalid("a picture cannot be fitted by %q; crop, stretch and pad are known", spec.Fit)
+		}
+		if !slices.Contains([]string{"bilinear", "nearest", "bicubic", "area"}, spec.Resize) {
+			return nil, invalid("a picture cannot be resized by %q; bilinear, nearest, bicubic and area are known", spec.Resize)
+		}
+		if spec.Antialias && spec.Resize != "bilinear" && spec.Resize != "bicubic" {
+			return nil, invalid("there is no antialias with %s; only bilinear and bicubic have it", spec.Resize)
+		}
+	}
+	graph, err := buildGraph(spec)
 	if err != nil {
-		return explain(header, err)
+		return nil, err
 	}
-	defer out[0].Close()
-	if got := out[0].Bytes(); out[0].DType() != savedmodel.Float32 || len(got) != len(dst) {
-		return fmt.Errorf("the image graph made a %v tensor of shape %v", out[0].DType(), out[0].Shape())
+	// Pictures run in parallel, each in the thread of its caller.
+	session, err := tensorflow.FromGraphDef(graph.def, tensorflow.Options{IntraOpThreads: 1, InterOpThreads: -1})
+	if err != nil {
+		return nil, err
 	}
-	copy(dst, out[0].Bytes())
-	return nil
+	graph.def = nil
+	return &converter{spec, budget, graph, session}, nil
 }
 
 // Close waits for the runs under way and frees the session.
-func (g *Graph) Close() error { return g.session.Close() }
+func (c *converter) Close() error { return c.session.Close() }
 
-// explain says which picture TensorFlow could not decode, and keeps of its message
-// what is not about the graph.
+// run converts a picture and lets use read the result, [1, height, width,
+// channels], which is freed afterwards.
+func (c *converter) run(ctx context.Context, p tensor.Picture, use func(*tensorflow.Tensor) error) error {
+	h, err := check(p, c.budget.limits)
+	if err != nil {
+		return err
+	}
+	release, err := c.budget.acquire(ctx, c.working(h, int64(len(p.Data)), int64(max(p.DType.Size(), 1))))
+	if err != nil {
+		return err
+	}
+	defer release()
+	pixels, from, err := c.pixels(p, h)
+	if err != nil {
+		return err
+	}
+	result, err := c.convert(pixels, from)
+	pixels.Close()
+	if err != nil {
+		return explain(h, err)
+	}
+	defer result.Close()
+	return use(result)
+}
+
+// check reads what a picture says of itself and refuses what is over a limit.
+func check(p tensor.Picture, limits Limits) (header, error) {
+	var h header
+	if p.Encoded() {
+		if int64(len(p.Data)) > limits.Bytes {
+			return h, invalid("a file of %d bytes; %d are the most", len(p.Data), limits.Bytes)
+		}
+		var ok bool
+		if h, ok = readHeader(p.Data); !ok {
+			return h, invalid("%d bytes that are no JPEG, PNG, GIF or BMP picture that can be read", len(p.Data))
+		}
+	} else {
+		h = header{format: "decoded", width: p.Width, height: p.Height, channels: p.Channels, orientation: 1}
+		if p.Width <= 0 || p.Height <= 0 || !slices.Contains([]int{1, 3, 4}, p.Channels) ||
+			p.DType != savedmodel.Uint8 && p.DType != savedmodel.Float32 {
+			return h, invalid("%v with %d channels of %v; it needs pixels, of 1, 3 or 4 channels of uint8 or float32", h, p.Channels, p.DType)
+		}
+	}
+	if int64(h.width) > limits.Pixels/int64(h.height) {
+		return h, invalid("%v has more than %d pixels", h, limits.Pixels)
+	}
+	if want := h.width * h.height * h.channels * p.DType.Size(); !p.Encoded() && len(p.Data) != want {
+		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want, len(p.Data))
+	}
+	if h.scans > maxScans {
+		return h, invalid("%v has %d scans; %d are the most", h, h.scans, maxScans)
+	}
+	return h, nil
+}
+
+// convert runs the graph from pixels to the result.
+func (c *converter) convert(pixels *tensorflow.Tensor, from source) (*tensorflow.Tensor, error) {
+	head, ok := c.graph.heads[from]
+	if !ok {
+		return nil, fmt.Errorf("a picture was decoded to shape %v", pixels.Shape())
+	}
+	feeds := []tensorflow.Feed{{Name: head.pixels, Tensor: pixels}}
+	feed := func(name string, shape []int64, values ...int) error {
+		t, err := tensorflow.Allocate(savedmodel.Int32, shape)
+		if err != nil {
+			return err
+		}
+		for i, v := range values {
+			binary.NativeEndian.PutUint32(t.Bytes()[4*i:], uint32(int32(v)))
+		}
+		feeds = append(feeds, tensorflow.Feed{Name: name, Tensor: t})
+		return nil
+	}
+	defer func() {
+		for _, f := range feeds[1:] {
+			f.Tensor.Close()
+		}
+	}()
+	if c.spec.Height > 0 {
+		g := c.spec.geometry(int(pixels.Shape()[0]), int(pixels.Shape()[1]))
+		err := errors.Join(
+			feed(c.graph.begin, []int64{3}, g.y, g.x, 0),
+			feed(c.graph.box, []int64{3}, g.height, g.width, -1),
+			feed(c.graph.size, []int64{2}, g.rows, g.columns),
+			feed(c.graph.pads, []int64{4, 2},
+				0, 0, g.top, c.spec.Height-g.rows-g.top, g.left, c.spec.Width-g.columns-g.left, 0, 0))
+		if err != nil {
+			return nil, err
+		}
+	}
+	out, err := c.session.Run(0, feeds, []string{head.result})
+	if err != nil {
+		return nil, err
+	}
+	return out[0], nil
+}
+
+// explain says which picture could not be decoded, and keeps of TensorFlow's
+// message what is not about the graph.
 func explain(h header, err error) error {
 	var e *tensorflow.Error
 	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {

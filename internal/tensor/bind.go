@@ -23,9 +23,11 @@ type Binding struct {
 
 type boundInput struct {
 	input
-	at     int    // position of the column
-	name   string // name of the column
-	source source // nil for pictures
+	at   int    // position of the column
+	name string // name of the column
+	// What reads the column: one of both.
+	source   source
+	pictures *pictureColumn
 }
 
 // source makes the tensor of one input of the cells of a column; each kind of cell has its own.
@@ -66,15 +68,7 @@ func (p *Plan) Bind(schema *arrow.Schema) (*Binding, error) {
 func (in *boundInput) bind(field arrow.Field) error {
 	switch {
 	case in.picture:
-		t := field.Type
-		if dictionary, ok := t.(*arrow.DictionaryType); ok {
-			t = dictionary.ValueType
-		}
-		switch t.ID() {
-		case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW:
-			return nil
-		}
-		return fault.New(fault.BadRequest, "input %q decodes pictures and wants a binary column; column %q is %s", in.spec.Name, in.name, typeText(field.Type))
+		return in.bindPictures(field)
 	case in.Encoding == encodingRaw:
 		return in.bindRaw(field.Type)
 	case isVector(field.Type):

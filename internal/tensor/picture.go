@@ -1,6 +1,16 @@
 package tensor
 
-import "flightsvc/internal/savedmodel"
+import (
+	"context"
+	"fmt"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/array"
+	"github.com/apache/arrow/go/v15/arrow/memory"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
 
 // Picture is one cell of a column of pictures: a view of the column's memory, valid as long as that is.
 type Picture struct {
@@ -15,3 +25,171 @@ type Picture struct {
 
 // Encoded reports whether Data is an encoded file.
 func (p Picture) Encoded() bool { return p.Height == 0 }
+
+// Pictures makes tensors of pictures. It is safe for concurrent use.
+type Pictures interface {
+	// Bytes returns how many bytes of the input's tensor a picture becomes, without decoding it; about
+	// as many where that depends on what is in it.
+	Bytes(input string, picture Picture) int64
+	// Decode makes a value of so many rows, in order. refused holds a reason for each picture that
+	// cannot be decoded; such a row's part of the value is not defined. ctx ends the work.
+	Decode(ctx context.Context, input string, pictures []Picture, mem memory.Allocator) (value Value, refused map[int]string, err error)
+}
+
+// Kinds of Spark's images by their mode, which is OpenCV's number of the type.
+var imageModes = map[int32]struct {
+	channels int
+	dtype    savedmodel.DType
+}{
+	0: {1, savedmodel.Uint8}, 16: {3, savedmodel.Uint8}, 24: {4, savedmodel.Uint8},
+	5: {1, savedmodel.Float32}, 21: {3, savedmodel.Float32}, 29: {4, savedmodel.Float32},
+}
+
+// ImageMode returns the mode that Spark gives a picture of pixels.
+func ImageMode(p Picture) int32 {
+	for mode, kind := range imageModes {
+		if kind.channels == p.Channels && kind.dtype == p.DType {
+			return mode
+		}
+	}
+	panic(fmt.Sprintf("no picture has %d channels of %v", p.Channels, p.DType))
+}
+
+// pictureColumn reads the cells of a column of pictures.
+type pictureColumn struct {
+	fields []int // positions of height, width, nChannels, mode and data in Spark's image struct; nil for files
+}
+
+// bindPictures finds out how a column holds pictures.
+func (in *boundInput) bindPictures(field arrow.Field) error {
+	t := field.Type
+	if dictionary, ok := t.(*arrow.DictionaryType); ok {
+		t = dictionary.ValueType
+	}
+	in.pictures = &pictureColumn{}
+	if holdsBytes(t) {
+		return nil
+	}
+	refused := fault.New(fault.BadRequest, "input %q takes pictures and wants a column of files (binary) or of Spark's image struct; column %q is %s", in.spec.Name, in.name, typeText(field.Type))
+	s, ok := field.Type.(*arrow.StructType)
+	if !ok {
+		return refused
+	}
+	for _, name := range []string{"height", "width", "nChannels", "mode", "data"} {
+		at, ok := s.FieldIdx(name)
+		if !ok || name == "data" && !holdsBytes(s.Field(at).Type) || name != "data" && s.Field(at).Type.ID() != arrow.INT32 {
+			return refused
+		}
+		in.pictures.fields = append(in.pictures.fields, at)
+	}
+	return nil
+}
+
+func holdsBytes(t arrow.DataType) bool {
+	switch t.ID() {
+	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW:
+		return true
+	}
+	return false
+}
+
+// nulls marks the rows without a picture; nil for none.
+func (p *pictureColumn) nulls(column arrow.Array) []bool {
+	all := nulls(column, 0)
+	for _, at := range p.fields {
+		field := column.(*array.Struct).Field(at)
+		for row := 0; field.NullN() > 0 && row < column.Len(); row++ {
+			if field.IsNull(row) {
+				all = marked(all, row, column.Len())
+			}
+		}
+	}
+	return all
+}
+
+// reader returns what reads the picture of a row that is not null; reason says what is wrong with it,
+// or is "".
+func (p *pictureColumn) reader(column arrow.Array) func(row int) (picture Picture, reason string) {
+	if p.fields == nil {
+		at := bytesAt(column)
+		return func(row int) (Picture, string) { return Picture{Data: at(row)}, "" }
+	}
+	s := column.(*array.Struct)
+	number := func(i int) *array.Int32 { return s.Field(p.fields[i]).(*array.Int32) }
+	height, width, channels, mode := number(0), number(1), number(2), number(3)
+	data := bytesAt(s.Field(p.fields[4]))
+	return func(row int) (Picture, string) {
+		return pixels(height.Value(row), width.Value(row), channels.Value(row), mode.Value(row), data(row))
+	}
+}
+
+// screen refuses the rows that take part and hold no picture.
+func (p *pictureColumn) screen(column arrow.Array, rows *Rows, refuse func(row int, reason string)) {
+	if p.fields == nil {
+		return // files are looked at when they are decoded
+	}
+	read := p.reader(column)
+	for _, row := range rows.Positions() {
+		if _, reason := read(row); reason != "" {
+			refuse(row, reason)
+		}
+	}
+}
+
+// pixels returns the picture of a row of Spark's image struct.
+func pixels(height, width, channels, mode int32, data []byte) (Picture, string) {
+	kind, known := imageModes[mode]
+	switch {
+	case mode == -1 || height == -1 || width == -1:
+		return Picture{}, "an image that Spark has marked as invalid (mode -1)"
+	case !known:
+		return Picture{}, fmt.Sprintf("an image of mode %d; want 0, 16 or 24 (CV_8UC1, 3, 4) or 5, 21 or 29 (CV_32FC1, 3, 4)", mode)
+	case int(channels) != kind.channels:
+		return Picture{}, fmt.Sprintf("an image of mode %d with nChannels %d; that mode has %d", mode, channels, kind.channels)
+	case height < 1 || width < 1:
+		return Picture{}, fmt.Sprintf("an image with height %d and width %d", height, width)
+	}
+	pixel := int64(kind.channels * kind.dtype.Size())
+	if int64(height) > int64(len(data)) || int64(width) > int64(len(data)) || int64(height)*int64(width)*pixel != int64(len(data)) {
+		return Picture{}, fmt.Sprintf("an image of height %d, width %d and mode %d, whose data have %d bytes; want height * width * %d", height, width, mode, len(data), pixel)
+	}
+	return Picture{Data: data, Height: int(height), Width: int(width), Channels: kind.channels, DType: kind.dtype}, ""
+}
+
+// Cut says where to cut the rows of a record batch so that the pictures of each piece become at most so
+// many bytes, unless a single row is more: the end of each piece, the last being all rows. A record batch without
+// pictures, or without rows, is one piece.
+func (b *Binding) Cut(rec arrow.Record, pictures Pictures, most int64) []int64 {
+	rows := int(rec.NumRows())
+	sizes := make([]int64, rows)
+	found := false
+	for i := range b.inputs {
+		in := &b.inputs[i]
+		if in.pictures == nil {
+			continue
+		}
+		found = true
+		column := rec.Column(in.at)
+		null, read := in.pictures.nulls(column), in.pictures.reader(column)
+		for row := range rows {
+			if null != nil && null[row] {
+				continue
+			}
+			if picture, reason := read(row); reason == "" {
+				sizes[row] += pictures.Bytes(in.spec.Name, picture)
+			}
+		}
+	}
+	if !found {
+		return []int64{int64(rows)}
+	}
+	var ends []int64
+	held := int64(0)
+	for row, size := range sizes {
+		if held > 0 && held+size > most {
+			ends, held = append(ends, int64(row)), 0
+		}
+		held += size
+	}
+	return append(ends, int64(rows))
+}

@@ -20,9 +20,15 @@ type Options struct {
 	Inputs      Inputs          // nil: same names, or the only column to the only input
 	Outputs     Outputs         // nil: all outputs, by tensor name
 	Layout      string          // LayoutList or LayoutTensor; "" is LayoutList
-	Pictures    map[string]bool // inputs fed by encoded pictures, which the caller decodes
+	Pictures    map[string]Made // inputs fed by pictures, and what the caller makes of them
 	ErrorColumn string          // column for error texts; "" for none
 	Metadata    arrow.Metadata  // put into the answer's schema
+}
+
+// Made is what becomes of the pictures of an input.
+type Made struct {
+	DType savedmodel.DType
+	Shape []int64 // of the tensor, -1 for its rows
 }
 
 // Plan is a signature joined with a request: which inputs are fed, which outputs answer,
@@ -98,13 +104,14 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 			return fault.New(fault.BadRequest, "no input %q; the signature has %s", entry.Tensor, describe(specs...))
 		}
 	}
-	for name := range p.options.Pictures {
+	for name, made := range p.options.Pictures {
 		spec, ok := find(specs, name)
 		if !ok {
 			return fault.New(fault.BadRequest, "preprocess names no input %q; the signature has %s", name, describe(specs...))
 		}
-		if spec.DType != savedmodel.Float32 || (!spec.UnknownRank && len(spec.Shape) != 4) {
-			return fault.New(fault.BadRequest, "preprocess makes float32 [batch,height,width,3], but input %s", describe(spec))
+		fits := spec.UnknownRank || slices.EqualFunc(spec.Shape, made.Shape, func(want, is int64) bool { return want < 0 || want == is })
+		if spec.DType != made.DType || !fits {
+			return fault.New(fault.BadRequest, "preprocess makes %s %s, but the input is %s", made.DType, shapeText(made.Shape), describe(spec))
 		}
 	}
 	if len(specs) == 0 {
@@ -114,7 +121,8 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 		if !spec.UnknownRank && (len(spec.Shape) == 0 || spec.Shape[0] >= 0) {
 			return fault.New(fault.BadRequest, "input %s has no batch dimension: its first dimension must be unknown, export it as None", describe(spec))
 		}
-		in := input{Input: Input{Tensor: spec.Name, Column: spec.Name}, spec: spec, picture: p.options.Pictures[spec.Name]}
+		_, isPicture := p.options.Pictures[spec.Name]
+		in := input{Input: Input{Tensor: spec.Name, Column: spec.Name}, spec: spec, picture: isPicture}
 		if p.options.Inputs != nil {
 			var ok bool
 			in.Input, ok = p.options.Inputs.find(spec.Name)

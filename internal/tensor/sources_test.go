@@ -77,7 +77,7 @@ func TestRawAgreesWithCells(t *testing.T) {
 		state := NewRows(n)
 		binding.Nulls(rec, state, false)
 		if state.Kept() > 0 {
-			feeds, err := binding.Values(rec, state, nil, mem)
+			feeds, err := binding.Values(t.Context(), rec, state, nil, mem)
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
@@ -103,13 +103,13 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 		buffers := rec.Column(0).Data().Buffers()
 		bytes := buffers[len(buffers)-1].Bytes()
 		slice := rec.NewSlice(1, 3)
-		feeds, err := binding.Values(slice, NewRows(2), nil, mem)
+		feeds, err := binding.Values(t.Context(), slice, NewRows(2), nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
 		holed := NewRows(3)
 		holed.Null(1)
-		copied, err := binding.Values(rec, holed, nil, mem)
+		copied, err := binding.Values(t.Context(), rec, holed, nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -214,7 +214,7 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 			}
 		}
 		if rows.Kept() > 0 {
-			feeds, err := binding.Values(rec, rows, nil, mem)
+			feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
@@ -253,10 +253,10 @@ func TestVectorLengths(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(rec, NewRows(2), nil, mem)
+	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(rec, rows, nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -284,7 +284,7 @@ func TestListViewsInAnyOrder(t *testing.T) {
 	}
 	rows := NewRows(4)
 	binding.Nulls(rec, rows, false)
-	feeds, err := binding.Values(rec, rows, nil, mem)
+	feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
 	if err != nil || fmt.Sprint(feeds[0].Value.Shape, feeds[0].Value.Data) != "[3 2] [2 3 0 1 1 2]" {
 		t.Errorf("%v, %v", feeds, err)
 	}
@@ -300,7 +300,7 @@ func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	field := rec.Schema().Field(0)
 	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"}, []string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
 	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3), {Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
-		feeds, err := bindOne(t, input, Input{}, field).Values(rec, NewRows(2), nil, mem)
+		feeds, err := bindOne(t, input, Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -355,7 +355,7 @@ func TestNothingTyped(t *testing.T) {
 			if err := binding.Check(empty); err != nil {
 				t.Fatal(err)
 			}
-			feeds, err := binding.Values(empty, rows, nil, mem)
+			feeds, err := binding.Values(t.Context(), empty, rows, nil, mem)
 			if err != nil || !slices.Equal(rows.Positions(), []int{0, 2}) {
 				t.Fatalf("%s: rows %v, %v", dtype, rows.Positions(), err)
 			}
@@ -373,7 +373,7 @@ func TestNothingTyped(t *testing.T) {
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(rec, NewRows(2), nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package tensor
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/apache/arrow/go/v15/arrow"
@@ -17,8 +18,8 @@ func (b *Binding) Nulls(rec arrow.Record, rows *Rows, refuse bool) {
 		in := &b.inputs[i]
 		column := rec.Column(in.at)
 		var all []bool
-		if in.source == nil {
-			all = nulls(column, 0)
+		if in.pictures != nil {
+			all = in.pictures.nulls(column)
 		} else {
 			all = in.source.nulls(column)
 		}
@@ -35,11 +36,6 @@ func (b *Binding) Nulls(rec arrow.Record, rows *Rows, refuse bool) {
 	}
 }
 
-// Pictures decodes one input's encoded pictures, given as views of the column's memory, into
-// a value whose rows are theirs, in order. failed holds a reason for each row that cannot be
-// decoded; such a row's part of the value is not defined.
-type Pictures func(input string, encoded [][]byte, mem memory.Allocator) (value Value, failed map[int]string, err error)
-
 // Feed is the value of one input for one batch.
 type Feed struct {
 	Tensor string // tensor in the graph
@@ -50,7 +46,7 @@ type Feed struct {
 // Rows that cannot be part of a tensor, and those whose picture cannot be decoded, are refused in
 // rows; if none is left the result is empty. String tensors view rec's memory and hold it. The
 // caller releases each value. Faults name input, column, and lengths or sizes.
-func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memory.Allocator) (feeds []Feed, err error) {
+func (b *Binding) Values(ctx context.Context, rec arrow.Record, rows *Rows, pictures Pictures, mem memory.Allocator) (feeds []Feed, err error) {
 	made := false
 	defer func() { // also after a panic, such as one for want of memory
 		if !made {
@@ -59,30 +55,36 @@ func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memo
 		}
 	}()
 	for i := range b.inputs {
-		if in := &b.inputs[i]; in.source != nil {
-			var last, text string // most rows are refused for the same reason
-			in.source.screen(rec.Column(in.at), func(row int, reason string) {
-				if rows.state[row] != rowKept {
-					return
-				}
-				if last != reason {
-					last, text = reason, fmt.Sprintf("column %.80q: %s", in.name, reason)
-				}
-				rows.Refuse(row, text)
-			})
+		in := &b.inputs[i]
+		column := rec.Column(in.at)
+		var last, text string // most rows are refused for the same reason
+		refuse := func(row int, reason string) {
+			if rows.state[row] != rowKept {
+				return
+			}
+			if last != reason {
+				last, text = reason, fmt.Sprintf("column %.80q: %s", in.name, reason)
+			}
+			rows.Refuse(row, text)
+		}
+		if in.pictures != nil {
+			in.pictures.screen(column, rows, refuse)
+		} else {
+			in.source.screen(column, refuse)
 		}
 	}
 	for i := range b.inputs {
 		in := &b.inputs[i]
-		if in.source != nil || rows.Kept() == 0 {
+		if in.pictures == nil || rows.Kept() == 0 {
 			continue
 		}
 		before := rows.Positions()
-		encoded, at := make([][]byte, len(before)), bytesAt(rec.Column(in.at))
+		cells := make([]Picture, len(before))
+		read := in.pictures.reader(rec.Column(in.at))
 		for i, row := range before {
-			encoded[i] = at(row)
+			cells[i], _ = read(row)
 		}
-		value, failed, err := decode(in.spec.Name, encoded, mem)
+		value, failed, err := pictures.Decode(ctx, in.spec.Name, cells, mem)
 		if err != nil {
 			return feeds, err
 		}
@@ -106,7 +108,7 @@ func (b *Binding) Values(rec arrow.Record, rows *Rows, decode Pictures, mem memo
 	spans := rows.spans()
 	for i := range b.inputs {
 		in := &b.inputs[i]
-		if in.source == nil {
+		if in.pictures != nil {
 			continue
 		}
 		value, lengths, err := in.source.value(rec.Column(in.at), spans, mem)

@@ -2,6 +2,7 @@ package tensor
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -578,7 +579,7 @@ func TestValuesAgreeWithRows(t *testing.T) {
 					dims[i][j] = max(dims[i][j], 0) // nobody can know
 				}
 			}
-			feeds, err := binding.Values(rec, rows, nil, mem)
+			feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
 			refusals += len(candidates) - len(kept)
 			switch {
 			case !slices.Equal(rows.Positions(), kept):
@@ -686,7 +687,7 @@ func TestWholeAlignedColumnIsNotCopied(t *testing.T) {
 		for _, row := range skip {
 			rows.Null(row)
 		}
-		feeds, err := binding.Values(rec, rows, nil, mem)
+		feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -734,6 +735,18 @@ func TestTakeCopiesRows(t *testing.T) {
 	}
 }
 
+// pixel is what a picture of one pixel becomes.
+var pixel = Made{savedmodel.Float32, []int64{-1, 1, 1, 3}}
+
+// decoder stands for what decodes pictures: a picture becomes twelve bytes, each of them its first one.
+type decoder func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error)
+
+func (d decoder) Bytes(_ string, p Picture) int64 { return int64(len(p.Data)) }
+
+func (d decoder) Decode(_ context.Context, input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+	return d(input, pictures, mem)
+}
+
 // TestPictures checks that rows whose picture is refused leave every input, and that decoding sees only rows that
 // take part.
 func TestPictures(t *testing.T) {
@@ -743,7 +756,7 @@ func TestPictures(t *testing.T) {
 		Inputs:  []savedmodel.Spec{spec("k", savedmodel.Int64, -1), spec("p", savedmodel.Float32, -1, 1, 1, 3), spec("q", savedmodel.Float32, -1, 1, 1, 3)},
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
 	}
-	plan, err := NewPlan(signature, Options{Pictures: map[string]bool{"p": true, "q": true}})
+	plan, err := NewPlan(signature, Options{Pictures: map[string]Made{"p": pixel, "q": pixel}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -760,20 +773,20 @@ func TestPictures(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	decode := func(input string, encoded [][]byte, mem memory.Allocator) (Value, map[int]string, error) {
-		v := Allocate(savedmodel.Float32, []int64{int64(len(encoded)), 1, 1, 3}, mem)
+	decode := decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+		v := Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem)
 		failed := map[int]string{}
-		for i, e := range encoded {
-			if string(e) == "bad" {
+		for i, p := range pictures {
+			if string(p.Data) == "bad" {
 				failed[i] = "no picture"
 			}
-			copy(v.Data[i*12:], strings.Repeat(string(e[:1]), 12))
+			copy(v.Data[i*12:], strings.Repeat(string(p.Data[:1]), 12))
 		}
 		return v, failed, nil
-	}
+	})
 	rows := NewRows(5)
 	binding.Nulls(rec, rows, false)
-	feeds, err := binding.Values(rec, rows, decode, mem)
+	feeds, err := binding.Values(t.Context(), rec, rows, decode, mem)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -794,23 +807,23 @@ func TestPictures(t *testing.T) {
 	}
 
 	all := NewRows(5)
-	feeds, err = binding.Values(rec, all, func(_ string, encoded [][]byte, mem memory.Allocator) (Value, map[int]string, error) {
+	feeds, err = binding.Values(t.Context(), rec, all, decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
 		failed := map[int]string{}
-		for i := range encoded {
+		for i := range pictures {
 			failed[i] = "no picture"
 		}
-		return Allocate(savedmodel.Float32, []int64{int64(len(encoded)), 1, 1, 3}, mem), failed, nil
-	}, mem)
+		return Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem), failed, nil
+	}), mem)
 	if feeds != nil || err != nil || all.Kept() != 0 {
 		t.Errorf("with every picture refused: %d feeds, %d kept, %v", len(feeds), all.Kept(), err)
 	}
 	calls := 0
-	_, err = binding.Values(rec, NewRows(5), func(input string, encoded [][]byte, mem memory.Allocator) (Value, map[int]string, error) {
+	_, err = binding.Values(t.Context(), rec, NewRows(5), decoder(func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
 		if calls++; calls == 2 {
 			return Value{}, nil, errors.New("the decoder broke")
 		}
-		return decode(input, encoded[:0], mem)
-	}, mem)
+		return decode(input, pictures[:0], mem)
+	}), mem)
 	if err == nil || err.Error() != "the decoder broke" {
 		t.Errorf("the decoder's error became %v", err)
 	}
@@ -920,7 +933,7 @@ func TestNewPlanRefuses(t *testing.T) {
 		"lengths of itself":     {options: mapped(Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
 		"lengths in floats":     {inputs: []savedmodel.Spec{spec("n", savedmodel.Float32, -1), x}, options: mapped(Input{Lengths: "n"}), parts: []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
 		"lengths in lists":      {inputs: []savedmodel.Spec{spec("n", savedmodel.Int32, -1, -1), x}, options: mapped(Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
-		"picture with pad":      {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)}, options: Options{Inputs: Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}}, Pictures: map[string]bool{"x": true}}, parts: []string{"preprocess", "pad"}},
+		"picture with pad":      {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)}, options: Options{Inputs: Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}}, Pictures: map[string]Made{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}}, parts: []string{"preprocess", "pad"}},
 		"output of fixed batch": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, 3, 4)}, parts: []string{`"y" float32 [3,4]`, "must be the batch"}},
 		"output of type int":    {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "int"}}}, parts: []string{`"int"`, `"utf8"`}},
 		"numbers as utf8":       {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}}, parts: []string{`"y" float32 [?]`, "strings"}},
@@ -930,8 +943,10 @@ func TestNewPlanRefuses(t *testing.T) {
 		"open tensor":           {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4, -1)}, options: Options{Layout: LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`, `"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`}},
 		"empty tensor":          {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 0)}, options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
 		"huge tensor":           {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 1<<20, 1<<20)}, options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
-		"unknown picture":       {options: Options{Pictures: map[string]bool{"nope": true}}, parts: []string{`no input "nope"`}},
-		"picture of wrong rank": {options: Options{Pictures: map[string]bool{"x": true}}, parts: []string{"[batch,height,width,3]", `"x" float32 [?,4]`}},
+		"unknown picture":       {options: Options{Pictures: map[string]Made{"nope": pixel}}, parts: []string{`no input "nope"`}},
+		"picture of wrong rank": {options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,4]`}},
+		"picture of wrong size": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)}, options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,8,8,3]`}},
+		"picture of wrong type": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 1, 1, 3)}, options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" uint8 [?,1,1,3]`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			signature := savedmodel.Signature{Inputs: c.inputs, Outputs: c.outputs}
@@ -945,12 +960,20 @@ func TestNewPlanRefuses(t *testing.T) {
 			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
-	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)}, Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]bool{"p": true}})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)}, Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]Made{"p": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = plan.Bind(arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.BinaryTypes.String}}, nil))
 	expect.Fault(t, err, fault.BadRequest, `input "p"`, "binary", `column "c" is utf8`)
+	for _, fields := range [][]arrow.Field{
+		{{Name: "height", Type: arrow.PrimitiveTypes.Int32}},
+		imageFields("height", arrow.PrimitiveTypes.Int64),
+		imageFields("data", arrow.BinaryTypes.String),
+	} {
+		_, err = plan.Bind(arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.StructOf(fields...)}}, nil))
+		expect.Fault(t, err, fault.BadRequest, `input "p"`, "Spark's image struct", `column "c" is struct`)
+	}
 }
 
 // TestValuesRefuse has a bad row or batch of each kind: a row leaves with a reason and the others stay; a batch is a fault.
@@ -1003,7 +1026,7 @@ func TestValuesRefuse(t *testing.T) {
 			rows := NewRows(len(c.rows))
 			if err == nil {
 				var feeds []Feed
-				feeds, err = binding.Values(rec, rows, nil, mem)
+				feeds, err = binding.Values(t.Context(), rec, rows, nil, mem)
 				if err == nil && len(feeds) > 0 && feeds[0].Value.Rows() != int64(rows.Kept()) {
 					t.Errorf("%d rows of %d kept", feeds[0].Value.Rows(), rows.Kept())
 				}

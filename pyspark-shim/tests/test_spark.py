@@ -233,6 +233,6 @@ def test_pictures_that_cannot_be_read_fail_the_job(photos: Any, pictures: flight
 
 def test_pictures_need_binary(spark: Any, pictures: flightsvc.Model):
     with pytest.raises(
-        flightsvc.InvalidArgumentError, match=r"'image' .* is made from encoded pictures and needs"
+        flightsvc.InvalidArgumentError, match=r"'image' .* is made from pictures and needs"
     ):
         pictures.transform(spark.createDataFrame([("x",)], "content string"), inputs={"image": "content"})

@@ -30,11 +30,15 @@ log = logging.getLogger("flightsvc")
 
 T = TypeVar("T")
 
+IMAGE_MODEL = "image"
+"""The name of the model that is built into the server: it makes Spark's image structs of pictures."""
+
 _FIRST_DELAY, _LAST_DELAY = 0.05, 5.0
 _PERSON_WAITS = 5.0  # seconds for which a question that somebody sits in front of is asked again
 
 # Fields of a descriptor that change answers, each with the feature that a server must have to know it.
 _FEATURES = {name: name for name in ("on_error", "nulls", "preprocess", "run_timeout_ms", "layout")}
+_PICTURE_FEATURES = {name: "pictures" for name in ("resize", "antialias", "fit", "channels", "dtype")}
 _COLUMN_FEATURES = {name: name for name in ("encoding", "pad", "type", "shape")} | {"lengths": "pad"}
 
 
@@ -136,6 +140,10 @@ class Connection:
             for entry in descriptor.get(side, {}).values():
                 if isinstance(entry, dict):
                     used |= {field: _COLUMN_FEATURES[field] for field in entry if field in _COLUMN_FEATURES}
+        for entry in descriptor.get("preprocess", {}).values():
+            used |= {field: _PICTURE_FEATURES[field] for field in entry if field in _PICTURE_FEATURES}
+        if descriptor["model"] == IMAGE_MODEL:
+            used["model"] = "pictures"
         if used:
             status = self._known_status()
             unknown = [field for field, feature in used.items() if feature not in status["features"]]

@@ -35,6 +35,8 @@ class Settings:
         run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
         idle_timeout: A front without work ends after this time.
         cores: Threads for each model.
+        max_image_pixels: Most pixels of a picture.
+        max_image_bytes: Most bytes of a picture's file.
         log_level: Level of the front's log.
         load_timeout: How long loading a model may take.
         drain_timeout: How long a front that ends waits for its streams.
@@ -49,6 +51,8 @@ class Settings:
     run_dir: str | None = None
     idle_timeout: str | None = None
     cores: str | None = None
+    max_image_pixels: str | None = None
+    max_image_bytes: str | None = None
     log_level: str | None = None
     load_timeout: str | None = None
     drain_timeout: str | None = None

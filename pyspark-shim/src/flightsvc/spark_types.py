@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.model import Input, Model, TensorSpec
 
@@ -80,12 +81,14 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
     """
     found, depth = _element(field.dataType)
     head = (
-        f"model {model.reference}, signature {model.signature}: column {field.name!r} is "
+        f"model {model.name}, signature {model.signature}: column {field.name!r} is "
         f"{field.dataType.simpleString()}, input {name!r} ({spec})"
     )
-    if name in model.preprocess:
-        if found != "binary" or depth:
-            raise InvalidArgumentError(f"{head} is made from encoded pictures and needs binary")
+    if name in model.preprocess or model.reference == IMAGE_MODEL:
+        if (found != "binary" and not _is_image(field.dataType)) or depth:
+            raise InvalidArgumentError(
+                f"{head} is made from pictures and needs binary (files) or Spark's image struct"
+            )
         return
     if spec.dtype not in _ACCEPTED:
         raise InvalidArgumentError(f"{head} has an element type that no column can feed")
@@ -133,6 +136,16 @@ def check_sendable(field: StructField) -> None:
             f"column {field.name!r} is {field.dataType.simpleString()}, which Spark cannot send through "
             f"Arrow; drop it first: df.drop({field.name!r})"
         ) from error
+
+
+def _is_image(kind: DataType) -> bool:
+    """Tell whether a type is Spark's image struct; its origin may be missing."""
+    from pyspark.sql.types import StructType
+
+    fields = {f.name: f.dataType.simpleString() for f in kind.fields} if isinstance(kind, StructType) else {}
+    return fields.get("data") == "binary" and all(
+        fields.get(name) == "int" for name in ("height", "width", "nChannels", "mode")
+    )
 
 
 def _element(kind: DataType) -> tuple[str, int]:

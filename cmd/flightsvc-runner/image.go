@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow/memory"
+
+	"flightsvc/handlers"
+	"flightsvc/internal/batch"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/preprocess"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+	"flightsvc/modelcache"
+)
+
+// imageEngine is the built-in model: it makes Spark's image structs of pictures. The work is done where
+// other models decode their pictures, so that a bad one refuses its own row; a run takes the results apart.
+// In between a picture is one string: its pixels, then height, width, nChannels and mode.
+type imageEngine struct {
+	decoders *graphs[*preprocess.Decoder]
+}
+
+const (
+	imageNumbers = 4
+	trailerBytes = 4 * imageNumbers
+)
+
+func newImageEngine(setup modelcache.Setup) *imageEngine {
+	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
+}
+
+// Model returns the signature of the built-in model.
+func (e *imageEngine) Model() *savedmodel.Model { return modelcache.ImageModel }
+
+// Pictures returns what makes pixels of pictures.
+func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
+	byInput, err := e.decoders.of(wanted)
+	if err != nil {
+		return nil, err
+	}
+	return &images{decoders: e.decoders, byInput: byInput}, nil
+}
+
+// images makes strings of pictures.
+type images struct {
+	decoders *graphs[*preprocess.Decoder]
+	byInput  map[string]*preprocess.Decoder
+}
+
+// Bytes is part of tensor.Pictures.
+func (m *images) Bytes(input string, picture tensor.Picture) int64 {
+	return m.byInput[input].Bytes(picture) + trailerBytes
+}
+
+// Decode is part of tensor.Pictures.
+func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture, _ memory.Allocator) (tensor.Value, map[int]string, error) {
+	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))}, Strings: make([][]byte, len(pictures))}
+	refused, err := m.decoders.each(ctx, input, pictures, func(ctx context.Context, i int) error {
+		pixels, err := m.byInput[input].Run(ctx, pictures[i])
+		if err != nil {
+			return err
+		}
+		whole := pixels.Data
+		for _, n := range [imageNumbers]int32{int32(pixels.Height), int32(pixels.Width), int32(pixels.Channels), tensor.ImageMode(pixels)} {
+			whole = binary.LittleEndian.AppendUint32(whole, uint32(n))
+		}
+		value.Strings[i] = whole
+		return nil
+	})
+	return value, refused, err
+}
+
+// Run takes the pictures apart.
+func (e *imageEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration) (batch.Outputs, error) {
+	defer tensor.ReleaseFeeds(feeds)
+	pictures := feeds[0].Value.Strings
+	outputs := make(arrays, len(fetches))
+	for i, fetch := range fetches {
+		out := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))}}
+		number := map[string]int{"height": 0, "width": 1, "nChannels": 2, "mode": 3}
+		at, isNumber := number[fetch]
+		switch {
+		case isNumber:
+			out.DType = savedmodel.Int32
+			for _, p := range pictures {
+				trailer := p[len(p)-trailerBytes:]
+				out.Data = append(out.Data, trailer[4*at:4*at+4]...)
+			}
+		case fetch == "data":
+			for _, p := range pictures {
+				out.Strings = append(out.Strings, p[:len(p)-trailerBytes])
+			}
+		default:
+			return nil, fault.New(fault.Internal, "the model %s has no output %q", modelcache.Image, fetch)
+		}
+		outputs[i] = out
+	}
+	return outputs, nil
+}
+
+// arrays are outputs in Go memory.
+type arrays []tensor.Value
+
+// Values is part of batch.Outputs.
+func (a arrays) Values() []tensor.Value { return a }
+
+// Close is part of batch.Outputs.
+func (a arrays) Close() {}
+
+// Interface guards.
+var (
+	_ engine          = (*imageEngine)(nil)
+	_ tensor.Pictures = (*images)(nil)
+)

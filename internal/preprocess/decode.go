@@ -1,0 +1,153 @@
+package preprocess
+
+import (
+	"bytes"
+	"fmt"
+	"image"
+	"image/gif"
+	"io"
+
+	"golang.org/x/image/bmp"
+
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+	"flightsvc/internal/tensorflow"
+)
+
+// pixels makes the pixel tensor of a picture that check has accepted. The caller
+// closes it.
+func (c *converter) pixels(p tensor.Picture, h header) (*tensorflow.Tensor, source, error) {
+	if !p.Encoded() {
+		pixels, err := tensorflow.Allocate(p.DType, []int64{int64(p.Height), int64(p.Width), int64(p.Channels)})
+		if err != nil {
+			return nil, source{}, err
+		}
+		copy(pixels.Bytes(), p.Data)
+		return pixels, source{map[int]string{1: "L", 3: "BGR", 4: "BGRA"}[p.Channels], p.DType}, nil
+	}
+	var pixels *tensorflow.Tensor
+	var err error
+	switch h.format {
+	case "GIF":
+		pixels, err = paint(h, gif.Decode, p.Data)
+	case "BMP":
+		pixels, err = paint(h, bmp.Decode, p.Data)
+	default:
+		pixels, err = c.decode(p.Data)
+	}
+	if err != nil {
+		return nil, source{}, explain(h, err)
+	}
+	if h.orientation > 1 {
+		stored := pixels
+		pixels, err = turn(stored, h.orientation)
+		stored.Close()
+		if err != nil {
+			return nil, source{}, err
+		}
+	}
+	channels := int(pixels.Shape()[2])
+	return pixels, source{map[int]string{1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels], savedmodel.Uint8}, nil
+}
+
+// decode lets TensorFlow decode a JPEG or PNG to uint8 [height, width, channels].
+func (c *converter) decode(encoded []byte) (*tensorflow.Tensor, error) {
+	file, err := tensorflow.NewStrings(nil, 1, func(int) []byte { return encoded })
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	out, err := c.session.Run(0, []tensorflow.Feed{{Name: c.graph.file, Tensor: file}}, []string{c.graph.decoded})
+	if err != nil {
+		return nil, err
+	}
+	return out[0], nil
+}
+
+// paint decodes a GIF or BMP, which TensorFlow reads in part (BMP) or as a whole
+// film (GIF), and paints its first frame on a black canvas of uint8 [height, width,
+// 3]. What is transparent is black.
+func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte) (*tensorflow.Tensor, error) {
+	frame, err := decode(bytes.NewReader(encoded))
+	if err != nil {
+		return nil, invalid("%v", err)
+	}
+	bounds := frame.Bounds()
+	if !bounds.In(image.Rect(0, 0, h.width, h.height)) {
+		return nil, invalid("its frame lies outside of it")
+	}
+	pixels, err := tensorflow.Allocate(savedmodel.Uint8, []int64{int64(h.height), int64(h.width), 3})
+	if err != nil {
+		return nil, err
+	}
+	canvas := pixels.Bytes()
+	clear(canvas)
+	var lookup func(pixel []byte) []byte // red, green, blue of a pixel of the frame
+	var from []byte
+	var size, stride int
+	switch frame := frame.(type) {
+	case *image.Paletted:
+		var palette [256][3]byte
+		for i, c := range frame.Palette {
+			r, g, b, _ := c.RGBA()
+			palette[i] = [3]byte{byte(r >> 8), byte(g >> 8), byte(b >> 8)}
+		}
+		lookup = func(pixel []byte) []byte { return palette[pixel[0]][:] }
+		from, size, stride = frame.Pix, 1, frame.Stride
+	case *image.RGBA:
+		lookup = func(pixel []byte) []byte { return pixel[:3] }
+		from, size, stride = frame.Pix, 4, frame.Stride
+	case *image.NRGBA:
+		lookup = func(pixel []byte) []byte { return pixel[:3] }
+		from, size, stride = frame.Pix, 4, frame.Stride
+	default:
+		pixels.Close()
+		return nil, fmt.Errorf("%v was decoded to %T", h, frame)
+	}
+	for y := range bounds.Dy() {
+		to := canvas[((bounds.Min.Y+y)*h.width+bounds.Min.X)*3:]
+		for x := range bounds.Dx() {
+			copy(to[x*3:x*3+3], lookup(from[y*stride+x*size:]))
+		}
+	}
+	return pixels, nil
+}
+
+// turn returns the picture as it is shown: EXIF's orientation, 2 to 8, says where
+// the first row and the first column of the stored pixels, uint8, belong.
+func turn(stored *tensorflow.Tensor, orientation int) (*tensorflow.Tensor, error) {
+	height, width, channels := int(stored.Shape()[0]), int(stored.Shape()[1]), int(stored.Shape()[2])
+	// Where the shown picture's first pixel is stored, and how far from it the next
+	// row and the next column are.
+	start, down, right := 0, width*channels, channels
+	switch orientation {
+	case 3, 4, 6, 7: // the last stored row is the first, or the first column
+		start += (height - 1) * down
+		down = -down
+	}
+	switch orientation {
+	case 2, 3, 7, 8:
+		start += (width - 1) * right
+		right = -right
+	}
+	if orientation >= 5 { // rows are stored as columns
+		height, width = width, height
+		down, right = right, down
+	}
+	shown, err := tensorflow.Allocate(savedmodel.Uint8, []int64{int64(height), int64(width), int64(channels)})
+	if err != nil {
+		return nil, err
+	}
+	from, to := stored.Bytes(), shown.Bytes()
+	for y := range height {
+		at := start + y*down
+		for range width {
+			for c := range channels {
+				to[c] = from[at+c]
+			}
+			to = to[channels:]
+			at += right
+		}
+	}
+	return shown, nil
+}

@@ -1,0 +1,190 @@
+package preprocess
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+
+	tf "github.com/galeone/tensorflow/tensorflow/go"
+	"github.com/galeone/tensorflow/tensorflow/go/op"
+	tg "github.com/galeone/tfgo"
+
+	"flightsvc/internal/savedmodel"
+)
+
+// source is a kind of pixels: a tensor [height, width, channels].
+type source struct {
+	// order names the channels: L grey, R, G, B, A alpha. Decoded files are "L",
+	// "LA", "RGB" or "RGBA", image structs "L", "BGR" or "BGRA".
+	order string
+	dtype savedmodel.DType // Uint8 or Float32
+}
+
+// sources are all kinds of pixels that there can be.
+var sources = []source{
+	{"L", savedmodel.Uint8}, {"LA", savedmodel.Uint8}, {"RGB", savedmodel.Uint8}, {"RGBA", savedmodel.Uint8},
+	{"BGR", savedmodel.Uint8}, {"BGRA", savedmodel.Uint8},
+	{"L", savedmodel.Float32}, {"BGR", savedmodel.Float32}, {"BGRA", savedmodel.Float32},
+}
+
+// luma is the part of each channel in grey, by ITU-R BT.601.
+var luma = map[byte]float32{'R': 0.299, 'G': 0.587, 'B': 0.114}
+
+// head names the tensors of the way from pixels to the result.
+type head struct{ pixels, result string }
+
+// graph is what TensorFlow runs for a Spec: one part from a file to pixels, one
+// from each kind of pixels to the result [1, height, width, channels].
+type graph struct {
+	def                    []byte
+	file, decoded          string
+	heads                  map[source]head
+	begin, box, size, pads string // geometry, fed as int32: [3], [3], [2], [4, 2]
+}
+
+// builder adds operations to a graph; each needs a scope, and so a name, of its own.
+type builder struct {
+	root                   *op.Scope
+	spec                   Spec
+	begin, box, size, pads tf.Output
+}
+
+func (b *builder) scope() *op.Scope { return tg.NewScope(b.root) }
+
+func (b *builder) placeholder(dt tf.DataType, shape tf.Shape) tf.Output {
+	return op.Placeholder(b.scope(), dt, op.PlaceholderShape(shape))
+}
+
+// name is how a feed or fetch spells the output of an operation.
+func name(o tf.Output) string { return o.Op.Name() + ":0" }
+
+// buildGraph builds the graph of a Spec that check has accepted.
+func buildGraph(spec Spec) (*graph, error) {
+	b := &builder{root: tg.NewRoot(), spec: spec}
+	b.begin = b.placeholder(tf.Int32, tf.MakeShape(3))
+	b.box = b.placeholder(tf.Int32, tf.MakeShape(3))
+	b.size = b.placeholder(tf.Int32, tf.MakeShape(2))
+	b.pads = b.placeholder(tf.Int32, tf.MakeShape(4, 2))
+
+	// Without channels a file keeps its own.
+	channels := int64(3)
+	if spec.Channels == "" {
+		channels = 0
+	}
+	file := b.placeholder(tf.String, tf.ScalarShape())
+	decoded := op.DecodeImage(b.scope(), file, op.DecodeImageChannels(channels), op.DecodeImageExpandAnimations(false))
+
+	g := &graph{
+		file: name(file), decoded: name(decoded), heads: map[source]head{},
+		begin: name(b.begin), box: name(b.box), size: name(b.size), pads: name(b.pads),
+	}
+	for _, s := range sources {
+		pixels := b.placeholder(tf.DataType(s.dtype), tf.MakeShape(-1, -1, int64(len(s.order))))
+		result := op.Identity(b.scope(), b.convert(pixels, s))
+		if err := b.root.Err(); err != nil {
+			return nil, fmt.Errorf("build the image graph: %w", err)
+		}
+		g.heads[s] = head{name(pixels), name(result)}
+	}
+	built, err := b.root.Finalize()
+	if err != nil {
+		return nil, fmt.Errorf("build the image graph: %w", err)
+	}
+	var def bytes.Buffer
+	if _, err := built.WriteTo(&def); err != nil {
+		return nil, fmt.Errorf("serialise the image graph: %w", err)
+	}
+	g.def = def.Bytes()
+	return g, nil
+}
+
+// convert does all of a Spec that comes after decoding and orientation.
+func (b *builder) convert(pixels tf.Output, s source) tf.Output {
+	x := op.ExpandDims(b.scope(), pixels, tg.Const(b.root, int32(0)))
+	if b.spec.Height > 0 {
+		box := op.Slice(b.scope(), pixels, b.begin, b.box)
+		x = b.resize(op.ExpandDims(b.scope(), box, tg.Const(b.root, int32(0))))
+	}
+	if b.spec.Fit == "pad" && b.spec.Height > 0 {
+		x = op.Pad(b.scope(), x, b.pads)
+	}
+	x = b.channels(x, s.order)
+	if b.spec.affine() {
+		n := 3
+		if b.spec.Channels == "L" {
+			n = 1
+		}
+		x = op.Mul(b.scope(), b.cast(x, tf.Float), tg.Const(b.root, b.spec.Scale[:n]))
+		x = op.Add(b.scope(), x, tg.Const(b.root, b.spec.Offset[:n]))
+	}
+	if b.spec.DType == 0 {
+		return b.cast(x, tf.DataType(s.dtype))
+	}
+	return b.cast(x, tf.DataType(b.spec.DType))
+}
+
+// resize is tf.image.resize.
+func (b *builder) resize(x tf.Output) tf.Output {
+	switch {
+	case b.spec.Antialias:
+		kernel := map[string]string{"bilinear": "triangle", "bicubic": "keyscubic"}[b.spec.Resize]
+		sides := op.Slice(b.scope(), b.box, tg.Const(b.root, []int32{0}), tg.Const(b.root, []int32{2}))
+		scale := op.RealDiv(b.scope(), b.cast(b.size, tf.Float), b.cast(sides, tf.Float))
+		return b.scope().AddOperation(tf.OpSpec{
+			Type:  "ScaleAndTranslate",
+			Input: []tf.Input{x, b.size, scale, tg.Const(b.root, []float32{0, 0})},
+			Attrs: map[string]any{"kernel_type": kernel, "antialias": true},
+		}).Output(0)
+	case b.spec.Resize == "nearest":
+		return op.ResizeNearestNeighbor(b.scope(), x, b.size, op.ResizeNearestNeighborHalfPixelCenters(true))
+	case b.spec.Resize == "bicubic":
+		return op.ResizeBicubic(b.scope(), x, b.size, op.ResizeBicubicHalfPixelCenters(true))
+	case b.spec.Resize == "area":
+		return op.ResizeArea(b.scope(), x, b.size)
+	default:
+		return op.ResizeBilinear(b.scope(), x, b.size, op.ResizeBilinearHalfPixelCenters(true))
+	}
+}
+
+// channels brings the last dimension of x from the order of the source to that of
+// the Spec.
+func (b *builder) channels(x tf.Output, from string) tf.Output {
+	to := b.spec.Channels
+	if to == "" {
+		to = map[string]string{"L": "L", "LA": "BGRA", "RGB": "BGR", "RGBA": "BGRA", "BGR": "BGR", "BGRA": "BGRA"}[from]
+	}
+	last := tg.Const(b.root, int32(-1))
+	if to == "L" && from != "L" && from != "LA" {
+		weights := make([]float32, len(from))
+		for i := range weights {
+			weights[i] = luma[from[i]]
+		}
+		weighted := op.Mul(b.scope(), b.cast(x, tf.Float), tg.Const(b.root, weights))
+		return op.Sum(b.scope(), weighted, last, op.SumKeepDims(true))
+	}
+	if from == to {
+		return x
+	}
+	index := make([]int32, len(to))
+	for i := range index {
+		index[i] = int32(max(strings.IndexByte(from, to[i]), 0)) // grey is every colour
+	}
+	return op.GatherV2(b.scope(), x, tg.Const(b.root, index), last)
+}
+
+// cast makes a tensor of another element type; whole numbers are rounded to the
+// nearest, halves to even ones, and saturate.
+func (b *builder) cast(x tf.Output, to tf.DataType) tf.Output {
+	from := x.DataType()
+	if from == to {
+		return x
+	}
+	switch {
+	case from == tf.Float && to == tf.Uint8:
+		x = op.ClipByValue(b.scope(), op.Round(b.scope(), x), tg.Const(b.root, float32(0)), tg.Const(b.root, float32(255)))
+	case from == tf.Float && to == tf.Int32:
+		wide := op.Cast(b.scope(), op.Round(b.scope(), x), tf.Double) // float32 has no 2^31-1
+		x = op.ClipByValue(b.scope(), wide, tg.Const(b.root, float64(-1<<31)), tg.Const(b.root, float64(1<<31-1)))
+	}
+	return op.Cast(b.scope(), x, to)
+}
