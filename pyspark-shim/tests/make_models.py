@@ -11,6 +11,8 @@ half. Tensors are float32 unless said otherwise; -1 is any number of rows. Signa
 - ``strings``: s string [-1] -> upper string [-1] (ASCII upper case), length int64 [-1] (bytes)
 - ``ints``: i int64 [-1, 3] -> doubled int64 [-1, 3], total int64 [-1]
 - ``pictures``: image [-1, 32, 32, 3] -> mean [-1, 3], of each channel
+- ``echo``: image [-1, -1, -1, -1] -> same, the image itself
+- ``bytes``: image uint8 [-1, 16, 24, 3] -> total int64 [-1], the sum of its values
 - ``slow``: x [-1, 1] -> y [-1, 1], x itself after max(x) turns of a loop of a few microseconds each
 - ``nested``: x [-1, 2, 3] -> y [-1, 3, 2], transposed
 - ``vocabulary``: word string [-1] -> id int64 [-1], position int32 [-1], written string [-1]; its five words
@@ -209,6 +211,18 @@ class Strict(tf.Module):
             return {"root": tf.sqrt(x), "number": tf.strings.to_number(text, tf.float64)}
 
 
+class Echo(tf.Module):
+    @tf.function(input_signature=[spec("image", None, None, None)])
+    def serve(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"same": tf.identity(image)}
+
+
+class Bytes(tf.Module):
+    @tf.function(input_signature=[spec("image", 16, 24, 3, dtype=tf.uint8)])
+    def serve(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"total": tf.reduce_sum(tf.cast(image, tf.int64), axis=[1, 2, 3])}
+
+
 class Sums(tf.Module):
     @tf.function(input_signature=[spec("x", None)])
     def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -222,6 +236,8 @@ MODELS: dict[str, Callable[[], tf.Module]] = {
     "strings": Strings,
     "ints": Ints,
     "pictures": Pictures,
+    "echo": Echo,
+    "bytes": Bytes,
     "slow": Slow,
     "nested": Nested,
     "counter": Counter,
