@@ -23,11 +23,11 @@ export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench java-client lock clean
+.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures java-client lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bin/, the Python package into .venv
 
@@ -67,6 +67,12 @@ prove: build build/models/.done $(JAVA_CLIENT) ## the full counts of every promi
 
 bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
 	@$(PY) benchmarks/latency.py
+
+bench-quick: build ## EfficientNet-Lite0 on 1,000 pictures: ours beside predict_batch_udf, into build/bench/; 10 minutes
+	@$(PY) benchmarks/quick.py
+
+bench-pictures: build ## decode and resize beside the same kernels in tf.data, into build/bench/
+	@$(PY) benchmarks/pictures.py
 
 java-client: $(JAVA_CLIENT) ## the client in Java, an example, into build/java-client/
 

@@ -43,6 +43,13 @@ BARS = {
     "bad-input": [f"{TESTS}/test_bad_input.py", f"{TESTS}/test_errors.py", f"{TESTS}/test_timeouts.py"],
     "models": [f"{TESTS}/test_models.py", f"{TESTS}/test_types.py"],
     "property": [f"{TESTS}/test_property.py"],
+    "sql": [f"{TESTS}/test_sql.py"],
+    "shipping": [f"{TESTS}/test_shipping.py", f"{TESTS}/test_keras.py"],
+    "preprocess": [f"{TESTS}/test_preprocess.py", f"{TESTS}/test_image.py"],
+    "pictures": [f"{TESTS}/test_pictures.py"],
+    "together": [f"{TESTS}/test_together.py"],
+    "bench-pictures": ["benchmarks/pictures.py"],
+    "bench-quick": ["benchmarks/quick.py"],
     "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
     "fuzz-files": ["tools/fuzz.py", "--seconds", "200", "FuzzUnpack", "FuzzParse", "FuzzHeader"],
     "fuzz-json": ["tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
@@ -132,13 +139,13 @@ def main(wanted: list[str]) -> int:
         "bars": results,
     }
     (ROOT / "build" / "prove.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\nbar           seconds  result")
+    print("\nbar             seconds  result")
     for bar in BARS:
         result = results.get(bar)
         text = "not run" if result is None else "ok" if result["ok"] else "FAILED"
-        print(f"{bar:<12} {result['seconds'] if result else 0:8}  {text}")
+        print(f"{bar:<14} {result['seconds'] if result else 0:8}  {text}")
         for name, value in (result or {}).get("figures", {}).items():
-            print(f"{'':12}{name}: {value}")
+            print(f"{'':14}{name}: {value}")
     print(f"\nhash {code}; all of it in build/prove.json")
     return int(len(results) < len(BARS) or not all(result["ok"] for result in results.values()))
 
