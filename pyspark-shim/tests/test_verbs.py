@@ -144,10 +144,10 @@ def test_pushes_of_one_model_at_once(
     connection = front._connection
     answers = iter([flightsvc.NotFoundError("not yet"), None])
 
-    def action(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    def action(name: str, body: dict[str, Any], patience: float) -> dict[str, Any]:
         if (answer := next(answers)) is not None:
             raise answer
-        return Connection.action(connection, name, body)
+        return Connection.action(connection, name, body, patience)
 
     monkeypatch.setattr(connection, "action", action)
     assert front.push(tmp_path) == digests[0]
