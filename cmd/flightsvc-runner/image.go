@@ -28,6 +28,9 @@ const (
 	trailerBytes = 4 * imageNumbers
 )
 
+// maxImageBytes is the most that the pixels of one picture may have, which leaves room for the rest of its row.
+const maxImageBytes = tensor.MaxRowBytes - 1<<20
+
 func newImageEngine(setup modelcache.Setup) *imageEngine {
 	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
 }
@@ -59,6 +62,9 @@ func (m *images) Bytes(input string, picture tensor.Picture) int64 {
 func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture, _ memory.Allocator) (tensor.Value, map[int]string, error) {
 	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))}, Strings: make([][]byte, len(pictures))}
 	refused, err := m.decoders.each(ctx, input, pictures, func(ctx context.Context, i int) error {
+		if size := m.Bytes(input, pictures[i]); size > maxImageBytes {
+			return fault.New(fault.BadRequest, "a picture of %d MiB of pixels; %d are the most, give it a smaller size", size>>20, maxImageBytes>>20)
+		}
 		pixels, err := m.byInput[input].Run(ctx, pictures[i])
 		if err != nil {
 			return err

@@ -70,21 +70,18 @@ func (c *converter) decode(encoded []byte) (*tensorflow.Tensor, error) {
 func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte) (*tensorflow.Tensor, error) {
 	frame, err := decode(bytes.NewReader(encoded))
 	if err != nil {
-		return nil, invalid("%v", err)
+		return nil, invalid("its first frame is damaged, cut off, or not within the picture")
 	}
-	bounds := frame.Bounds()
-	if !bounds.In(image.Rect(0, 0, h.width, h.height)) {
-		return nil, invalid("its frame lies outside of it")
-	}
+	bounds := frame.Bounds() // within the picture; both decoders see to it
 	pixels, err := tensorflow.Allocate(savedmodel.Uint8, []int64{int64(h.height), int64(h.width), 3})
 	if err != nil {
 		return nil, err
 	}
 	canvas := pixels.Bytes()
 	clear(canvas)
-	var lookup func(pixel []byte) []byte // red, green, blue of a pixel of the frame
+	var colour func(pixel []byte) []byte // red, green, blue
 	var from []byte
-	var size, stride int
+	var size, stride int // bytes of a pixel and of a row
 	switch frame := frame.(type) {
 	case *image.Paletted:
 		var palette [256][3]byte
@@ -92,13 +89,13 @@ func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte
 			r, g, b, _ := c.RGBA()
 			palette[i] = [3]byte{byte(r >> 8), byte(g >> 8), byte(b >> 8)}
 		}
-		lookup = func(pixel []byte) []byte { return palette[pixel[0]][:] }
+		colour = func(pixel []byte) []byte { return palette[pixel[0]][:] }
 		from, size, stride = frame.Pix, 1, frame.Stride
 	case *image.RGBA:
-		lookup = func(pixel []byte) []byte { return pixel[:3] }
+		colour = func(pixel []byte) []byte { return pixel[:3] }
 		from, size, stride = frame.Pix, 4, frame.Stride
 	case *image.NRGBA:
-		lookup = func(pixel []byte) []byte { return pixel[:3] }
+		colour = func(pixel []byte) []byte { return pixel[:3] }
 		from, size, stride = frame.Pix, 4, frame.Stride
 	default:
 		pixels.Close()
@@ -107,7 +104,7 @@ func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte
 	for y := range bounds.Dy() {
 		to := canvas[((bounds.Min.Y+y)*h.width+bounds.Min.X)*3:]
 		for x := range bounds.Dx() {
-			copy(to[x*3:x*3+3], lookup(from[y*stride+x*size:]))
+			copy(to[x*3:x*3+3], colour(from[y*stride+x*size:]))
 		}
 	}
 	return pixels, nil

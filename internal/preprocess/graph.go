@@ -3,6 +3,7 @@ package preprocess
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 
 	tf "github.com/galeone/tensorflow/tensorflow/go"
@@ -110,12 +111,19 @@ func (b *builder) convert(pixels tf.Output, s source) tf.Output {
 	}
 	x = b.channels(x, s.order)
 	if b.spec.affine() {
+		// A row of the result is multiplied and added to as a whole: with one value for each channel
+		// TensorFlow would go through it three values at a time.
 		n := 3
 		if b.spec.Channels == "L" {
 			n = 1
 		}
-		x = op.Mul(b.scope(), b.cast(x, tf.Float), tg.Const(b.root, b.spec.Scale[:n]))
-		x = op.Add(b.scope(), x, tg.Const(b.root, b.spec.Offset[:n]))
+		row := func(channels [3]float32) tf.Output {
+			return tg.Const(b.root, slices.Repeat(channels[:n], b.spec.Width))
+		}
+		rows := func(columns ...int32) tf.Output { return tg.Const(b.root, append([]int32{1, int32(b.spec.Height)}, columns...)) }
+		x = op.Reshape(b.scope(), b.cast(x, tf.Float), rows(int32(b.spec.Width*n)))
+		x = op.Add(b.scope(), op.Mul(b.scope(), x, row(b.spec.Scale)), row(b.spec.Offset))
+		x = op.Reshape(b.scope(), x, rows(int32(b.spec.Width), int32(n)))
 	}
 	if b.spec.DType == 0 {
 		return b.cast(x, tf.DataType(s.dtype))
@@ -164,6 +172,9 @@ func (b *builder) channels(x tf.Output, from string) tf.Output {
 	}
 	if from == to {
 		return x
+	}
+	if len(from) == 3 && len(to) == 3 {
+		return op.ReverseV2(b.scope(), x, tg.Const(b.root, []int32{-1})) // faster than to gather
 	}
 	index := make([]int32, len(to))
 	for i := range index {

@@ -14,10 +14,11 @@ import (
 type header struct {
 	format        string // "BMP", "GIF", "JPEG" or "PNG"
 	width, height int    // as stored, before orientation
-	channels      int    // at most, as the decoder makes them
+	channels      int    // at most, of the file or of its pixels
 	orientation   int    // of EXIF: 1 as it is, to 8; 1 where there is none
 	scans         int    // of a JPEG, at most
 	progressive   bool   // a JPEG whose coefficients must all be kept while it is decoded
+	least         int64  // bytes that the file must have, where that is known
 }
 
 // String describes the picture for errors, for instance "a JPEG picture of 451x300".
@@ -40,6 +41,8 @@ func readHeader(encoded []byte) (h header, ok bool) {
 	case bytes.HasPrefix(encoded, []byte("BM")):
 		if config, err := bmp.DecodeConfig(bytes.NewReader(encoded)); err == nil {
 			h = header{format: "BMP", width: config.Width, height: config.Height, channels: 3, orientation: 1}
+			bits := int64(binary.LittleEndian.Uint16(encoded[28:])) // of a pixel
+			h.least = (int64(h.width)*bits + 31) / 32 * 4 * int64(h.height)
 		}
 	}
 	return h, h.width > 0 && h.height > 0
@@ -53,8 +56,11 @@ func readPNG(encoded []byte) header {
 	}
 	width, height := binary.BigEndian.Uint32(encoded[16:]), binary.BigEndian.Uint32(encoded[20:])
 	channels := 4
-	if kind := encoded[25]; kind == 0 {
+	switch encoded[25] {
+	case 0:
 		channels = 1
+	case 2:
+		channels = 3
 	}
 	return header{format: "PNG", width: int(width), height: int(height), channels: channels, orientation: 1}
 }

@@ -45,7 +45,7 @@ type Spec struct {
 	// for pictures of uint8; in the order of Channels, for L the first.
 	Scale, Offset [3]float32
 	// DType is Float32, Float64, Float16, Bfloat16, Uint8 or Int32. Whole numbers
-	// are rounded, halves to even ones, and saturate.
+	// are rounded, halves to even ones, and saturate; of NaN they make any number.
 	DType savedmodel.DType
 }
 
@@ -149,6 +149,23 @@ func (d *Decoder) Run(ctx context.Context, p tensor.Picture) (tensor.Picture, er
 	return made, err
 }
 
+// Bytes returns how many bytes of pixels Run makes of a picture, at most: 0 where it
+// refuses it by its header.
+func (d *Decoder) Bytes(p tensor.Picture) int64 {
+	h, err := check(p, d.budget.limits)
+	if err != nil {
+		return 0
+	}
+	height, width, channels := h.height, h.width, h.channels
+	if d.spec.Height > 0 {
+		height, width = d.spec.Height, d.spec.Width
+	}
+	if d.spec.Channels != "" {
+		channels = len(d.spec.Channels)
+	}
+	return int64(height) * int64(width) * int64(channels) * int64(max(p.DType.Size(), 1))
+}
+
 // converter runs one Spec.
 type converter struct {
 	spec    Spec
@@ -226,7 +243,7 @@ func check(p tensor.Picture, limits Limits) (header, error) {
 		}
 		var ok bool
 		if h, ok = readHeader(p.Data); !ok {
-			return h, invalid("%d bytes that are no JPEG, PNG, GIF or BMP picture that can be read", len(p.Data))
+			return h, invalid("%d bytes that are no JPEG, PNG or GIF picture, and no BMP without compression", len(p.Data))
 		}
 	} else {
 		h = header{format: "decoded", width: p.Width, height: p.Height, channels: p.Channels, orientation: 1}
@@ -238,8 +255,12 @@ func check(p tensor.Picture, limits Limits) (header, error) {
 	if int64(h.width) > limits.Pixels/int64(h.height) {
 		return h, invalid("%v has more than %d pixels", h, limits.Pixels)
 	}
-	if want := h.width * h.height * h.channels * p.DType.Size(); !p.Encoded() && len(p.Data) != want {
+	want := int64(h.width) * int64(h.height) * int64(h.channels) * int64(p.DType.Size())
+	if !p.Encoded() && int64(len(p.Data)) != want {
 		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want, len(p.Data))
+	}
+	if int64(len(p.Data)) < h.least {
+		return h, invalid("%v is cut off: it has %d bytes and needs %d", h, len(p.Data), h.least)
 	}
 	if h.scans > maxScans {
 		return h, invalid("%v has %d scans; %d are the most", h, h.scans, maxScans)

@@ -1,0 +1,738 @@
+package preprocess
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"image"
+	"image/color/palette"
+	"image/gif"
+	"image/jpeg"
+	"image/png"
+	"io"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/image/bmp"
+
+	"flightsvc/internal/fuzztest"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+	"flightsvc/internal/tensorflow"
+)
+
+// oracle is one case of testdata/oracle.py.
+type oracle struct {
+	Picture   string
+	Raw       []int // height, width, channels of an image struct; nil for a file
+	RawType   string
+	Decoder   bool
+	Spec      Spec
+	Tensor    string // the file of the answer
+	DType     string
+	Shape     []int
+	Tolerance float64 // for float32 and float64, relative unless Absolute; other types may differ by 1
+	Absolute  bool
+}
+
+func (o oracle) String() string {
+	s := o.Spec
+	return fmt.Sprintf("%s/%dx%d-%s-%v-%s-%s-%s", o.Picture, s.Width, s.Height, s.Resize, s.Antialias, s.Fit, s.Channels, o.DType)
+}
+
+// cell is the picture as it comes from a column.
+func (o oracle) cell(t testing.TB) tensor.Picture {
+	p := tensor.Picture{Data: read(t, o.Picture)}
+	if o.Raw != nil {
+		p.Height, p.Width, p.Channels, p.DType = o.Raw[0], o.Raw[1], o.Raw[2], dtypes[o.RawType]
+	}
+	return p
+}
+
+var dtypes = map[string]savedmodel.DType{
+	"float32": savedmodel.Float32, "float64": savedmodel.Float64, "float16": savedmodel.Float16,
+	"bfloat16": savedmodel.Bfloat16, "uint8": savedmodel.Uint8, "int32": savedmodel.Int32,
+}
+
+var square = Spec{
+	Height: 224, Width: 224, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: savedmodel.Float32,
+	Scale: [3]float32{1. / 128, 1. / 128, 1. / 128}, Offset: [3]float32{-127. / 128, -127. / 128, -127. / 128},
+}
+
+var limits = Limits{Pixels: 178_956_970, Bytes: 64 << 20, Working: 1 << 30}
+
+// folder is where the oracle writes its pictures and tensors.
+var folder string
+
+// ask runs the oracle, once, and returns its cases.
+var ask = sync.OnceValues(func() (cases []oracle, err error) {
+	python := filepath.Join(repositoryRoot(), ".venv/bin/python")
+	if output, err := exec.Command(python, "testdata/oracle.py", folder).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("TensorFlow in Python must preprocess the pictures first: %w\n%s", err, output)
+	}
+	text, err := os.ReadFile(filepath.Join(folder, "cases.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &cases)
+	}
+	return cases, err
+})
+
+func TestMain(m *testing.M) { os.Exit(testMain(m)) }
+
+func testMain(m *testing.M) int {
+	var err error
+	if folder, err = os.MkdirTemp("", "flightsvc-preprocess-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(folder)
+	code := m.Run()
+	if live := tensorflow.Live(); code == 0 && live != 0 {
+		fmt.Fprintf(os.Stderr, "%d tensors or buffers leaked\n", live)
+		code = 1
+	}
+	return code
+}
+
+// TestAnswers compares every picture and Spec with TensorFlow in Python.
+func TestAnswers(t *testing.T) {
+	cases, err := ask()
+	if err != nil || len(cases) < 900 {
+		t.Fatalf("%d cases: %v", len(cases), err)
+	}
+	budget := NewBudget(limits)
+	graphs, decoders := map[Spec]*Graph{}, map[Spec]*Decoder{}
+	worst := map[string]float64{}
+	for _, c := range cases {
+		t.Run(c.String(), func(t *testing.T) {
+			c.Spec.DType = dtypes[c.DType]
+			var got []byte
+			if c.Decoder {
+				if decoders[c.Spec] == nil {
+					decoders[c.Spec] = newDecoder(t, c.Spec, budget)
+				}
+				made, err := decoders[c.Spec].Run(t.Context(), c.cell(t))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if shape := []int{made.Height, made.Width, made.Channels}; !slices.Equal(shape, c.Shape) || made.DType != c.Spec.DType {
+					t.Fatalf("a picture of %v %v, want %v", shape, made.DType, c.Shape)
+				}
+				got = made.Data
+			} else {
+				if graphs[c.Spec] == nil {
+					graphs[c.Spec] = newGraph(t, c.Spec, budget)
+				}
+				got = make([]byte, c.Spec.Bytes())
+				if err := graphs[c.Spec].Run(t.Context(), c.cell(t), got); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want := values(read(t, c.Tensor), c.Spec.DType)
+			if len(want) != c.Shape[0]*c.Shape[1]*c.Shape[2] || len(values(got, c.Spec.DType)) != len(want) {
+				t.Fatalf("%d bytes, want %d values", len(got), len(want))
+			}
+			for i, v := range values(got, c.Spec.DType) {
+				off, most := math.Abs(v-want[i]), c.Tolerance
+				switch {
+				case c.DType != "float32" && c.DType != "float64":
+					most = 1 // of whole numbers, or of the bits of halves
+				case !c.Absolute:
+					off /= max(1, math.Abs(want[i]))
+				}
+				worst[c.DType] = max(worst[c.DType], off)
+				if !(off <= most) {
+					t.Fatalf("value %d is %v, want %v", i, v, want[i])
+				}
+			}
+		})
+	}
+	for _, g := range graphs {
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, d := range decoders {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Logf("%d cases, %d graphs, %d decoders, largest differences %v", len(cases), len(graphs), len(decoders), worst)
+}
+
+func TestBadPictures(t *testing.T) {
+	g := newGraph(t, square, NewBudget(limits))
+	defer g.Close()
+	d := newDecoder(t, Spec{}, NewBudget(limits))
+	defer d.Close()
+	rocket, chelsea := read(t, "rocket.jpg"), read(t, "chelsea.png")
+	crc := bytes.Clone(chelsea)
+	crc[len(crc)/2] ^= 0xff
+	secret := "the text of a row"
+	progressive, film, bitmap := read(t, "made_progressive.jpg"), read(t, "made.gif"), read(t, "made_24.bmp")
+	scan := progressive[bytes.LastIndex(progressive, []byte("\xff\xda")) : len(progressive)-2]
+	scans := append(bytes.Clone(progressive[:len(progressive)-2]), bytes.Repeat(scan, 100)...)
+	compressed, deep, wide := bytes.Clone(bitmap), bytes.Clone(bitmap), bytes.Clone(bitmap)
+	compressed[30], deep[28] = 1, 16
+	copy(wide[18:], "\x00\x30\x00\x00\x00\x30\x00\x00") // 12288x12288, below the limit
+	outside := bytes.Clone(film)
+	copy(outside[6:], "\x05\x00\x05\x00") // a canvas of 5x5
+	for _, c := range []struct {
+		name    string
+		encoded []byte
+	}{
+		{"empty", nil},
+		{"text", []byte(secret)},
+		{"GIF signature", film[:6]},
+		{"GIF without a frame", []byte("GIF89a\x01\x00\x01\x00\x00\x00\x00;")},
+		{"GIF of an unknown block", []byte("GIF89a\x01\x00\x01\x00\x00\x00\x00" + secret)},
+		{"GIF without width", []byte("GIF89a\x00\x00\x01\x00\x00\x00\x00;")},
+		{"half a GIF", film[:len(film)/2]},
+		{"GIF frame beyond the canvas", outside},
+		{"GIF bomb", append([]byte("GIF89a\xff\xff\xff\xff"), film[10:]...)},
+		{"BMP signature", bitmap[:2]},
+		{"BMP header only", bitmap[:54]},
+		{"half a BMP", bitmap[:len(bitmap)/2]},
+		{"BMP compressed", compressed},
+		{"BMP of 16 bits", deep},
+		{"BMP far too short", wide},
+		{"BMP bomb", append(append(bytes.Clone(bitmap[:18]), "\x30\x75\x00\x00\x30\x75\x00\x00"...), bitmap[26:]...)},
+		{"JPEG of many scans", scans},
+		{"JPEG signature", []byte("\xff\xd8\xff")},
+		{"JPEG of markers", []byte(strings.Repeat("\xff\xd8\xff\xe0\x00\x02", 10) + secret)},
+		{"JPEG header only", rocket[:300]},
+		{"half a JPEG", rocket[:len(rocket)/2]},
+		{"JPEG of a bad length", append(append([]byte("\xff\xd8\xff\xe0\xff\xff"), secret...), rocket...)},
+		{"PNG signature", chelsea[:8]},
+		{"PNG header only", chelsea[:40]},
+		{"half a PNG", chelsea[:len(chelsea)/2]},
+		{"damaged PNG", crc},
+		{"PNG without width", pngOf(0, 10)},
+		{"PNG bomb", append(pngOf(30_000, 30_000), make([]byte, 4000)...)},
+		{"PNG header of a large one", pngOf(13_000, 13_000)},
+		{"thin PNG bomb", pngOf(math.MaxInt32, 2)},
+		{"PNG bomb of 2^32", pngOf(math.MaxUint32, math.MaxUint32)},
+		{"JPEG bomb", jpegOf(65_000, 65_000)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dst := bytes.Repeat([]byte{7}, 224*224*3*4)
+			start := time.Now()
+			err := g.Run(t.Context(), tensor.Picture{Data: c.encoded}, dst)
+			var e *tensorflow.Error
+			if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+				t.Fatalf("got %v, want InvalidArgument", err)
+			}
+			if strings.Contains(err.Error(), secret) || strings.ContainsAny(err.Error(), "\n") {
+				t.Errorf("the message holds the row or runs over lines: %q", err)
+			}
+			if strings.Contains(c.name, "bomb") && !strings.Contains(err.Error(), "178956970") {
+				t.Errorf("a bomb was not refused for its size: %v", err)
+			}
+			if c.name == "JPEG of many scans" && !strings.Contains(err.Error(), "scans") {
+				t.Errorf("it was not refused for its scans: %v", err)
+			}
+			if _, err := d.Run(t.Context(), tensor.Picture{Data: c.encoded}); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+				t.Errorf("the decoder: %v, want InvalidArgument", err)
+			}
+			if bytes.ContainsFunc(dst, func(r rune) bool { return r != 7 }) {
+				t.Error("dst was written to")
+			}
+			t.Logf("after %v: %v", time.Since(start).Round(time.Microsecond), err)
+			if err := g.Run(t.Context(), tensor.Picture{Data: rocket}, dst); err != nil {
+				t.Fatalf("the next picture: %v", err)
+			}
+		})
+	}
+	if err := g.Run(t.Context(), tensor.Picture{Data: rocket}, make([]byte, 10)); err == nil {
+		t.Error("a short dst was accepted")
+	}
+}
+
+// TestBadStructs gives image structs whose numbers do not agree, or are too large.
+func TestBadStructs(t *testing.T) {
+	g, d := newGraph(t, square, NewBudget(limits)), newDecoder(t, Spec{}, NewBudget(limits))
+	defer g.Close()
+	defer d.Close()
+	for name, p := range map[string]tensor.Picture{
+		"too few bytes":    {Data: make([]byte, 11), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"too many bytes":   {Data: make([]byte, 13), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"no bytes":         {Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"no width":         {Height: 2, Channels: 3, DType: savedmodel.Uint8},
+		"Spark's invalid":  {Height: -1, Width: -1, Channels: -1, DType: savedmodel.Uint8},
+		"two channels":     {Data: make([]byte, 8), Height: 2, Width: 2, Channels: 2, DType: savedmodel.Uint8},
+		"another type":     {Data: make([]byte, 16), Height: 2, Width: 2, Channels: 1, DType: savedmodel.Int32},
+		"no type":          {Data: make([]byte, 4), Height: 2, Width: 2, Channels: 1},
+		"too many pixels":  {Data: make([]byte, 4), Height: math.MaxInt32, Width: math.MaxInt32, Channels: 1, DType: savedmodel.Uint8},
+		"bytes as uint8":   {Data: make([]byte, 12), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Float32},
+		"pixels over 2^63": {Data: make([]byte, 4), Height: math.MaxInt64, Width: math.MaxInt64, Channels: 4, DType: savedmodel.Float32},
+	} {
+		var e *tensorflow.Error
+		if err := g.Run(t.Context(), p, make([]byte, square.Bytes())); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			t.Errorf("%s: %v, want InvalidArgument", name, err)
+		}
+		if _, err := d.Run(t.Context(), p); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			t.Errorf("%s: the decoder: %v, want InvalidArgument", name, err)
+		}
+		if bytes := d.Bytes(p); bytes != 0 {
+			t.Errorf("%s: %d bytes", name, bytes)
+		}
+	}
+}
+
+// TestDecoderBytes compares Decoder.Bytes with what Run makes.
+func TestDecoderBytes(t *testing.T) {
+	grey := tensor.Picture{Data: make([]byte, 4*30), Height: 5, Width: 6, Channels: 1, DType: savedmodel.Float32}
+	for _, c := range []struct {
+		spec    Spec
+		picture tensor.Picture
+	}{
+		{Spec{}, tensor.Picture{Data: read(t, "chelsea.png")}},
+		{Spec{}, tensor.Picture{Data: read(t, "made_alpha.png")}},
+		{Spec{}, tensor.Picture{Data: read(t, "made_grey.jpg")}},
+		{Spec{}, tensor.Picture{Data: read(t, "made_turned_6.jpg")}},
+		{Spec{}, tensor.Picture{Data: read(t, "made_palette.bmp")}},
+		{Spec{}, grey},
+		{Spec{Channels: "BGR"}, tensor.Picture{Data: read(t, "made_grey.jpg")}},
+		{Spec{Channels: "L"}, tensor.Picture{Data: read(t, "made_420.jpg")}},
+		{Spec{Height: 3, Width: 4, Resize: "area", Fit: "pad"}, grey},
+	} {
+		d := newDecoder(t, c.spec, NewBudget(limits))
+		made, err := d.Run(t.Context(), c.picture)
+		if got := d.Bytes(c.picture); err != nil || got != int64(len(made.Data)) || got == 0 {
+			t.Errorf("%+v: Bytes says %d, Run makes %d: %v", c.spec, got, len(made.Data), err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestWholeNumbers rounds and saturates what only an image struct of floats holds.
+func TestWholeNumbers(t *testing.T) {
+	var data []byte
+	floats := []float64{-5, 300, 2.5, 3.5, 3e9, -3e9, math.Inf(1), math.Inf(-1)}
+	for _, v := range floats {
+		data = binary.NativeEndian.AppendUint32(data, math.Float32bits(float32(v)))
+	}
+	p := tensor.Picture{Data: data, Height: 1, Width: len(floats), Channels: 1, DType: savedmodel.Float32}
+	for dt, want := range map[savedmodel.DType][]float64{
+		savedmodel.Uint8: {0, 255, 2, 4, 255, 0, 255, 0},
+		savedmodel.Int32: {-5, 300, 2, 4, math.MaxInt32, math.MinInt32, math.MaxInt32, math.MinInt32},
+	} {
+		s := Spec{Height: 1, Width: len(floats), Resize: "nearest", Fit: "stretch", Channels: "L", Scale: [3]float32{1, 1, 1}, DType: dt}
+		g := newGraph(t, s, NewBudget(limits))
+		got := make([]byte, s.Bytes())
+		if err := g.Run(t.Context(), p, got); err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Equal(values(got, dt), want) {
+			t.Errorf("%v: %v, want %v", dt, values(got, dt), want)
+		}
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestBytesLimit refuses a file for its length, whatever it is.
+func TestBytesLimit(t *testing.T) {
+	rocket := read(t, "rocket.jpg")
+	g := newGraph(t, square, NewBudget(Limits{Pixels: limits.Pixels, Bytes: int64(len(rocket)) - 1, Working: 1 << 30}))
+	defer g.Close()
+	err := g.Run(t.Context(), tensor.Picture{Data: rocket}, make([]byte, square.Bytes()))
+	var e *tensorflow.Error
+	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "are the most") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestBudget holds as much as a large picture needs: another large one waits until
+// its context ends, or until that is given back; a small one does not wait.
+func TestBudget(t *testing.T) {
+	budget := NewBudget(limits)
+	g := newGraph(t, square, budget)
+	defer g.Close()
+	large, small := tensor.Picture{Data: read(t, "made_progressive.jpg")}, tensor.Picture{Data: read(t, "made_3x2.png")}
+	h, err := check(large, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	needs := g.working(h, int64(len(large.Data)), 1)
+	tight := limits
+	tight.Working = 2*needs - 1
+	*budget = *NewBudget(tight)
+
+	held, err := budget.acquire(t.Context(), needs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	dst := make([]byte, square.Bytes())
+	if err := g.Run(short, large, dst); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("beside another large one: %v", err)
+	}
+	if bytes.ContainsFunc(dst, func(r rune) bool { return r != 0 }) {
+		t.Error("dst was written to")
+	}
+	// Working is less than what this one needs besides, too, if small ones need much.
+	if h, _ := check(small, limits); g.working(h, int64(len(small.Data)), 1) > needs-1 {
+		t.Fatal("the small picture is not small")
+	}
+	if err := g.Run(t.Context(), small, dst); err != nil {
+		t.Errorf("a small one: %v", err)
+	}
+	waiting := make(chan error)
+	go func() { waiting <- g.Run(t.Context(), large, dst) }()
+	held()
+	if err := <-waiting; err != nil {
+		t.Errorf("after the large one: %v", err)
+	}
+
+	// What is larger than all of the budget takes all of it, and gives it back.
+	tight.Working = 1000
+	*budget = *NewBudget(tight)
+	for range 2 {
+		if err := g.Run(t.Context(), large, dst); err != nil {
+			t.Errorf("larger than the budget: %v", err)
+		}
+	}
+	if !budget.working.TryAcquire(1000) {
+		t.Error("the budget was not given back")
+	}
+}
+
+// TestOrientation reads EXIF that is broken in many ways, all of which mean 1.
+func TestOrientation(t *testing.T) {
+	const little = "Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00"
+	for _, c := range []struct {
+		name, exif string
+		want       int
+	}{
+		{"little-endian", little + "\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00", 6},
+		{"big-endian", "Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08\x00\x00", 8},
+		{"no EXIF", "http://ns.adobe.com/xap/1.0/\x00", 0},
+		{"empty", "", 0},
+		{"signature only", "Exif\x00\x00", 1},
+		{"no byte order", "Exif\x00\x00XX*\x00\x08\x00\x00\x00\x01\x00", 1},
+		{"no directory", "Exif\x00\x00II*\x00\x08\x00", 1},
+		{"directory beyond the end", "Exif\x00\x00II*\x00\xff\xff\xff\xff\x01\x00", 1},
+		{"directory of no entry", little, 1},
+		{"half an entry", little + "\x12\x01\x03\x00\x01", 1},
+		{"another tag", little + "\x13\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00", 1},
+		{"another type", little + "\x12\x01\x02\x00\x01\x00\x00\x00\x06\x00\x00\x00", 1},
+		{"orientation 0", little + "\x12\x01\x03\x00\x01\x00\x00\x00\x00\x00\x00\x00", 1},
+		{"orientation 9", little + "\x12\x01\x03\x00\x01\x00\x00\x00\x09\x00\x00\x00", 1},
+		{"65535 entries", "Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff" + strings.Repeat("\x00", 100), 1},
+	} {
+		segment := binary.BigEndian.AppendUint16(nil, uint16(2+len(c.exif)))
+		segment = append(segment, c.exif...)
+		if got := readOrientation(segment); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
+		// In front of a good picture it is no reason to refuse it.
+		rocket := read(t, "rocket.jpg")
+		h, ok := readHeader(slices.Concat(rocket[:2], []byte("\xff\xe1"), segment, rocket[2:]))
+		if !ok || h.orientation != max(c.want, 1) || h.width != 640 {
+			t.Errorf("%s: %+v", c.name, h)
+		}
+	}
+}
+
+// TestGeometry checks for many sizes that boxes lie within pictures and tensors.
+func TestGeometry(t *testing.T) {
+	sides := []int{1, 2, 3, 7, 61, 224, 299, 300, 451, 640, 65_535}
+	for _, fit := range []string{"crop", "stretch", "pad"} {
+		for _, height := range sides {
+			for _, width := range sides {
+				for _, h := range sides {
+					for _, w := range sides {
+						g := Spec{Height: h, Width: w, Fit: fit}.geometry(height, width)
+						if g.y < 0 || g.x < 0 || g.height < 1 || g.width < 1 || g.y+g.height > height || g.x+g.width > width {
+							t.Fatalf("%s %dx%d to %dx%d: a box of %+v", fit, width, height, w, h, g)
+						}
+						if g.top < 0 || g.left < 0 || g.rows < 1 || g.columns < 1 || g.top+g.rows > h || g.left+g.columns > w {
+							t.Fatalf("%s %dx%d to %dx%d: resized to %+v", fit, width, height, w, h, g)
+						}
+						if fit != "pad" && (g.rows != h || g.columns != w) || fit != "crop" && (g.height != height || g.width != width) {
+							t.Fatalf("%s %dx%d to %dx%d: %+v", fit, width, height, w, h, g)
+						}
+						if fit == "pad" && g.rows < h-1 && g.columns < w-1 {
+							t.Fatalf("%dx%d to %dx%d: neither side is filled: %+v", width, height, w, h, g)
+						}
+					}
+				}
+			}
+		}
+	}
+}
+
+func TestBadSpecs(t *testing.T) {
+	with := func(change func(*Spec)) Spec {
+		s := square
+		change(&s)
+		return s
+	}
+	for _, s := range []Spec{
+		{},
+		with(func(s *Spec) { s.Height, s.Width = 0, 0 }),
+		with(func(s *Spec) { s.Width = 0 }),
+		with(func(s *Spec) { s.Height = -1 }),
+		with(func(s *Spec) { s.Height, s.Width = math.MaxInt32, math.MaxInt32 }),
+		with(func(s *Spec) { s.Resize = "lanczos3" }),
+		with(func(s *Spec) { s.Resize = "" }),
+		with(func(s *Spec) { s.Fit = "cover" }),
+		with(func(s *Spec) { s.Channels = "RGBA" }),
+		with(func(s *Spec) { s.Channels = "" }),
+		with(func(s *Spec) { s.Resize, s.Antialias = "nearest", true }),
+		with(func(s *Spec) { s.Resize, s.Antialias = "area", true }),
+		with(func(s *Spec) { s.DType = savedmodel.Int64 }),
+		with(func(s *Spec) { s.DType = 0 }),
+	} {
+		g, err := New(s, NewBudget(limits))
+		var e *tensorflow.Error
+		if g != nil || !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			t.Errorf("New(%+v): %v", s, err)
+		}
+		if s == (Spec{}) || s.Height == 0 && s.Width == 0 || s.Channels == "" || s.DType != square.DType {
+			continue // a decoder may have these
+		}
+		s.Channels = strings.Replace(s.Channels, "RGB", "BGR", 1)
+		d, err := NewDecoder(s, NewBudget(limits))
+		if d != nil || !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			t.Errorf("NewDecoder(%+v): %v", s, err)
+		}
+	}
+	if d, err := NewDecoder(square, NewBudget(limits)); d != nil || err == nil {
+		t.Errorf("a decoder of RGB: %v", err)
+	}
+}
+
+// TestConcurrent runs one Graph from several goroutines, good pictures among bad.
+func TestConcurrent(t *testing.T) {
+	g := newGraph(t, square, NewBudget(limits))
+	pictures := [][]byte{read(t, "rocket.jpg"), read(t, "chelsea.png"), []byte("neither"),
+		read(t, "camera.png"), read(t, "made_film.gif"), read(t, "made_palette.bmp"), read(t, "made_turned_6.jpg")}
+	want := make([][]byte, len(pictures))
+	for i, p := range pictures {
+		want[i] = make([]byte, 224*224*3*4)
+		if err := g.Run(t.Context(), tensor.Picture{Data: p}, want[i]); (err != nil) != (i == 2) {
+			t.Fatal(err)
+		}
+	}
+	d := newDecoder(t, Spec{Height: 50, Width: 60, Resize: "area", Fit: "pad"}, g.budget)
+	defer d.Close()
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		wg.Go(func() {
+			dst := make([]byte, 224*224*3*4)
+			for i := range 25 {
+				p := (worker + i) % len(pictures)
+				if err := g.Run(t.Context(), tensor.Picture{Data: pictures[p]}, dst); (err != nil) != (p == 2) {
+					t.Errorf("picture %d: %v", p, err)
+				}
+				if p != 2 && !bytes.Equal(dst, want[p]) {
+					t.Errorf("picture %d differs", p)
+				}
+				if made, err := d.Run(t.Context(), tensor.Picture{Data: pictures[p]}); (err != nil) != (p == 2) || p != 2 && made.Height != 50 {
+					t.Errorf("picture %d: %v", p, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := g.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := g.Run(t.Context(), tensor.Picture{Data: pictures[0]}, make([]byte, 224*224*3*4)); err == nil {
+		t.Error("a closed graph ran")
+	}
+}
+
+// FuzzHeader looks for bytes that make readHeader panic, loop, or disagree with
+// other readers about a size.
+func FuzzHeader(f *testing.F) {
+	var asPNG, asJPEG, asGIF, asBMP bytes.Buffer
+	picture := image.NewRGBA(image.Rect(0, 0, 9, 5))
+	err := errors.Join(png.Encode(&asPNG, picture), jpeg.Encode(&asJPEG, picture, nil), gif.Encode(&asGIF, picture, nil), bmp.Encode(&asBMP, picture))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, encoded := range []bytes.Buffer{asPNG, asJPEG, asGIF, asBMP} {
+		f.Add(encoded.Bytes())
+	}
+	f.Add(pngOf(3, 4))
+	f.Add(jpegOf(5, 6))
+	f.Add([]byte("\xff\xd8\xff\xe1\x00\x22Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00" + string(asJPEG.Bytes()[2:])))
+	f.Fuzz(func(t *testing.T, encoded []byte) {
+		fuzztest.Bounded(t, 64<<20, func() {
+			h, ok := readHeader(encoded)
+			if !ok {
+				return
+			}
+			if h.width <= 0 || h.height <= 0 || h.orientation < 1 || h.orientation > 8 || h.scans < 0 || h.least < 0 {
+				t.Fatalf("%+v", h)
+			}
+			decode := map[string]func(io.Reader) (image.Config, error){
+				"PNG": png.DecodeConfig, "JPEG": jpeg.DecodeConfig, "GIF": gif.DecodeConfig, "BMP": bmp.DecodeConfig,
+			}[h.format]
+			config, err := decode(bytes.NewReader(encoded))
+			if err == nil && (config.Width != h.width || config.Height != h.height) {
+				t.Fatalf("%+v, another reader says %dx%d", h, config.Width, config.Height)
+			}
+		})
+	})
+}
+
+// FuzzFrame looks for a GIF or BMP that makes paint panic or write beyond its canvas.
+func FuzzFrame(f *testing.F) {
+	var asGIF, asBMP bytes.Buffer
+	picture := image.NewPaletted(image.Rect(0, 0, 9, 5), palette.Plan9)
+	if err := errors.Join(gif.Encode(&asGIF, picture, nil), bmp.Encode(&asBMP, picture)); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(asGIF.Bytes())
+	f.Add(asBMP.Bytes())
+	f.Fuzz(func(t *testing.T, encoded []byte) {
+		h, err := check(tensor.Picture{Data: encoded}, Limits{Pixels: 1 << 16, Bytes: 1 << 20, Working: 1 << 20})
+		if err != nil || h.format != "GIF" && h.format != "BMP" {
+			return
+		}
+		fuzztest.Bounded(t, 64<<20, func() {
+			decode := map[string]func(io.Reader) (image.Image, error){"GIF": gif.Decode, "BMP": bmp.Decode}[h.format]
+			pixels, err := paint(h, decode, encoded)
+			if err != nil {
+				return
+			}
+			defer pixels.Close()
+			if len(pixels.Bytes()) != h.height*h.width*3 {
+				t.Fatalf("%v became %d bytes", h, len(pixels.Bytes()))
+			}
+		})
+	})
+}
+
+func BenchmarkRun(b *testing.B) {
+	picture, err := png.Decode(bytes.NewReader(read(b, "chelsea.png")))
+	if err != nil {
+		b.Fatal(err)
+	}
+	var encoded bytes.Buffer
+	if err := jpeg.Encode(&encoded, picture, &jpeg.Options{Quality: 90}); err != nil {
+		b.Fatal(err)
+	}
+	g := newGraph(b, square, NewBudget(limits))
+	defer g.Close()
+	for _, goroutines := range []int{1, 2} {
+		b.Run(fmt.Sprintf("JPEG=451x300/goroutines=%d", goroutines), func(b *testing.B) {
+			var left atomic.Int64
+			left.Store(int64(b.N))
+			var wg sync.WaitGroup
+			for range goroutines {
+				wg.Go(func() {
+					dst := make([]byte, 224*224*3*4)
+					for left.Add(-1) >= 0 {
+						if err := g.Run(b.Context(), tensor.Picture{Data: encoded.Bytes()}, dst); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "images/s")
+		})
+	}
+}
+
+func newGraph(t testing.TB, spec Spec, budget *Budget) *Graph {
+	t.Helper()
+	g, err := New(spec, budget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+func newDecoder(t testing.TB, spec Spec, budget *Budget) *Decoder {
+	t.Helper()
+	d, err := NewDecoder(spec, budget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// read reads a file of the oracle's.
+func read(t testing.TB, name string) []byte {
+	t.Helper()
+	if _, err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(filepath.Join(folder, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
+// values reads numbers in the machine's byte order; of half-precision types their
+// bits, as whole numbers.
+func values(raw []byte, dt savedmodel.DType) []float64 {
+	v := make([]float64, len(raw)/dt.Size())
+	for i := range v {
+		at := raw[i*dt.Size():]
+		switch dt {
+		case savedmodel.Uint8:
+			v[i] = float64(at[0])
+		case savedmodel.Int32:
+			v[i] = float64(int32(binary.NativeEndian.Uint32(at)))
+		case savedmodel.Float32:
+			v[i] = float64(math.Float32frombits(binary.NativeEndian.Uint32(at)))
+		case savedmodel.Float64:
+			v[i] = math.Float64frombits(binary.NativeEndian.Uint64(at))
+		default:
+			v[i] = float64(binary.NativeEndian.Uint16(at))
+		}
+	}
+	return v
+}
+
+// pngOf makes the beginning of a PNG that says it has this size.
+func pngOf(width, height uint32) []byte {
+	b := []byte("\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR")
+	b = binary.BigEndian.AppendUint32(b, width)
+	b = binary.BigEndian.AppendUint32(b, height)
+	return append(b, 8, 2, 0, 0, 0)
+}
+
+// jpegOf makes the beginning of a JPEG that says it has this size.
+func jpegOf(width, height uint16) []byte {
+	b := []byte{0xff, 0xd8, 0xff, 0xe0, 0, 4, 0xff, 0xc0, 0xff, 0xff, 0xc0, 0, 17, 8}
+	b = binary.BigEndian.AppendUint16(b, height)
+	b = binary.BigEndian.AppendUint16(b, width)
+	return append(b, 3, 1, 0x22, 0, 2, 0x11, 1, 3, 0x11, 1)
+}
+
+// repositoryRoot walks up to the folder of go.mod.
+func repositoryRoot() string {
+	dir, err := os.Getwd()
+	for err == nil && dir != "/" {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir
+		}
+		dir = filepath.Dir(dir)
+	}
+	panic("no go.mod above the working folder")
+}
