@@ -7,6 +7,7 @@ to it. Workers need pyarrow only.
     m.transform(df, inputs={"image": "content"}, outputs={"probabilities": "p"})
 """
 
+from flightsvc import image
 from flightsvc._version import __version__
 from flightsvc.client import Client, connect
 from flightsvc.errors import (
@@ -18,6 +19,7 @@ from flightsvc.errors import (
     UnavailableError,
 )
 from flightsvc.model import ImageInput, Input, Model, Options, Output, TensorSpec
+from flightsvc.sql import register_udf
 
 __all__ = [
     "Client",
@@ -35,4 +37,6 @@ __all__ = [
     "UnavailableError",
     "__version__",
     "connect",
+    "image",
+    "register_udf",
 ]

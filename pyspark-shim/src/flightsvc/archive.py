@@ -12,6 +12,7 @@ from pathlib import Path
 from flightsvc.errors import InvalidArgumentError, NotFoundError
 
 PIECE_BYTES = 4 << 20
+SAVED_MODEL = "saved_model.pb"
 
 
 def files(folder: Path) -> list[str]:
@@ -22,8 +23,8 @@ def files(folder: Path) -> list[str]:
         InvalidArgumentError: There is a link or anything else that is neither file nor folder, or a name
             that is not UTF-8 or holds control characters.
     """
-    if not (folder / "saved_model.pb").exists():
-        raise NotFoundError(f"{folder} holds no saved_model.pb; give the folder of one SavedModel")
+    if not (folder / SAVED_MODEL).exists():
+        raise NotFoundError(f"{folder} holds no {SAVED_MODEL}; give the folder of one SavedModel")
     found = []
     for place, folders, names in os.walk(folder, onerror=_raise):
         for name in folders + names:

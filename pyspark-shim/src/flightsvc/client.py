@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import pyarrow as pa
-import pyarrow.flight as flight
 
-from flightsvc import archive, sidecar
+from flightsvc import shipping, sidecar
 from flightsvc.connection import Connection
-from flightsvc.errors import FLIGHT_ERRORS, NotFoundError, UnavailableError
+from flightsvc.errors import UnavailableError
 from flightsvc.model import Model, Options, read_signature
 from flightsvc.settings import Settings
-
-_CHUNKS = pa.schema([pa.field("chunk", pa.binary())])
 
 
 def connect(endpoint: str | None = None) -> Client:
@@ -131,34 +127,7 @@ class Client:
             InvalidArgumentError: It holds something else than files and folders, the front cannot read it,
                 or there is no space for it.
         """
-        place = Path(folder)
-        digest = archive.digest(place)
-
-        def known() -> bool:
-            try:
-                self._connection.action("model.metadata", {"model": digest})
-            except NotFoundError:
-                return False
-            return True
-
-        def send() -> None:
-            command = json.dumps({"v": 1, "put": "model", "digest": digest})
-            descriptor = flight.FlightDescriptor.for_command(command)
-            writer, results = self._connection.front().do_put(descriptor, _CHUNKS)
-            try:
-                with writer:
-                    for piece in archive.pieces(place):
-                        writer.write_batch(pa.record_batch([pa.array([piece], pa.binary())], schema=_CHUNKS))
-                    writer.done_writing()
-                    results.read()  # there is one answer, once the model has its place
-            except FLIGHT_ERRORS:
-                # Somebody else's push of the same model was faster: the front answers and reads no further.
-                if not known():
-                    raise
-
-        if not known():
-            self._connection.retry(send, self._connection.settings.retry_seconds)
-        return digest
+        return shipping.send(self._connection, Path(folder))
 
     def shutdown(self) -> None:
         """End the front, once its streams have ended or its drain timeout is over."""

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from flightsvc import sidecar
+from flightsvc import keras_export, shipping, sidecar
 from flightsvc.connection import Connection, shared
-from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.settings import Settings
 from flightsvc.stream import Exchange
 
 if TYPE_CHECKING:
+    import keras
+    import pyarrow as pa
     from pyspark.sql import DataFrame
     from pyspark.sql.types import StructType
 
     from flightsvc.spark import Mapper
+    from flightsvc.sql import Function
+
+_BUILT_IN = "image"  # decodes pictures; see flightsvc.image
 
 _CHOICES = {
     "on_error": ("fail", "null", "column"),
@@ -196,10 +202,12 @@ class Model:
     """A SavedModel and one of its signatures; cheap to make, nothing is loaded before rows arrive.
 
     Args:
-        model: Folder of a SavedModel, or of its numbered versions, as it is readable on every executor; a
-            URI such as ``file:///models/lite0``; the digest that :meth:`Client.push` returned; or the name of
-            a model in the server's repository. Text with ``://`` is a URI, text that begins with ``sha256:``
-            a digest, text with ``/`` or that names a folder here a path, other text a name.
+        model: Folder of a SavedModel, or of its numbered versions, on this machine: in Spark it is shipped
+            to the executors. Or a URI such as ``file:///models/lite0``, a folder as each executor sees it;
+            the digest that :meth:`Client.push` returned; the name of a model in the server's repository; a
+            Keras model, or a file that Keras saved. Text with ``://`` is a URI, text that begins with
+            ``sha256:`` a digest, text with ``/`` or that names a folder here a path, text that ends in
+            ``.keras`` or ``.h5`` a file of Keras, other text a name.
         signature: Which signature to run.
         version: A version's number, or ``latest``.
         preprocess: Inputs that are made from encoded pictures.
@@ -207,19 +215,63 @@ class Model:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | keras.Model,
         *,
         signature: str = "serving_default",
         version: str | int = "latest",
         preprocess: Mapping[str, ImageInput] | None = None,
     ):
-        self.reference = _reference(model)
+        self._source = _source(model)
+        self.name = _name(self._source)
         self.signature = signature
         self.version = str(version)
         self.preprocess = dict(preprocess or {})
 
     def __repr__(self) -> str:
-        return f"Model({self.reference!r}, signature={self.signature!r}, version={self.version!r})"
+        return f"Model({self.name!r}, signature={self.signature!r}, version={self.version!r})"
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder on this machine of the SavedModel or of its versions; ``None``: only servers know it.
+
+        A model of Keras is exported when this is first asked: an object once, a file again when it changes.
+
+        Raises:
+            NotFoundError: There is no such file of Keras.
+            InvalidArgumentError: Keras cannot read or export it; or it is not here, or not with TensorFlow.
+        """
+        if isinstance(self._source, str):
+            return None
+        if isinstance(self._source, Path):
+            return keras_export.of_file(self._source) if keras_export.is_file(self._source) else self._source
+        return self._exported
+
+    @property
+    def reference(self) -> str:
+        """What a front on this machine finds the model by: a URI, a digest or a name; see :attr:`folder`."""
+        folder = self.folder
+        return str(self._source) if folder is None else folder.as_uri()
+
+    @property
+    def shipped(self) -> bool:
+        """Whether this is a model of the driver that goes by its digest; its name is still the driver's."""
+        return isinstance(self._source, str) and self.name != self._source
+
+    def by_digest(self, digest: str) -> Model:
+        """Return this model for servers that do not see its folder."""
+        model = Model(digest, signature=self.signature, preprocess=self.preprocess)
+        model.name = self.name
+        return model
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Call a shipped model by its name in errors of a server, which knows the digest alone."""
+        try:
+            yield
+        except FlightsvcError as error:
+            if not self.shipped or self.reference not in str(error):
+                raise
+            raise type(error)(str(error).replace(self.reference, self.name)) from error
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
@@ -262,6 +314,25 @@ class Model:
         from flightsvc import spark
 
         return spark.mapper(self, self.request(**options), sidecar)
+
+    def udf(self, **options: Unpack[Options]) -> Function:
+        """Return this model as a function of columns: ``df.select(m.udf()("content"))``.
+
+        Its parameters are named after the inputs, in the order of ``inputs``, else by name; ``inputs`` maps
+        an input to its parameter's name, or to an :class:`Input` with that name. With one output it returns
+        its type; with several, or with ``on_error="column"``, a struct of the outputs and the error.
+        :meth:`transform` is the fast path: a function has one record batch on its way at a time.
+
+        Args:
+            **options: See :class:`Options`.
+
+        Raises:
+            InvalidArgumentError: Two outputs have one name, or an input takes no column.
+            NotFoundError: No such model, signature, input or output.
+        """
+        from flightsvc import sql
+
+        return sql.udf(self, self.request(**options))
 
     def output_schema(
         self, schema: StructType, *, sidecar: str | None = None, **options: Unpack[Options]
@@ -312,13 +383,31 @@ class Model:
             layout,
         )
 
-    def driver(self) -> Connection:
-        """Return the connection to the front that is asked about this model on the driver."""
-        return shared(sidecar.for_driver, Settings.read(_session_conf()))
+    def driver(self) -> tuple[Model, Connection]:
+        """Return the front that is asked about this model on the driver, and the model as it knows it.
+
+        A front at an endpoint that is set may not see the folder of the model: it gets the model by a push.
+
+        Raises:
+            NotFoundError: There is no such model or version.
+            FlightsvcError: The front cannot be reached or does not take the model.
+        """
+        settings = Settings.read(_session_conf())
+        connection = shared(sidecar.for_driver, settings)
+        if settings.endpoint is None or self.folder is None:
+            return self, connection
+        folder = shipping.version_folder(self.folder, self.version)
+        return self.by_digest(shipping.send(connection, folder)), connection
 
     @functools.cached_property
     def _signature(self) -> dict[str, dict[str, TensorSpec]]:
-        return read_signature(self, self.driver())
+        model, connection = self.driver()
+        with model.naming():
+            return read_signature(model, connection)
+
+    @functools.cached_property
+    def _exported(self) -> Path:
+        return keras_export.of_model(self._source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,6 +465,19 @@ class Request:
             fields["request_id"] = request_id
         return fields
 
+    def answer_schema(self, inputs: Mapping[str, str]) -> pa.Schema:
+        """Return the schema of the answer, asked on the driver without loading the model.
+
+        Args:
+            inputs: Input tensor to column on the wire.
+
+        Raises:
+            FlightsvcError: The request is wrong, or the front cannot be asked.
+        """
+        model, connection = self.model.driver()
+        with model.naming():
+            return connection.answer_schema(dataclasses.replace(self, model=model).descriptor(inputs))
+
     def columns(self, names: Sequence[str], known: Sequence[str], case_sensitive: bool) -> dict[str, int]:
         """Return the position of the column that feeds each input.
 
@@ -388,7 +490,7 @@ class Request:
             NotFoundError: An input or a column does not exist, or an input has no column.
             InvalidArgumentError: A column's name occurs twice.
         """
-        where = f"model {self.model.reference}, signature {self.model.signature}"
+        where = f"model {self.model.name}, signature {self.model.signature}"
         wanted = {name: _column(entry) for name, entry in self.inputs.items()}
         if not wanted:
             only = len(known) == 1 and len(names) == 1
@@ -443,7 +545,7 @@ def read_signature(model: Model, connection: Connection) -> dict[str, dict[str, 
     signatures = about["signatures"]
     if model.signature not in signatures:
         raise NotFoundError(
-            f"model {model.reference} has no signature {model.signature!r}; it has {', '.join(signatures)}"
+            f"model {model.name} has no signature {model.signature!r}; it has {', '.join(signatures)}"
         )
     return {
         side: {
@@ -471,13 +573,24 @@ def _wire(entry: str | Input | Output) -> str | dict[str, Any]:
     return entry.column if len(fields) == 1 else fields
 
 
-def _reference(model: str | os.PathLike[str]) -> str:
+def _source(model: Any) -> str | Path | Any:
+    """Return a reference as text, a folder or a file of Keras as a path, a Keras model as it is."""
+    if keras_export.is_model(model):
+        return model
     text = os.fspath(model)
-    if isinstance(model, str) and ("://" in text or text.startswith("sha256:")):
+    if isinstance(model, str) and ("://" in text or text.startswith("sha256:") or text == _BUILT_IN):
         return text
-    if not isinstance(model, str) or "/" in text or os.path.isdir(text):
-        return Path(os.path.abspath(text)).as_uri()
+    path = Path(os.path.abspath(text))
+    if not isinstance(model, str) or "/" in text or path.is_dir() or keras_export.is_file(path):
+        return path
     return text
+
+
+def _name(source: str | Path | Any) -> str:
+    """Return what messages call a model."""
+    if isinstance(source, str):
+        return source
+    return source.as_uri() if isinstance(source, Path) else f"{source.name!r} of Keras"
 
 
 def _session_conf() -> dict[str, str]:

@@ -170,7 +170,7 @@ def start(settings: Settings, owner: Owner | None) -> str:
     Raises:
         SidecarError: The front cannot be started; the text says why and what to do.
     """
-    run_dir = os.path.abspath(settings.run_dir or default_run_dir())
+    run_dir = _run_dir(settings)
     folder = os.path.join(run_dir, owner.folder if owner else "user")
     path = os.path.join(folder, _SOCKET)
     if len(os.fsencode(path)) > _SOCKET_BYTES:
@@ -179,8 +179,7 @@ def start(settings: Settings, owner: Owner | None) -> str:
             f"set {spark_key('run_dir')} or {variable('run_dir')} to a shorter folder"
         )
     try:
-        os.makedirs(os.path.dirname(run_dir), exist_ok=True)
-        _private(run_dir)
+        _ensure(run_dir)
         while True:
             with _locked(folder):
                 if _ready(path):
@@ -190,10 +189,40 @@ def start(settings: Settings, owner: Owner | None) -> str:
                     return _serve(settings, owner, _SCHEME + path)
             _wait_for_end(other, folder, settings.drain_seconds + _END_SECONDS)
     except OSError as error:
-        raise SidecarError(
-            f"{error.filename or folder}: {error.strerror}; "
-            f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of our own"
-        ) from error
+        raise _unusable(folder, error) from error
+
+
+@contextlib.contextmanager
+def locked(settings: Settings, name: str) -> Iterator[None]:
+    """Hold the lock ``name`` that all processes of this user on this host share; wait for it first.
+
+    Raises:
+        SidecarError: The run-dir cannot be used.
+    """
+    folder = os.path.join(_run_dir(settings), name)
+    with contextlib.ExitStack() as stack:
+        try:
+            _ensure(_run_dir(settings))
+            stack.enter_context(_locked(folder))
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        yield
+
+
+def _run_dir(settings: Settings) -> str:
+    return os.path.abspath(settings.run_dir or default_run_dir())
+
+
+def _ensure(run_dir: str) -> None:
+    os.makedirs(os.path.dirname(run_dir), exist_ok=True)
+    _private(run_dir)
+
+
+def _unusable(folder: str, error: OSError) -> SidecarError:
+    return SidecarError(
+        f"{error.filename or folder}: {error.strerror}; "
+        f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of our own"
+    )
 
 
 def _private(folder: str) -> None:
@@ -214,7 +243,7 @@ def _private(folder: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a front's folder, which is made when it is not there and goes if no front uses it."""
+    """Hold the lock of a folder, which is made when it is not there and goes if no front lives in it."""
     for _ in range(_LOCK_ATTEMPTS):
         if (descriptor := _lock(folder)) is not None:
             break

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from flightsvc import shipping
 from flightsvc import sidecar as sidecars
 from flightsvc.connection import Connection, shared
 from flightsvc.errors import InvalidArgumentError
@@ -22,7 +23,7 @@ from flightsvc.spark_types import check_input, check_sendable, spark_type
 
 if TYPE_CHECKING:
     from pyspark import TaskContext
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.types import StructType
 
 _CASE_SENSITIVE = "spark.sql.caseSensitive"
@@ -55,25 +56,40 @@ class Mapper:
         if first is None:
             return
         names = first.schema.names
-        positions = self.request.columns(names, self.known, self.case_sensitive)
-        connection = worker_connection(self.request, self.conf)
-        exchange = self.request.exchange(connection, names, positions, _place())
-        answers = exchange.answers(_chain(first, batches))
-        try:
-            for answer in answers:
-                yield answer.beside(self.sidecar)
-        finally:
-            answers.close()
+        with self.request.model.naming():
+            positions = self.request.columns(names, self.known, self.case_sensitive)
+            connection = worker_connection(self.request, self.conf)
+            exchange = self.request.exchange(connection, names, positions, place())
+            answers = exchange.answers(_chain(first, batches))
+            try:
+                for answer in answers:
+                    yield answer.beside(self.sidecar)
+            finally:
+                answers.close()
 
 
 def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
     """Return the connection of a worker to its front, which has the model of ``request`` from then on."""
-    return shared(sidecars.for_worker, Settings.read(conf))
+    connection = shared(sidecars.for_worker, Settings.read(conf))
+    if request.model.shipped:
+        shipping.receive(connection, request.model.reference, request.model.name)
+    return connection
 
 
 def for_workers(request: Request) -> Request:
-    """Return ``request`` as the workers send it: with a model of the driver shipped."""
-    return request
+    """Return ``request`` as the workers send it: with a model of the driver shipped.
+
+    Without a session the model stays a folder of this machine, for a function that runs here.
+
+    Raises:
+        NotFoundError: There is no such model or version on the driver.
+        InvalidArgumentError: It holds a link, or changed while it was read.
+    """
+    model, session = request.model, active_session()
+    if session is None or model.folder is None:
+        return request
+    folder = shipping.version_folder(model.folder, model.version)
+    return dataclasses.replace(request, model=model.by_digest(shipping.add(session, folder)))
 
 
 def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
@@ -100,10 +116,8 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
     for name, position in positions.items():
         field = schema.fields[position]
         check_input(model, name, inputs[name], request.input(name, field.name), field)
-    descriptor = request.descriptor({name: schema.names[position] for name, position in positions.items()})
-    further = [
-        StructField(field.name, spark_type(field.type)) for field in model.driver().answer_schema(descriptor)
-    ]
+    answer = request.answer_schema({name: schema.names[position] for name, position in positions.items()})
+    further = [StructField(field.name, spark_type(field.type)) for field in answer]
     if sidecar is not None:
         further.append(StructField(sidecar, StringType()))
     taken = list(schema.names)
@@ -111,7 +125,7 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
         for other in taken:
             if same_name(field.name, other, case_sensitive):
                 raise InvalidArgumentError(
-                    f"model {model.reference}: the result would have two columns {other!r}; "
+                    f"model {model.name}: the result would have two columns {other!r}; "
                     "name the new one otherwise: outputs={<output>: <column>}, error_column or sidecar"
                 )
         taken.append(field.name)
@@ -137,13 +151,22 @@ def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
     return df.toDF(*names).mapInArrow(mapper, StructType([*sent, *further])).toDF(*schema.names)
 
 
-def active_conf() -> dict[str, str]:
-    """Return the configuration of the active session, classic or Connect; empty where there is none."""
+def active_session() -> SparkSession | None:
+    """Return this thread's session, else the application's, classic or Connect; ``None`` without any."""
     if "pyspark.sql" not in sys.modules:
-        return {}
+        return None
+    from pyspark.errors import PySparkRuntimeError
     from pyspark.sql import SparkSession
 
-    session = SparkSession.getActiveSession()
+    try:
+        return SparkSession.active()
+    except PySparkRuntimeError:
+        return None
+
+
+def active_conf() -> dict[str, str]:
+    """Return the configuration of the active session; empty where there is none."""
+    session = active_session()
     return dict(session.conf.getAll) if session is not None else {}
 
 
@@ -160,7 +183,8 @@ def _case_sensitive(conf: dict[str, str]) -> bool:
     return conf.get(_CASE_SENSITIVE, "false").lower() == "true"
 
 
-def _place() -> str:
+def place() -> str:
+    """Return where this thread's Spark task runs, for errors and logs; empty outside of one."""
     context = task()
     if context is None:
         return ""

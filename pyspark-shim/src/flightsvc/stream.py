@@ -119,10 +119,17 @@ class Exchange:
         self._id = descriptor.get("request_id", "")
         self._redirect = True
 
-    def answers(self, batches: Iterable[pa.RecordBatch]) -> Generator[Answer, None, None]:
+    def answers(
+        self, batches: Iterable[pa.RecordBatch], ahead: int = WINDOW_BATCHES
+    ) -> Generator[Answer, None, None]:
         """Yield one answer for each record batch, in order.
 
         Closing the generator early cancels the stream; that is not an error.
+
+        Args:
+            batches: The record batches, all of one schema.
+            ahead: So many record batches at most are on their way at once. With 1 the next is asked for only
+                after the answer to the last was taken, so it may depend on it.
 
         Raises:
             FlightsvcError: The request was refused, or the sidecar stayed away.
@@ -135,7 +142,7 @@ class Exchange:
         server = ""
         try:
             while True:
-                while more and _room(window):
+                while more and _room(window, ahead):
                     piece = next(pieces, None)
                     if piece is None:
                         more = False
@@ -309,8 +316,8 @@ class _Stream:
             self._reader.cancel()
 
 
-def _room(window: collections.deque[_Piece]) -> bool:
-    if len(window) >= WINDOW_BATCHES:
+def _room(window: collections.deque[_Piece], batches: int) -> bool:
+    if len(window) >= batches:
         return False
     return sum(int(piece.rows.nbytes) for piece in window) < MESSAGE_BYTES
 

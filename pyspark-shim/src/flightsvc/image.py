@@ -1,0 +1,335 @@
+"""Pictures in DataFrames: files read and resized by the sidecar, arrays of numpy there and back.
+
+A picture in a column is Spark's image struct, that of ``spark.read.format("image")``: ``origin``, ``height``,
+``width``, ``nChannels``, ``mode`` and ``data``, whose bytes are rows from the top, each pixel as blue, green,
+red and alpha, or as one grey value. The sidecar decodes (its built-in model ``image``); workers need no
+imaging library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flightsvc import sidecar
+from flightsvc.connection import shared
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.model import ImageInput, same_name
+from flightsvc.settings import SPARK_PREFIX, Settings
+from flightsvc.spark import active_conf, place
+from flightsvc.stream import ROW_BYTES, Exchange
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
+    from pyspark.sql.types import StructType
+
+SLICE_ROWS = 64
+"""So many pictures, or SLICE_BYTES of them, travel together, so that their pixels stay few."""
+SLICE_BYTES = 4 << 20
+
+_COLUMN = "picture"  # on the wire
+_POLICIES = ("fail", "null", "column")
+_FILE_COLUMNS = "path string, modificationTime timestamp, length bigint, content binary"
+_DTYPES = {"uint8": 0, "float32": 5}  # OpenCV's depths; a mode is depth + 8 * (channels - 1)
+
+
+def schema() -> StructType:
+    """Return the type of a picture, Spark's image struct."""
+    from pyspark.sql.types import BinaryType, IntegerType, StringType, StructType
+
+    struct = StructType().add("origin", StringType())
+    for name in ("height", "width", "nChannels", "mode"):
+        struct.add(name, IntegerType())
+    return struct.add("data", BinaryType())
+
+
+def read_images(
+    spark: SparkSession,
+    path: str | Sequence[str],
+    *,
+    on_error: str = "fail",
+    error_column: str = "error",
+    stream: bool = False,
+    **options: Any,
+) -> DataFrame:
+    """Return the picture files below ``path``: the column ``image``, then the columns of their folders.
+
+    A folder ``label=1`` makes a column ``label``. Nothing but the list of files is read before the pictures
+    are asked for. JPEG, PNG, GIF (its first frame) and BMP are decoded as they are: turned upright, grey with
+    one channel, colour with three, with alpha four. Other files are bad ones.
+
+    Args:
+        spark: A session, classic or Connect.
+        path: A folder, a file, a pattern or several; with ``stream`` one folder or pattern.
+        on_error: What a file that is no picture does: ``fail`` the job, by name; make its ``image`` ``null``;
+            or null with its path and the reason in ``error_column`` (``column``), the last column.
+        error_column: Name of the column for the reason.
+        stream: Return a streaming DataFrame, which goes on with the files that are added.
+        **options: Options of Spark's file source, such as ``recursiveFileLookup=True``,
+            ``pathGlobFilter="*.jpg"``, ``basePath`` or ``maxFilesPerTrigger``.
+
+    Raises:
+        InvalidArgumentError: ``on_error`` is none of its choices, or a folder makes a column of a name that
+            is taken.
+    """
+    from pyspark.sql.functions import col
+
+    if stream:
+        if not isinstance(path, str):
+            raise InvalidArgumentError("a stream of pictures has one path, which may be a pattern")
+        reader = spark.readStream.format("binaryFile").schema(_FILE_COLUMNS)
+        files = reader.options(**options).load(path)
+    else:
+        paths = path if isinstance(path, str) else list(path)
+        files = spark.read.format("binaryFile").options(**options).load(paths)
+    folders = files.columns[4:]
+    added = ["image", error_column] if on_error == "column" else ["image"]
+    names = [*added, *folders]
+    for i, name in enumerate(names):
+        if any(same_name(name, other, case_sensitive=False) for other in names[:i]):
+            raise InvalidArgumentError(
+                f"read_images: the result would have two columns {name!r}; name error_column otherwise, or "
+                "read the folder itself: recursiveFileLookup=True makes no columns"
+            )
+    picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
+    kept = [files[_quoted(name)] for name in folders]
+    if on_error != "column":
+        return files.select(picture.alias("image"), *kept)
+    both = files.select(picture.alias("_picture"), *kept)
+    image, error = col("_picture.image"), col(f"_picture.{_quoted(error_column)}").alias(error_column)
+    return both.select(image, *(both[_quoted(name)] for name in folders), error)
+
+
+def decode(*, on_error: str = "fail", error_column: str = "error") -> Callable[..., Column]:
+    """Return a function of columns that makes pictures of encoded files, as they are.
+
+    ``decode()("content", "path")``: the first column holds the files (binary), the second, if there is one,
+    becomes the ``origin`` of the pictures. Formats, channels and ``on_error`` are those of
+    :func:`read_images`; with ``column`` the function makes a struct of ``image`` and ``error_column``. A null
+    stays null.
+
+    Raises:
+        InvalidArgumentError: ``on_error`` is none of its choices, or ``error_column`` is ``image``.
+    """
+    return _function("decode", None, on_error, error_column)
+
+
+def resize(
+    size: tuple[int, int],
+    *,
+    resize: str = "bilinear",
+    antialias: bool = False,
+    fit: str = "crop",
+    channels: str | None = None,
+    on_error: str = "fail",
+    error_column: str = "error",
+) -> Callable[..., Column]:
+    """Return a function of columns that makes pictures of one size, in the sidecar.
+
+    ``resize((224, 224))("image")``: the column holds pictures (Spark's image struct) or encoded files
+    (binary); a second column, if there is one, becomes their ``origin``. Pictures of float32 stay so.
+    It succeeds ``sparkdl.image.imageIO.createResizeImageUDF``.
+
+    Args:
+        size: Height and width, in pixels.
+        resize: As in :class:`ImageInput`.
+        antialias: As in :class:`ImageInput`.
+        fit: As in :class:`ImageInput`.
+        channels: ``BGR``, ``L`` (grey), or ``None``: those that each picture has.
+        on_error: As in :func:`decode`.
+        error_column: As in :func:`decode`.
+
+    Raises:
+        InvalidArgumentError: An argument is none of its choices.
+        FlightsvcError: No front could be asked whether they are.
+    """
+    if channels not in (None, "BGR", "L"):
+        raise InvalidArgumentError(f"channels is {channels!r}; a picture in a column is BGR or L")
+    how = ImageInput(size, resize=resize, antialias=antialias, fit=fit)
+    preprocess = how.wire() | ({} if channels is None else {"channels": channels})
+    return _function("resize", preprocess, on_error, error_column)
+
+
+def to_struct(array: np.ndarray[Any, Any], origin: str = "") -> Row:
+    """Return an array as a picture for a column of type :func:`schema`.
+
+    It succeeds ``sparkdl.image.imageIO.imageArrayToStruct``.
+
+    Args:
+        array: uint8 or float32, ``[height, width]`` or ``[height, width, channels]`` with 1, 3 or 4 channels.
+            Their order is kept as it is; to Spark it is blue, green, red, alpha.
+        origin: Where the picture is from.
+
+    Raises:
+        InvalidArgumentError: The array has another type or shape.
+    """
+    from pyspark.sql import Row
+
+    shape = (*array.shape, 1) if array.ndim == 2 else array.shape
+    if array.dtype.name not in _DTYPES:
+        raise InvalidArgumentError(f"a picture is of uint8 or float32, this array is of {array.dtype.name}")
+    if len(shape) != 3 or shape[2] not in (1, 3, 4) or 0 in shape:
+        raise InvalidArgumentError(
+            "a picture is [height, width] or [height, width, channels] with 1, 3 or 4 channels, "
+            f"this array is {list(array.shape)}"
+        )
+    height, width, channels = shape
+    mode = _DTYPES[array.dtype.name] + 8 * (channels - 1)
+    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return Row(origin=origin, height=height, width=width, nChannels=channels, mode=mode, data=data)
+
+
+def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Return a picture as an array ``[height, width, channels]`` of uint8 or float32.
+
+    It views the picture's bytes, without a copy, and is read-only where they are; channels keep their order:
+    blue, green, red, alpha. It succeeds ``sparkdl.image.imageIO.imageStructToArray``.
+
+    Raises:
+        InvalidArgumentError: The picture is null, is one that Spark could not read, or its numbers do not
+            agree.
+    """
+    import numpy as np
+
+    if picture is None:
+        raise InvalidArgumentError("there is no picture, the column is null here")
+    height, width, channels = (picture[name] for name in ("height", "width", "nChannels"))
+    mode, data = picture["mode"], picture["data"]
+    if mode == -1:
+        raise InvalidArgumentError("the picture has mode -1: Spark could not read it")
+    dtypes = {depth + 8 * (n - 1): (name, n) for name, depth in _DTYPES.items() for n in (1, 3, 4)}
+    if mode not in dtypes:
+        raise InvalidArgumentError(f"the picture has mode {mode}; modes are {sorted(dtypes)}")
+    name, wanted = dtypes[mode]
+    dtype = np.dtype(name).newbyteorder("<")
+    if channels != wanted or min(height, width) < 1 or len(data) != height * width * wanted * dtype.itemsize:
+        raise InvalidArgumentError(
+            f"the picture's numbers do not agree: mode {mode} ({wanted} x {name}), {height} x {width} "
+            f"pixels, {channels} channels, {len(data)} bytes"
+        )
+    return np.frombuffer(data, dtype).reshape(height, width, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """What :func:`decode` and :func:`resize` do in the workers.
+
+    Attributes:
+        preprocess: The descriptor's entry for the pictures; ``None``: they stay as they are.
+        on_error: What becomes of bad pictures.
+        error_column: Name of the column for the reason.
+        conf: ``spark.flightsvc.*`` of the driver's session.
+    """
+
+    preprocess: dict[str, Any] | None
+    on_error: str
+    error_column: str
+    conf: dict[str, str]
+
+    def descriptor(self) -> dict[str, Any]:
+        """Return what the sidecar is asked for: always with the reasons, the policy is applied here."""
+        fields = {"v": 1, "model": "image", "inputs": {"image": _COLUMN}, "on_error": "column"}
+        return fields if self.preprocess is None else {**fields, "preprocess": {"image": self.preprocess}}
+
+    def __call__(self, columns: Iterable[Any]) -> Iterator[pa.Array]:
+        """Yield the pictures for each array of ``columns``, or for each pair with their origins."""
+        connection = shared(sidecar.for_worker, Settings.read(self.conf))
+        exchange = Exchange(connection, self.descriptor(), {_COLUMN: 0}, place())
+        answers = exchange.answers(piece for column in columns for piece in _slices(column))
+        try:
+            for answer in answers:
+                yield self._result(answer.batch, answer.outputs)
+        finally:
+            answers.close()
+
+    def _result(self, asked: pa.RecordBatch, outputs: pa.RecordBatch) -> pa.Array:
+        origin = asked.column("origin")
+        # The server begins with the column's name on the wire, which nobody knows.
+        said = pc.replace_substring_regex(outputs.column("error"), f'^column "{_COLUMN}": ', "")
+        reason = pc.coalesce(asked.column("error"), said)
+        named = pc.if_else(pc.equal(origin, ""), "", pc.binary_join_element_wise(origin, "", ": "))
+        error = pc.binary_join_element_wise(pc.fill_null(named, ""), reason, "")
+        if self.on_error == "fail" and error.null_count < len(error):
+            first = error.drop_null()[0].as_py().rstrip(".")
+            raise InvalidArgumentError(
+                f"{first}. To go on without such pictures: on_error='null' or on_error='column'"
+            )
+        names = ("height", "width", "nChannels", "mode", "data")
+        image = pa.StructArray.from_arrays(
+            [origin, *map(outputs.column, names)],
+            names=["origin", *names],
+            mask=outputs.column("height").is_null(),
+        )
+        if self.on_error != "column":
+            return image
+        return pa.StructArray.from_arrays([image, error], names=["image", self.error_column])
+
+
+def _function(
+    name: str, preprocess: dict[str, Any] | None, on_error: str, error_column: str
+) -> Callable[..., Column]:
+    """Return the function of columns that runs a :class:`_Decoder`."""
+    from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
+    from pyspark.sql.types import StringType, StructType
+
+    if on_error not in _POLICIES:
+        raise InvalidArgumentError(f"on_error is {on_error!r}; it is one of {', '.join(_POLICIES)}")
+    if on_error == "column" and same_name(error_column, "image", case_sensitive=False):
+        raise InvalidArgumentError("error_column is 'image', as the pictures are called; name it otherwise")
+    conf = {key: value for key, value in active_conf().items() if key.startswith(SPARK_PREFIX)}
+    decoder = _Decoder(preprocess, on_error, error_column, conf)
+    if preprocess is not None:  # a front on the driver says what is wrong with it
+        shared(sidecar.for_driver, Settings.read(conf)).answer_schema(decoder.descriptor())
+
+    def pictures(columns: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        return decoder(columns)
+
+    pictures.__name__ = name  # as plans and errors call it
+    struct = schema()
+    if on_error == "column":
+        struct = StructType().add("image", struct).add(error_column, StringType())
+    function: Callable[..., Column] = arrow_udf(pictures, returnType=struct)
+    return function
+
+
+def _slices(column: pa.Array | tuple[pa.Array, pa.Array]) -> Iterator[pa.RecordBatch]:
+    """Yield a column of pictures in record batches of few pixels, with ``origin`` and ``error`` beside.
+
+    ``error`` says which pictures are too large to be sent; those are null.
+    """
+    picture, origin = column if isinstance(column, tuple) else (column, None)
+    if pa.types.is_struct(picture.type) and picture.type.get_field_index("data") >= 0:
+        data = picture.field("data")
+        origin = picture.field("origin") if origin is None else origin
+    elif pa.types.is_binary(picture.type) or pa.types.is_large_binary(picture.type):
+        data = picture
+    else:
+        raise InvalidArgumentError(
+            f"pictures are Spark's image struct, or files in a binary column; this column is {picture.type}"
+        )
+    if origin is None:
+        origin = pa.repeat(pa.scalar("", pa.string()), len(picture))
+    sizes = pc.fill_null(pc.binary_length(data), 0)
+    large = pc.greater(sizes, ROW_BYTES - (1 << 20))
+    if large.true_count:
+        picture = pc.if_else(large, pa.scalar(None, picture.type), picture)
+    reason = pa.scalar(f"it is larger than {(ROW_BYTES >> 20) - 1} MiB", pa.string())
+    error = pc.if_else(large, reason, pa.scalar(None, pa.string()))
+    rows = pa.RecordBatch.from_arrays([picture, origin, error], [_COLUMN, "origin", "error"])
+    start = held = 0
+    for end, size in enumerate(sizes.to_pylist()):
+        if end > start and (end - start == SLICE_ROWS or held + size > SLICE_BYTES):
+            yield rows.slice(start, end - start)
+            start, held = end, 0
+        held += size
+    if start < len(rows):
+        yield rows.slice(start)
+
+
+def _quoted(name: str) -> str:
+    return f"`{name.replace('`', '``')}`"

@@ -1,0 +1,485 @@
+"""Models as functions of columns, for DataFrames and in SQL.
+
+Spark asks a Python function for no argument types, so they are checked around it, before a task starts. For
+DataFrames each argument is wrapped in an expression that Spark evaluates while it analyses the query and
+that is gone afterwards. In SQL the name belongs to an SQL function with typed parameters, whose body calls
+the Python function: Spark itself checks and casts the arguments, knows the parameters by name, and lists,
+describes and drops the function as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import os
+import threading
+import time
+import uuid
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+import pyarrow as pa
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.model import Input, Model, Options, Request, TensorSpec, same_name
+from flightsvc.settings import SPARK_PREFIX
+from flightsvc.spark import _case_sensitive, active_conf, for_workers, worker_connection
+from flightsvc.spark_types import _ACCEPTED, _nested, check_input, spark_type
+from flightsvc.stream import Answer
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, SparkSession
+    from pyspark.sql.types import DataType
+
+_IDLE_SECONDS = 2.0
+"""A stream that no call has used for so long is closed: its model may then leave."""
+
+_HIDDEN = "_flightsvc_"  # begins the name of the Python function below a registered one
+
+# Of decimals only decimal(20,0) differs from the others, of strings all are one: pattern, replacement.
+_DECIMAL = (r"decimal\((?!20,0\)).*?\)", "decimal(38,18)")
+_COLLATION = (r"string collate \w+", "string")
+_IMAGE = "struct<origin:string,height:int,width:int,nChannels:int,mode:int,data:binary>"
+_IMAGE_FIELDS = ("height:int", "width:int", "nChannels:int", "mode:int", "data:binary")  # in any order
+
+
+def register_udf(
+    spark: SparkSession,
+    name: str,
+    model: Model,
+    *,
+    types: Mapping[str, str] | None = None,
+    **options: Unpack[Options],
+) -> None:
+    """Make ``model`` a temporary function of SQL: ``SELECT classify(content) FROM images``.
+
+    Its parameters and its result are those of :meth:`Model.udf`. Each parameter has an SQL type, to which
+    Spark casts the argument. A function that has the name is replaced; ``DROP TEMPORARY FUNCTION`` drops it.
+
+    Args:
+        spark: The session that gets the function, classic or Connect.
+        name: The function's name.
+        model: The model.
+        types: SQL types by parameter, where one shall not be the first that the input takes:
+            ``{"x": "array<double>"}``.
+        **options: See :class:`Options`.
+
+    Raises:
+        InvalidArgumentError: A type does not feed its input, a parameter needs to be given one, or two
+            outputs have one name.
+        NotFoundError: No such model, signature, input or output.
+    """
+    function = _function(name, model, model.request(**options), dict(spark.conf.getAll))
+    given = dict(types or {})
+    for parameter in given:
+        if parameter not in function.parameters:
+            raise InvalidArgumentError(
+                f"types names {parameter!r}; the parameters of {name} are {', '.join(function.parameters)}"
+            )
+    parameters = ", ".join(
+        f"{_quoted(parameter)} {_parameter_type(function, parameter, given.get(parameter))}"
+        for parameter in function.parameters
+    )
+    spark.udf.register(_HIDDEN + name, function.arrow)
+    # One of Python has to go first, SQL would not replace it.
+    spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {_quoted(name)}")
+    spark.sql(
+        f"CREATE TEMPORARY FUNCTION {_quoted(name)}({parameters}) COMMENT {_literal(function.title)} "
+        f"RETURN {_quoted(_HIDDEN + name)}({', '.join(map(_quoted, function.parameters))})"
+    )
+
+
+def udf(model: Model, request: Request) -> Function:
+    """Return the function of columns that asks ``request``; see :meth:`Model.udf`."""
+    return _function("predict", model, request, active_conf())
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A model as a function of columns: called with columns, by position or by name, it returns one.
+
+    Attributes:
+        name: What plans and messages call it.
+        model: The model as the driver knows it.
+        request: What is asked of the model, as the workers send it.
+        parameters: The names of the parameters, in order.
+        positions: Which parameter feeds each input.
+        returns: Spark's type of the result.
+        case_sensitive: Whether ``a`` and ``A`` are two parameters.
+        conf: ``spark.flightsvc.*`` of the driver's session.
+    """
+
+    name: str
+    model: Model
+    request: Request
+    parameters: tuple[str, ...]
+    positions: dict[str, int]
+    returns: DataType
+    case_sensitive: bool
+    conf: dict[str, str]
+
+    def __call__(self, *columns: Column | str, **named: Column | str) -> Column:
+        """Return the model's outputs for ``columns``.
+
+        A column whose type does not feed its input is refused when Spark analyses the query.
+
+        Raises:
+            InvalidArgumentError: A parameter has no column, or two, or there is no such parameter.
+        """
+        arguments = self._bind(columns, named)
+        labels = [_label(argument) for argument in arguments]
+        checked = [
+            self._checked(parameter, label, argument)
+            for parameter, label, argument in zip(self.parameters, labels, arguments, strict=True)
+        ]
+        column: Column = self.arrow(*checked).alias(f"{self.name}({', '.join(labels)})")
+        return column
+
+    @functools.cached_property
+    def arrow(self) -> Any:
+        """The function as Spark takes it, by position; it checks nothing."""
+        from pyspark.sql.pandas.functions import arrow_udf
+        from pyspark.sql.types import StructType
+
+        struct = isinstance(self.returns, StructType)
+        worker = _Worker(
+            self.name, uuid.uuid4().hex, self.request, self.parameters, self.positions, struct, self.conf
+        )
+        return arrow_udf(worker, self.returns)  # type: ignore[call-overload]  # its stubs know functions only
+
+    @property
+    def title(self) -> str:
+        """Which model and signature this is."""
+        return f"model {self.model.name}, signature {self.model.signature}"
+
+    def feeds(self, parameter: str) -> Iterator[tuple[str, TensorSpec, Input]]:
+        """Yield the inputs that ``parameter`` feeds: the name, the type, and how."""
+        inputs = self.model.inputs
+        for name, position in self.positions.items():
+            if self.parameters[position] == parameter:
+                yield name, inputs[name], self.request.input(name, parameter)
+
+    def _bind(self, columns: Sequence[Column | str], named: Mapping[str, Column | str]) -> list[Column | str]:
+        """Return one column for each parameter."""
+        signature = f"{self.name}({', '.join(self.parameters)}) of {self.title}"
+        if len(columns) > len(self.parameters):
+            raise InvalidArgumentError(f"{signature} got {len(columns)} columns")
+        bound = dict(zip(self.parameters, columns, strict=False))
+        for name, column in named.items():
+            found = [p for p in self.parameters if same_name(p, name, self.case_sensitive)]
+            if not found:
+                raise InvalidArgumentError(f"{signature} has no parameter {name!r}")
+            if found[0] in bound:
+                raise InvalidArgumentError(f"{signature} got two columns for {found[0]!r}")
+            bound[found[0]] = column
+        missing = [parameter for parameter in self.parameters if parameter not in bound]
+        if missing:
+            raise InvalidArgumentError(f"{signature} got no column for {', '.join(map(repr, missing))}")
+        return [bound[parameter] for parameter in self.parameters]
+
+    def _checked(self, parameter: str, label: str, argument: Column | str) -> Column:
+        """Return ``argument`` in an expression that Spark refuses to analyse where its type does not fit.
+
+        ``typeof`` is known to the analysis, and so must be the field that ``date_part`` extracts: with a
+        type that fits it is one, else our message, which the refusal quotes. All of it is constant, so the
+        optimizer leaves nothing but the argument.
+        """
+        from pyspark.sql import functions as F
+
+        column = F.col(argument) if isinstance(argument, str) else argument
+        found = F.typeof(column)
+        plain = F.regexp_replace(F.regexp_replace(found, *_DECIMAL), *_COLLATION)
+        mark = F.concat(F.lit("|"), plain, F.lit("|"))  # a list as one text keeps the plan short
+        for name, spec, entry in self.feeds(parameter):
+            verdicts = _Verdicts.of(self.model, name, spec, entry, label)
+            tail = F.lit(verdicts.otherwise)
+            for advice, kinds in verdicts.refused.items():
+                tail = F.when(_list(kinds).contains(mark), F.lit(advice)).otherwise(tail)
+            message = F.concat(F.lit(verdicts.head), found, tail)
+            # Spark quotes it as a name, where backticks would be doubled.
+            refusal = F.concat(F.lit("`"), F.replace(message, F.lit("`"), F.lit("")), F.lit("`"))
+            fits = _list(verdicts.accepted).contains(mark)
+            if _IMAGE in verdicts.accepted:
+                fits |= functools.reduce(lambda a, b: a & b, (plain.contains(f) for f in _IMAGE_FIELDS))
+            field = F.when(fits, F.lit("YEAR")).otherwise(refusal)
+            column = F.when(F.date_part(field, F.lit(datetime.date(1970, 1, 1))).isNotNull(), column)
+        return column
+
+
+def _function(name: str, model: Model, request: Request, conf: dict[str, str]) -> Function:
+    """Return ``request`` as a function, its parameters and its result checked."""
+    from pyspark.sql.types import StructField, StructType
+
+    case_sensitive = _case_sensitive(conf)
+    inputs = model.inputs
+    parameters: list[str] = []
+    for entry in request.inputs.values() or sorted(inputs):
+        parameter = entry.column if isinstance(entry, Input) else entry
+        if not any(same_name(parameter, other, case_sensitive) for other in parameters):
+            parameters.append(parameter)
+    positions = request.columns(parameters, tuple(inputs), case_sensitive)
+    answer = request.answer_schema({key: parameters[position] for key, position in positions.items()})
+    fields = [StructField(field.name, spark_type(field.type)) for field in answer]
+    for i, field in enumerate(fields):
+        for other in fields[:i]:
+            if same_name(field.name, other.name, case_sensitive):
+                raise InvalidArgumentError(
+                    f"model {model.name}, signature {model.signature}: the result would have two fields "
+                    f"{other.name!r}, {other.dataType.simpleString()} and {field.dataType.simpleString()}; "
+                    "name one otherwise: outputs={<output>: <field>} or error_column"
+                )
+    function = Function(
+        name,
+        model,
+        for_workers(request),
+        tuple(parameters),
+        positions,
+        fields[0].dataType if len(fields) == 1 else StructType(fields),
+        case_sensitive,
+        {key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
+    )
+    for parameter in parameters:
+        for key, spec, entry in function.feeds(parameter):
+            _Verdicts.of(model, key, spec, entry, parameter)
+    return function
+
+
+@dataclasses.dataclass
+class _Verdicts:
+    """What :func:`check_input` says of each type, in pieces: ``head``, the type, and why it is refused.
+
+    Attributes:
+        accepted: The types that feed the input, as ``typeof`` writes them.
+        head: How each refusal begins.
+        refused: How it ends, each with the types of which that is said.
+        otherwise: How it ends for all other types.
+    """
+
+    accepted: list[str]
+    head: str
+    refused: dict[str, list[str]]
+    otherwise: str
+
+    @staticmethod
+    def of(model: Model, name: str, spec: TensorSpec, entry: Input, label: str) -> _Verdicts:
+        """Ask for all types that are near the input's.
+
+        Raises:
+            InvalidArgumentError: None feeds the input.
+        """
+        from pyspark.sql.types import StructField, StructType
+
+        accepted: list[str] = []
+        refused: dict[str, list[str]] = {}
+        # The last is a type that feeds nothing and has no advice of its own.
+        for kind in [*_near(len(spec.shape or ()) + 2), StructType()]:
+            text = kind.simpleString()
+            try:
+                check_input(model, name, spec, entry, StructField(label, kind))
+                accepted.append(text)
+            except InvalidArgumentError as error:
+                head, _, tail = str(error).partition(f"{text}, input ")
+                refused.setdefault(f", input {tail}", []).append(text)
+        if not accepted:
+            raise InvalidArgumentError(
+                f"model {model.name}, signature {model.signature}: parameter {label!r}, input {tail}"
+            )
+        otherwise = f", input {tail}"
+        del refused[otherwise]  # said of all that are not listed
+        return _Verdicts(accepted, head, refused, otherwise)
+
+
+def _near(depth: int) -> Iterator[DataType]:
+    """Yield what columns hold, and arrays of it less than ``depth`` deep."""
+    from pyspark.sql import types as spark
+
+    integers = spark.ArrayType(spark.IntegerType())
+    vector = (
+        spark.StructType()
+        .add("type", spark.ByteType())
+        .add("size", spark.IntegerType())
+        .add("indices", integers)
+        .add("values", spark.ArrayType(spark.DoubleType()))
+    )
+    picture = spark.StructType().add("origin", spark.StringType())
+    for name in ("height", "width", "nChannels", "mode"):
+        picture.add(name, spark.IntegerType())
+    picture.add("data", spark.BinaryType())
+    elements: list[DataType] = [
+        spark.NullType(),
+        spark.BooleanType(),
+        spark.ByteType(),
+        spark.ShortType(),
+        spark.IntegerType(),
+        spark.LongType(),
+        spark.FloatType(),
+        spark.DoubleType(),
+        spark.DecimalType(20, 0),
+        spark.DecimalType(38, 18),
+        spark.StringType(),
+        spark.BinaryType(),
+        spark.DateType(),
+        spark.TimestampType(),
+        spark.TimestampNTZType(),
+    ]
+    yield from (vector, picture)
+    for element in elements:
+        for _ in range(depth):
+            yield element
+            element = spark.ArrayType(element)
+
+
+def _parameter_type(function: Function, parameter: str, given: str | None) -> str:
+    """Return the SQL type of a parameter, ``given`` or the first that its input takes.
+
+    Raises:
+        InvalidArgumentError: It does not feed an input, or none is given where the input's rank is unknown.
+    """
+    from pyspark.sql.types import DataType, StructField
+
+    feeds = list(function.feeds(parameter))
+    if given is None:
+        name, spec, entry = feeds[0]
+        if name in function.model.preprocess or entry.encoding == "raw":
+            given = "binary"
+        elif spec.shape is None:
+            raise InvalidArgumentError(
+                f"{function.title}: input {name!r} ({spec}) does not tell its rank, so parameter "
+                f"{parameter!r} needs a type: types={{{parameter!r}: 'array<{_ACCEPTED[spec.dtype][0]}>'}}"
+            )
+        else:
+            # Text becomes binary exactly, but not all binary is text.
+            element = "binary" if spec.dtype == "string" else _ACCEPTED[spec.dtype][0]
+            given = _nested(element, len(spec.shape) - 1)
+    kind = DataType.fromDDL(given)
+    for name, spec, entry in feeds:
+        check_input(function.model, name, spec, entry, StructField(parameter, kind))
+    return given
+
+
+def _label(argument: Column | str) -> str:
+    """Return what messages call an argument: Column<'a + 1'> is a + 1."""
+    return argument if isinstance(argument, str) else str(argument)[len("Column<'") : -len("'>")]
+
+
+def _list(kinds: list[str]) -> Column:
+    from pyspark.sql import functions as F
+
+    return F.lit(f"|{'|'.join(kinds)}|")
+
+
+def _quoted(name: str) -> str:
+    return f"`{name.replace('`', '``')}`"
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """What runs in the workers, once per record batch: columns in, the result out.
+
+    Attributes:
+        name: The function's name, for logs and errors.
+        key: Tells this function from all others.
+        request: What is asked of the model.
+        parameters: The names of the columns.
+        positions: Which column feeds each input.
+        struct: Whether the result is a struct of all outputs.
+        conf: ``spark.flightsvc.*`` of the driver's session.
+    """
+
+    name: str
+    key: str
+    request: Request
+    parameters: tuple[str, ...]
+    positions: dict[str, int]
+    struct: bool
+    conf: dict[str, str]
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
+        batch = pa.RecordBatch.from_arrays(list(columns), names=self.parameters)
+        with self.request.model.naming():
+            outputs = _calls(self).outputs(batch)
+        if not self.struct:
+            return outputs.column(0)
+        return pa.StructArray.from_arrays(outputs.columns, fields=list(outputs.schema))
+
+    def answers(self, batches: Iterator[pa.RecordBatch]) -> Generator[Answer, None, None]:
+        """Yield the answers to ``batches``, each of which is asked for once the last is answered."""
+        connection = worker_connection(self.request, self.conf)
+        exchange = self.request.exchange(connection, self.parameters, self.positions, f"function {self.name}")
+        return exchange.answers(batches, ahead=1)
+
+
+class _Calls:
+    """The calls of one function in this process: one stream, from the first of them until it is idle."""
+
+    def __init__(self, worker: _Worker):
+        self._worker = worker
+        self._turn = threading.Condition()  # guards what follows, and the stream
+        self._answers: Generator[Answer, None, None] | None = None  # of the open stream
+        self._schema: pa.Schema | None = None  # of its record batches
+        self._due: pa.RecordBatch | None = None  # what it sends next; None ends it
+        self._used = 0.0
+
+    def outputs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the output columns for ``batch``.
+
+        Raises:
+            FlightsvcError: The request was refused, or the sidecar stayed away.
+        """
+        with self._turn:
+            if self._schema != batch.schema:
+                self._end()
+            answers = self._answers
+            if answers is None:
+                answers = self._worker.answers(self._batches())
+                threading.Thread(
+                    target=self._watch, args=(answers,), name="flightsvc-idle", daemon=True
+                ).start()
+            self._answers = None  # not kept if it fails
+            self._due = batch
+            answer = next(answers)
+            self._answers, self._schema = answers, batch.schema
+            self._used = time.monotonic()
+            return answer.outputs
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        while self._due is not None:
+            batch, self._due = self._due, None
+            yield batch
+
+    def _watch(self, answers: Generator[Answer, None, None]) -> None:
+        """End the stream when it has been idle for long enough; leave when it has ended."""
+        with self._turn:
+            while self._answers is answers:
+                left = self._used + _IDLE_SECONDS - time.monotonic()
+                if left <= 0:
+                    self._end()
+                else:
+                    self._turn.wait(left)
+
+    def _end(self) -> None:
+        """Close the stream, if one is open."""
+        answers, self._answers = self._answers, None
+        if answers is not None:
+            next(answers, None)
+
+
+# gRPC does not survive a fork: a stream opened before it is never used after it.
+_all_calls: dict[tuple[int, str], _Calls] = {}
+_all_calls_mutex = threading.Lock()
+
+
+def _calls(worker: _Worker) -> _Calls:
+    """Return this process's calls of a function."""
+    with _all_calls_mutex:
+        return _all_calls.setdefault((os.getpid(), worker.key), _Calls(worker))
