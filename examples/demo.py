@@ -1,4 +1,4 @@
-"""Labels photographs with a real network, from a client that knows only pyarrow and from a Spark job.
+"""Labels photographs with a real network: from a client that knows only pyarrow, in Spark, and in SQL.
 
 `make demo` runs it, after the build. It ends with one table, and with the picture ``build/demo.png``.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +55,9 @@ PHOTOS = (
 FLIGHT_PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "rocket.jpg")
 """Those of them that the standalone client asks about, too."""
 
+QUERY = "SELECT path, classify(content) FROM images"
+"""What is asked in SQL, where ``classify`` is the model."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -62,8 +66,9 @@ class Answer:
     Attributes:
         photo: the file's name.
         best: the three most probable classes, as indices and probabilities.
-        server: the sidecar that answered, as host and process id.
-        via: who asked: ``spark`` or ``flight``.
+        server: the sidecar that answered, as host and process id; empty for a function of SQL, which gives
+            no more than the model's output.
+        via: who asked: ``spark``, ``sql`` or ``flight``.
     """
 
     photo: str
@@ -84,7 +89,7 @@ def main() -> None:
     photos = copy_photos()
     model = make_model(progress)
     by_flight = classify_in_client(model, [photos / photo for photo in FLIGHT_PHOTOS], progress)
-    by_spark = classify_in_spark(model, photos, progress)
+    by_spark, by_sql = classify_in_spark(model, photos, progress)
     labels = lite0.labels()
     sidecars = len({answer.server for answer in by_spark})
     contact_sheet.draw(
@@ -94,7 +99,7 @@ def main() -> None:
         [contact_sheet.Tile(photos / a.photo, [(labels[i], p) for i, p in a.best]) for a in by_spark],
     )
     progress("done\n")
-    print_table(by_spark + by_flight, labels)
+    print_table(by_spark + by_flight + by_sql, labels)
     print(f"\nThe contact sheet is {SHEET.relative_to(ROOT)}")
 
 
@@ -174,8 +179,10 @@ def served(log: Path) -> Iterator[str]:
             process.terminate()
 
 
-def classify_in_spark(model: Path, photos: Path, progress: Callable[[str], None]) -> list[Answer]:
-    """Classifies the photos of a folder in a Spark job, each executor with a sidecar of its own."""
+def classify_in_spark(
+    model: Path, photos: Path, progress: Callable[[str], None]
+) -> tuple[list[Answer], list[Answer]]:
+    """Classifies the photos of a folder in a Spark job, then in SQL; each executor has its own sidecar."""
     progress("starting Spark: two executors, one core each")
     with spark_session(BUILD / "spark.log") as spark:
         progress("reading the model's signature")
@@ -190,14 +197,20 @@ def classify_in_spark(model: Path, photos: Path, progress: Callable[[str], None]
             lite.output_schema(df.schema, inputs=inputs, outputs=outputs, sidecar="sidecar"),
         ).select("path", "p", "sidecar")
         progress("classifying in Spark; each executor starts its sidecar, which loads the model")
-        rows = collect(answers, progress)
-    return sorted(map(spark_answer, rows), key=lambda answer: answer.photo)
+        by_spark = [spark_answer(*row, via="spark") for row in collect(answers, progress)]
+
+        df.createOrReplaceTempView("images")
+        flightsvc.register_udf(spark, "classify", lite)
+        progress(f"the same in SQL: {QUERY}")
+        by_sql = [spark_answer(*row, "", via="sql") for row in collect(spark.sql(QUERY), progress)]
+    by_photo = attrgetter("photo")
+    return sorted(by_spark, key=by_photo), sorted(by_sql, key=by_photo)
 
 
-def spark_answer(row: Row) -> Answer:
-    """Returns what a row of the job says: the photo's path, all probabilities, the sidecar."""
-    best = sorted(enumerate(row.p), key=lambda pair: pair[1], reverse=True)[:3]
-    return Answer(Path(row.path).name, best, row.sidecar, "spark")
+def spark_answer(path: str, probabilities: list[float], sidecar: str, via: str) -> Answer:
+    """Returns what a row of a job says."""
+    best = sorted(enumerate(probabilities), key=lambda pair: pair[1], reverse=True)[:3]
+    return Answer(Path(path).name, best, sidecar, via)
 
 
 @contextmanager
@@ -279,7 +292,7 @@ def package_folder(name: str) -> Path:
 
 
 def print_table(answers: list[Answer], labels: list[str]) -> None:
-    """Prints one line per answer, and by how much the two ways differ."""
+    """Prints one line per answer, and by how much the ways differ."""
     header = ("photo", "best three labels", "", "", "sidecar", "via")
     table = [
         (a.photo, *(f"{labels[i]} {p:.2f}" for i, p in a.best), a.server, a.via)
@@ -288,10 +301,12 @@ def print_table(answers: list[Answer], labels: list[str]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
     for row in (header, tuple("-" * width for width in widths), *table):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    spark = {(a.photo, i): p for a in answers if a.via == "spark" for i, p in a.best}
-    flight = {(a.photo, i): p for a in answers if a.via == "flight" for i, p in a.best}
-    largest = max(abs(p - spark[key]) for key, p in flight.items())
-    print(f"\nSpark's answers and the standalone client's differ by {largest:.1g} at most.")
+    found: dict[tuple[str, int], list[float]] = {}
+    for answer in answers:
+        for label, probability in answer.best:
+            found.setdefault((answer.photo, label), []).append(probability)
+    largest = max(max(ways) - min(ways) for ways in found.values())
+    print(f"\nSpark's answers, those in SQL and the standalone client's differ by {largest:.1g} at most.")
 
 
 if __name__ == "__main__":

@@ -21,22 +21,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
 from figures import count, report
+from processes import is_gone, left, until, until_clean
 
 import flightsvc
 from flightsvc import sidecar
 
-T = TypeVar("T")
-
 TIMES = count(1, 3)  # each kill
 RUNNER_KILLS = 4  # in one job
-CLEAN_SECONDS = 5.0  # after the JVM is gone
 PARTITIONS, BATCHES, BATCH_ROWS = 2, 40, 25
 TURNS = 10_000  # of the loop in the model ``slow``: some 50 ms for each record batch
 JOB_SECONDS = 180.0
@@ -44,22 +42,6 @@ START_SECONDS = 180.0
 
 
 # The test's side.
-
-
-def until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Return the first true result of ``condition``."""
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
-    return result
-
-
-def is_gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def kill(process: psutil.Process) -> None:
@@ -171,28 +153,12 @@ class Application:
         return front
 
     def left(self) -> list[str]:
-        """All that there is of ours: processes whose environment names our run-dir, and what is in it."""
-        ours = f"FLIGHTSVC_RUN_DIR={self.run_dir}".encode()
-        found = []
-        for process in psutil.process_iter(["name"]):
-            with contextlib.suppress(OSError):
-                if (
-                    process.info["name"].startswith("flightsvc")
-                    and ours in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-                    and not is_gone(process)
-                ):
-                    found.append(f"{process.info['name']} {process.pid}")
-        return found + [str(path) for path in self.run_dir.glob("**/*")]
+        """All that there is of ours."""
+        return left(self.folder, self.run_dir)
 
     def until_clean(self, left: Callable[[], list[str]] | None = None) -> float:
         """Return after how many seconds nothing is left; the JVM is gone now."""
-        left = left or self.left
-        started = time.monotonic()
-        while found := left():
-            took = time.monotonic() - started
-            assert took < CLEAN_SECONDS, f"left after {took:.1f} s: {found}"
-            time.sleep(0.02)
-        return round(time.monotonic() - started, 2)
+        return until_clean(left or self.left)
 
     def close(self) -> None:
         """End what a failed test has left."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,58 +218,3 @@ def test_archives_go_with_their_process():
     place, existed = done.stdout.split()
     assert existed == "True"
     assert not Path(place).exists()
-
-
-# A session of its own, since a process has only one: its answers, and the sidecars that gave them.
-ELSEWHERE = """
-import json, shutil, sys
-import flightsvc
-from pyspark.sql import SparkSession
-
-kind, url, folder = sys.argv[1:]
-builder = SparkSession.builder.config("spark.ui.enabled", "false")
-spark = (builder.remote(url) if kind == "connect" else builder.master(url)).getOrCreate()
-frame = spark.range(20).repartition(4).selectExpr("array(id, 0L, 1L) AS i")
-result = flightsvc.Model(folder).transform(frame, sidecar="sidecar")
-shutil.rmtree(folder)
-rows = result.collect()
-print(json.dumps([sorted(row.total for row in rows), sorted({row.sidecar for row in rows})]))
-spark.stop()
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def elsewhere(surroundings: Path, models: Path) -> Iterator[dict[str, Any]]:
-    """Processes with a Spark session of their own; they run beside the other tests of this file."""
-    running = {}
-    for name, kind, url in (
-        ("connect", "connect", "local[2]"),
-        ("cluster", "classic", "local-cluster[2,1,1024]"),
-    ):
-        home = surroundings / name
-        shutil.copytree(models / "ints", home / "model")
-        (home / "model" / "note.txt").write_text(name)
-        environment = os.environ | {"FLIGHTSVC_CACHE_DIR": f"{home}/cache", "XDG_STATE_HOME": f"{home}/state"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", ELSEWHERE, kind, url, f"{home}/model"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running[name] = process, archive.digest(home / "model"), home / "state"
-    yield running
-    for process, _, _ in running.values():
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize(("name", "sidecars"), [("connect", 1), ("cluster", 2)])
-def test_in_other_sessions(elsewhere: dict[str, Any], name: str, sidecars: int):
-    process, digest, state = elsewhere[name]
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    answers, servers = json.loads(out.splitlines()[-1])
-    assert answers == list(range(1, 21))
-    assert len(servers) == sidecars
-    assert pushes(state, digest) == 1

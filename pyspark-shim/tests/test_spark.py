@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
+from processes import is_gone, until
 
 import flightsvc
 
@@ -231,8 +233,17 @@ def test_pictures_that_cannot_be_read_fail_the_job(photos: Any, pictures: flight
     assert pictures.transform(good, inputs={"image": "content"}).count() == 3
 
 
+def test_a_driver_whose_front_has_left_starts_another(spark: Any, models: Path):
+    frame = spark.createDataFrame([([1, 2, 3],)], "i array<bigint>")
+    model = flightsvc.Model(models / "ints")
+    before = model.output_schema(frame.schema)
+    front = psutil.Process(model.driver()[1].action("status", {})["pid"])
+    front.kill()
+    until(lambda: is_gone(front), 5, "the front ends")
+    assert model.output_schema(frame.schema) == before
+    assert model.driver()[1].action("status", {})["pid"] != front.pid
+
+
 def test_pictures_need_binary(spark: Any, pictures: flightsvc.Model):
-    with pytest.raises(
-        flightsvc.InvalidArgumentError, match=r"'image' .* is made from pictures and needs"
-    ):
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"'image' .* is made from pictures and needs"):
         pictures.transform(spark.createDataFrame([("x",)], "content string"), inputs={"image": "content"})

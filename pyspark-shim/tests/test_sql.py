@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -372,56 +370,3 @@ def test_a_refused_call_does_not_spoil_the_next(client: flightsvc.Client, worker
     with pytest.raises(flightsvc.InvalidArgumentError, match="a list of 2 elements"):
         worker(lists([1, 2]))
     assert worker(lists([1, 2, 3])).to_pylist() == [6]
-
-
-CONNECT = """
-import sys
-from pyspark.sql import SparkSession
-import flightsvc
-
-spark = SparkSession.builder.remote("local[2]").config("spark.ui.enabled", "false").getOrCreate()
-model = flightsvc.Model(sys.argv[1])
-frame = spark.range(50).selectExpr("id", "array(id, 0L, 0L) AS i", "array(1.5D) AS d")
-frame.createOrReplaceTempView("t")
-both, total = model.udf(on_error="column"), model.udf(outputs={"total": "t"})
-got = frame.select("id", both(i="i").alias("r"), total("i").alias("x")).collect()
-assert [(r.id, r.r.total, r.x, r.r.error) for r in got] == [(i, i, i, None) for i in range(50)]
-flightsvc.register_udf(spark, "total", model, outputs={"total": "t"})
-grouped = spark.sql("SELECT sum(total(i => i)) FROM t GROUP BY total(i) % 2 ORDER BY 1")
-assert grouped.collect() == [(600,), (625,)]
-assert "total" in [f.name for f in spark.catalog.listFunctions(pattern="total")]
-for run, words in (
-    (lambda: frame.select(total("d")).collect(), "column 'd' is array<double>, input 'i' (int64[-1,3])"),
-    (lambda: spark.sql("SELECT total(id) FROM t").collect(), 'cannot cast "BIGINT" to "ARRAY<BIGINT>"'),
-):
-    try:
-        run()
-    except Exception as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(words)
-spark.sql("DROP TEMPORARY FUNCTION total")
-assert not spark.catalog.functionExists("total")
-print("all of it")
-spark.stop()
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connect(models: Path, surroundings: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process with a Connect session, beside the other tests of this file."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CONNECT, str(models / "ints")],
-        env=os.environ | {"SPARK_TESTING": "1"},  # a free port for the server
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_connect(connect: subprocess.Popen[str]):
-    out, err = connect.communicate(timeout=180)
-    assert connect.returncode == 0 and out.endswith("all of it\n"), err[-3000:]

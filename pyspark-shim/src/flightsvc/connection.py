@@ -160,7 +160,13 @@ class Connection:
 
         def ask() -> pa.Schema:
             options = flight.FlightCallOptions(timeout=self.settings.load_seconds)
-            return self.front().get_schema(self.command(descriptor), options).schema
+            command = self.command(descriptor)
+            try:
+                return self.front().get_schema(command, options).schema
+            except OSError as error:  # get_schema alone raises Arrow's error for this
+                if "Detail: Unavailable" in str(error):
+                    raise flight.FlightUnavailableError(str(error)) from error
+                raise
 
         return self.retry(ask, _PERSON_WAITS)
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flightsvc import sidecar
-from flightsvc.connection import shared
+from flightsvc.connection import IMAGE_MODEL, shared
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.model import ImageInput, same_name
 from flightsvc.settings import SPARK_PREFIX, Settings
-from flightsvc.spark import active_conf, place
+from flightsvc.spark import active_conf, place, quoted
 from flightsvc.stream import ROW_BYTES, Exchange
 
 if TYPE_CHECKING:
@@ -97,12 +97,12 @@ def read_images(
                 "read the folder itself: recursiveFileLookup=True makes no columns"
             )
     picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
-    kept = [files[_quoted(name)] for name in folders]
+    kept = [files[quoted(name)] for name in folders]
     if on_error != "column":
         return files.select(picture.alias("image"), *kept)
     both = files.select(picture.alias("_picture"), *kept)
-    image, error = col("_picture.image"), col(f"_picture.{_quoted(error_column)}").alias(error_column)
-    return both.select(image, *(both[_quoted(name)] for name in folders), error)
+    image, error = col("_picture.image"), col(f"_picture.{quoted(error_column)}").alias(error_column)
+    return both.select(image, *(both[quoted(name)] for name in folders), error)
 
 
 def decode(*, on_error: str = "fail", error_column: str = "error") -> Callable[..., Column]:
@@ -233,7 +233,7 @@ class _Decoder:
 
     def descriptor(self) -> dict[str, Any]:
         """Return what the sidecar is asked for: always with the reasons, the policy is applied here."""
-        fields = {"v": 1, "model": "image", "inputs": {"image": _COLUMN}, "on_error": "column"}
+        fields = {"v": 1, "model": IMAGE_MODEL, "inputs": {"image": _COLUMN}, "on_error": "column"}
         return fields if self.preprocess is None else {**fields, "preprocess": {"image": self.preprocess}}
 
     def __call__(self, columns: Iterable[Any]) -> Iterator[pa.Array]:
@@ -329,7 +329,3 @@ def _slices(column: pa.Array | tuple[pa.Array, pa.Array]) -> Iterator[pa.RecordB
         held += size
     if start < len(rows):
         yield rows.slice(start)
-
-
-def _quoted(name: str) -> str:
-    return f"`{name.replace('`', '``')}`"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from flightsvc import keras_export, shipping, sidecar
-from flightsvc.connection import Connection, shared
+from flightsvc.connection import IMAGE_MODEL, Connection, shared
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.settings import Settings
 from flightsvc.stream import Exchange
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from flightsvc.spark import Mapper
     from flightsvc.sql import Function
 
-_BUILT_IN = "image"  # decodes pictures; see flightsvc.image
 
 _CHOICES = {
     "on_error": ("fail", "null", "column"),
@@ -578,7 +577,7 @@ def _source(model: Any) -> str | Path | Any:
     if keras_export.is_model(model):
         return model
     text = os.fspath(model)
-    if isinstance(model, str) and ("://" in text or text.startswith("sha256:") or text == _BUILT_IN):
+    if isinstance(model, str) and ("://" in text or text.startswith("sha256:") or text == IMAGE_MODEL):
         return text
     path = Path(os.path.abspath(text))
     if not isinstance(model, str) or "/" in text or path.is_dir() or keras_export.is_file(path):

@@ -76,8 +76,8 @@ def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
     return connection
 
 
-def for_workers(request: Request) -> Request:
-    """Return ``request`` as the workers send it: with a model of the driver shipped.
+def for_workers(request: Request, session: SparkSession | None) -> Request:
+    """Return ``request`` as the workers of ``session`` send it: with a model of the driver shipped.
 
     Without a session the model stays a folder of this machine, for a function that runs here.
 
@@ -85,7 +85,7 @@ def for_workers(request: Request) -> Request:
         NotFoundError: There is no such model or version on the driver.
         InvalidArgumentError: It holds a link, or changed while it was read.
     """
-    model, session = request.model, active_session()
+    model = request.model
     if session is None or model.folder is None:
         return request
     folder = shipping.version_folder(model.folder, model.version)
@@ -94,12 +94,13 @@ def for_workers(request: Request) -> Request:
 
 def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
     """Return the function that runs ``request`` in the workers; see :meth:`Model.mapper`."""
-    conf = active_conf()
+    session = active_session()
+    conf = conf_of(session)
     return Mapper(
-        for_workers(request),
+        for_workers(request, session),
         known=() if request.inputs else tuple(model.inputs),
         conf={key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
-        case_sensitive=_case_sensitive(conf),
+        case_sensitive=is_case_sensitive(conf),
         sidecar=sidecar,
     )
 
@@ -108,7 +109,7 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
     """Return ``schema`` with the columns of the answer, all checked; see :meth:`Model.output_schema`."""
     from pyspark.sql.types import StringType, StructField, StructType
 
-    case_sensitive = _case_sensitive(active_conf())
+    case_sensitive = is_case_sensitive(active_conf())
     inputs = model.inputs
     positions = request.columns(schema.names, tuple(inputs), case_sensitive)
     for field in schema.fields:
@@ -164,10 +165,19 @@ def active_session() -> SparkSession | None:
         return None
 
 
+def conf_of(session: SparkSession | None) -> dict[str, str]:
+    """Return the configuration of a session; empty without one."""
+    return dict(session.conf.getAll) if session is not None else {}
+
+
 def active_conf() -> dict[str, str]:
     """Return the configuration of the active session; empty where there is none."""
-    session = active_session()
-    return dict(session.conf.getAll) if session is not None else {}
+    return conf_of(active_session())
+
+
+def quoted(name: str) -> str:
+    """Return a name as SQL takes it, whatever is in it."""
+    return f"`{name.replace('`', '``')}`"
 
 
 def task() -> TaskContext | None:
@@ -179,7 +189,8 @@ def task() -> TaskContext | None:
     return TaskContext.get()
 
 
-def _case_sensitive(conf: dict[str, str]) -> bool:
+def is_case_sensitive(conf: dict[str, str]) -> bool:
+    """Tell whether ``a`` and ``A`` are two columns."""
     return conf.get(_CASE_SENSITIVE, "false").lower() == "true"
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _INTEGERS = ("tinyint", "smallint", "int", "bigint")
 _UNSIGNED = (*_INTEGERS, "decimal(20,0)")  # checked value by value by the server
 # Spark's element types that each tensor takes, the one to cast to first.
-_ACCEPTED = {
+ACCEPTED = {
     "bool": ("boolean",),
     "int8": ("tinyint",),
     "int16": ("smallint", "tinyint"),
@@ -90,7 +90,7 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
                 f"{head} is made from pictures and needs binary (files) or Spark's image struct"
             )
         return
-    if spec.dtype not in _ACCEPTED:
+    if spec.dtype not in ACCEPTED:
         raise InvalidArgumentError(f"{head} has an element type that no column can feed")
     if spec.shape == ():
         raise InvalidArgumentError(f"{head} has no batch dimension; export the model with one")
@@ -107,17 +107,17 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
         if spec.dtype in ("float32", "float64") and (spec.shape is None or wanted_depth == 1):
             return
         raise InvalidArgumentError(
-            f"{head} needs {_nested(_ACCEPTED[spec.dtype][0], wanted_depth)}; make it an array first: "
+            f"{head} needs {nested(ACCEPTED[spec.dtype][0], wanted_depth)}; make it an array first: "
             f"pyspark.ml.functions.vector_to_array({field.name!r})"
         )
-    accepted = _ACCEPTED[spec.dtype]
+    accepted = ACCEPTED[spec.dtype]
     if found in accepted and depth == wanted_depth:
         return
     expression = _expression(field.name, found, depth, spec, wanted_depth)
     advice = f"; if that is what you mean, use {expression}" if expression else ""
     if found == "binary" and not depth and spec.dtype != "string":
         advice = f"; if its cells hold the tensor's bytes, say so: Input({field.name!r}, encoding='raw')"
-    raise InvalidArgumentError(f"{head} needs {_nested(accepted[0], wanted_depth)}{advice}")
+    raise InvalidArgumentError(f"{head} needs {nested(accepted[0], wanted_depth)}{advice}")
 
 
 def check_sendable(field: StructField) -> None:
@@ -166,7 +166,7 @@ def _expression(name: str, found: str, depth: int, spec: TensorSpec, wanted_dept
     added = (spec.shape or ())[1 : 1 + max(0, wanted_depth - depth)]
     if (depth > wanted_depth and not wanted_depth) or any(size not in (-1, 1) for size in added):
         return None
-    accepted = _ACCEPTED[spec.dtype]
+    accepted = ACCEPTED[spec.dtype]
     expression = f"`{name.replace('`', '``')}`"
     if found not in accepted and accepted[0] != "string":
         number = _number(found, spec.dtype)
@@ -179,7 +179,7 @@ def _expression(name: str, found: str, depth: int, spec: TensorSpec, wanted_dept
     for _ in added:
         expression = f"array({expression})"
     if found not in accepted:
-        expression = f"CAST({expression} AS {_nested(accepted[0], wanted_depth).upper()})"
+        expression = f"CAST({expression} AS {nested(accepted[0], wanted_depth).upper()})"
     return expression
 
 
@@ -209,5 +209,6 @@ def _mapped(function: str, expression: str, depth: int) -> str:
     return f"transform({expression}, v{depth} -> {_mapped(function, f'v{depth}', depth - 1)})"
 
 
-def _nested(element: str, depth: int) -> str:
+def nested(element: str, depth: int) -> str:
+    """Return the name of an array type that is so deep."""
     return "array<" * depth + element + ">" * depth

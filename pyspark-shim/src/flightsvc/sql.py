@@ -24,8 +24,8 @@ import pyarrow as pa
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.model import Input, Model, Options, Request, TensorSpec, same_name
 from flightsvc.settings import SPARK_PREFIX
-from flightsvc.spark import _case_sensitive, active_conf, for_workers, worker_connection
-from flightsvc.spark_types import _ACCEPTED, _nested, check_input, spark_type
+from flightsvc.spark import active_session, conf_of, for_workers, is_case_sensitive, quoted, worker_connection
+from flightsvc.spark_types import ACCEPTED, check_input, nested, spark_type
 from flightsvc.stream import Answer
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def register_udf(
             outputs have one name.
         NotFoundError: No such model, signature, input or output.
     """
-    function = _function(name, model, model.request(**options), dict(spark.conf.getAll))
+    system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
+    if name.lower() in system:
+        raise InvalidArgumentError(f"Spark has a function {name!r} of its own, which would go over this one")
+    function = _function(name, model, model.request(**options), spark)
     given = dict(types or {})
     for parameter in given:
         if parameter not in function.parameters:
@@ -78,21 +81,21 @@ def register_udf(
                 f"types names {parameter!r}; the parameters of {name} are {', '.join(function.parameters)}"
             )
     parameters = ", ".join(
-        f"{_quoted(parameter)} {_parameter_type(function, parameter, given.get(parameter))}"
+        f"{quoted(parameter)} {_parameter_type(function, parameter, given.get(parameter))}"
         for parameter in function.parameters
     )
     spark.udf.register(_HIDDEN + name, function.arrow)
     # One of Python has to go first, SQL would not replace it.
-    spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {_quoted(name)}")
+    spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {quoted(name)}")
     spark.sql(
-        f"CREATE TEMPORARY FUNCTION {_quoted(name)}({parameters}) COMMENT {_literal(function.title)} "
-        f"RETURN {_quoted(_HIDDEN + name)}({', '.join(map(_quoted, function.parameters))})"
+        f"CREATE TEMPORARY FUNCTION {quoted(name)}({parameters}) COMMENT {_literal(function.title)} "
+        f"RETURN {quoted(_HIDDEN + name)}({', '.join(map(quoted, function.parameters))})"
     )
 
 
 def udf(model: Model, request: Request) -> Function:
     """Return the function of columns that asks ``request``; see :meth:`Model.udf`."""
-    return _function("predict", model, request, active_conf())
+    return _function("predict", model, request, active_session())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,11 +210,12 @@ class Function:
         return column
 
 
-def _function(name: str, model: Model, request: Request, conf: dict[str, str]) -> Function:
+def _function(name: str, model: Model, request: Request, session: SparkSession | None) -> Function:
     """Return ``request`` as a function, its parameters and its result checked."""
     from pyspark.sql.types import StructField, StructType
 
-    case_sensitive = _case_sensitive(conf)
+    conf = conf_of(session)
+    case_sensitive = is_case_sensitive(conf)
     inputs = model.inputs
     parameters: list[str] = []
     for entry in request.inputs.values() or sorted(inputs):
@@ -232,7 +236,7 @@ def _function(name: str, model: Model, request: Request, conf: dict[str, str]) -
     function = Function(
         name,
         model,
-        for_workers(request),
+        for_workers(request, session),
         tuple(parameters),
         positions,
         fields[0].dataType if len(fields) == 1 else StructType(fields),
@@ -346,12 +350,12 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
         elif spec.shape is None:
             raise InvalidArgumentError(
                 f"{function.title}: input {name!r} ({spec}) does not tell its rank, so parameter "
-                f"{parameter!r} needs a type: types={{{parameter!r}: 'array<{_ACCEPTED[spec.dtype][0]}>'}}"
+                f"{parameter!r} needs a type: types={{{parameter!r}: 'array<{ACCEPTED[spec.dtype][0]}>'}}"
             )
         else:
             # Text becomes binary exactly, but not all binary is text.
-            element = "binary" if spec.dtype == "string" else _ACCEPTED[spec.dtype][0]
-            given = _nested(element, len(spec.shape) - 1)
+            element = "binary" if spec.dtype == "string" else ACCEPTED[spec.dtype][0]
+            given = nested(element, len(spec.shape) - 1)
     kind = DataType.fromDDL(given)
     for name, spec, entry in feeds:
         check_input(function.model, name, spec, entry, StructField(parameter, kind))
@@ -367,10 +371,6 @@ def _list(kinds: list[str]) -> Column:
     from pyspark.sql import functions as F
 
     return F.lit(f"|{'|'.join(kinds)}|")
-
-
-def _quoted(name: str) -> str:
-    return f"`{name.replace('`', '``')}`"
 
 
 def _literal(text: str) -> str:
