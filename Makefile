@@ -47,7 +47,7 @@ test-python: build build/models/.done $(JAVA_CLIENT) ## Python tests, with real 
 	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests
 
 lint: build ## gofmt, go vet, staticcheck, ruff, mypy
-	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal)" || { gofmt -d cmd handlers gpu modelcache internal; exit 1; }
+	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal benchmarks)" || { gofmt -d cmd handlers gpu modelcache internal benchmarks; exit 1; }
 	@go vet ./...
 	@go tool staticcheck ./...
 	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
@@ -55,7 +55,7 @@ lint: build ## gofmt, go vet, staticcheck, ruff, mypy
 	@$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src
 
 format: build ## rewrite Go and Python in the house format
-	@gofmt -w cmd handlers gpu modelcache internal
+	@gofmt -w cmd handlers gpu modelcache internal benchmarks
 	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
 	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
+from record import ROOT, keep
 
-ROOT = Path(__file__).resolve().parents[1]
 START_BOUND_MS = 150.0
 ROW_BOUND_MS = 1.5
 STARTS, TURNS, ROWS = 21, 10, 500
@@ -130,9 +130,7 @@ def main() -> int:
         figures = measure(run_dir)
     for name, value in figures.items():
         print(f"{name:<24} {value}")
-    for path in (folder / "latency.json", os.environ.get("FLIGHTSVC_FIGURES")):
-        if path:
-            Path(path).write_text(json.dumps(figures, indent=1))
+    keep("latency", figures)
     missed = [
         f"{name} is {figures[name]}, more than {bound}"
         for name, bound in (("front_ready_ms_median", START_BOUND_MS), ("one_row_ms_p50", ROW_BOUND_MS))
