@@ -18,7 +18,8 @@ from flightsvc.errors import (
     SidecarError,
     UnavailableError,
 )
-from flightsvc.model import ImageInput, Input, Model, Options, Output, TensorSpec
+from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec
+from flightsvc.model import Model
 from flightsvc.sql import register_udf
 
 __all__ = [

@@ -13,7 +13,8 @@ import pyarrow as pa
 from flightsvc import shipping, sidecar
 from flightsvc.connection import Connection
 from flightsvc.errors import UnavailableError
-from flightsvc.model import Model, Options, read_signature
+from flightsvc.mapping import Options
+from flightsvc.model import Model, read_signature
 from flightsvc.settings import Settings
 
 

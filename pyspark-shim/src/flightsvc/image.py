@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 from flightsvc import sidecar
 from flightsvc.connection import IMAGE_MODEL, shared
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.model import ImageInput, same_name
+from flightsvc.mapping import ImageInput
+from flightsvc.model import same_name
 from flightsvc.settings import SPARK_PREFIX, Settings
 from flightsvc.spark import active_conf, place, quoted
 from flightsvc.stream import ROW_BYTES, Exchange

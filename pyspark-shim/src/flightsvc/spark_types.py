@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.model import Input, Model, TensorSpec
+from flightsvc.mapping import Input, TensorSpec
+from flightsvc.model import Model
 
 if TYPE_CHECKING:
     from pyspark.sql.types import DataType, StructField

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import pyarrow as pa
 
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.model import Input, Model, Options, Request, TensorSpec, same_name
+from flightsvc.mapping import Input, Options, TensorSpec
+from flightsvc.model import Model, Request, same_name
 from flightsvc.settings import SPARK_PREFIX
 from flightsvc.spark import active_session, conf_of, for_workers, is_case_sensitive, quoted, worker_connection
 from flightsvc.spark_types import ACCEPTED, check_input, nested, spark_type

@@ -1,0 +1,185 @@
+"""How columns and tensors belong together, and what else a request may say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from flightsvc.errors import InvalidArgumentError
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """The type of one input or output tensor of a signature.
+
+    Attributes:
+        dtype: TensorFlow's name of the element type, such as ``float32`` or ``string``.
+        shape: One number per dimension, the batch first; -1 is any size. ``None``: the rank is unknown.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] | None
+
+    def __str__(self) -> str:
+        shape = "[...]" if self.shape is None else f"[{','.join(map(str, self.shape))}]"
+        return self.dtype + shape
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """How pictures become one input tensor ``[batch, height, width, channels]``, in the sidecar.
+
+    The column holds encoded files (JPEG, PNG, GIF, BMP) or Spark's image struct. A picture is turned upright,
+    fitted, resized, brought to its channels; each value ``v`` of 0..255 then becomes ``v * scale + offset``.
+
+    Attributes:
+        size: Height and width of the tensor, in pixels.
+        resize: ``bilinear``, ``nearest``, ``bicubic`` or ``area``, as ``tf.image.resize`` does them.
+        antialias: Widens the kernel of ``bilinear`` and ``bicubic`` where a picture is made smaller.
+        fit: ``crop``: the largest centred box of the tensor's aspect is taken; ``stretch``: all of the
+            picture, in another aspect; ``pad``: all of it in its own aspect, in the centre of black.
+        channels: ``RGB``, ``BGR`` or ``L``, which is grey.
+        scale: One number, or one for each channel in the order of ``channels``.
+        offset: One number, or one for each channel in the order of ``channels``.
+        dtype: Element type of the tensor; ``None``: that of the input. Whole numbers are rounded.
+    """
+
+    size: tuple[int, int]
+    resize: str = dataclasses.field(default="bilinear", kw_only=True)
+    antialias: bool = dataclasses.field(default=False, kw_only=True)
+    fit: str = dataclasses.field(default="crop", kw_only=True)
+    channels: str = dataclasses.field(default="RGB", kw_only=True)
+    scale: float | tuple[float, ...] = 1.0
+    offset: float | tuple[float, ...] = 0.0
+    dtype: str | None = dataclasses.field(default=None, kw_only=True)
+
+    @classmethod
+    def keras(cls, mode: str, size: tuple[int, int], **how: Any) -> ImageInput:
+        """Return what ``keras.applications.*.preprocess_input`` does in ``mode``.
+
+        Args:
+            mode: ``tf`` (-1 to 1), ``caffe`` (BGR less ImageNet's means) or ``torch`` (less ImageNet's means,
+                by its deviations).
+            size: Height and width of the tensor, in pixels.
+            **how: Further attributes: ``resize``, ``antialias``, ``fit``, ``dtype``.
+
+        Raises:
+            InvalidArgumentError: There is no such mode.
+        """
+        if mode == "tf":
+            return cls(size, scale=1 / 127.5, offset=-1.0, **how)
+        if mode == "caffe":
+            return cls(size, channels="BGR", offset=(-103.939, -116.779, -123.68), **how)
+        if mode == "torch":
+            mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+            scale = tuple(1 / (255 * d) for d in deviation)
+            return cls(
+                size, scale=scale, offset=tuple(-m / d for m, d in zip(mean, deviation, strict=True)), **how
+            )
+        raise InvalidArgumentError(f"mode is {mode!r}; it is one of tf, caffe, torch")
+
+    def wire(self) -> dict[str, Any]:
+        """Return the entry of the descriptor's ``preprocess``; defaults are left out."""
+        fields: dict[str, Any] = {"size": list(self.size)}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                fields[field.name] = list(value) if isinstance(value, tuple) else value
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """The column that feeds an input tensor, where its name alone does not say enough.
+
+    Attributes:
+        column: Name of the column.
+        encoding: ``raw``: a binary column whose cells are exactly the bytes of one row of the tensor, in C
+            order and little-endian. ``None``: the type table.
+        pad: Fills up lists that differ in length: a number, a string or a bool, as the tensor's dtype is.
+            An unknown dimension gets the longest length of the record batch, a known one its own.
+        lengths: Name of another input tensor, integer and of rank 1, that receives the true length of each
+            row's list; it has no column of its own.
+
+    Raises:
+        InvalidArgumentError: ``pad`` is not finite.
+    """
+
+    column: str
+    encoding: str | None = dataclasses.field(default=None, kw_only=True)
+    pad: bool | int | float | str | None = dataclasses.field(default=None, kw_only=True)
+    lengths: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pad, float) and not math.isfinite(self.pad):
+            raise InvalidArgumentError(f"pad of column {self.column!r} is {self.pad}; it must be finite")
+
+    def wire(self) -> dict[str, Any]:
+        """Return the entry of the descriptor's ``inputs``; defaults are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The column that an output tensor becomes, where its name alone does not say enough.
+
+    Attributes:
+        column: Name of the column.
+        type: ``utf8``: a string tensor becomes text; a row with bytes that are not UTF-8 is refused.
+            ``None``: the type table, where it becomes binary.
+        shape: The shape of an output whose rank the signature does not tell, the batch first: ``(-1, 3)``.
+    """
+
+    column: str
+    type: str | None = dataclasses.field(default=None, kw_only=True)
+    shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+
+    def wire(self) -> dict[str, Any]:
+        """Return the entry of the descriptor's ``outputs``; defaults are left out."""
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        if self.shape is not None:
+            fields["shape"] = list(self.shape)
+        return fields
+
+
+class Options(TypedDict, total=False):
+    """What a request may say besides its model and its data, as keyword arguments.
+
+    Attributes:
+        inputs: Input tensor to column, or to :class:`Input`. Absent: columns of the same names, or the only
+            column for the only input.
+        outputs: Output tensor to column, or to :class:`Output`, in the wanted order. Absent: all, by tensor
+            name.
+        on_error: What a row that cannot be run does: ``fail`` all, make its outputs ``null``, or null with
+            the reason in ``error_column`` (``column``).
+        error_column: Name of the column for the reason; ``error`` when absent.
+        nulls: What a row with a null in an input is: ``null``, its outputs are null as in SQL, or ``fail``, a
+            row that cannot be run.
+        run_timeout: Seconds for each run of TensorFlow, 0 for no bound. Absent: 300.
+        batching: ``off``: each record batch is one run. A mapping: ``max_batch_size`` in rows and
+            ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
+            what waits while the model is busy.
+    """
+
+    inputs: Mapping[str, str | Input] | None
+    outputs: Mapping[str, str | Output] | None
+    on_error: str
+    error_column: str
+    nulls: str
+    run_timeout: float | None
+    batching: str | Mapping[str, int] | None
+
+
+def column_of(entry: str | Input | Output) -> str:
+    """Return the column that a mapping's entry names."""
+    return entry if isinstance(entry, str) else entry.column
+
+
+def wire(entry: str | Input | Output) -> str | dict[str, Any]:
+    """Return a mapping's entry for the descriptor, in its short form where that says all."""
+    if isinstance(entry, str):
+        return entry
+    fields = entry.wire()
+    return entry.column if len(fields) == 1 else fields
