@@ -57,6 +57,9 @@ func TestParseDescriptor(t *testing.T) {
 		"built-in model": {`{"v":1,"model":"image"}`, minimal(func(d *Descriptor) {
 			d.Model, d.Preprocess = "image", map[string]Preprocess{"image": {}}
 		})},
+		"built-in model of nothing": {`{"v":1,"model":"image","preprocess":{}}`, minimal(func(d *Descriptor) {
+			d.Model, d.Preprocess = "image", map[string]Preprocess{"image": {}}
+		})},
 		"built-in model resizes": {`{"v":1,"model":"image","preprocess":{"image":{"size":[2,3],"channels":"L"}}}`, minimal(func(d *Descriptor) {
 			d.Model, d.Preprocess = "image", map[string]Preprocess{"image": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "L"}}
 		})},

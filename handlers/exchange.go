@@ -16,6 +16,7 @@ import (
 	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/tensor"
+	"flightsvc/modelcache"
 )
 
 // What streams hold, from the moment at which a record batch was read until it is answered. A
@@ -36,7 +37,7 @@ type exchange struct {
 	binding    *tensor.Binding
 	pictures   tensor.Pictures
 	queue      *batch.Stream
-	whole      bool // a record batch is one run
+	whole      bool // a record batch is one run, whatever its pictures take
 	writer     *answerWriter
 
 	rows, batches int64
@@ -61,7 +62,7 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 		limits.Alone, limits.Off = true, limits.Off || limits.MaxBatchSize == 0
 	}
 	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: limits})
-	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off}, nil
+	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off && d.Model != modelcache.Image}, nil
 }
 
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the

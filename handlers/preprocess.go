@@ -79,7 +79,7 @@ func (c channels) or(fallback float32) [3]float32 {
 // checkPictures sets the defaults of preprocess and refuses what this server cannot do.
 func (d *Descriptor) checkPictures() error {
 	builtIn := d.Model == modelcache.Image
-	if builtIn && d.Preprocess == nil {
+	if builtIn && len(d.Preprocess) == 0 {
 		d.Preprocess = map[string]Preprocess{modelcache.ImageInput: {}}
 	}
 	for name, p := range d.Preprocess {

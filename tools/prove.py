@@ -51,7 +51,7 @@ BARS = {
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
     "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
-    "fuzz-files": ["tools/fuzz.py", "--seconds", "200", "FuzzUnpack", "FuzzParse", "FuzzHeader"],
+    "fuzz-files": ["tools/fuzz.py", "--seconds", "200", "FuzzUnpack", "FuzzParse", "FuzzHeader", "FuzzFrame"],
     "fuzz-json": ["tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
 }
 

@@ -3,6 +3,7 @@ package tensor
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/array"
@@ -87,7 +88,7 @@ func (in *boundInput) bindPictures(field arrow.Field) error {
 
 func holdsBytes(t arrow.DataType) bool {
 	switch t.ID() {
-	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW:
+	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.NULL: // the last holds nothing
 		return true
 	}
 	return false
@@ -161,14 +162,15 @@ func pixels(height, width, channels, mode int32, data []byte) (Picture, string) 
 // pictures, or without rows, is one piece.
 func (b *Binding) Cut(rec arrow.Record, pictures Pictures, most int64) []int64 {
 	rows := int(rec.NumRows())
+	if !slices.ContainsFunc(b.inputs, func(in boundInput) bool { return in.pictures != nil }) {
+		return []int64{int64(rows)}
+	}
 	sizes := make([]int64, rows)
-	found := false
 	for i := range b.inputs {
 		in := &b.inputs[i]
 		if in.pictures == nil {
 			continue
 		}
-		found = true
 		column := rec.Column(in.at)
 		null, read := in.pictures.nulls(column), in.pictures.reader(column)
 		for row := range rows {
@@ -179,9 +181,6 @@ func (b *Binding) Cut(rec arrow.Record, pictures Pictures, most int64) []int64 {
 				sizes[row] += pictures.Bytes(in.spec.Name, picture)
 			}
 		}
-	}
-	if !found {
-		return []int64{int64(rows)}
 	}
 	var ends []int64
 	held := int64(0)

@@ -165,9 +165,17 @@ func TestCut(t *testing.T) {
 		}
 		rec.Release()
 	}
+	nothing := record(t, mem, "p", arrow.Null, nil, nil)
+	defer nothing.Release()
+	rows := NewRows(2)
+	binding := bindPicture(t, nothing.Schema())
+	binding.Nulls(nothing, rows, false)
+	if got := binding.Cut(nothing, weighed{}, 1); !slices.Equal(got, []int64{2}) || rows.Kept() != 0 {
+		t.Errorf("a column of nulls is cut at %d, %d rows kept", got, rows.Kept())
+	}
 	numbers := record(t, mem, "x", arrow.PrimitiveTypes.Float32, 1.0, 2.0)
 	defer numbers.Release()
-	binding := bindOne(t, spec("x", savedmodel.Float32, -1), Input{}, numbers.Schema().Field(0))
+	binding = bindOne(t, spec("x", savedmodel.Float32, -1), Input{}, numbers.Schema().Field(0))
 	if got := binding.Cut(numbers, nil, 1); !slices.Equal(got, []int64{2}) {
 		t.Errorf("a record batch without pictures is cut at %d", got)
 	}
