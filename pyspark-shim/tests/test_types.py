@@ -18,7 +18,7 @@ import pytest
 
 import flightsvc
 from flightsvc import Input, InvalidArgumentError, Model, Output, TensorSpec
-from flightsvc.spark_types import _ACCEPTED as SPARK_ACCEPTED
+from flightsvc.spark_types import ACCEPTED as SPARK_ACCEPTED
 from flightsvc.spark_types import check_input
 
 INTEGERS = ("int8", "int16", "int32", "int64")

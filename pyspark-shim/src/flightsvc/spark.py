@@ -99,7 +99,7 @@ def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
     return Mapper(
         for_workers(request, session),
         known=() if request.inputs else tuple(model.inputs),
-        conf={key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
+        conf=settings_of(conf),
         case_sensitive=is_case_sensitive(conf),
         sidecar=sidecar,
     )
@@ -168,6 +168,11 @@ def active_session() -> SparkSession | None:
 def conf_of(session: SparkSession | None) -> dict[str, str]:
     """Return the configuration of a session; empty without one."""
     return dict(session.conf.getAll) if session is not None else {}
+
+
+def settings_of(conf: dict[str, str]) -> dict[str, str]:
+    """Return ``spark.flightsvc.*`` of a session's configuration, the part that workers need."""
+    return {key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)}
 
 
 def active_conf() -> dict[str, str]:
