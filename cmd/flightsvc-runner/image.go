@@ -40,32 +40,49 @@ func (e *imageEngine) Model() *savedmodel.Model { return modelcache.ImageModel }
 
 // Pictures returns what makes pixels of pictures.
 func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
-	byInput, err := e.decoders.of(wanted)
+	// A decoder serves all sizes, so that there are few of them however many sizes are asked for.
+	sizeless := map[string]handlers.Preprocess{}
+	for input, p := range wanted {
+		p.Size = nil
+		sizeless[input] = p
+	}
+	byInput, err := e.decoders.of(sizeless)
 	if err != nil {
 		return nil, err
 	}
-	return &images{decoders: e.decoders, byInput: byInput}, nil
+	return &images{decoders: e.decoders, byInput: byInput, wanted: wanted}, nil
 }
 
 // images makes strings of pictures.
 type images struct {
 	decoders *graphs[*preprocess.Decoder]
 	byInput  map[string]*preprocess.Decoder
+	wanted   map[string]handlers.Preprocess
+}
+
+// size returns the height and width that pictures get, 0 and 0 for their own.
+func (m *images) size(input string) (height, width int) {
+	if size := m.wanted[input].Size; size != nil {
+		return size[0], size[1]
+	}
+	return 0, 0
 }
 
 // Bytes is part of tensor.Pictures.
 func (m *images) Bytes(input string, picture tensor.Picture) int64 {
-	return m.byInput[input].Bytes(picture) + trailerBytes
+	height, width := m.size(input)
+	return m.byInput[input].Bytes(picture, height, width) + trailerBytes
 }
 
 // Decode is part of tensor.Pictures.
 func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture, _ memory.Allocator) (tensor.Value, map[int]string, error) {
 	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))}, Strings: make([][]byte, len(pictures))}
+	height, width := m.size(input)
 	refused, err := m.decoders.each(ctx, input, pictures, func(ctx context.Context, i int) error {
 		if size := m.Bytes(input, pictures[i]); size > maxImageBytes {
 			return fault.New(fault.BadRequest, "a picture of %d MiB of pixels; %d are the most, give it a smaller size", size>>20, maxImageBytes>>20)
 		}
-		pixels, err := m.byInput[input].Run(ctx, pictures[i])
+		pixels, err := m.byInput[input].Run(ctx, pictures[i], height, width)
 		if err != nil {
 			return err
 		}

@@ -4,13 +4,15 @@ import (
 	"context"
 
 	"golang.org/x/sync/semaphore"
+
+	"flightsvc/internal/tensor"
 )
 
 // Limits bound what pictures may take. All are at least 1.
 type Limits struct {
 	Pixels  int64 // the most pixels of a picture, and of a Spec
 	Bytes   int64 // the most bytes of an encoded picture
-	Working int64 // the bytes that pictures in work may take together
+	Working int64 // the bytes that pictures in work may take together, but for a single one
 }
 
 // Budget holds the Limits of a process and what of them is in use. All graphs and
@@ -36,37 +38,44 @@ func (b *Budget) acquire(ctx context.Context, bytes int64) (release func(), err 
 	return func() { b.working.Release(bytes) }, nil
 }
 
-// working estimates the most bytes that a picture takes until its tensor is
-// copied: h says what it is, encoded is the length of its file, size the bytes of
-// one channel of a pixel.
-func (c *converter) working(h header, encoded, size int64) int64 {
+// working estimates the most bytes that a picture takes at once until its tensor is
+// copied; h is what p says of itself.
+func (s Spec) working(h header, p tensor.Picture) int64 {
+	encoded, size := int64(len(p.Data)), int64(max(p.DType.Size(), 1)) // of a channel of a pixel
 	pixels, channels := int64(h.width)*int64(h.height), int64(h.channels)
-	if c.spec.Channels != "" {
-		channels = 3
+	if s.Channels != "" {
+		channels = max(channels, 3)
 	}
 	decoded := pixels * channels * size
-	bytes := encoded + decoded
-	switch {
-	case h.format == "JPEG" && h.progressive:
-		bytes += pixels * int64(h.channels) * 2 // its coefficients
-	case h.format == "GIF":
-		bytes += pixels
-	case h.format == "BMP":
-		bytes += pixels * 4
+	held := encoded + decoded
+	switch h.format {
+	case "PNG":
+		held += encoded // without what is not needed
+	case "GIF":
+		held += pixels
+	case "BMP":
+		held += pixels * 4
 	}
+	decoding := pixels * int64(h.coefficients) * 2
 	if h.orientation > 1 {
-		bytes += decoded
+		decoding = max(decoding, decoded)
 	}
-	switch {
-	case c.spec.Height == 0 && c.spec.Channels == "L":
-		return bytes + pixels*(3+3+1)*4
-	case c.spec.Height == 0:
-		return bytes + 2*decoded // in the other order, and the caller's
-	case c.spec.Fit == "crop":
-		bytes += decoded // the box
+	if s.Height == 0 {
+		if s.Channels == "L" {
+			return held + max(decoding, pixels*(3+3+1)*4)
+		}
+		return held + max(decoding, 2*decoded) // in the other order, and the caller's
 	}
-	if c.spec.Antialias {
-		bytes += int64(c.spec.Height) * int64(max(h.width, h.height)) * channels * 4 // rows done, columns not
+	resizing := int64(s.Height) * int64(s.Width) * channels * 4 * 3
+	if s.Fit == "crop" {
+		resizing += decoded // the box
 	}
-	return bytes + int64(c.spec.Height)*int64(c.spec.Width)*channels*4*3
+	if s.Antialias { // rows done, columns not
+		columns := h.width
+		if h.orientation >= 5 {
+			columns = h.height
+		}
+		resizing += int64(s.Height) * int64(columns) * channels * 4
+	}
+	return held + max(decoding, resizing)
 }

@@ -32,11 +32,13 @@ func (c *converter) pixels(p tensor.Picture, h header) (*tensorflow.Tensor, sour
 		pixels, err = paint(h, gif.Decode, p.Data)
 	case "BMP":
 		pixels, err = paint(h, bmp.Decode, p.Data)
+	case "PNG":
+		pixels, err = c.decode(onlyPixels(p.Data))
 	default:
 		pixels, err = c.decode(p.Data)
 	}
 	if err != nil {
-		return nil, source{}, explain(h, err)
+		return nil, source{}, err
 	}
 	if h.orientation > 1 {
 		stored := pixels
@@ -79,32 +81,38 @@ func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte
 	}
 	canvas := pixels.Bytes()
 	clear(canvas)
-	var colour func(pixel []byte) []byte // red, green, blue
-	var from []byte
-	var size, stride int // bytes of a pixel and of a row
+	var from []byte // red, green, blue, alpha; an entry of palette where that is not nil
+	var stride int  // bytes of a row
+	var palette *[256][3]byte
 	switch frame := frame.(type) {
 	case *image.Paletted:
-		var palette [256][3]byte
+		palette = new([256][3]byte)
 		for i, c := range frame.Palette {
 			r, g, b, _ := c.RGBA()
 			palette[i] = [3]byte{byte(r >> 8), byte(g >> 8), byte(b >> 8)}
 		}
-		colour = func(pixel []byte) []byte { return palette[pixel[0]][:] }
-		from, size, stride = frame.Pix, 1, frame.Stride
+		from, stride = frame.Pix, frame.Stride
 	case *image.RGBA:
-		colour = func(pixel []byte) []byte { return pixel[:3] }
-		from, size, stride = frame.Pix, 4, frame.Stride
+		from, stride = frame.Pix, frame.Stride
 	case *image.NRGBA:
-		colour = func(pixel []byte) []byte { return pixel[:3] }
-		from, size, stride = frame.Pix, 4, frame.Stride
+		from, stride = frame.Pix, frame.Stride
 	default:
 		pixels.Close()
 		return nil, fmt.Errorf("%v was decoded to %T", h, frame)
 	}
 	for y := range bounds.Dy() {
-		to := canvas[((bounds.Min.Y+y)*h.width+bounds.Min.X)*3:]
-		for x := range bounds.Dx() {
-			copy(to[x*3:x*3+3], colour(from[y*stride+x*size:]))
+		to := canvas[((bounds.Min.Y+y)*h.width+bounds.Min.X)*3:][:bounds.Dx()*3]
+		row := from[y*stride:]
+		if palette != nil {
+			for _, entry := range row[:bounds.Dx()] {
+				c := &palette[entry]
+				to[0], to[1], to[2] = c[0], c[1], c[2]
+				to = to[3:]
+			}
+			continue
+		}
+		for ; len(to) > 0; to, row = to[3:], row[4:] {
+			to[0], to[1], to[2] = row[0], row[1], row[2]
 		}
 	}
 	return pixels, nil

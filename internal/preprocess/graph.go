@@ -31,11 +31,13 @@ var sources = []source{
 // luma is the part of each channel in grey, by ITU-R BT.601.
 var luma = map[byte]float32{'R': 0.299, 'G': 0.587, 'B': 0.114}
 
-// head names the tensors of the way from pixels to the result.
-type head struct{ pixels, result string }
+// head names the tensors of the ways from pixels to a result: resized, which is empty
+// where a Spec does not say how, and own, as large as the picture, which only a
+// Decoder has.
+type head struct{ pixels, resized, own string }
 
 // graph is what TensorFlow runs for a Spec: one part from a file to pixels, one
-// from each kind of pixels to the result [1, height, width, channels].
+// from each kind of pixels to the results [1, height, width, channels].
 type graph struct {
 	def                    []byte
 	file, decoded          string
@@ -81,11 +83,17 @@ func buildGraph(spec Spec) (*graph, error) {
 	}
 	for _, s := range sources {
 		pixels := b.placeholder(tf.DataType(s.dtype), tf.MakeShape(-1, -1, int64(len(s.order))))
-		result := op.Identity(b.scope(), b.convert(pixels, s))
+		head := head{pixels: name(pixels)}
+		if spec.Resize != "" {
+			head.resized = name(op.Identity(b.scope(), b.convert(pixels, s, true)))
+		}
+		if spec.DType == 0 {
+			head.own = name(op.Identity(b.scope(), b.convert(pixels, s, false)))
+		}
 		if err := b.root.Err(); err != nil {
 			return nil, fmt.Errorf("build the image graph: %w", err)
 		}
-		g.heads[s] = head{name(pixels), name(result)}
+		g.heads[s] = head
 	}
 	built, err := b.root.Finalize()
 	if err != nil {
@@ -100,13 +108,15 @@ func buildGraph(spec Spec) (*graph, error) {
 }
 
 // convert does all of a Spec that comes after decoding and orientation.
-func (b *builder) convert(pixels tf.Output, s source) tf.Output {
-	x := op.ExpandDims(b.scope(), pixels, tg.Const(b.root, int32(0)))
-	if b.spec.Height > 0 {
-		box := op.Slice(b.scope(), pixels, b.begin, b.box)
-		x = b.resize(op.ExpandDims(b.scope(), box, tg.Const(b.root, int32(0))))
+func (b *builder) convert(x tf.Output, s source, resize bool) tf.Output {
+	if resize {
+		x = op.Slice(b.scope(), x, b.begin, b.box)
 	}
-	if b.spec.Fit == "pad" && b.spec.Height > 0 {
+	x = op.ExpandDims(b.scope(), x, tg.Const(b.root, int32(0)))
+	if resize {
+		x = b.resize(x)
+	}
+	if resize && b.spec.Fit == "pad" {
 		x = op.Pad(b.scope(), x, b.pads)
 	}
 	x = b.channels(x, s.order)
@@ -120,7 +130,9 @@ func (b *builder) convert(pixels tf.Output, s source) tf.Output {
 		row := func(channels [3]float32) tf.Output {
 			return tg.Const(b.root, slices.Repeat(channels[:n], b.spec.Width))
 		}
-		rows := func(columns ...int32) tf.Output { return tg.Const(b.root, append([]int32{1, int32(b.spec.Height)}, columns...)) }
+		rows := func(columns ...int32) tf.Output {
+			return tg.Const(b.root, append([]int32{1, int32(b.spec.Height)}, columns...))
+		}
 		x = op.Reshape(b.scope(), b.cast(x, tf.Float), rows(int32(b.spec.Width*n)))
 		x = op.Add(b.scope(), op.Mul(b.scope(), x, row(b.spec.Scale)), row(b.spec.Offset))
 		x = op.Reshape(b.scope(), x, rows(int32(b.spec.Width), int32(n)))

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"image/gif"
+	"iter"
 
 	"golang.org/x/image/bmp"
 )
@@ -14,10 +15,10 @@ import (
 type header struct {
 	format        string // "BMP", "GIF", "JPEG" or "PNG"
 	width, height int    // as stored, before orientation
-	channels      int    // at most, of the file or of its pixels
+	channels      int    // of its pixels, at most
 	orientation   int    // of EXIF: 1 as it is, to 8; 1 where there is none
-	scans         int    // of a JPEG, at most
-	progressive   bool   // a JPEG whose coefficients must all be kept while it is decoded
+	scans         int    // of a JPEG
+	coefficients  int    // of a pixel, where a JPEG keeps them all until it is decoded
 	least         int64  // bytes that the file must have, where that is known
 }
 
@@ -30,7 +31,7 @@ func (h header) String() string {
 // anyway. It is not ok when there is no size to be found.
 func readHeader(encoded []byte) (h header, ok bool) {
 	switch {
-	case bytes.HasPrefix(encoded, []byte("\x89PNG\r\n\x1a\n")):
+	case bytes.HasPrefix(encoded, []byte(pngSignature)):
 		h = readPNG(encoded)
 	case bytes.HasPrefix(encoded, []byte("\xff\xd8\xff")):
 		h = readJPEG(encoded)
@@ -48,59 +49,140 @@ func readHeader(encoded []byte) (h header, ok bool) {
 	return h, h.width > 0 && h.height > 0
 }
 
+const pngSignature = "\x89PNG\r\n\x1a\n"
+
 // readPNG reads the IHDR chunk, which must come first: its length and name, then
-// width and height in 4 bytes each, bits and kind of colour.
+// width and height in 4 bytes each, bits and kind of colour. A palette has alpha
+// when a tRNS chunk comes before the pixels.
 func readPNG(encoded []byte) header {
 	if len(encoded) < 26 || string(encoded[12:16]) != "IHDR" {
 		return header{}
 	}
 	width, height := binary.BigEndian.Uint32(encoded[16:]), binary.BigEndian.Uint32(encoded[20:])
-	channels := 4
+	h := header{format: "PNG", width: int(width), height: int(height), channels: 4, orientation: 1}
 	switch encoded[25] {
 	case 0:
-		channels = 1
+		h.channels = 1
 	case 2:
-		channels = 3
+		h.channels = 3
+	case 3:
+		h.channels = 3
+		for chunk := range pngChunks(encoded) {
+			if name := string(chunk[4:8]); name == "tRNS" {
+				h.channels = 4
+			} else if name != "IDAT" {
+				continue
+			}
+			break
+		}
 	}
-	return header{format: "PNG", width: int(width), height: int(height), channels: channels, orientation: 1}
+	return h
 }
 
-// readJPEG walks the segments up to the frame header (SOF): a marker, 0xff and a
-// kind, then, for most kinds, two bytes of length that count themselves. Bytes
-// between segments are skipped, as libjpeg does.
+// pngChunks gives the chunks of a PNG up to IEND: 4 bytes of length, 4 of name, so
+// many bytes, and 4 of checksum. The last one may be cut off after its name.
+func pngChunks(encoded []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		for rest := encoded[len(pngSignature):]; len(rest) >= 8; {
+			size := 4 + 4 + uint64(binary.BigEndian.Uint32(rest)) + 4
+			chunk := rest[:min(size, uint64(len(rest)))]
+			if !yield(chunk) || string(chunk[4:8]) == "IEND" {
+				return
+			}
+			rest = rest[len(chunk):]
+		}
+	}
+}
+
+// onlyPixels returns a PNG without the chunks that its pixels do not need, or the
+// file itself when there are none. libpng inflates each compressed text to as much
+// as 8 MB and keeps a thousand of them. The name of what a reader must know begins
+// with a capital. Of the rest TensorFlow looks at tRNS alone, what is transparent:
+// it applies no gamma, colour profile or significant bits.
+func onlyPixels(encoded []byte) []byte {
+	needed := func(chunk []byte) bool { return chunk[4]&0x20 == 0 || string(chunk[4:8]) == "tRNS" }
+	size, all := len(pngSignature), true
+	for chunk := range pngChunks(encoded) {
+		if needed(chunk) {
+			size += len(chunk)
+		} else {
+			all = false
+		}
+	}
+	if all {
+		return encoded
+	}
+	kept := append(make([]byte, 0, size), pngSignature...)
+	for chunk := range pngChunks(encoded) {
+		if needed(chunk) {
+			kept = append(kept, chunk...)
+		}
+	}
+	return kept
+}
+
+// readJPEG reads the frame header (SOF) and what else the segments say.
 func readJPEG(encoded []byte) header {
 	h := header{format: "JPEG"}
-	rest := encoded[2:]
-	for {
-		at := bytes.IndexByte(rest, 0xff)
-		if at < 0 {
-			return header{}
-		}
-		for rest = rest[at:]; len(rest) > 0 && rest[0] == 0xff; {
-			rest = rest[1:]
-		}
-		if len(rest) < 9 { // the kind, and the frame header up to its number of components
-			return header{}
-		}
-		kind := rest[0]
-		rest = rest[1:]
-		segment := rest[:min(int(binary.BigEndian.Uint16(rest)), len(rest))]
+	var frame byte // the kind of the frame header, 0 before it
+	var components int
+	for kind, segment := range jpegSegments(encoded) {
 		switch {
-		case kind == 0x00, kind == 0x01, kind >= 0xd0 && kind <= 0xd8:
-			continue // a stuffed byte, TEM, a restart, SOI: no length
-		case kind == 0xd9, kind == 0xda:
-			return header{} // end of image, or a scan before the frame header
 		case kind == 0xe1 && h.orientation == 0:
 			h.orientation = readOrientation(segment)
-		case kind >= 0xc0 && kind <= 0xcf && kind != 0xc4 && kind != 0xc8 && kind != 0xcc:
-			h.height, h.width = int(binary.BigEndian.Uint16(rest[3:])), int(binary.BigEndian.Uint16(rest[5:]))
-			h.channels = int(rest[7])
+		case kind >= 0xc0 && kind <= 0xcf && kind != 0xc4 && kind != 0xc8 && kind != 0xcc && frame == 0:
+			if len(segment) < 8 {
+				return header{}
+			}
+			frame = kind
+			h.height, h.width = int(binary.BigEndian.Uint16(segment[3:])), int(binary.BigEndian.Uint16(segment[5:]))
+			components = int(segment[7])
+			h.channels = min(components, 3)
 			h.orientation = max(h.orientation, 1)
-			h.scans = bytes.Count(rest, []byte("\xff\xda")) // a scan begins so; a comment may, too
-			h.progressive = kind != 0xc0 && kind != 0xc1 || h.scans > 1
-			return h
+		case kind == 0xda && frame == 0:
+			return header{} // a scan before the frame header
+		case kind == 0xda:
+			h.scans++
 		}
-		rest = rest[len(segment):]
+	}
+	if baseline := frame == 0xc0 || frame == 0xc1; !baseline || h.scans > 1 {
+		h.coefficients = components
+	}
+	return h
+}
+
+// jpegSegments gives the kind of each marker that has a segment, and the segment,
+// which begins with two bytes of length that count themselves; the last may be cut
+// off. Bytes between segments, such as those of a scan after its own, are skipped,
+// as libjpeg does. It ends with the picture: behind it may be the film of a moving
+// photo.
+func jpegSegments(encoded []byte) iter.Seq2[byte, []byte] {
+	return func(yield func(byte, []byte) bool) {
+		for rest := encoded[2:]; ; {
+			at := bytes.IndexByte(rest, 0xff)
+			if at < 0 {
+				return
+			}
+			for rest = rest[at:]; len(rest) > 0 && rest[0] == 0xff; {
+				rest = rest[1:]
+			}
+			if len(rest) < 3 {
+				return
+			}
+			kind := rest[0]
+			rest = rest[1:]
+			switch {
+			case kind == 0x00, kind == 0x01, kind >= 0xd0 && kind <= 0xd8:
+				continue // a stuffed byte, TEM, a restart, SOI: no segment
+			case kind == 0xd9:
+				return
+			}
+			segment := rest[:min(int(binary.BigEndian.Uint16(rest)), len(rest))]
+			if !yield(kind, segment) {
+				return
+			}
+			rest = rest[len(segment):]
+		}
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -25,9 +26,21 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// maxScans is the most scans of a JPEG. Encoders write about ten; each costs a pass
-// over the whole picture, however few bytes it has.
-const maxScans = 100
+// What no setting raises.
+const (
+	// maxScans is the most scans of a JPEG, maxScanned the most pixels of all of them
+	// when they are several. Encoders write about ten; each costs a pass over the whole
+	// picture, however few bytes it has: 2^30 pixels take about two seconds.
+	maxScans   = 100
+	maxScanned = 1 << 30
+	// maxSide is the most pixels of a side, of a picture and of a result: twice what a
+	// JPEG can have. What is longer is hardly a picture, and TensorFlow's kernels have
+	// limits of their own above it.
+	maxSide = 1 << 17
+	// maxWorking is the most bytes that a single picture may take while it is worked on.
+	// The Budget would wait for all of itself and then let it have more.
+	maxWorking = 2 << 30
+)
 
 // Spec says what the result should look like. It can be the key of a map.
 type Spec struct {
@@ -68,8 +81,9 @@ func (s Spec) affine() bool {
 type Graph struct{ converter }
 
 // New builds the graph of a Spec and opens a session on it. A Spec with a value
-// that it does not have, without height or width, or with more pixels than the
-// budget's limit, is an *tensorflow.Error with InvalidArgument.
+// that it does not have, without height or width, with more pixels than the budget's
+// limit, or with more Bytes than tensor.MaxTensorBytes is an *tensorflow.Error with
+// InvalidArgument.
 func New(spec Spec, budget *Budget) (*Graph, error) {
 	dtypes := []savedmodel.DType{savedmodel.Float32, savedmodel.Float64, savedmodel.Float16,
 		savedmodel.Bfloat16, savedmodel.Uint8, savedmodel.Int32}
@@ -78,6 +92,13 @@ func New(spec Spec, budget *Budget) (*Graph, error) {
 	}
 	if !slices.Contains([]string{"RGB", "BGR", "L"}, spec.Channels) {
 		return nil, invalid("a picture cannot become a tensor of channels %q; they are RGB, BGR or L", spec.Channels)
+	}
+	if err := checkSize(spec.Height, spec.Width, budget.limits); err != nil {
+		return nil, err
+	}
+	if spec.Bytes() > tensor.MaxTensorBytes {
+		return nil, invalid("a picture of %dx%d becomes a tensor of %d MiB; %d are the most, give a smaller size",
+			spec.Width, spec.Height, spec.Bytes()>>20, tensor.MaxTensorBytes>>20)
 	}
 	c, err := newConverter(spec, budget)
 	if err != nil {
@@ -91,14 +112,15 @@ func New(spec Spec, budget *Budget) (*Graph, error) {
 // The picture is copied and dst is not kept; both may lie on the Go heap.
 //
 // Run waits while other pictures use the budget. When ctx ends first, the error is
-// ctx's. A picture that cannot be decoded, whose numbers do not agree, or that is
-// over a limit is an *tensorflow.Error with InvalidArgument, whose message holds
-// nothing of the picture but format and size. dst is left as it was by any error.
+// ctx's. A picture that cannot be decoded, whose numbers do not agree, that is over a
+// limit, or for which there is no memory is an *tensorflow.Error with
+// InvalidArgument, whose message is one line and holds nothing of the picture but
+// format and size. dst is left as it was by any error.
 func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
 	if want := g.spec.Bytes(); int64(len(dst)) != want {
 		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d", g.spec.Width, g.spec.Height, want, len(dst))
 	}
-	return g.run(ctx, p, func(result *tensorflow.Tensor) error {
+	return g.run(ctx, g.spec, p, func(result *tensorflow.Tensor) error {
 		if got := result.Bytes(); result.DType() != g.spec.DType || len(got) != len(dst) {
 			return fmt.Errorf("the image graph made a %v tensor of shape %v", result.DType(), result.Shape())
 		}
@@ -107,22 +129,20 @@ func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
 	})
 }
 
-// Decoder makes pictures of pictures after one Spec. Its methods may be called from
-// several goroutines at once.
+// Decoder makes pictures of pictures after one Spec, of any size. Its methods may be
+// called from several goroutines at once.
 type Decoder struct{ converter }
 
-// NewDecoder builds the graph of a Spec and opens a session on it. Without Height
-// and Width the picture keeps its size, and Resize, Antialias and Fit say nothing.
-// Channels is "BGR", "L", or "" for the picture's own: grey, or blue, green, red,
-// and alpha if it has that. Scale, Offset and DType are not looked at: pixels keep
-// their element type. Errors are those of New.
+// NewDecoder builds the graph of a Spec and opens a session on it. Without Resize,
+// Antialias and Fit pictures can only keep their size. Channels is "BGR", "L", or ""
+// for the picture's own: grey, or blue, green, red, and alpha if it has that. Height,
+// Width, Scale, Offset and DType are not looked at: Run is told the size, and pixels
+// keep their element type. Errors are those of New.
 func NewDecoder(spec Spec, budget *Budget) (*Decoder, error) {
 	if !slices.Contains([]string{"", "BGR", "L"}, spec.Channels) {
 		return nil, invalid("a picture cannot have channels %q; they are BGR, L or its own", spec.Channels)
 	}
-	if spec.Height == 0 && spec.Width == 0 {
-		spec.Resize, spec.Fit, spec.Antialias = "", "", false
-	}
+	spec.Height, spec.Width = 0, 0
 	spec.Scale, spec.Offset, spec.DType = [3]float32{1, 1, 1}, [3]float32{}, 0
 	c, err := newConverter(spec, budget)
 	if err != nil {
@@ -131,17 +151,24 @@ func NewDecoder(spec Spec, budget *Budget) (*Decoder, error) {
 	return &Decoder{*c}, nil
 }
 
-// Run returns the picture as pixels in Go memory that the caller owns. p is copied.
-// Waiting and errors are those of Graph.Run.
+// Run returns the picture as height x width pixels, or in its own size when both are
+// 0. They lie in Go memory that the caller owns, with room for 16 bytes more: these
+// can be appended without another copy. p is copied. Waiting and errors are those of
+// Graph.Run; a size that New would refuse is InvalidArgument, too, and one that a
+// decoder without Resize is given is any other error.
 //
 // A BMP or GIF is always blue, green, red. Of a PNG with a transparent colour only
 // one with a palette has alpha.
-func (d *Decoder) Run(ctx context.Context, p tensor.Picture) (tensor.Picture, error) {
+func (d *Decoder) Run(ctx context.Context, p tensor.Picture, height, width int) (tensor.Picture, error) {
 	var made tensor.Picture
-	err := d.run(ctx, p, func(result *tensorflow.Tensor) error {
-		shape := result.Shape() // [1, height, width, channels]
+	spec, err := d.sized(height, width)
+	if err != nil {
+		return made, err
+	}
+	err = d.run(ctx, spec, p, func(result *tensorflow.Tensor) error {
+		shape, pixels := result.Shape(), result.Bytes() // [1, height, width, channels]
 		made = tensor.Picture{
-			Data:   slices.Clone(result.Bytes()),
+			Data:   append(make([]byte, 0, len(pixels)+16), pixels...),
 			Height: int(shape[1]), Width: int(shape[2]), Channels: int(shape[3]), DType: result.DType(),
 		}
 		return nil
@@ -149,16 +176,33 @@ func (d *Decoder) Run(ctx context.Context, p tensor.Picture) (tensor.Picture, er
 	return made, err
 }
 
-// Bytes returns how many bytes of pixels Run makes of a picture, at most: 0 where it
-// refuses it by its header.
-func (d *Decoder) Bytes(p tensor.Picture) int64 {
-	h, err := check(p, d.budget.limits)
+// sized returns the Spec for one call.
+func (d *Decoder) sized(height, width int) (Spec, error) {
+	spec := d.spec
+	if height == 0 && width == 0 {
+		return spec, nil
+	}
+	if spec.Resize == "" {
+		return spec, fmt.Errorf("a decoder without resize cannot make a picture of %dx%d", width, height)
+	}
+	spec.Height, spec.Width = height, width
+	return spec, checkSize(height, width, d.budget.limits)
+}
+
+// Bytes returns how many bytes of pixels Run makes of a picture with this size, at
+// most: 0 where it refuses it by its header, or refuses the size.
+func (d *Decoder) Bytes(p tensor.Picture, height, width int) int64 {
+	spec, err := d.sized(height, width)
 	if err != nil {
 		return 0
 	}
-	height, width, channels := h.height, h.width, h.channels
-	if d.spec.Height > 0 {
-		height, width = d.spec.Height, d.spec.Width
+	h, err := check(spec, p, d.budget.limits)
+	if err != nil {
+		return 0
+	}
+	channels := h.channels
+	if height == 0 {
+		height, width = h.height, h.width
 	}
 	if d.spec.Channels != "" {
 		channels = len(d.spec.Channels)
@@ -174,15 +218,19 @@ type converter struct {
 	session *tensorflow.Session
 }
 
+// checkSize refuses a size that no picture is resized to.
+func checkSize(height, width int, limits Limits) error {
+	if min(height, width) < 1 || max(height, width) > maxSide || int64(width) > limits.Pixels/int64(height) {
+		return invalid("a picture cannot be resized to %dx%d; a side has 1 to %d pixels, and %d pixels are the most",
+			width, height, maxSide, limits.Pixels)
+	}
+	return nil
+}
+
 // newConverter checks what Graph and Decoder have in common of a Spec. That of a
-// Decoder, which has no DType, may have no size.
+// Decoder, which has no DType, need not say how to resize.
 func newConverter(spec Spec, budget *Budget) (*converter, error) {
-	if spec.Height != 0 || spec.Width != 0 || spec.DType != 0 {
-		most := budget.limits.Pixels
-		if spec.Height <= 0 || spec.Width <= 0 || int64(spec.Width) > most/int64(spec.Height) {
-			return nil, invalid("a picture cannot be resized to %dx%d; each side must be at least 1, and %d pixels are the most",
-				spec.Width, spec.Height, most)
-		}
+	if spec.DType != 0 || spec.Resize != "" || spec.Fit != "" || spec.Antialias {
 		if !slices.Contains([]string{"crop", "stretch", "pad"}, spec.Fit) {
 			return nil, invalid("a picture cannot be fitted by %q; crop, stretch and pad are known", spec.Fit)
 		}
@@ -209,23 +257,24 @@ func newConverter(spec Spec, budget *Budget) (*converter, error) {
 // Close waits for the runs under way and frees the session.
 func (c *converter) Close() error { return c.session.Close() }
 
-// run converts a picture and lets use read the result, [1, height, width,
-// channels], which is freed afterwards.
-func (c *converter) run(ctx context.Context, p tensor.Picture, use func(*tensorflow.Tensor) error) error {
-	h, err := check(p, c.budget.limits)
+// run converts a picture after spec, which is the converter's with the size of this
+// call, and lets use read the result, [1, height, width, channels], which is freed
+// afterwards.
+func (c *converter) run(ctx context.Context, spec Spec, p tensor.Picture, use func(*tensorflow.Tensor) error) error {
+	h, err := check(spec, p, c.budget.limits)
 	if err != nil {
 		return err
 	}
-	release, err := c.budget.acquire(ctx, c.working(h, int64(len(p.Data)), int64(max(p.DType.Size(), 1))))
+	release, err := c.budget.acquire(ctx, spec.working(h, p))
 	if err != nil {
 		return err
 	}
 	defer release()
 	pixels, from, err := c.pixels(p, h)
 	if err != nil {
-		return err
+		return explain(h, err)
 	}
-	result, err := c.convert(pixels, from)
+	result, err := c.convert(spec, pixels, from)
 	pixels.Close()
 	if err != nil {
 		return explain(h, err)
@@ -234,8 +283,9 @@ func (c *converter) run(ctx context.Context, p tensor.Picture, use func(*tensorf
 	return use(result)
 }
 
-// check reads what a picture says of itself and refuses what is over a limit.
-func check(p tensor.Picture, limits Limits) (header, error) {
+// check reads what a picture says of itself and refuses what is over a limit, or
+// would be when it is worked on after spec.
+func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	var h header
 	if p.Encoded() {
 		if int64(len(p.Data)) > limits.Bytes {
@@ -255,6 +305,9 @@ func check(p tensor.Picture, limits Limits) (header, error) {
 	if int64(h.width) > limits.Pixels/int64(h.height) {
 		return h, invalid("%v has more than %d pixels", h, limits.Pixels)
 	}
+	if max(h.width, h.height) > maxSide {
+		return h, invalid("%v has a side of more than %d pixels", h, maxSide)
+	}
 	want := int64(h.width) * int64(h.height) * int64(h.channels) * int64(p.DType.Size())
 	if !p.Encoded() && int64(len(p.Data)) != want {
 		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want, len(p.Data))
@@ -265,11 +318,17 @@ func check(p tensor.Picture, limits Limits) (header, error) {
 	if h.scans > maxScans {
 		return h, invalid("%v has %d scans; %d are the most", h, h.scans, maxScans)
 	}
+	if scanned := int64(h.scans) * int64(h.width) * int64(h.height); h.scans > 1 && scanned > maxScanned {
+		return h, invalid("%v has %d pixels in its %d scans; %d are the most", h, scanned, h.scans, maxScanned)
+	}
+	if needs := spec.working(h, p); needs > maxWorking {
+		return h, invalid("%v needs %d MiB of memory; %d are the most", h, (needs-1)>>20+1, maxWorking>>20)
+	}
 	return h, nil
 }
 
 // convert runs the graph from pixels to the result.
-func (c *converter) convert(pixels *tensorflow.Tensor, from source) (*tensorflow.Tensor, error) {
+func (c *converter) convert(spec Spec, pixels *tensorflow.Tensor, from source) (*tensorflow.Tensor, error) {
 	head, ok := c.graph.heads[from]
 	if !ok {
 		return nil, fmt.Errorf("a picture was decoded to shape %v", pixels.Shape())
@@ -291,33 +350,45 @@ func (c *converter) convert(pixels *tensorflow.Tensor, from source) (*tensorflow
 			f.Tensor.Close()
 		}
 	}()
-	if c.spec.Height > 0 {
-		g := c.spec.geometry(int(pixels.Shape()[0]), int(pixels.Shape()[1]))
+	result := head.own
+	if spec.Height > 0 {
+		result = head.resized
+		g := spec.geometry(int(pixels.Shape()[0]), int(pixels.Shape()[1]))
 		err := errors.Join(
 			feed(c.graph.begin, []int64{3}, g.y, g.x, 0),
 			feed(c.graph.box, []int64{3}, g.height, g.width, -1),
 			feed(c.graph.size, []int64{2}, g.rows, g.columns),
 			feed(c.graph.pads, []int64{4, 2},
-				0, 0, g.top, c.spec.Height-g.rows-g.top, g.left, c.spec.Width-g.columns-g.left, 0, 0))
+				0, 0, g.top, spec.Height-g.rows-g.top, g.left, spec.Width-g.columns-g.left, 0, 0))
 		if err != nil {
 			return nil, err
 		}
 	}
-	out, err := c.session.Run(0, feeds, []string{head.result})
+	out, err := c.session.Run(0, feeds, []string{result})
 	if err != nil {
 		return nil, err
 	}
 	return out[0], nil
 }
 
+// nodes are what TensorFlow's messages say of the graph.
+var nodes = regexp.MustCompile(`\s*(\[\[)?\{\{[^}]*\}\}(\]\])?\s*`)
+
 // explain says which picture could not be decoded, and keeps of TensorFlow's
-// message what is not about the graph.
+// message what is not about the graph. Whatever its kernels cannot do, for want of
+// memory, too, they cannot do for this picture. Errors of a session that was ended
+// stay as they are.
 func explain(h header, err error) error {
 	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+	if !errors.As(err, &e) {
+		return err
+	}
+	switch e.Code {
+	case tensorflow.Cancelled, tensorflow.DeadlineExceeded, tensorflow.FailedPrecondition:
 		return err
 	}
 	reason, _, _ := strings.Cut(e.Message, "\n")
+	reason = strings.TrimSpace(nodes.ReplaceAllString(reason, " "))
 	return invalid("%v cannot be decoded: %s", h, reason)
 }
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pytest
 from make_pictures import png
 from PIL import Image
+from pyspark.errors import AnalysisException
+from pyspark.sql import functions as F
 
 import flightsvc
 from flightsvc import image
@@ -161,6 +163,16 @@ def test_a_bad_file_fails_by_name_or_is_null(spark: Any, folder: Path):
     assert origins(image.read_images(spark, f"{folder}/label=a").collect()) == ["0.png", "2.png", "4.png"]
 
 
+def test_the_settings_are_those_of_the_session_given(
+    spark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other, asked = spark.newSession(), []
+    other.conf.set("spark.flightsvc.retryTimeout", "61s")
+    monkeypatch.setattr(image, "settings_of", lambda conf: asked.append(conf) or {})
+    image.read_images(other, str(folder))
+    assert [conf["spark.flightsvc.retryTimeout"] for conf in asked] == ["61s"]
+
+
 def test_empty_files_have_no_row(spark: Any, tmp_path: Path):
     """No file source of Spark lists them, so it is said in the documentation that they are left out."""
     (tmp_path / "0.png").write_bytes(encoded(noise(3, 3)))
@@ -183,6 +195,31 @@ def test_read_images_refuses(spark: Any, folder: Path, tmp_path: Path):
         image.read_images(spark, str(tmp_path))
     with pytest.raises(flightsvc.InvalidArgumentError, match="one path"):
         image.read_images(spark, [str(folder)], stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_folders_called_as_a_column_of_the_file_source(spark: Any, tmp_path: Path, stream: bool):
+    for name in ("path", "length"):
+        inner = tmp_path / name / f"{name}=1" / "a=2"
+        inner.mkdir(parents=True)
+        (inner / "x.png").write_bytes(encoded(noise(3, 3)))
+        with pytest.raises(
+            flightsvc.InvalidArgumentError, match=rf"folders are called {name}=\.\.\., .*rename"
+        ):
+            image.read_images(spark, str(tmp_path / name), stream=stream)
+    flat = image.read_images(spark, str(tmp_path / "length" / "length=1" / "a=2"), stream=stream)
+    assert flat.columns == ["image"]
+
+
+def test_folders_of_any_other_name(spark: Any, tmp_path: Path):
+    inner = tmp_path / "_picture=1" / "picture=2" / "origin=3" / "a.b`c=4"
+    inner.mkdir(parents=True)
+    (inner / "x.png").write_bytes(encoded(noise(3, 3)))
+    # Spark takes a folder that begins with _ for hidden, unless it is one of a column.
+    frame = image.read_images(spark, str(tmp_path), on_error="column")
+    assert frame.columns == ["image", "_picture", "picture", "origin", "a.b`c", "error"]
+    [row] = frame.collect()
+    assert row[1:] == (1, 2, 3, 4, None) and row.image.height == 3
 
 
 def test_a_stream_goes_on_with_new_files(spark: Any, tmp_path: Path):
@@ -300,10 +337,43 @@ def test_resize_refuses_on_the_driver(spark: Any):
         image.resize((4, 4), resize="nearest", antialias=True)
 
 
-def test_a_column_of_another_type(spark: Any):
-    frame = spark.range(1)
-    with pytest.raises(Exception, match="Spark's image struct, or files in a binary column; this column is"):
-        frame.select(image.decode()("id")).collect()
+def test_columns_of_other_types_are_refused_before_a_task(spark: Any, table: Any):
+    frame = table.selectExpr("*", "array(content) AS many", "named_struct('data', content) AS part")
+    for column, kind in (("id", "int"), ("path", "string"), ("many", "array<binary>"), ("part", "struct<")):
+        with pytest.raises(AnalysisException, match=f"decode: column {column} is {kind}.*; pictures are bin"):
+            frame.select(image.decode()(column))
+    with pytest.raises(AnalysisException, match=r"resize: column id is int; the origin .* AS STRING"):
+        frame.select(image.resize((4, 4))(F.col("content"), F.col("id")))
+    for columns in ((), ("content", "path", "id")):
+        with pytest.raises(flightsvc.InvalidArgumentError, match=f"it got {len(columns)} columns"):
+            image.decode()(*columns)
+    first = frame.where("id = 0")
+    nameless = first.select(image.decode()("content", F.lit(None)).alias("image")).first().image
+    assert nameless.origin is None and nameless.height == 20
+
+
+def test_columns_of_other_types_in_sql_fail_in_words():
+    files, texts, numbers = pa.array([b"x"]), pa.array(["a"]), pa.array([1])
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"pictures are binary.*this column is int64"):
+        list(image._slices(numbers))
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"pictures are binary.*this column is struct"):
+        list(image._slices(pa.array([{"data": 1}])))
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"origin of pictures is text.*is int64"):
+        list(image._slices((files, numbers)))
+    with pytest.raises(flightsvc.InvalidArgumentError, match="there are 3 columns"):
+        list(image._slices((files, texts, numbers)))
+
+
+def test_large_types_of_arrow(spark: Any, table: Any, folder: Path):
+    spark.conf.set("spark.sql.execution.arrow.useLargeVarTypes", "true")
+    try:
+        assert len(origins(image.read_images(spark, str(folder), on_error="null").collect())) == 6
+        decoded = table.select(image.decode(on_error="null")("content", "path").alias("image"))
+        assert origins(decoded.collect()) == ["a.png"]
+        small = decoded.select(image.resize((4, 6))("image").alias("image"))
+        assert [row.image.width for row in small.collect() if row.image] == [6]
+    finally:
+        spark.conf.unset("spark.sql.execution.arrow.useLargeVarTypes")
 
 
 def test_slices_stay_small():

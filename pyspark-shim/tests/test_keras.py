@@ -164,6 +164,23 @@ def test_models_of_a_class(client: flightsvc.Client, keras: Any):
     check(client, flightsvc.Model(one_of(listed, [p, p])), {"pair_0": p, "pair_1": p}, sums)
 
 
+def test_names_that_tensorflow_does_not_take(client: flightsvc.Client, keras: Any):
+    names = ["A", "a", "_in", "self", "class", "1st", "a.b"]
+    inputs = [keras.Input((2,), name=name) for name in names]
+    model = keras.Model(inputs, keras.layers.Concatenate(name="_y")(inputs))
+    arrays = [floats(3, 2) + i for i in range(len(names))]
+    labels = ["A", "a_1", "arg_in", "arg_self", "arg_class", "arg_1st", "a_b"]
+    data = dict(zip(labels, arrays, strict=True))
+    check(client, flightsvc.Model(model), data, {"_y": np.concatenate(arrays, 1)})
+
+
+def test_nested_inputs(client: flightsvc.Client, keras: Any):
+    a, b, c = (keras.Input((2,), name=name) for name in "abc")
+    model = keras.Model({"p": [a, b], "q": {"r": c}}, keras.layers.Concatenate(name="y")([a, b, c]))
+    x, y, z = floats(3, 2), floats(3, 2) + 1, floats(3, 2) + 2
+    check(client, flightsvc.Model(model), {"p_0": x, "p_1": y, "q_r": z}, {"y": np.concatenate([x, y, z], 1)})
+
+
 def one_of(model: Any, rows: Any) -> Any:
     """Return the model, built by a call."""
     model(rows)

@@ -462,7 +462,7 @@ class Driver:
 
     def slow(self, frame: Any) -> Any:
         """Run the model ``slow``; its answers are counted in files by front."""
-        slow = flightsvc.Model(self.models / "slow")
+        slow = flightsvc.Model((self.models / "slow").as_uri())
         schema = slow.output_schema(frame.schema, inputs={"x": "x"}, sidecar="who")
         mapper = slow.mapper(inputs={"x": "x"}, sidecar="who")
         folder = str(self.folder / "answered")
@@ -479,7 +479,9 @@ class Driver:
     def job(self) -> dict[str, Any]:
         """Run both models, each in a worker of its own."""
         self.both_executors()
-        frame = flightsvc.Model(self.models / "two").transform(self.slow(self.frame(BATCHES, TURNS)))
+        frame = flightsvc.Model((self.models / "two").as_uri()).transform(
+            self.slow(self.frame(BATCHES, TURNS))
+        )
         with self.failures() as failed:
             rows = frame.select("part", "id", "y", "sum", "logits").collect()
         rows = [[row.part, row.id, row.y[0], *row.sum, *row.logits] for row in rows]
@@ -497,7 +499,7 @@ class Driver:
 
     def early(self, times: int) -> dict[str, Any]:
         self.both_executors()
-        mapper = flightsvc.Model(self.models / "slow").mapper(inputs={"x": "x"})
+        mapper = flightsvc.Model((self.models / "slow").as_uri()).mapper(inputs={"x": "x"})
         result = {"limit": 0, "take": 0, "first": 0, "whole": 0, "writers_left": 0, "again": 0}
 
         def first_only(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -519,7 +521,7 @@ class Driver:
         with self.failures() as failed:
             for _ in range(times):
                 frame = self.frame(BATCHES, 1000)
-                answers = flightsvc.Model(self.models / "slow").transform(frame, inputs={"x": "x"})
+                answers = flightsvc.Model((self.models / "slow").as_uri()).transform(frame, inputs={"x": "x"})
                 result["limit"] += len(answers.limit(3).collect())
                 result["take"] += len(answers.take(2))
                 # Idle workers are used in turn: after some rounds one that has stopped early works again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,32 @@ def test_rows_of_image_structs_are_refused_one_by_one(client: flightsvc.Client, 
     for at, words in ((1, "invalid"), (3, "9216 bytes"), (4, "mode 17")):
         assert words in errors[at]
     assert [errors[0], errors[2], errors[5]] == [None] * 3
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = flightsvc.ImageInput(
+        (np.int64(32), 24), scale=np.float32(2), offset=np.array([0.5, 1, 2], np.float32), dtype="uint8"
+    )
+    assert ours == flightsvc.ImageInput((32, 24), scale=2.0, offset=(0.5, 1.0, 2.0), dtype="uint8")
+    assert hash(ours) and json.loads(json.dumps(ours.wire())) == ours.wire()
+    assert flightsvc.ImageInput([32, 24], scale=np.array(2)).scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"size": 224}, "size is 224; it is height and width"),
+        ({"size": (32.0, 32)}, "size is .* whole pixels"),
+        ({"size": (1, 2, 3)}, "size is "),
+        ({"scale": "2"}, "scale is '2'; it is a finite number, or one for each channel"),
+        ({"scale": None}, "scale is None"),
+        ({"scale": np.ones((2, 2))}, "scale is "),
+        ({"offset": float("nan")}, "offset is nan"),
+        ({"offset": (0, 0, np.inf)}, "offset is "),
+        ({"offset": 10**400}, "offset is "),
+        ({"dtype": np.float32}, "dtype is .*such as 'float32'"),
+    ],
+)
+def test_numbers_that_are_none(how: dict[str, Any], message: str):
+    with pytest.raises(flightsvc.InvalidArgumentError, match=message):
+        flightsvc.ImageInput(**{"size": (32, 32)} | how)

@@ -210,6 +210,40 @@ def test_the_archive_is_a_plain_tar_that_spark_leaves_alone(spark: Any, folder: 
     assert not (sent.parent / "saved_model.pb").exists()
 
 
+def test_archives_of_a_killed_process_go_with_the_next(tmp_path: Path):
+    script = (
+        "import sys; from flightsvc import shipping; print(shipping.private_folder(), flush=True);"
+        "sys.stdin.read()"
+    )
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    started: list[Any] = []
+
+    def start() -> Path:
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environ,
+            )
+        )
+        return Path(started[-1].stdout.readline().strip())
+
+    try:
+        lost, lives = start(), start()
+        assert lost.stat().st_mode & 0o777 == 0o700
+        (lost / "m.model").write_text("x")
+        started[0].kill()
+        started[0].wait()
+        last = start()
+        assert sorted(tmp_path.iterdir()) == sorted([lives, last])
+    finally:
+        for process in started:
+            process.communicate("")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_archives_go_with_their_process():
     script = (
         "from flightsvc import shipping; folder = shipping.private_folder(); print(folder, folder.exists())"

@@ -103,6 +103,31 @@ def test_names_compare_as_spark_says(spark: Any, models: Path):
         spark.conf.unset("spark.sql.caseSensitive")
 
 
+def test_the_session_of_the_frame_counts(spark: Any, models: Path, monkeypatch: pytest.MonkeyPatch):
+    other = spark.newSession()
+    other.conf.set("spark.sql.caseSensitive", "true")
+    other.conf.set("spark.flightsvc.retryTimeout", "7s")
+    model = flightsvc.Model(models / "ints")
+    with pytest.raises(flightsvc.NotFoundError, match="no column 'i' for input 'i'"):
+        model.transform(ints(other, 5).withColumnRenamed("i", "I"))
+    monkeypatch.setattr("flightsvc.spark.transform", lambda df, mapper, schema: mapper)
+    assert model.transform(ints(other, 5)).conf["spark.flightsvc.retryTimeout"] == "7s"
+    assert model.transform(ints(spark, 5)).conf["spark.flightsvc.retryTimeout"] == "60s"
+    assert model.mapper().conf["spark.flightsvc.retryTimeout"] == "60s"
+
+
+def test_an_input_of_a_type_that_spark_cannot_send(spark: Any, models: Path):
+    from pyspark.sql.types import CharType, StructType
+
+    kind = StructType().add("s", CharType(5))
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"needs string; .*CAST\(`s` AS STRING\)"):
+        flightsvc.Model(models / "strings").output_schema(kind)
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"drop it first: df.drop\('c'\)"):
+        flightsvc.Model(models / "strings").output_schema(
+            StructType().add("s", "string").add("c", CharType(5))
+        )
+
+
 def test_unused_columns_of_one_name(spark: Any, models: Path):
     frame = ints(spark, 5).select("id", "id", "i")
     result = flightsvc.Model(models / "ints").transform(frame, outputs={"total": "t"})

@@ -170,12 +170,60 @@ def test_listed_replaced_and_dropped(spark: Any, models: Path):
     spark.sql("DROP TEMPORARY FUNCTION mine")
 
 
+def test_a_replacement_that_fails_replaces_nothing(spark: Any, models: Path):
+    ints = flightsvc.Model(models / "ints")
+    flightsvc.register_udf(
+        spark, "kept", ints, outputs={"total": "t"}, types={"i": "array<bigint> -- of rows"}
+    )
+    listed = [row.function for row in spark.sql("SHOW USER FUNCTIONS").collect()]
+    picture = "origin string, height int, width int, nChannels int, mode int, data binary"
+    mean = flightsvc.Model(models / "pictures", preprocess={"image": flightsvc.ImageInput((32, 32))})
+    with pytest.raises(Exception, match="PARSE_SYNTAX_ERROR"):  # Spark names no such field in a type
+        flightsvc.register_udf(spark, "kept", mean, types={"image": f"{picture}, `of a day` date"})
+    assert spark.sql("SELECT kept(array(1, 2, 3))").first() == (6,)
+    assert [row.function for row in spark.sql("SHOW USER FUNCTIONS").collect()] == listed
+    spark.sql("DROP TEMPORARY FUNCTION kept")
+
+
+def test_what_was_made_with_a_function_that_is_replaced(spark: Any, models: Path):
+    ints = flightsvc.Model(models / "ints")
+    flightsvc.register_udf(spark, "again", ints, outputs={"total": "t"})
+    frame = spark.sql("SELECT again(array(1, 2, 3)) AS x")
+    frame.createOrReplaceTempView("of_frame")
+    spark.sql("CREATE OR REPLACE TEMPORARY VIEW of_sql AS SELECT again(array(1, 2, 3)) AS x")
+    flightsvc.register_udf(spark, "again", flightsvc.Model(models / "sums"), outputs={"width": "w"})
+    assert (frame.first(), spark.table("of_frame").first()) == ((6,), (6,))
+    assert spark.table("of_sql").first() == (3,)
+    flightsvc.register_udf(spark, "again", ints, outputs={"doubled": "d"})
+    assert frame.first() == (6,)
+    assert "CANNOT_UP_CAST_DATATYPE" in refused(spark, lambda: spark.table("of_sql"))
+    spark.sql("DROP TEMPORARY FUNCTION again")
+
+
+def test_the_session_of_a_registration_counts(spark: Any, models: Path):
+    other = spark.newSession()
+    other.conf.set("spark.sql.caseSensitive", "true")
+    outputs = {"doubled": "T", "total": "t"}
+    flightsvc.register_udf(other, "cased", flightsvc.Model(models / "ints"), outputs=outputs)
+    assert other.sql("SELECT cased(array(1, 2, 3)).t").first() == (6,)
+
+
+def test_a_function_stays_on_the_driver(spark: Any, models: Path, monkeypatch: pytest.MonkeyPatch):
+    total = flightsvc.Model(models / "ints").udf(outputs={"total": "t"})
+    with pytest.raises(Exception, match=r"to give it a name in SQL use flightsvc.register_udf"):
+        spark.udf.register("f", total)
+    monkeypatch.setattr(sql, "active_session", lambda: None)
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"no Spark session, .* make the session first"):
+        flightsvc.Model(models / "ints").udf()
+
+
 def test_types_are_refused_on_the_driver(views: Any, models: Path):
     frame = views.table("t").selectExpr(
         "*",
         "array(1.5D) AS d",
         "array(1.5) AS m",
         "named_struct('b', array(i)) AS `a`",
+        "array(1.5D) AS `my col`",
         "'x' AS s",
         "date(now()) day",
     )
@@ -186,6 +234,8 @@ def test_types_are_refused_on_the_driver(views: Any, models: Path):
         ("d", "column 'd' is array<double>", f"{advice}CAST(d AS ARRAY<BIGINT>)"),
         ("m", "column 'm' is array<decimal(2,1)>", f"{advice}CAST(m AS ARRAY<BIGINT>)"),
         ("a.b", "column 'a.b' is array<array<bigint>>", f"{advice}flatten(a.b)"),
+        ("my col", "column 'my col' is array<double>", f"{advice}CAST(<column> AS ARRAY<BIGINT>)"),
+        (frame["my col"], "column 'my col' is array<double>", f"{advice}CAST(<column> AS ARRAY<BIGINT>)"),
         (frame.id + 1, ".id, 1)' is bigint", "`"),
         ("s", "column 's' is string", "`"),
     ):
@@ -229,6 +279,14 @@ def test_types_that_fit_are_left_alone(spark: Any, models: Path):
     assert "typeof" not in plan and "CASE" not in plan, plan
 
 
+def test_types_for_an_input_of_unknown_rank(models: Path):
+    spec, model = flightsvc.TensorSpec("int64", None), flightsvc.Model(models / "ints")
+    accepted = sql._Verdicts.of(model, "x", spec, flightsvc.Input("x"), "x").accepted
+    for kind in ("bigint", "array<bigint>", "array<array<array<array<int>>>>", "void"):
+        assert kind in accepted
+    assert not [kind for kind in accepted if "double" in kind]
+
+
 def test_vectors(spark: Any, models: Path):
     from pyspark.ml.linalg import Vectors
 
@@ -250,14 +308,14 @@ def test_what_a_registration_refuses(spark: Any, models: Path):
         ("input 'b' has no column", two, {"inputs": {"a": "x"}}),
         ("there is no input 'z'", two, {"inputs": {"z": "x"}}),
         ("types names 'y'; the parameters of f are i", ints, {"types": {"y": "int"}}),
-        ("column 'i' is array<int>, input 'i' (int64[-1,3])", ints, {"types": {"i": "array<string>"}}),
+        ("column 'i' is array<string>, input 'i' (int64[-1,3])", ints, {"types": {"i": "array<string>"}}),
     ):
-        if "types" in options and options["types"].get("i"):
-            text = text.replace("array<int>", "array<string>")
         with pytest.raises(flightsvc.FlightsvcError) as caught:
             flightsvc.register_udf(spark, "f", model, **options)
         assert text in str(caught.value)
     assert not spark.catalog.functionExists("f")
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"'Sum' of its own.* under another name"):
+        flightsvc.register_udf(spark, "Sum", ints)
     total = ints.udf(outputs={"total": "t"})
     for text, columns, named in (
         ("predict(i) of model", ("a", "b"), {}),
@@ -319,6 +377,18 @@ def test_pictures(spark: Any, models: Path):
         spark.sql("SELECT mean_of_image(image) FROM images"),
     ):
         np.testing.assert_allclose(result.first()[0], pixels.mean((0, 1)), rtol=1e-5)
+    fields = "'height', 1, 'width', 1, 'nChannels', 1, 'mode', 0, 'data', x'00'"
+    for other in (
+        "array(image)",
+        f"named_struct({fields.replace(', 1, ', ', 1L, ', 1)})",
+        "named_struct('theight', 1, 'width', 1, 'nChannels', 1, 'mode', 0, 'mydata', x'00')",
+        f"named_struct('a', 1, 'image', named_struct({fields}))",
+    ):
+        other_frame = images.selectExpr(f"{other} AS o")
+        text = refused(spark, lambda other_frame=other_frame: other_frame.select(mean("o")))
+        assert "column 'o' is " in text and "needs binary (files) or Spark's image struct" in text
+    beside = images.selectExpr(f"named_struct('a', array(1), {fields}, 'b', named_struct('c', 1)) AS o")
+    assert beside.select(mean("o")).columns == ["predict(o)"]
     text = refused(spark, lambda: frame.select(mean("path")).collect())
     assert "column 'path' is string, input 'image'" in text and "needs binary" in text
     text = refused(spark, lambda: spark.sql("SELECT mean_of_file(image) FROM images").collect())
@@ -354,8 +424,11 @@ def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, wo
         time.sleep(0.05)
     assert time.monotonic() - used > 0.5 * sql._IDLE_SECONDS
     assert worker(lists([1, 1, 1])).to_pylist() == [3]
-    assert worker(lists([1, 2, 3], kind=pa.int32())).to_pylist() == [6]  # another stream: another schema
-    assert streams(client)[0] == 1
+    for n in range(10):  # another stream for another schema, once
+        assert worker(lists([1, 2, n], kind=pa.int32())).to_pylist() == [n + 3]
+        assert worker(lists([1, 1, n])).to_pylist() == [n + 2]
+    assert streams(client)[0] == 2
+    assert sum(t.name == "flightsvc-idle" for t in threading.enumerate()) == 2
 
 
 def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql._Worker):

@@ -9,20 +9,20 @@ imaging library.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flightsvc import sidecar
-from flightsvc.connection import IMAGE_MODEL, shared
+from flightsvc import sql
+from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.mapping import ImageInput
-from flightsvc.model import same_name
-from flightsvc.settings import SPARK_PREFIX, Settings
-from flightsvc.spark import active_conf, place, quoted
-from flightsvc.stream import ROW_BYTES, Exchange
+from flightsvc.model import Model, Request, same_name
+from flightsvc.spark import acting_for, active_conf, place, quoted, settings_of, worker_connection
+from flightsvc.stream import ROW_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,9 @@ SLICE_BYTES = 4 << 20
 
 _COLUMN = "picture"  # on the wire
 _POLICIES = ("fail", "null", "column")
-_FILE_COLUMNS = "path string, modificationTime timestamp, length bigint, content binary"
+_FILE_COLUMNS = {"path": "string", "modificationTime": "timestamp", "length": "bigint", "content": "binary"}
+_PICTURES = "pictures are binary (files) or Spark's image struct"
+_ORIGINS = "the origin of pictures is text; leave it out, or use CAST(... AS STRING)"
 _DTYPES = {"uint8": 0, "float32": 5}  # OpenCV's depths; a mode is depth + 8 * (channels - 1)
 
 
@@ -80,15 +82,21 @@ def read_images(
     """
     from pyspark.sql.functions import col
 
-    if stream:
-        if not isinstance(path, str):
-            raise InvalidArgumentError("a stream of pictures has one path, which may be a pattern")
-        reader = spark.readStream.format("binaryFile").schema(_FILE_COLUMNS)
-        files = reader.options(**options).load(path)
-    else:
-        paths = path if isinstance(path, str) else list(path)
-        files = spark.read.format("binaryFile").options(**options).load(paths)
-    folders = files.columns[4:]
+    if stream and not isinstance(path, str):
+        raise InvalidArgumentError("a stream of pictures has one path, which may be a pattern")
+    paths: Any = path if isinstance(path, str) else list(path)
+    # As they are given, a folder's column of one of these names goes behind the others; only content, which
+    # is the last, does not move: Spark refuses that itself when it plans the job.
+    columns = ", ".join(map(" ".join, _FILE_COLUMNS.items()))
+    reader: Any = spark.readStream if stream else spark.read
+    files: DataFrame = reader.format("binaryFile").schema(columns).options(**options).load(paths)
+    for own, found in zip(_FILE_COLUMNS, files.columns, strict=False):
+        if own != found:
+            raise InvalidArgumentError(
+                f"read_images: folders are called {own}=..., as a column of Spark's file source is; "
+                "rename them, or read the folder itself: recursiveFileLookup=True makes no columns"
+            )
+    folders = files.columns[len(_FILE_COLUMNS) :]
     added = ["image", error_column] if on_error == "column" else ["image"]
     names = [*added, *folders]
     for i, name in enumerate(names):
@@ -97,12 +105,14 @@ def read_images(
                 f"read_images: the result would have two columns {name!r}; name error_column otherwise, or "
                 "read the folder itself: recursiveFileLookup=True makes no columns"
             )
-    picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
+    with acting_for(spark):
+        picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
     kept = [files[quoted(name)] for name in folders]
     if on_error != "column":
         return files.select(picture.alias("image"), *kept)
-    both = files.select(picture.alias("_picture"), *kept)
-    image, error = col("_picture.image"), col(f"_picture.{quoted(error_column)}").alias(error_column)
+    pair = "_" + max(names, key=len)  # longer than any of them
+    both = files.select(picture.alias(pair), *kept)
+    image, error = (col(f"{quoted(pair)}.{quoted(name)}").alias(name) for name in ("image", error_column))
     return both.select(image, *(both[quoted(name)] for name in folders), error)
 
 
@@ -110,9 +120,10 @@ def decode(*, on_error: str = "fail", error_column: str = "error") -> Callable[.
     """Return a function of columns that makes pictures of encoded files, as they are.
 
     ``decode()("content", "path")``: the first column holds the files (binary), the second, if there is one,
-    becomes the ``origin`` of the pictures. Formats, channels and ``on_error`` are those of
+    becomes the ``origin`` of the pictures (a string). Formats, channels and ``on_error`` are those of
     :func:`read_images`; with ``column`` the function makes a struct of ``image`` and ``error_column``. A null
-    stays null.
+    stays null. Columns of other types are refused when Spark analyses the query. The settings are the active
+    session's.
 
     Raises:
         InvalidArgumentError: ``on_error`` is none of its choices, or ``error_column`` is ``image``.
@@ -151,9 +162,9 @@ def resize(
     """
     if channels not in (None, "BGR", "L"):
         raise InvalidArgumentError(f"channels is {channels!r}; a picture in a column is BGR or L")
-    how = ImageInput(size, resize=resize, antialias=antialias, fit=fit)
-    preprocess = how.wire() | ({} if channels is None else {"channels": channels})
-    return _function("resize", preprocess, on_error, error_column)
+    # ImageInput leaves RGB unsaid, which to the built-in model are each picture's own channels.
+    how = ImageInput(size, resize=resize, antialias=antialias, fit=fit, channels=channels or "RGB")
+    return _function("resize", how, on_error, error_column)
 
 
 def to_struct(array: np.ndarray[Any, Any], origin: str = "") -> Row:
@@ -221,26 +232,21 @@ class _Decoder:
     """What :func:`decode` and :func:`resize` do in the workers.
 
     Attributes:
-        preprocess: The descriptor's entry for the pictures; ``None``: they stay as they are.
+        request: What the sidecar is asked for: always with the reasons, the policy is applied here.
         on_error: What becomes of bad pictures.
         error_column: Name of the column for the reason.
         conf: ``spark.flightsvc.*`` of the driver's session.
     """
 
-    preprocess: dict[str, Any] | None
+    request: Request
     on_error: str
     error_column: str
     conf: dict[str, str]
 
-    def descriptor(self) -> dict[str, Any]:
-        """Return what the sidecar is asked for: always with the reasons, the policy is applied here."""
-        fields = {"v": 1, "model": IMAGE_MODEL, "inputs": {"image": _COLUMN}, "on_error": "column"}
-        return fields if self.preprocess is None else {**fields, "preprocess": {"image": self.preprocess}}
-
     def __call__(self, columns: Iterable[Any]) -> Iterator[pa.Array]:
         """Yield the pictures for each array of ``columns``, or for each pair with their origins."""
-        connection = shared(sidecar.for_worker, Settings.read(self.conf))
-        exchange = Exchange(connection, self.descriptor(), {_COLUMN: 0}, place())
+        connection = worker_connection(self.request, self.conf)
+        exchange = self.request.exchange(connection, [_COLUMN], {"image": 0}, place())
         answers = exchange.answers(piece for column in columns for piece in _slices(column))
         try:
             for answer in answers:
@@ -272,7 +278,7 @@ class _Decoder:
 
 
 def _function(
-    name: str, preprocess: dict[str, Any] | None, on_error: str, error_column: str
+    name: str, preprocess: ImageInput | None, on_error: str, error_column: str
 ) -> Callable[..., Column]:
     """Return the function of columns that runs a :class:`_Decoder`."""
     from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
@@ -282,10 +288,11 @@ def _function(
         raise InvalidArgumentError(f"on_error is {on_error!r}; it is one of {', '.join(_POLICIES)}")
     if on_error == "column" and same_name(error_column, "image", case_sensitive=False):
         raise InvalidArgumentError("error_column is 'image', as the pictures are called; name it otherwise")
-    conf = {key: value for key, value in active_conf().items() if key.startswith(SPARK_PREFIX)}
-    decoder = _Decoder(preprocess, on_error, error_column, conf)
+    model = Model(IMAGE_MODEL, preprocess={} if preprocess is None else {"image": preprocess})
+    request = model.request(on_error="column")
     if preprocess is not None:  # a front on the driver says what is wrong with it
-        shared(sidecar.for_driver, Settings.read(conf)).answer_schema(decoder.descriptor())
+        request.answer_schema({"image": _COLUMN})
+    decoder = _Decoder(request, on_error, error_column, settings_of(active_conf()))
 
     def pictures(columns: Iterator[pa.Array]) -> Iterator[pa.Array]:
         return decoder(columns)
@@ -294,27 +301,51 @@ def _function(
     struct = schema()
     if on_error == "column":
         struct = StructType().add("image", struct).add(error_column, StringType())
-    function: Callable[..., Column] = arrow_udf(pictures, returnType=struct)
-    return function
+    function = arrow_udf(pictures, returnType=struct)
+
+    @functools.wraps(function)  # with what Spark needs to register it
+    def checked(*columns: Column | str) -> Column:
+        if len(columns) not in (1, 2):
+            raise InvalidArgumentError(
+                f"{name} takes the pictures and, if wanted, their origin; it got {len(columns)} columns"
+            )
+        given = [sql.of_type(name, columns[0], f"^binary$|{sql.IMAGES}", _PICTURES)]
+        given += [
+            sql.of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]
+        ]
+        made: Column = function(*given)
+        return made
+
+    return checked
 
 
-def _slices(column: pa.Array | tuple[pa.Array, pa.Array]) -> Iterator[pa.RecordBatch]:
+def _slices(column: pa.Array | tuple[pa.Array, ...]) -> Iterator[pa.RecordBatch]:
     """Yield a column of pictures in record batches of few pixels, with ``origin`` and ``error`` beside.
 
     ``error`` says which pictures are too large to be sent; those are null.
+
+    Raises:
+        InvalidArgumentError: A column has another type, which Spark lets through in SQL.
     """
-    picture, origin = column if isinstance(column, tuple) else (column, None)
-    if pa.types.is_struct(picture.type) and picture.type.get_field_index("data") >= 0:
-        data = picture.field("data")
-        origin = picture.field("origin") if origin is None else origin
-    elif pa.types.is_binary(picture.type) or pa.types.is_large_binary(picture.type):
-        data = picture
-    else:
+    picture, *origins = column if isinstance(column, tuple) else (column,)
+    if len(origins) > 1:
         raise InvalidArgumentError(
-            f"pictures are Spark's image struct, or files in a binary column; this column is {picture.type}"
+            f"there are {1 + len(origins)} columns; give the pictures and, if wanted, their origin"
         )
-    if origin is None:
-        origin = pa.repeat(pa.scalar("", pa.string()), len(picture))
+    data = picture
+    if pa.types.is_struct(picture.type):
+        fields = {field.name: i for i, field in enumerate(picture.type)}
+        data = picture.field(fields["data"]) if "data" in fields else data
+        if not origins and "origin" in fields:
+            origins = [picture.field(fields["origin"])]
+    if not pa.types.is_binary(data.type) and not pa.types.is_large_binary(data.type):
+        raise InvalidArgumentError(f"{_PICTURES}; this column is {picture.type}")
+    origin = origins[0] if origins else pa.repeat("", len(picture))
+    if not (
+        pa.types.is_string(origin.type) or pa.types.is_large_string(origin.type) or origin.type == pa.null()
+    ):
+        raise InvalidArgumentError(f"{_ORIGINS}; this column is {origin.type}")
+    origin = origin.cast(pa.string())  # Spark may send large ones
     sizes = pc.fill_null(pc.binary_length(data), 0)
     large = pc.greater(sizes, ROW_BYTES - (1 << 20))
     if large.true_count:

@@ -4,13 +4,18 @@ A model is exported with the signature ``serving_default``, for inference: dropo
 inputs and outputs have the names of the layers that they come from, as ``model.summary()`` prints them; any
 number of rows is taken. A model of a class of one's own has no such layers: its inputs are named after the
 argument of ``call``, all of the model's ``input_dtype``, its outputs ``output_0``, ``output_1``. Where a
-model takes or returns a dict, its keys are the names.
+model takes or returns a dict, its keys are the names; what is nested below a key is ``key_0``, ``key_name``.
+
+TensorFlow narrows the names of inputs: what is no letter or digit becomes ``_``; one that Python could not
+give a parameter, or that begins with ``_``, gets ``arg_`` before it; of two that differ in case alone the
+second gets a number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import os
 import re
 import sys
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".keras", ".h5")
 _ESCAPE = re.compile(r"\x1b\[\d*m")
-_NO_NAME = re.compile(r"[^A-Za-z0-9_.]")
+_NO_NAME = re.compile(r"[^A-Za-z0-9_]")
 
 _mutex = threading.Lock()  # guards _files, and is held while one is exported
 _files: dict[Path, tuple[tuple[int, int], Path]] = {}  # by file: its size and last change, the SavedModel
@@ -108,7 +113,7 @@ def _export(model: keras.Model, name: str) -> Path:
     arguments = _arguments(model, name)
     specs: list[tf.TensorSpec] = []
     for leaf in keras.tree.flatten(arguments):
-        label = _unlike(_NO_NAME.sub("_", leaf.name), [spec.name for spec in specs])
+        label = _unlike(_parameter(leaf.name), [spec.name for spec in specs])
         specs.append(tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype, label))
 
     def serve(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -143,18 +148,24 @@ def _arguments(model: keras.Model, name: str) -> list[Any]:
 
     if getattr(model, "inputs", None):
 
-        def of_tensor(tensor: keras.KerasTensor) -> _Input:
+        def of_tensor(tensor: keras.KerasTensor, label: str = "") -> _Input:
             if tensor.sparse or tensor.ragged:
                 raise InvalidArgumentError(
                     f"model {name}: its input {_layer(tensor)!r} is sparse or ragged; "
                     "only dense ones are served"
                 )
-            return _Input(_layer(tensor), tensor.shape, tensor.dtype)
+            return _Input(label or _layer(tensor), tensor.shape, tensor.dtype)
+
+        def below(label: str, part: Any) -> Any:
+            if isinstance(part, dict):
+                return {key: below(f"{label}_{key}", value) for key, value in part.items()}
+            if isinstance(part, list | tuple):
+                return [below(f"{label}_{i}", value) for i, value in enumerate(part)]
+            return of_tensor(part, label)
 
         taken = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
         if isinstance(taken, dict):
-            taken = {key: dataclasses.replace(of_tensor(tensor), name=key) for key, tensor in taken.items()}
-            return [[taken], {}]
+            return [[{key: below(key, value) for key, value in taken.items()}], {}]
         return [[keras.tree.map_structure(of_tensor, taken)], {}]
     config = model.get_build_config()
     if not config:
@@ -194,11 +205,20 @@ def _layer(tensor: keras.KerasTensor) -> str:
     return str(tensor._keras_history.operation.name)
 
 
+def _parameter(name: str) -> str:
+    """Return ``name`` as TensorFlow takes it for an input of a signature."""
+    name = _NO_NAME.sub("_", name)
+    if name[:1].isalpha() and not keyword.iskeyword(name) and name != "self":
+        return name
+    return f"arg_{name.lstrip('_')}"
+
+
 def _unlike(name: str, taken: Collection[str]) -> str:
-    """Return ``name``, with a number behind it where it is taken."""
+    """Return ``name``, with a number behind it where it is taken, in whatever case."""
+    known = {other.lower() for other in taken}
     number = 0
     new = name
-    while new in taken:
+    while new.lower() in known:
         number += 1
         new = f"{name}_{number}"
     return new

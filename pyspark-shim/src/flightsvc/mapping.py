@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from flightsvc.errors import InvalidArgumentError
@@ -44,6 +45,10 @@ class ImageInput:
         scale: One number, or one for each channel in the order of ``channels``.
         offset: One number, or one for each channel in the order of ``channels``.
         dtype: Element type of the tensor; ``None``: that of the input. Whole numbers are rounded.
+
+    Raises:
+        InvalidArgumentError: ``size`` is not two whole numbers, or ``scale`` or ``offset`` is not of finite
+            numbers; those of NumPy are taken, too.
     """
 
     size: tuple[int, int]
@@ -54,6 +59,19 @@ class ImageInput:
     scale: float | tuple[float, ...] = 1.0
     offset: float | tuple[float, ...] = 0.0
     dtype: str | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        try:
+            height, width = map(operator.index, self.size)
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(
+                f"size is {self.size!r}; it is height and width in whole pixels, such as (224, 224)"
+            ) from None
+        object.__setattr__(self, "size", (height, width))
+        for name in ("scale", "offset"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        if self.dtype is not None and not isinstance(self.dtype, str):
+            raise InvalidArgumentError(f"dtype is {self.dtype!r}; it is a name, such as 'float32'")
 
     @classmethod
     def keras(cls, mode: str, size: tuple[int, int], **how: Any) -> ImageInput:
@@ -170,6 +188,24 @@ class Options(TypedDict, total=False):
     nulls: str
     run_timeout: float | None
     batching: str | Mapping[str, int] | None
+
+
+def _numbers(name: str, value: float | Iterable[float]) -> float | tuple[float, ...]:
+    """Return a number or several as Python's own.
+
+    Raises:
+        InvalidArgumentError: It is something else, or one is not finite.
+    """
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        many = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0  # an array may be one number
+        numbers = tuple(map(float, value)) if many else float(value)  # type: ignore[arg-type]
+        if all(map(math.isfinite, numbers if isinstance(numbers, tuple) else [numbers])):
+            return numbers
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InvalidArgumentError(f"{name} is {value!r}; it is a finite number, or one for each channel")
 
 
 def column_of(entry: str | Input | Output) -> str:

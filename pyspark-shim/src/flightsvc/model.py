@@ -45,7 +45,8 @@ class Model:
             the digest that :meth:`Client.push` returned; the name of a model in the server's repository; a
             Keras model, or a file that Keras saved. Text with ``://`` is a URI, text that begins with
             ``sha256:`` a digest, text with ``/`` or that names a folder here a path, text that ends in
-            ``.keras`` or ``.h5`` a file of Keras, other text a name.
+            ``.keras`` or ``.h5`` a file of Keras, other text a name. The text ``image`` is the built-in model
+            that decodes and resizes pictures, ``./image`` a folder.
         signature: Which signature to run.
         version: A version's number, or ``latest``.
         preprocess: Inputs that are made from encoded pictures.
@@ -141,14 +142,18 @@ class Model:
                 taken; before any task starts.
             NotFoundError: No such model, signature, input, output or column.
         """
-        schema = self.output_schema(df.schema, sidecar=sidecar, **options)
-        mapper = self.mapper(sidecar=sidecar, **options)
         from flightsvc import spark
 
+        with spark.acting_for(df.sparkSession):
+            schema = self.output_schema(df.schema, sidecar=sidecar, **options)
+            mapper = self.mapper(sidecar=sidecar, **options)
         return spark.transform(df, mapper, schema)
 
     def mapper(self, *, sidecar: str | None = None, **options: Unpack[Options]) -> Mapper:
-        """Return the function for ``mapInArrow``; arguments and errors as in :meth:`transform`."""
+        """Return the function for ``mapInArrow`` in the active session.
+
+        Arguments and errors as in :meth:`transform`. Without a session it runs on this machine alone.
+        """
         from flightsvc import spark
 
         return spark.mapper(self, self.request(**options), sidecar)
@@ -156,6 +161,7 @@ class Model:
     def udf(self, **options: Unpack[Options]) -> Function:
         """Return this model as a function of columns: ``df.select(m.udf()("content"))``.
 
+        It is one of the active session, whose settings it has and whose workers get the model.
         Its parameters are named after the inputs, in the order of ``inputs``, else by name; ``inputs`` maps
         an input to its parameter's name, or to an :class:`Input` with that name. With one output it returns
         its type; with several, or with ``on_error="column"``, a struct of the outputs and the error.
@@ -165,7 +171,7 @@ class Model:
             **options: See :class:`Options`.
 
         Raises:
-            InvalidArgumentError: Two outputs have one name, or an input takes no column.
+            InvalidArgumentError: There is no session, two outputs have one name, or an input takes no column.
             NotFoundError: No such model, signature, input or output.
         """
         from flightsvc import sql
@@ -177,7 +183,7 @@ class Model:
     ) -> StructType:
         """Return the schema of :meth:`mapper`'s result over ``schema``; the columns are checked.
 
-        Arguments and errors as in :meth:`transform`.
+        The active session says whether names differ by case. Arguments and errors as in :meth:`transform`.
         """
         from flightsvc import spark
 

@@ -8,7 +8,9 @@ keep what was pushed and workers wait for each other.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pyspark.sql.connect import session as connect
 
 _LATEST = "latest"
+_FOLDER = "flightsvc-driver-"  # begins the name of a private folder
 _CHUNKS = pa.schema([pa.field("chunk", pa.binary())])
 
 # A file's path, size and time of its last change; the same for all files says: the same model.
@@ -105,15 +108,15 @@ def add(session: SparkSession, folder: Path) -> str:
     remote = cast("connect.SparkSession", session) if is_remote() else None
     to = remote.session_id if remote is not None else session.sparkContext.applicationId
     with _mutex:
-        digest = _read(folder).digest
-        if (to, digest) not in _added:
-            file = str(_archive(folder, digest))
+        sent = _read(folder).digest
+        if (to, sent) not in _added:
+            file = str(_archive(folder, sent))
             if remote is not None:
                 remote.addArtifact(file, file=True)
             else:
                 session.sparkContext.addFile(file)
-            _added.add((to, digest))
-    return digest
+            _added.add((to, sent))
+    return sent
 
 
 def send(connection: Connection, folder: Path) -> str:
@@ -246,15 +249,41 @@ def _archive(folder: Path, digest: str) -> Path:
 
 @functools.cache
 def private_folder() -> Path:
-    """Return a folder that only this user can open; it goes with this process."""
-    folder, pid = tempfile.mkdtemp(prefix="flightsvc-"), os.getpid()
+    """Return a folder that only this user can open; it goes with this process.
+
+    It lies among the temporary files, since the run-dir may be memory. Its process holds its lock, so that
+    the next one finds, and removes, the folders of those that were killed.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        if (descriptor := _lock(old)) is not None:
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(descriptor)
+    while True:
+        folder, pid = Path(tempfile.mkdtemp(prefix=_FOLDER)), os.getpid()
+        if _lock(folder) is not None:  # else another process took it for an old one
+            break
 
     def remove() -> None:
         if os.getpid() == pid:  # a fork of us has not made it
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
-    return Path(folder)
+    return folder
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a descriptor that holds the lock of ``folder``; ``None``: it is gone, another's, or in use."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        about = os.fstat(descriptor)
+        if about.st_uid == os.geteuid() and os.path.samestat(about, os.lstat(folder)):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _file_name(digest: str) -> str:

@@ -6,9 +6,11 @@ configuration travels to the workers inside the function.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from pyspark.sql.types import StructType
 
 _CASE_SENSITIVE = "spark.sql.caseSensitive"
+
+_session: ContextVar[SparkSession | None] = ContextVar("flightsvc_session", default=None)  # see acting_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,11 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
     case_sensitive = is_case_sensitive(active_conf())
     inputs = model.inputs
     positions = request.columns(schema.names, tuple(inputs), case_sensitive)
-    for field in schema.fields:
-        check_sendable(field)
     for name, position in positions.items():
         field = schema.fields[position]
         check_input(model, name, inputs[name], request.input(name, field.name), field)
+    for field in schema.fields:
+        check_sendable(field)
     answer = request.answer_schema({name: schema.names[position] for name, position in positions.items()})
     further = [StructField(field.name, spark_type(field.type)) for field in answer]
     if sidecar is not None:
@@ -152,8 +156,24 @@ def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
     return df.toDF(*names).mapInArrow(mapper, StructType([*sent, *further])).toDF(*schema.names)
 
 
+@contextlib.contextmanager
+def acting_for(session: SparkSession) -> Iterator[None]:
+    """Make ``session`` the active one of this package: its configuration counts, models go to its workers."""
+    token = _session.set(session)
+    try:
+        yield
+    finally:
+        _session.reset(token)
+
+
 def active_session() -> SparkSession | None:
-    """Return this thread's session, else the application's, classic or Connect; ``None`` without any."""
+    """Return the session that this package acts for, else Spark's active one; ``None`` without any.
+
+    Spark's is this thread's, else the application's, classic or Connect.
+    """
+    session = _session.get()
+    if session is not None:
+        return session
     if "pyspark.sql" not in sys.modules:
         return None
     from pyspark.errors import PySparkRuntimeError

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import re
 import threading
 import time
 import uuid
@@ -24,8 +25,16 @@ import pyarrow as pa
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.mapping import Input, Options, TensorSpec
 from flightsvc.model import Model, Request, same_name
-from flightsvc.settings import SPARK_PREFIX
-from flightsvc.spark import active_session, conf_of, for_workers, is_case_sensitive, quoted, worker_connection
+from flightsvc.spark import (
+    acting_for,
+    active_session,
+    conf_of,
+    for_workers,
+    is_case_sensitive,
+    quoted,
+    settings_of,
+    worker_connection,
+)
 from flightsvc.spark_types import ACCEPTED, check_input, nested, spark_type
 from flightsvc.stream import Answer
 
@@ -37,12 +46,20 @@ _IDLE_SECONDS = 2.0
 """A stream that no call has used for so long is closed: its model may then leave."""
 
 _HIDDEN = "_flightsvc_"  # begins the name of the Python function below a registered one
+_IN_THE_WAY = "USER_DEFINED_FUNCTIONS.CANNOT_REPLACE_NON_SQL_UDF_WITH_SQL_UDF"
 
 # Of decimals only decimal(20,0) differs from the others, of strings all are one: pattern, replacement.
 _DECIMAL = (r"decimal\((?!20,0\)).*?\)", "decimal(38,18)")
+_DEPTH = 6  # arrays less deep than this are looked at where the input does not tell its rank
 _COLLATION = (r"string collate \w+", "string")
 _IMAGE = "struct<origin:string,height:int,width:int,nChannels:int,mode:int,data:binary>"
-_IMAGE_FIELDS = ("height:int", "width:int", "nChannels:int", "mode:int", "data:binary")  # in any order
+_BEFORE = r"(?:[^<>]*(?:<[^<>]*>[^<>]*)*,)?"
+IMAGES = "^struct<" + "".join(
+    f"(?={_BEFORE}{field}[,>])"
+    for field in ("height:int", "width:int", "nChannels:int", "mode:int", "data:binary")
+)
+"""Matches an image struct as typeof writes it: these fields in any order, perhaps beside others."""
+_PLAIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)  # a column's name that SQL takes unquoted
 
 
 def register_udf(
@@ -56,7 +73,8 @@ def register_udf(
     """Make ``model`` a temporary function of SQL: ``SELECT classify(content) FROM images``.
 
     Its parameters and its result are those of :meth:`Model.udf`. Each parameter has an SQL type, to which
-    Spark casts the argument. A function that has the name is replaced; ``DROP TEMPORARY FUNCTION`` drops it.
+    Spark casts the argument. A function that has the name is replaced, once the new one is known to be in
+    order; ``DROP TEMPORARY FUNCTION`` drops it.
 
     Args:
         spark: The session that gets the function, classic or Connect.
@@ -67,36 +85,50 @@ def register_udf(
         **options: See :class:`Options`.
 
     Raises:
-        InvalidArgumentError: A type does not feed its input, a parameter needs to be given one, or two
-            outputs have one name.
+        InvalidArgumentError: A type does not feed its input, a parameter needs to be given one, two outputs
+            have one name, or the name is that of a function of Spark's own.
         NotFoundError: No such model, signature, input or output.
     """
+    from pyspark.errors import AnalysisException
+
     system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
     if name.lower() in system:
-        raise InvalidArgumentError(f"Spark has a function {name!r} of its own, which would go over this one")
-    function = _function(name, model, model.request(**options), spark)
-    given = dict(types or {})
-    for parameter in given:
-        if parameter not in function.parameters:
-            raise InvalidArgumentError(
-                f"types names {parameter!r}; the parameters of {name} are {', '.join(function.parameters)}"
-            )
-    parameters = ", ".join(
-        f"{quoted(parameter)} {_parameter_type(function, parameter, given.get(parameter))}"
-        for parameter in function.parameters
-    )
+        raise InvalidArgumentError(
+            f"Spark has a function {name!r} of its own, which would go over this one; "
+            "register it under another name"
+        )
+    with acting_for(spark):
+        function = _function(name, model, model.request(**options))
+        given = dict(types or {})
+        for parameter in given:
+            if parameter not in function.parameters:
+                known = ", ".join(function.parameters)
+                raise InvalidArgumentError(f"types names {parameter!r}; the parameters of {name} are {known}")
+        parameters = ", ".join(
+            f"{quoted(parameter)} {_parameter_type(function, parameter, given.get(parameter))}"
+            for parameter in function.parameters
+        )
+    head = f"({parameters}) COMMENT {_literal(function.title)} RETURN"
+    # What Spark refuses it refuses here, where nothing is replaced yet.
+    trial = f"{_HIDDEN}{uuid.uuid4().hex}"
+    spark.sql(f"CREATE TEMPORARY FUNCTION {trial}{head} NULL")
+    spark.sql(f"DROP TEMPORARY FUNCTION {trial}")
+    # Views may call the functions that they were made with and no others, so these keep their names.
     spark.udf.register(_HIDDEN + name, function.arrow)
-    # One of Python has to go first, SQL would not replace it.
-    spark.sql(f"DROP TEMPORARY FUNCTION IF EXISTS {quoted(name)}")
-    spark.sql(
-        f"CREATE TEMPORARY FUNCTION {quoted(name)}({parameters}) COMMENT {_literal(function.title)} "
-        f"RETURN {quoted(_HIDDEN + name)}({', '.join(map(quoted, function.parameters))})"
-    )
+    body = f"{quoted(_HIDDEN + name)}({', '.join(map(quoted, function.parameters))})"
+    create = f"CREATE OR REPLACE TEMPORARY FUNCTION {quoted(name)}{head} {body}"
+    try:
+        spark.sql(create)
+    except AnalysisException as error:
+        if error.getCondition() != _IN_THE_WAY:
+            raise
+        spark.sql(f"DROP TEMPORARY FUNCTION {quoted(name)}")
+        spark.sql(create)
 
 
 def udf(model: Model, request: Request) -> Function:
     """Return the function of columns that asks ``request``; see :meth:`Model.udf`."""
-    return _function("predict", model, request, active_session())
+    return _function("predict", model, request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +189,17 @@ class Function:
         """Which model and signature this is."""
         return f"model {self.model.name}, signature {self.model.signature}"
 
+    def __reduce__(self) -> Any:
+        """Refuse to travel: what runs in the workers is :attr:`arrow`, this is of the driver.
+
+        Raises:
+            InvalidArgumentError: Always.
+        """
+        raise InvalidArgumentError(
+            f"{self.title}: the function of Model.udf() is called with columns, on the driver; "
+            "to give it a name in SQL use flightsvc.register_udf"
+        )
+
     def feeds(self, parameter: str) -> Iterator[tuple[str, TensorSpec, Input]]:
         """Yield the inputs that ``parameter`` feeds: the name, the type, and how."""
         inputs = self.model.inputs
@@ -183,12 +226,7 @@ class Function:
         return [bound[parameter] for parameter in self.parameters]
 
     def _checked(self, parameter: str, label: str, argument: Column | str) -> Column:
-        """Return ``argument`` in an expression that Spark refuses to analyse where its type does not fit.
-
-        ``typeof`` is known to the analysis, and so must be the field that ``date_part`` extracts: with a
-        type that fits it is one, else our message, which the refusal quotes. All of it is constant, so the
-        optimizer leaves nothing but the argument.
-        """
+        """Return ``argument`` in an expression that Spark refuses to analyse where its type does not fit."""
         from pyspark.sql import functions as F
 
         column = F.col(argument) if isinstance(argument, str) else argument
@@ -201,20 +239,55 @@ class Function:
             for advice, kinds in verdicts.refused.items():
                 tail = F.when(_list(kinds).contains(mark), F.lit(advice)).otherwise(tail)
             message = F.concat(F.lit(verdicts.head), found, tail)
-            # Spark quotes it as a name, where backticks would be doubled.
-            refusal = F.concat(F.lit("`"), F.replace(message, F.lit("`"), F.lit("")), F.lit("`"))
             fits = _list(verdicts.accepted).contains(mark)
             if _IMAGE in verdicts.accepted:
-                fits |= functools.reduce(lambda a, b: a & b, (plain.contains(f) for f in _IMAGE_FIELDS))
-            field = F.when(fits, F.lit("YEAR")).otherwise(refusal)
-            column = F.when(F.date_part(field, F.lit(datetime.date(1970, 1, 1))).isNotNull(), column)
+                fits |= F.rlike(plain, F.lit(IMAGES))
+            column = _unless(fits, message, column)
         return column
 
 
-def _function(name: str, model: Model, request: Request, session: SparkSession | None) -> Function:
-    """Return ``request`` as a function, its parameters and its result checked."""
+def of_type(function: str, argument: Column | str, pattern: str, wanted: str) -> Column:
+    """Return ``argument`` in an expression that Spark refuses to analyse where its type is another.
+
+    Args:
+        function: Whose argument it is, for the refusal.
+        argument: The column.
+        pattern: A regular expression for the types that are taken, as ``typeof`` writes them.
+        wanted: How the refusal goes on after the column and its type.
+    """
+    from pyspark.sql import functions as F
+
+    column = F.col(argument) if isinstance(argument, str) else argument
+    found = F.typeof(column)
+    head, tail = F.lit(f"{function}: column {_label(argument)} is "), F.lit(f"; {wanted}")
+    return _unless(F.rlike(found, F.lit(pattern)), F.concat(head, found, tail), column)
+
+
+def _unless(fits: Column, message: Column, column: Column) -> Column:
+    """Return ``column`` in an expression that Spark refuses to analyse, with ``message``, unless ``fits``.
+
+    ``typeof`` is known to the analysis, and so must be the field that ``date_part`` extracts: with a type
+    that fits it is one, else our message, which the refusal quotes. All of it is constant, so the optimizer
+    leaves nothing but the column.
+    """
+    from pyspark.sql import functions as F
+
+    # Spark quotes it as a name, where backticks would be doubled.
+    refusal = F.concat(F.lit("`"), F.replace(message, F.lit("`"), F.lit("")), F.lit("`"))
+    field = F.when(fits, F.lit("YEAR")).otherwise(refusal)
+    return F.when(F.date_part(field, F.lit(datetime.date(1970, 1, 1))).isNotNull(), column)
+
+
+def _function(name: str, model: Model, request: Request) -> Function:
+    """Return ``request`` as a function in the active session, its parameters and its result checked."""
     from pyspark.sql.types import StructField, StructType
 
+    session = active_session()
+    if session is None:
+        raise InvalidArgumentError(
+            f"model {model.name}: there is no Spark session, whose settings the function would have; "
+            "make the session first"
+        )
     conf = conf_of(session)
     case_sensitive = is_case_sensitive(conf)
     inputs = model.inputs
@@ -242,7 +315,7 @@ def _function(name: str, model: Model, request: Request, session: SparkSession |
         positions,
         fields[0].dataType if len(fields) == 1 else StructType(fields),
         case_sensitive,
-        {key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)},
+        settings_of(conf),
     )
     for parameter in parameters:
         for key, spec, entry in function.feeds(parameter):
@@ -277,14 +350,17 @@ class _Verdicts:
 
         accepted: list[str] = []
         refused: dict[str, list[str]] = {}
+        depth = _DEPTH if spec.shape is None else len(spec.shape) + 2
         # The last is a type that feeds nothing and has no advice of its own.
-        for kind in [*_near(len(spec.shape or ()) + 2), StructType()]:
+        for kind in [*_near(depth), StructType()]:
             text = kind.simpleString()
             try:
                 check_input(model, name, spec, entry, StructField(label, kind))
                 accepted.append(text)
             except InvalidArgumentError as error:
                 head, _, tail = str(error).partition(f"{text}, input ")
+                # An expression cannot be quoted, and Spark would double the backticks of a name.
+                tail = tail.replace(quoted(label), label if _PLAIN.fullmatch(label) else "<column>")
                 refused.setdefault(f", input {tail}", []).append(text)
         if not accepted:
             raise InvalidArgumentError(
@@ -360,7 +436,7 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
     kind = DataType.fromDDL(given)
     for name, spec, entry in feeds:
         check_input(function.model, name, spec, entry, StructField(parameter, kind))
-    return given
+    return kind.simpleString()
 
 
 def _label(argument: Column | str) -> str:
@@ -408,7 +484,7 @@ class _Worker:
     def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
         batch = pa.RecordBatch.from_arrays(list(columns), names=self.parameters)
         with self.request.model.naming():
-            outputs = _calls(self).outputs(batch)
+            outputs = _calls(self, batch.schema).outputs(batch)
         if not self.struct:
             return outputs.column(0)
         return pa.StructArray.from_arrays(outputs.columns, fields=list(outputs.schema))
@@ -421,13 +497,12 @@ class _Worker:
 
 
 class _Calls:
-    """The calls of one function in this process: one stream, from the first of them until it is idle."""
+    """The calls of a function with one schema in this process: a stream, from the first until it is idle."""
 
     def __init__(self, worker: _Worker):
         self._worker = worker
         self._turn = threading.Condition()  # guards what follows, and the stream
         self._answers: Generator[Answer, None, None] | None = None  # of the open stream
-        self._schema: pa.Schema | None = None  # of its record batches
         self._due: pa.RecordBatch | None = None  # what it sends next; None ends it
         self._used = 0.0
 
@@ -438,8 +513,6 @@ class _Calls:
             FlightsvcError: The request was refused, or the sidecar stayed away.
         """
         with self._turn:
-            if self._schema != batch.schema:
-                self._end()
             answers = self._answers
             if answers is None:
                 answers = self._worker.answers(self._batches())
@@ -449,7 +522,7 @@ class _Calls:
             self._answers = None  # not kept if it fails
             self._due = batch
             answer = next(answers)
-            self._answers, self._schema = answers, batch.schema
+            self._answers = answers
             self._used = time.monotonic()
             return answer.outputs
 
@@ -463,24 +536,19 @@ class _Calls:
         with self._turn:
             while self._answers is answers:
                 left = self._used + _IDLE_SECONDS - time.monotonic()
-                if left <= 0:
-                    self._end()
-                else:
+                if left > 0:
                     self._turn.wait(left)
-
-    def _end(self) -> None:
-        """Close the stream, if one is open."""
-        answers, self._answers = self._answers, None
-        if answers is not None:
-            next(answers, None)
+                else:
+                    self._answers = None
+                    next(answers, None)
 
 
 # gRPC does not survive a fork: a stream opened before it is never used after it.
-_all_calls: dict[tuple[int, str], _Calls] = {}
+_all_calls: dict[tuple[int, str, pa.Schema], _Calls] = {}
 _all_calls_mutex = threading.Lock()
 
 
-def _calls(worker: _Worker) -> _Calls:
-    """Return this process's calls of a function."""
+def _calls(worker: _Worker, schema: pa.Schema) -> _Calls:
+    """Return this process's calls of a function with columns of ``schema``."""
     with _all_calls_mutex:
-        return _all_calls.setdefault((os.getpid(), worker.key), _Calls(worker))
+        return _all_calls.setdefault((os.getpid(), worker.key, schema), _Calls(worker))
