@@ -122,8 +122,8 @@ def descriptors() -> dict[str, Any]:
             good("pictures", {"preprocess": {"image": {"size": [2, 3]}}}, preprocess={"image": PICTURE}),
             good(
                 "pictures, scaled",
-                {"preprocess": {"image": {"size": [2, 3], "scale": 0.5, "offset": [1, 2, 3]}}},
-                preprocess={"image": {**PICTURE, "scale": [0.5, 0.5, 0.5], "offset": [1, 2, 3]}},
+                {"preprocess": {"image": {"size": [2, 3], "scale": 0.5, "offset": [1.5, 2.5, 3.5]}}},
+                preprocess={"image": {**PICTURE, "scale": [0.5, 0.5, 0.5], "offset": [1.5, 2.5, 3.5]}},
             ),
             same("on_error null", on_error="null"),
             same("on_error column", on_error="column"),

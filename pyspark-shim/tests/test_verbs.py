@@ -32,7 +32,7 @@ def front(surroundings: Path, models: Path) -> Iterator[flightsvc.Client]:
     settings = Settings(
         binary=os.environ["FLIGHTSVC_BINARY"],
         run_dir=str(surroundings / "verbs"),
-        cache_dir=str(surroundings / "cache"),
+        cache_dir=str(surroundings / "verbs-cache"),
         model_root=str(models),
     )
     with flightsvc.Client(Connection(lambda: sidecar.for_user(settings), settings)) as client:
@@ -43,7 +43,7 @@ def front(surroundings: Path, models: Path) -> Iterator[flightsvc.Client]:
 @pytest.fixture
 def pushed(surroundings: Path) -> Callable[[], list[str]]:
     """Returns what the folder of pushed models holds now."""
-    return lambda: sorted(path.name for path in (surroundings / "cache" / "models").glob("*"))
+    return lambda: sorted(path.name for path in (surroundings / "verbs-cache" / "models").glob("*"))
 
 
 def put(
