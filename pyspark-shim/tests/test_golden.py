@@ -71,7 +71,7 @@ WRITTEN: dict[str, Callable[[], Request]] = {
     "an output as text": asked(outputs={"y": Output("p", type="utf8")}),
     "an output's shape": asked(outputs={"y": Output("p", shape=(-1, 3))}),
     "pictures": asked(preprocess={"image": ImageInput((2, 3))}),
-    "pictures, scaled": asked(preprocess={"image": ImageInput((2, 3), scale=0.5, offset=(1, 2, 3))}),
+    "pictures, scaled": asked(preprocess={"image": ImageInput((2, 3), scale=0.5, offset=(1.5, 2.5, 3.5))}),
     "on_error null": asked(on_error="null"),
     "on_error column": asked(on_error="column"),
     "another error column": asked(on_error="column", error_column="why"),
