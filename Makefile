@@ -88,7 +88,7 @@ clean: ## remove what was built, but not .venv
 # Front and runner check that they are of one build, so they are always built together.
 bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF)
 	@echo "building bin/flightsvc and bin/flightsvc-runner (a few minutes the first time)"
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
+	@CGO_CFLAGS='-O2 -g' CGO_LDFLAGS='-Wl,-z,lazy' go build -trimpath -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
 	@go build -trimpath -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner
 
 $(UV):

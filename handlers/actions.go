@@ -98,12 +98,12 @@ func decodeModel(body []byte) (modelBody, error) {
 }
 
 // resolveBody finds the model that a body names.
-func (f *Front) resolveBody(body []byte) (modelcache.Model, error) {
+func (f *Front) resolveBody(ctx context.Context, body []byte) (modelcache.Model, error) {
 	ask, err := decodeModel(body)
 	if err != nil {
 		return modelcache.Model{}, err
 	}
-	return f.options.Cache.Resolve(ask.Model, string(ask.Version))
+	return f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 }
 
 // Ready is the answer of server.ready and model.ready.
@@ -115,8 +115,8 @@ func (f *Front) ready(_ context.Context, body []byte) (any, error) {
 	return Ready{Ready: true}, nothing(body)
 }
 
-func (f *Front) modelReady(_ context.Context, body []byte) (any, error) {
-	model, err := f.resolveBody(body)
+func (f *Front) modelReady(ctx context.Context, body []byte) (any, error) {
+	model, err := f.resolveBody(ctx, body)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +133,7 @@ type ModelState struct {
 
 // load goes on when its caller has left.
 func (f *Front) load(ctx context.Context, body []byte) (any, error) {
-	model, err := f.resolveBody(body)
+	model, err := f.resolveBody(ctx, body)
 	if err != nil {
 		return nil, err
 	}
@@ -143,12 +143,12 @@ func (f *Front) load(ctx context.Context, body []byte) (any, error) {
 	return ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
 }
 
-func (f *Front) unload(_ context.Context, body []byte) (any, error) {
+func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 	ask, err := decodeModel(body)
 	if err != nil {
 		return nil, err
 	}
-	version, err := f.options.Cache.Unload(ask.Model, string(ask.Version))
+	version, err := f.options.Cache.Unload(ctx, ask.Model, string(ask.Version))
 	if err != nil {
 		return nil, err
 	}
@@ -178,11 +178,11 @@ type IndexEntry struct {
 	Reason  string `json:"reason,omitempty"`
 }
 
-func (f *Front) index(_ context.Context, body []byte) (any, error) {
+func (f *Front) index(ctx context.Context, body []byte) (any, error) {
 	if err := nothing(body); err != nil {
 		return nil, err
 	}
-	entries, err := f.options.Cache.Index()
+	entries, err := f.options.Cache.Index(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -230,8 +230,8 @@ type TensorMetadata struct {
 	Shape []int64 `json:"shape"`
 }
 
-func (f *Front) metadata(_ context.Context, body []byte) (any, error) {
-	model, err := f.resolveBody(body)
+func (f *Front) metadata(ctx context.Context, body []byte) (any, error) {
+	model, err := f.resolveBody(ctx, body)
 	if err != nil {
 		return nil, err
 	}

@@ -20,7 +20,7 @@ func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightServi
 	if err := decodeBody(criteria.GetExpression(), &only); err != nil {
 		return fault.New(fault.BadRequest, "criteria are empty or JSON like {\"model\":\"name\"}: %w", err)
 	}
-	entries, err := f.options.Cache.Index()
+	entries, err := f.options.Cache.Index(stream.Context())
 	if err != nil {
 		return err
 	}

@@ -43,12 +43,12 @@ type request struct {
 }
 
 // resolve reads a descriptor and plans it, without loading anything.
-func (f *Front) resolve(fd *flight.FlightDescriptor) (*request, error) {
+func (f *Front) resolve(ctx context.Context, fd *flight.FlightDescriptor) (*request, error) {
 	d, err := ParseDescriptor(fd)
 	if err != nil {
 		return nil, err
 	}
-	model, err := f.options.Cache.Resolve(d.Model, d.Version)
+	model, err := f.options.Cache.Resolve(ctx, d.Model, d.Version)
 	if err != nil {
 		return nil, err
 	}
@@ -80,8 +80,8 @@ func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, erro
 }
 
 // GetSchema answers the schema of the answer without loading the model.
-func (f *Front) GetSchema(_ context.Context, fd *flight.FlightDescriptor) (*flight.SchemaResult, error) {
-	r, err := f.resolve(fd)
+func (f *Front) GetSchema(ctx context.Context, fd *flight.FlightDescriptor) (*flight.SchemaResult, error) {
+	r, err := f.resolve(ctx, fd)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ func (f *Front) GetSchema(_ context.Context, fd *flight.FlightDescriptor) (*flig
 // GetFlightInfo makes the model ready and returns the answer's schema and one endpoint: a
 // ticket, and the runner's location unless the caller wants to be relayed.
 func (f *Front) GetFlightInfo(ctx context.Context, fd *flight.FlightDescriptor) (*flight.FlightInfo, error) {
-	r, err := f.resolve(fd)
+	r, err := f.resolve(ctx, fd)
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +126,7 @@ func (f *Front) DoExchange(stream flight.FlightService_DoExchangeServer) error {
 	if err != nil {
 		return err
 	}
-	r, err := f.resolve(first.GetFlightDescriptor())
+	r, err := f.resolve(stream.Context(), first.GetFlightDescriptor())
 	if err != nil {
 		return err
 	}

@@ -151,8 +151,8 @@ func (c *Cache) load(s *slot) {
 // Unload ends the runner of a model and returns the version that it had. Nothing happens where there is
 // no runner. A model whose files have gone is found by the reference with which it was loaded.
 // Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
-func (c *Cache) Unload(ref, version string) (string, error) {
-	model, err := c.Resolve(ref, version)
+func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
+	model, err := c.Resolve(ctx, ref, version)
 	c.mu.Lock()
 	s, ok := c.slots[model.Dir]
 	if err != nil {

@@ -2,6 +2,7 @@ package modelcache
 
 import (
 	"cmp"
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,7 +21,7 @@ type Entry struct {
 
 // Index lists the built-in model, the models below the model-root, those that were pushed, and those in memory, each version once, by
 // reference and version. It loads nothing. Its fault is Precondition where the model-root cannot be read.
-func (c *Cache) Index() ([]Entry, error) {
+func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 	image, _ := resolveImage(latest)
 	list := []Entry{{Model: image, State: StateUnloaded}}
 	if root := c.options.ModelRoot; root != "" {
@@ -41,14 +42,14 @@ func (c *Cache) Index() ([]Entry, error) {
 				}
 			}
 			for _, number := range numbers {
-				list = append(list, c.entry(folder.Name(), number))
+				list = append(list, c.entry(ctx, folder.Name(), number))
 			}
 		}
 	}
 	folders, _ := os.ReadDir(c.models()) // there is none before the first push
 	for _, folder := range folders {
 		if digest := "sha256:" + folder.Name(); CheckDigest(digest) == nil {
-			list = append(list, c.entry(digest, latest))
+			list = append(list, c.entry(ctx, digest, latest))
 		}
 	}
 	c.mu.Lock()
@@ -73,8 +74,8 @@ func (c *Cache) Index() ([]Entry, error) {
 	return list, nil
 }
 
-func (c *Cache) entry(ref, version string) Entry {
-	model, err := c.Resolve(ref, version)
+func (c *Cache) entry(ctx context.Context, ref, version string) Entry {
+	model, err := c.Resolve(ctx, ref, version)
 	if err != nil {
 		model.Ref = ref
 		if version != latest {

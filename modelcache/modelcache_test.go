@@ -148,7 +148,7 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) 
 		change(&options)
 	}
 	cache := New(options)
-	model, err := cache.Resolve("m", "")
+	model, err := cache.Resolve(t.Context(), "m", "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestResolve(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for range 2 { // read, and remembered
-				got, err := cache.Resolve(c.ref, c.version)
+				got, err := cache.Resolve(t.Context(), c.ref, c.version)
 				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref || len(got.Saved.Signatures) != 1 {
 					t.Errorf("resolved to %+v, %v", got, err)
 				}
@@ -248,7 +248,7 @@ func TestResolve(t *testing.T) {
 		"URI with bad escape":  {cache, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := c.from.Resolve(c.ref, c.version)
+			_, err := c.from.Resolve(t.Context(), c.ref, c.version)
 			expect.Fault(t, err, c.kind, c.parts...)
 		})
 	}
@@ -256,11 +256,11 @@ func TestResolve(t *testing.T) {
 	// A model that changes is read again.
 	write(t, at("broken", savedmodel.File), "")
 	saved(t, at("broken"))
-	if _, err := cache.Resolve("broken", latest); err != nil {
+	if _, err := cache.Resolve(t.Context(), "broken", latest); err != nil {
 		t.Error(err)
 	}
 	write(t, at("plain", savedmodel.File), "broken now")
-	if _, err := cache.Resolve("plain", latest); err == nil {
+	if _, err := cache.Resolve(t.Context(), "plain", latest); err == nil {
 		t.Error("a model that was broken since is served from memory")
 	}
 }
@@ -458,7 +458,7 @@ func TestRunnerEnvironment(t *testing.T) {
 func TestUnload(t *testing.T) {
 	cache, model := newCache(t, "good", nil)
 	unload := func() error {
-		version, err := cache.Unload("m", "")
+		version, err := cache.Unload(t.Context(), "m", "")
 		if version != "1" {
 			t.Errorf("the version is %q", version)
 		}
@@ -467,7 +467,7 @@ func TestUnload(t *testing.T) {
 	if err := unload(); err != nil {
 		t.Errorf("a model that is not in memory: %v", err)
 	}
-	_, err := cache.Unload("nope", "")
+	_, err := cache.Unload(t.Context(), "nope", "")
 	expect.Fault(t, err, fault.NotFound, "model nope")
 
 	runner, err := cache.Ready(context.Background(), model)
@@ -515,7 +515,7 @@ func TestUnloadWhileLoading(t *testing.T) {
 		loaded <- err
 	}()
 	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
-	_, err := cache.Unload("m", "1")
+	_, err := cache.Unload(t.Context(), "m", "1")
 	expect.Fault(t, err, fault.Precondition, "it is being loaded")
 	write(t, filepath.Join(model.Dir, "go"), "")
 	if err := <-loaded; err != nil {
@@ -543,11 +543,11 @@ func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
 					t.Error("a lease was granted for a runner that has ended")
 				}
 				runner.note(Report{Opened: id})
-				if _, err := cache.Unload("m", ""); err == nil {
+				if _, err := cache.Unload(t.Context(), "m", ""); err == nil {
 					t.Error("unloaded under an open stream")
 				}
 				runner.note(Report{Closed: id})
-				if _, err := cache.Unload("m", ""); err != nil {
+				if _, err := cache.Unload(t.Context(), "m", ""); err != nil {
 					expect.Fault(t, err, fault.Precondition)
 				}
 			}

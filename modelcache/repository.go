@@ -2,6 +2,7 @@ package modelcache
 
 import (
 	"cmp"
+	"context"
 	"maps"
 	"net/url"
 	"os"
@@ -22,6 +23,8 @@ type Model struct {
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
 	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
 	Saved   *savedmodel.Model
+	// Settings are the owner's.
+	Settings Settings
 }
 
 // latest asks for the highest version.
@@ -32,7 +35,7 @@ const latest = "latest"
 // "latest", "" for the same, or a number. It reads saved_model.pb and loads nothing.
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file.
-func (c *Cache) Resolve(ref, version string) (Model, error) {
+func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error) {
 	version = cmp.Or(version, latest)
 	if ref == Image {
 		model, ok := resolveImage(version)
@@ -58,7 +61,14 @@ func (c *Cache) Resolve(ref, version string) (Model, error) {
 	} else if version != latest && version != model.Version {
 		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
 	}
-	if model.Saved, err = c.read.model(model.Dir); err != nil {
+	saved, err := c.read.model(model.Dir)
+	if err != nil {
+		return Model{}, err
+	}
+	if model.Settings, err = readSettings(base); err != nil {
+		return Model{}, err
+	}
+	if model.Saved, err = model.Settings.served(saved); err != nil {
 		return Model{}, err
 	}
 	return model, nil

@@ -27,32 +27,55 @@ import (
 // input ends the runner.
 type Setup struct {
 	Model    string `json:"model"` // reference, for messages
-	Dir      string `json:"dir"`   // folder of the SavedModel, "" for the built-in model Image
+	Dir      string `json:"dir"`   // folder of the SavedModel that is loaded, "" for the built-in model Image
 	Socket   string `json:"socket"`
 	Key      []byte `json:"key"` // for leases
 	Server   string `json:"server"`
-	Cores    int    `json:"cores"`
 	LogLevel string `json:"log_level"`
+
+	Cores       int      `json:"cores"` // threads of each of TensorFlow's pools
+	Batching    Batching `json:"batching"`
+	OpLibraries []string `json:"op_libraries,omitempty"` // absolute, and allowed
+	WarmUp      bool     `json:"warm_up"`
+
+	// Device is the UUID of the GPU or MIG instance that the runner's environment shows to TensorFlow, "" for none;
+	// DeviceBytes bounds what TensorFlow takes of its memory, 0 is no bound.
+	Device      string `json:"device,omitempty"`
+	DeviceBytes int64  `json:"device_bytes,omitempty"`
 
 	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
 	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
 }
 
-// Report is a line that a runner writes on its standard output, as JSON. The first is the
-// handshake: Build with Ready set, or an Error. Later ones tell of a stream.
+// Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready, or with an
+// Error; Warming may come before. Later ones tell of streams.
 type Report struct {
 	Build      string     `json:"build,omitempty"`
 	TensorFlow string     `json:"tensorflow,omitempty"` // version of the library
+	Warming    bool       `json:"warming,omitempty"`    // the model is loaded and runs for the first time
 	Ready      bool       `json:"ready,omitempty"`
 	Error      string     `json:"error,omitempty"`
 	Kind       fault.Kind `json:"kind,omitempty"`
-	Opened     string     `json:"opened,omitempty"` // lease of a stream that opened
-	Closed     string     `json:"closed,omitempty"` // lease of a stream that closed
+	NoMemory   bool       `json:"no_memory,omitempty"` // with Error: the device had no memory for the model
+
+	Opened   string `json:"opened,omitempty"`   // lease of a stream that opened
+	Closed   string `json:"closed,omitempty"`   // lease of a stream that closed
+	Resting  string `json:"resting,omitempty"`  // lease of a stream on which nothing has moved for StreamRest
+	Stirring string `json:"stirring,omitempty"` // lease of a stream that rested and moves again
+	Answered bool   `json:"answered,omitempty"` // once: the runner has answered its first record batch
+	// DeviceBatch is the most rows of a run that fit into the device's memory, when that turned out to be
+	// fewer than asked for. Pressed says that not even one row did: the front may make room by ending others.
+	DeviceBatch int  `json:"device_batch,omitempty"`
+	Pressed     bool `json:"pressed,omitempty"`
 	// Runs and JoinedRuns come with Closed: TensorFlow runs since the runner's start, and those that
 	// served more than one stream.
 	Runs       int64 `json:"runs,omitempty"`
 	JoinedRuns int64 `json:"joined_runs,omitempty"`
 }
+
+// StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops
+// keeping its runner in memory.
+const StreamRest = 5 * time.Second
 
 // runnerGrace is how long a runner may take to end after its standard input has ended.
 const runnerGrace = 2 * time.Second

@@ -147,18 +147,18 @@ func TestPush(t *testing.T) {
 	if got := tree(t, c.options.CacheDir); got != want {
 		t.Errorf("after another push it holds %s", got)
 	}
-	model, err := c.Resolve(digest, "")
+	model, err := c.Resolve(t.Context(), digest, "")
 	if err != nil || model.Ref != digest || model.Version != "1" || len(model.Saved.Signatures) != 1 || model.Dir != filepath.Join(c.models(), hex) {
 		t.Errorf("resolved to %+v, %v", model, err)
 	}
-	entries, err := c.Index()
+	entries, err := c.Index(t.Context())
 	if err != nil || len(entries) != 2 || entries[0].Ref != Image || entries[1].Ref != digest || entries[1].State != StateUnloaded || entries[1].Err != nil {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
-	_, err = c.Resolve("sha256:"+strings.Repeat("0", 64), "")
+	_, err = c.Resolve(t.Context(), "sha256:"+strings.Repeat("0", 64), "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host", "DoPut")
 	for _, ref := range []string{"sha256:", "sha256:" + strings.Repeat("A", 64), "sha256:../../x", digest + "0", digest + "\n"} {
-		_, err = c.Resolve(ref, "")
+		_, err = c.Resolve(t.Context(), ref, "")
 		expect.Fault(t, err, fault.BadRequest, "64 lower-case hexadecimal digits")
 	}
 }
@@ -356,7 +356,7 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	if got := tree(t, c.models()); got != fmt.Sprintf("%s %[1]s/f:0 .push-x .push-x/f:0 notes notes/f:0", live) {
 		t.Errorf("after the sweep there are %s", got)
 	}
-	if entries, err := c.Index(); err != nil || len(entries) != 1 {
+	if entries, err := c.Index(t.Context()); err != nil || len(entries) != 1 {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 }
@@ -421,7 +421,7 @@ func TestIndex(t *testing.T) {
 	saved(t, outside)
 	list := func() string {
 		t.Helper()
-		entries, err := cache.Index()
+		entries, err := cache.Index(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -435,7 +435,7 @@ func TestIndex(t *testing.T) {
 	if got := list(); got != fmt.Sprintf(rest, "unloaded") {
 		t.Errorf("the index is %s", got)
 	}
-	other, err := cache.Resolve(outside, "")
+	other, err := cache.Resolve(t.Context(), outside, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -452,6 +452,6 @@ func TestIndex(t *testing.T) {
 		t.Errorf("the index is %s", got)
 	}
 	cache.options.ModelRoot = filepath.Join(root, "nope")
-	_, err = cache.Index()
+	_, err = cache.Index(t.Context())
 	expect.Fault(t, err, fault.Precondition, "model-root: ", "nope")
 }

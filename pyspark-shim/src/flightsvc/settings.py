@@ -29,12 +29,19 @@ class Settings:
     Attributes:
         endpoint: Address of a running front, ``grpc+unix:///path`` or a bare path. Default: one is started.
         binary: Path of the program ``flightsvc``. Default: the one in this package, else the one on PATH.
-        model_root: Folder of the model repository.
-        cache_dir: Folder that keeps pushed models. Default: ``flightsvc`` in the user's cache folder.
+        model_root: Folder or URI of the model repository.
+        poll_interval: How often models in use are looked up again for a newer version.
+        cache_dir: Folder that keeps fetched and pushed models. Default: ``flightsvc`` in the user's cache folder.
+        cache_size: Most bytes of models in it.
+        op_libraries: Files or folders of custom operations that models may load, with commas between.
         libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
         run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
         idle_timeout: A front without work ends after this time.
         cores: Threads for each model.
+        memory: Memory of the host for all models together.
+        keep_alive: How long a model stays in memory without a stream.
+        allow_cpu_fallback: ``true`` runs models on the processor where no GPU has room.
+        tune: ``quick`` measures models when the front is idle.
         max_image_pixels: Most pixels of a picture.
         max_image_bytes: Most bytes of a picture's file.
         log_level: Level of the front's log.
@@ -46,11 +53,18 @@ class Settings:
     endpoint: str | None = None
     binary: str | None = None
     model_root: str | None = None
+    poll_interval: str | None = None
     cache_dir: str | None = None
+    cache_size: str | None = None
+    op_libraries: str | None = None
     libtensorflow: str | None = None
     run_dir: str | None = None
     idle_timeout: str | None = None
     cores: str | None = None
+    memory: str | None = None
+    keep_alive: str | None = None
+    allow_cpu_fallback: str | None = None
+    tune: str | None = None
     max_image_pixels: str | None = None
     max_image_bytes: str | None = None
     log_level: str | None = None
@@ -87,7 +101,7 @@ class Settings:
                 )
             if value:
                 values[known[key]] = value
-        for name in ("idle_timeout", "load_timeout", "drain_timeout", "retry_timeout"):
+        for name in ("idle_timeout", "load_timeout", "drain_timeout", "retry_timeout", "poll_interval", "keep_alive"):
             if name in values:
                 try:
                     seconds(values[name])
