@@ -120,7 +120,7 @@ func (f *Front) modelReady(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, loaded := f.options.Cache.Loaded(model)
+	_, loaded := f.options.Cache.Loaded(model, "")
 	return Ready{Ready: loaded}, nil
 }
 
@@ -137,7 +137,8 @@ func (f *Front) load(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := f.options.Cache.Ready(ctx, model); err != nil {
+	f.options.Cache.Pardon(model)
+	if _, err := f.options.Cache.Ready(ctx, model, ""); err != nil {
 		return nil, err
 	}
 	return ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
@@ -203,10 +204,11 @@ type Status struct {
 	Server    string                   `json:"server"`
 	PID       int                      `json:"pid"`
 	Models    []modelcache.ModelStatus `json:"models"`
+	Memory    modelcache.Memory        `json:"memory"` // of the host
 }
 
 func (f *Front) status(_ context.Context, body []byte) (any, error) {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status()}, nothing(body)
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory()}, nothing(body)
 }
 
 // Metadata is the answer of the action model.metadata.

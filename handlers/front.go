@@ -38,6 +38,7 @@ func NewFront(options FrontOptions) *Front { return &Front{options: options} }
 // request is a descriptor with all that the repository knows about it.
 type request struct {
 	descriptor *Descriptor
+	asked      string // version, as the caller wrote it
 	model      modelcache.Model
 	schema     *arrow.Schema
 }
@@ -48,28 +49,39 @@ func (f *Front) resolve(ctx context.Context, fd *flight.FlightDescriptor) (*requ
 	if err != nil {
 		return nil, err
 	}
-	model, err := f.options.Cache.Resolve(ctx, d.Model, d.Version)
-	if err != nil {
-		return nil, err
-	}
-	plan, err := d.Plan(model.Saved)
-	if err != nil {
-		return nil, err
-	}
-	d.Version = model.Version
-	return &request{descriptor: d, model: model, schema: plan.Schema()}, nil
+	r := &request{descriptor: d, asked: d.Version}
+	return r, f.plan(ctx, r)
 }
 
-// admit makes the request's model ready and leases a stream on its runner.
+// plan finds the request's model and joins its signature with the descriptor.
+func (f *Front) plan(ctx context.Context, r *request) error {
+	model, err := f.options.Cache.Resolve(ctx, r.descriptor.Model, r.asked)
+	if err != nil {
+		return err
+	}
+	plan, err := r.descriptor.Plan(model.Saved)
+	if err != nil {
+		return err
+	}
+	r.model, r.schema, r.descriptor.Version = model, plan.Schema(), model.Version
+	return nil
+}
+
+// admit makes the request's model ready and leases a stream on its runner. Where a version that was asked for by
+// another name than its number cannot be loaded, the one that stands in for it is.
 func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, error) {
 	started := time.Now()
 	for {
-		runner, err := f.options.Cache.Ready(ctx, r.model)
+		runner, err := f.options.Cache.Ready(ctx, r.model, r.descriptor.Device)
 		if err != nil {
+			failed := r.model.Version
+			if f.plan(ctx, r) == nil && r.model.Version != failed {
+				continue
+			}
 			return nil, err
 		}
 		lease := Grant(runner.Key(), time.Now())
-		if !runner.Leased(lease.ID, time.UnixMilli(lease.Expires)) {
+		if !runner.Leased(lease.ID, r.descriptor.RequestID, time.UnixMilli(lease.Expires)) {
 			continue // it was unloaded, or ended, since
 		}
 		r.descriptor.Lease = &lease
@@ -151,7 +163,7 @@ func (f *Front) runnerOf(ctx context.Context, r *request) (*modelcache.Runner, e
 	if r.descriptor.Lease == nil {
 		return f.admit(ctx, r)
 	}
-	runner, ok := f.options.Cache.Loaded(r.model)
+	runner, ok := f.options.Cache.Loaded(r.model, r.descriptor.Device)
 	if !ok {
 		return nil, fault.New(fault.Unavailable, "model %s: the runner of this ticket has ended; ask for another ticket", r.descriptor.Model)
 	}

@@ -16,87 +16,120 @@ import (
 // Options are what a Cache needs.
 type Options struct {
 	ModelRoot string // folder in which names are looked up; "" for none
-	CacheDir  string // for pushed models; made when the first arrives
+	CacheDir  string // for fetched and pushed models and profiles; made when the first arrives
 	Folder    string // the front's folder, in which runners make their sockets
 	Binary    string // path of flightsvc-runner
 	Build     string // of the front; a runner of another build is refused
 	Server    string // name under which runners answer
 	Cores     int    // threads of a runner's pools; 0 leaves it to TensorFlow
+	Memory    int64  // bytes of the host for all runners together; 0 is no bound
 	LogLevel  string // of runners
 	// Bounds on a picture that a runner decodes: pixels, and bytes of its file.
 	MaxImagePixels, MaxImageBytes int64
-	LoadTimeout                   time.Duration // bound on starting a runner and loading its model
+	OpLibraries                   []string      // files and folders of custom operations that models may load
+	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
+	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
+	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)
 	Log     *zap.Logger
 }
 
-// The states of a model.
-const (
-	StateLoading  = "loading"
-	StateReady    = "ready"
-	StateUnloaded = "unloaded"
-)
-
-// Cache holds at most one runner for each model folder.
+// Cache keeps runners: at most one for each model version on each device.
 type Cache struct {
 	options Options
 	ctx     context.Context // ends when the Cache closes
 	stop    context.CancelFunc
-	working sync.WaitGroup // loads, unloads and pushes
+	working sync.WaitGroup // loads, unloads, pushes, and the goroutines that look after all this
 
-	mu    sync.Mutex       // guards slots and their fields
-	slots map[string]*slot // by folder
+	mu      sync.Mutex // guards the fields below, and those of slots, claims and healths
+	slots   []*slot    // in memory or on their way there; one that is evicted leaves at once
+	memory  budget
+	healths map[string]*health  // by folder
+	serving map[string]*serving // by reference: which version "latest" is
 
-	read readings
+	read     readings
+	profiles profiles
 }
 
-// slot is one model in memory, or on its way there.
-type slot struct {
-	model  Model
-	loaded chan struct{} // closed when runner or err is set
-	runner *Runner
-	err    error
-}
+// tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
+const tick = 500 * time.Millisecond
 
 // New returns a cache without a model in memory. It clears away what pushes to dead fronts left.
 func New(options Options) *Cache {
 	ctx, stop := context.WithCancel(context.Background())
-	c := &Cache{options: options, ctx: ctx, stop: stop, slots: map[string]*slot{}}
+	c := &Cache{
+		options: options, ctx: ctx, stop: stop,
+		memory:   budget{total: options.Memory, changed: make(chan struct{})},
+		healths:  map[string]*health{},
+		serving:  map[string]*serving{},
+		profiles: profiles{dir: profilesDir(options.CacheDir)},
+	}
 	c.sweep()
+	c.working.Go(c.tend)
 	return c
 }
 
-// Ready returns a runner that has the model loaded, and starts one if there is none.
-// Concurrent callers share one load, which goes on if a caller leaves.
-func (c *Cache) Ready(ctx context.Context, model Model) (*Runner, error) {
+// tend looks after the runners until the Cache closes.
+func (c *Cache) tend() {
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	polled := time.Now()
 	for {
-		s, err := c.slotOf(model)
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		c.measure()
+		c.endIdle(time.Now())
+		if c.options.PollInterval > 0 && time.Since(polled) >= c.options.PollInterval {
+			c.poll()
+			polled = time.Now()
+		}
+	}
+}
+
+// Ready returns a runner that has the model loaded on a device, and starts one if there is none. device is as
+// in a descriptor. Concurrent callers share one load, which goes on if a caller leaves.
+//
+// Faults: those of the load; Precondition for a model in quarantine; Exhausted where it does not fit
+// into memory; Unavailable when the cache closes.
+func (c *Cache) Ready(ctx context.Context, model Model, device string) (*Runner, error) {
+	for {
+		s, err := c.slotOf(model, device)
 		if err != nil {
 			return nil, err
 		}
 		select {
 		case <-s.loaded:
 		case <-ctx.Done():
+		}
+		c.mu.Lock()
+		s.callers--
+		runner, err := s.runner, s.err
+		c.mu.Unlock()
+		switch {
+		case errors.Is(err, context.Canceled) && ctx.Err() == nil:
+			continue // the load was given up for want of callers when this one came
+		case err != nil:
+			return nil, err
+		case runner == nil: // not loaded: the caller has left
 			return nil, ctx.Err()
-		}
-		if s.err != nil {
-			return nil, s.err
-		}
-		if s.runner.Alive() {
-			return s.runner, nil
+		case runner.Alive():
+			return runner, nil
 		}
 		c.forget(s)
 	}
 }
 
 // Loaded returns the live runner of a model, without loading anything.
-func (c *Cache) Loaded(model Model) (*Runner, bool) {
+func (c *Cache) Loaded(model Model, device string) (*Runner, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s, ok := c.slots[model.Dir]
-	if !ok || s.runner == nil || !s.runner.Alive() {
+	s := c.slotLocked(model, device)
+	if s == nil || s.runner == nil || !s.runner.Alive() {
 		return nil, false
 	}
 	return s.runner, true
@@ -104,102 +137,109 @@ func (c *Cache) Loaded(model Model) (*Runner, bool) {
 
 var errClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
 
-// slotOf returns the model's slot, and begins its load if it has none.
-func (c *Cache) slotOf(model Model) (*slot, error) {
+// slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
+func (c *Cache) slotOf(model Model, device string) (*slot, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
 		return nil, errClosing
 	}
-	if s, ok := c.slots[model.Dir]; ok {
-		return s, nil
+	s := c.slotLocked(model, device)
+	if s == nil {
+		if err := c.healthLocked(model).refuses(model, time.Now()); err != nil {
+			return nil, err
+		}
+		s = &slot{model: model, device: wished(model, device), state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
+		c.slots = append(c.slots, s)
+		c.working.Go(func() { c.load(s) })
 	}
-	s := &slot{model: model, loaded: make(chan struct{})}
-	c.slots[model.Dir] = s
-	c.working.Add(1)
-	go c.load(s)
+	s.callers++
+	s.superseded = false // somebody wants this very version
 	return s, nil
 }
 
-func (c *Cache) load(s *slot) {
-	defer c.working.Done()
-	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
-	defer cancel()
-	started := time.Now()
-	runner, err := start(ctx, c.options, s.model, func() { c.forget(s) })
-	switch {
-	case err == nil:
-		c.options.Log.Info("model ready", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
-			zap.Int("runner", runner.PID()), zap.Duration("load_time", time.Since(started)))
-	case c.ctx.Err() != nil:
-		err = errClosing
-	case errors.Is(err, context.DeadlineExceeded):
-		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref, c.options.LoadTimeout)
+// slotLocked returns the slot of a model that serves a wish for a device.
+func (c *Cache) slotLocked(model Model, device string) *slot {
+	device = wished(model, device)
+	for _, s := range c.slots {
+		if s.model.Dir == model.Dir && s.device == device {
+			return s
+		}
 	}
-	if err != nil {
-		c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.Error(err))
-	}
-	c.mu.Lock()
-	s.runner, s.err = runner, err
-	if err != nil {
-		c.forgetLocked(s) // the next caller tries again
-	}
-	c.mu.Unlock()
-	close(s.loaded)
+	return nil
 }
 
-// Unload ends the runner of a model and returns the version that it had. Nothing happens where there is
+// wished returns what a caller's device means for a model.
+func wished(model Model, device string) string {
+	if device == "" || device == deviceAuto {
+		return cmp.Or(model.Settings.Device, deviceAuto)
+	}
+	return device
+}
+
+const deviceAuto = "auto"
+
+// Unload ends the runners of a model and returns the version that it had. Nothing happens where there is
 // no runner. A model whose files have gone is found by the reference with which it was loaded.
 // Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
 func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
+	version = cmp.Or(version, latest)
 	model, err := c.Resolve(ctx, ref, version)
 	c.mu.Lock()
-	s, ok := c.slots[model.Dir]
+	found := c.loadedAsLocked(func(s *slot) bool { return err == nil && s.model.Dir == model.Dir })
 	if err != nil {
-		s, ok = c.loadedAsLocked(ref, cmp.Or(version, latest))
-		if !ok {
+		found = c.loadedAsLocked(func(s *slot) bool {
+			return s.model.Ref == ref && (version == latest || version == s.model.Version)
+		})
+		if len(found) == 0 {
 			c.mu.Unlock()
 			return "", err
 		}
-		model, err = s.model, nil
+		model, err = found[0].model, nil
 	}
-	switch {
-	case c.ctx.Err() != nil:
+	if c.ctx.Err() != nil {
 		err = errClosing
-	case !ok:
-	case s.runner == nil:
-		err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
-	default:
-		if streams, leases := s.runner.retire(time.Now()); streams+leases > 0 {
-			err = fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, model.Version, streams, leases)
+	}
+	for _, s := range found {
+		if err != nil {
 			break
 		}
-		c.forgetLocked(s) // whoever asks from now on gets a fresh runner
-		c.working.Add(1)
-		defer c.working.Done()
-	}
-	c.mu.Unlock()
-	if err != nil || !ok {
-		return model.Version, err
-	}
-	s.runner.Close()
-	return model.Version, nil
-}
-
-// loadedAsLocked returns the only slot whose model was loaded under a reference.
-func (c *Cache) loadedAsLocked(ref, version string) (found *slot, ok bool) {
-	for _, s := range c.slots {
-		if s.model.Ref == ref && (version == latest || version == s.model.Version) {
-			if ok {
-				return nil, false
-			}
-			found, ok = s, true
+		if s.runner == nil {
+			err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
+		} else if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
+			err = inUse(ref, model.Version, streams, leases)
 		}
 	}
-	return found, ok
+	var ending sync.WaitGroup
+	for _, s := range found {
+		if err != nil {
+			break
+		}
+		if streams, leases := s.runner.retire(time.Now()); streams+leases > 0 {
+			err = inUse(ref, model.Version, streams, leases)
+			break
+		}
+		c.endLocked(s, "asked", &ending)
+	}
+	c.mu.Unlock()
+	ending.Wait()
+	return model.Version, err
 }
 
-// forget drops a slot whose runner has ended, so that the next caller starts another.
+func inUse(ref, version string, streams, leases int) error {
+	return fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, version, streams, leases)
+}
+
+func (c *Cache) loadedAsLocked(is func(*slot) bool) (found []*slot) {
+	for _, s := range c.slots {
+		if is(s) {
+			found = append(found, s)
+		}
+	}
+	return found
+}
+
+// forget drops a slot, so that the next caller starts another.
 func (c *Cache) forget(s *slot) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -207,47 +247,30 @@ func (c *Cache) forget(s *slot) {
 }
 
 func (c *Cache) forgetLocked(s *slot) {
-	if c.slots[s.model.Dir] == s {
-		delete(c.slots, s.model.Dir)
-	}
+	c.slots = slices.DeleteFunc(c.slots, func(other *slot) bool { return other == s })
 }
 
-// ModelStatus says what is known of a model in memory.
-type ModelStatus struct {
-	Model   string `json:"model"`
-	Version string `json:"version"`
-	Dir     string `json:"dir"`
-	State   string `json:"state"`
-	PID     int    `json:"pid,omitempty"`
-	Streams int    `json:"streams"`
-	Leases  int    `json:"leases"` // granted, not yet used nor expired
-
-	Runs       int64 `json:"runs"`        // TensorFlow runs of the streams that have closed
-	JoinedRuns int64 `json:"joined_runs"` // those of them that served more than one stream
+// Memory says how much of the host's memory there is for models.
+type Memory struct {
+	Budget   int64 `json:"budget"`   // bytes; 0 is no bound
+	Reserved int64 `json:"reserved"` // bytes that runners have, or are loading with
 }
 
-// Status lists the models in memory, by folder.
-func (c *Cache) Status() []ModelStatus {
+// Memory returns how the host's memory stands.
+func (c *Cache) Memory() Memory {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	list := make([]ModelStatus, 0, len(c.slots))
-	for _, s := range c.slots {
-		status := ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, State: StateLoading}
-		if s.runner != nil {
-			status.State, status.PID = StateReady, s.runner.PID()
-			status.Streams, status.Leases = s.runner.Pins(time.Now())
-			status.Runs, status.JoinedRuns = s.runner.Runs()
-		}
-		list = append(list, status)
-	}
-	slices.SortFunc(list, func(a, b ModelStatus) int { return cmp.Compare(a.Dir, b.Dir) })
-	return list
+	return Memory{Budget: c.memory.total, Reserved: c.memory.held()}
 }
 
 // Busy reports whether a model is loading, has an open stream, or an unexpired lease.
 func (c *Cache) Busy() bool {
 	for _, model := range c.Status() {
-		if model.State == StateLoading || model.Streams > 0 || model.Leases > 0 {
+		switch model.State {
+		case StateQueued, StateLoading, StateWarming:
+			return true
+		}
+		if model.Streams > 0 || model.Leases > 0 {
 			return true
 		}
 	}
@@ -268,17 +291,154 @@ func (c *Cache) Streams() int {
 func (c *Cache) Close() {
 	c.mu.Lock()
 	c.stop()
-	list := make([]*slot, 0, len(c.slots))
-	for _, s := range c.slots {
-		list = append(list, s)
-	}
 	c.mu.Unlock()
-	c.working.Wait()
+	c.working.Wait() // loads end with c.ctx
 	var ending sync.WaitGroup
-	for _, s := range list {
+	c.mu.Lock()
+	for _, s := range slices.Clone(c.slots) {
 		if s.runner != nil {
 			ending.Go(s.runner.Close)
 		}
 	}
+	c.mu.Unlock()
 	ending.Wait()
+}
+
+// load takes a slot from queued to ready or failed.
+func (c *Cache) load(s *slot) {
+	started := time.Now()
+	runner, err := c.start(s)
+	switch {
+	case err == nil:
+		c.options.Log.Info("model ready", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
+			zap.Int("runner", runner.PID()), zap.Duration("load_time", time.Since(started)))
+	case c.ctx.Err() != nil:
+		err = errClosing
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref, c.options.LoadTimeout)
+	}
+	if err != nil {
+		c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.Error(err))
+	}
+	c.mu.Lock()
+	s.runner, s.err, s.used = runner, err, time.Now()
+	if err == nil {
+		s.state = StateReady
+	} else {
+		c.forgetLocked(s) // the next caller tries again
+	}
+	c.mu.Unlock()
+	close(s.loaded)
+}
+
+// start waits for memory and runs a runner process until it is ready.
+func (c *Cache) start(s *slot) (*Runner, error) {
+	if err := c.backOff(s); err != nil {
+		return nil, err
+	}
+	digest, err := c.digest(c.ctx, s.model)
+	if err != nil {
+		return nil, err
+	}
+	known := c.profiles.read(digest)
+	release, err := c.hold(s.model) // before the files are read, until the process is gone
+	if err != nil {
+		return nil, err
+	}
+	claim := newClaim(s.model, known)
+	if err := c.admit(claim, func() bool { return s.callers > 0 }); err != nil {
+		release()
+		return nil, err
+	}
+	gone := func() {
+		c.give(claim)
+		release()
+	}
+	setup, env, err := c.setupOf(s.model, known)
+	if err != nil {
+		gone()
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
+	defer cancel()
+	c.mu.Lock()
+	s.state, s.claim, s.digest, s.profile = StateLoading, claim, digest, known
+	c.mu.Unlock()
+	runner, err := start(ctx, c.options, setup, env, events{
+		warming: func() { c.setState(s, StateWarming) },
+		moved:   c.wake,
+		answered: func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.healthLocked(s.model).answered()
+		},
+		ended: func(end end) {
+			c.ended(s, end)
+			gone()
+		},
+	})
+	if err != nil {
+		return nil, c.failed(s, err)
+	}
+	c.mu.Lock()
+	c.healthLocked(s.model).loaded()
+	c.mu.Unlock()
+	return runner, nil
+}
+
+func (c *Cache) setState(s *slot, state string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.state = state
+}
+
+// setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
+// with the defaults. It returns what goes into the runner's environment besides.
+func (c *Cache) setupOf(model Model, known Profile) (Setup, []string, error) {
+	libraries, err := c.allowedLibraries(model)
+	if err != nil {
+		return Setup{}, nil, err
+	}
+	cores := c.options.Cores
+	if own := model.Settings.Cores; own > 0 {
+		cores = min(own, max(cores, 1))
+	}
+	setup := Setup{
+		Model: model.Ref, Dir: model.Dir, Server: c.options.Server, LogLevel: c.options.LogLevel,
+		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries, WarmUp: model.Settings.WarmUp != WarmUpOff,
+		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
+	}
+	var env []string
+	if choice, ok := known.Tuned[Machine()]; ok {
+		env = c.apply(choice, &setup)
+	}
+	return setup, env, nil
+}
+
+// apply puts a tuned choice into a setup. What the model's settings say goes over it.
+func (c *Cache) apply(choice Choice, setup *Setup) []string {
+	setup.Cores = min(cmp.Or(choice.Cores, setup.Cores), max(setup.Cores, 1))
+	setup.Batching.NumBatchThreads = cmp.Or(setup.Batching.NumBatchThreads, choice.BatchThreads)
+	setup.Batching.MaxBatchSize = cmp.Or(setup.Batching.MaxBatchSize, choice.BatchSize)
+	if choice.Frozen != "" && c.Known(choice.Frozen) {
+		setup.Dir = c.place(choice.Frozen)
+	}
+	if choice.OneDNN {
+		return []string{"TF_ENABLE_ONEDNN_OPTS=1"}
+	}
+	return []string{"TF_ENABLE_ONEDNN_OPTS=0"}
+}
+
+// failed makes an error of a load that failed, and remembers what is the model's fault.
+func (c *Cache) failed(s *slot, err error) error {
+	var refused *loadError
+	if errors.As(err, &refused) {
+		err = refused.error
+	} else if !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.healthLocked(s.model).failed(time.Now(), err.Error())
+	return err
 }

@@ -55,10 +55,7 @@ func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.slots {
-		state := StateLoading
-		if s.runner != nil {
-			state = StateReady
-		}
+		state := s.state
 		i := slices.IndexFunc(list, func(e Entry) bool {
 			gone := e.Dir == "" && e.Ref == s.model.Ref && (e.Version == "" || e.Version == s.model.Version) // since it was loaded
 			return gone || e.Dir == s.model.Dir
@@ -75,7 +72,7 @@ func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 }
 
 func (c *Cache) entry(ctx context.Context, ref, version string) Entry {
-	model, err := c.Resolve(ctx, ref, version)
+	model, err := c.find(ctx, ref, version)
 	if err != nil {
 		model.Ref = ref
 		if version != latest {

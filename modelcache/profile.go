@@ -62,9 +62,12 @@ func (p *profiles) path(digest string) string {
 	return filepath.Join(p.dir, strings.TrimPrefix(digest, "sha256:")+".json")
 }
 
-// read returns what is known, nothing where the file is not there or broken.
+// read returns what is known, nothing where there is no digest, or the file is not there or broken.
 func (p *profiles) read(digest string) Profile {
 	var known Profile
+	if digest == "" {
+		return known
+	}
 	text, err := os.ReadFile(p.path(digest))
 	if err != nil || json.Unmarshal(text, &known) != nil {
 		return Profile{}

@@ -23,6 +23,7 @@ type Model struct {
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
 	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
 	Saved   *savedmodel.Model
+	Stamp   string
 	// Settings are the owner's.
 	Settings Settings
 }
@@ -35,7 +36,7 @@ const latest = "latest"
 // "latest", "" for the same, or a number. It reads saved_model.pb and loads nothing.
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file.
-func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error) {
+func (c *Cache) find(ctx context.Context, ref, version string) (Model, error) {
 	version = cmp.Or(version, latest)
 	if ref == Image {
 		model, ok := resolveImage(version)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -82,60 +83,68 @@ const runnerGrace = 2 * time.Second
 
 // Runner is a process that has one model loaded and serves streams on its own socket.
 type Runner struct {
-	setup Setup
-	cmd   *exec.Cmd
-	stdin io.WriteCloser
-	ended chan struct{} // closed when the process is gone and nothing of it is left
-	log   *zap.Logger
+	setup  Setup
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	ended  chan struct{} // closed when the process is gone and nothing of it is left
+	events events
+	log    *zap.Logger
 
-	mu      sync.Mutex           // guards the fields below
-	leases  map[string]time.Time // expiry of leases that have not opened a stream
-	streams map[string]bool      // leases of open streams
-	conn    *grpc.ClientConn     // for relaying; made on first use
-	retired bool                 // takes no lease any more
-	runs    int64                // as last reported
-	joined  int64                // as last reported
+	mu      sync.Mutex         // guards the fields below
+	leases  map[string]lease   // that have not opened a stream
+	streams map[string]*stream // open ones, by lease
+	conn    *grpc.ClientConn   // for relaying; made on first use
+	retired bool               // takes no lease any more
+	closing bool               // the front ends it
+	ready   bool
+	runs    int64 // as last reported
+	joined  int64 // as last reported
 }
 
-// start runs flightsvc-runner and waits for its handshake. ctx bounds the wait. ended is
-// called when the process is gone.
-func start(ctx context.Context, options Options, model Model, ended func()) (*Runner, error) {
-	library, err := options.Library(ctx)
-	if err != nil {
-		return nil, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
-	}
-	key := []byte(rand.Text() + rand.Text()) // 260 bits
+// lease may still open a stream.
+type lease struct {
+	request string // its request_id
+	expires time.Time
+}
+
+// stream is one that a runner has open.
+type stream struct {
+	request string
+	resting bool // nothing has moved on it for StreamRest
+}
+
+// events are what a runner tells the Cache. They are called without a lock held, one after the other.
+type events struct {
+	warming  func()
+	moved    func() // a stream or a lease ended, or rests: others may get its memory
+	answered func() // the first record batch was answered
+	ended    func(end)
+}
+
+// loadError is what a runner says of a model that it could not load.
+type loadError struct {
+	error
+	noMemory bool // of the device
+}
+
+// start runs flightsvc-runner and waits until its model is ready. ctx bounds the wait. env goes over the
+// environment, but for what the environment says of TensorFlow. events.ended is called in any case, and last.
+func start(ctx context.Context, options Options, setup Setup, env []string, events events) (*Runner, error) {
+	setup.Key = []byte(rand.Text() + rand.Text())                             // 260 bits
+	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock") // as long as front.sock: both fit or neither
 	r := &Runner{
-		setup: Setup{
-			Model: model.Ref, Dir: model.Dir, Key: key, Server: options.Server, Cores: options.Cores, LogLevel: options.LogLevel,
-			MaxImagePixels: options.MaxImagePixels, MaxImageBytes: options.MaxImageBytes,
-			Socket: filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock"), // as long as front.sock: both fit or neither
-		},
+		setup:   setup,
 		ended:   make(chan struct{}),
-		log:     options.Log.With(zap.String("model", model.Ref)),
-		leases:  map[string]time.Time{},
-		streams: map[string]bool{},
+		events:  events,
+		log:     options.Log.With(zap.String("model", setup.Model)),
+		leases:  map[string]lease{},
+		streams: map[string]*stream{},
 	}
-	r.cmd = exec.Command(options.Binary) //nolint:gosec // the binary lies beside our own
-	r.cmd.Env = runnerEnv(os.Environ(), library)
-	r.cmd.Stderr = os.Stderr
-	if r.stdin, err = r.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	stdout, err := r.cmd.StdoutPipe()
+	handshake, err := r.run(ctx, options, env)
 	if err != nil {
+		events.ended(end{asked: true})
 		return nil, err
 	}
-	if err := r.cmd.Start(); err != nil {
-		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", model.Ref, options.Binary, err)
-	}
-	handshake := make(chan Report, 1)
-	go r.follow(stdout, handshake, ended)
-	line, err := json.Marshal(r.setup)
-	if err != nil {
-		return nil, err
-	}
-	_, _ = r.stdin.Write(append(line, '\n')) // a runner that is gone already says why in its handshake, or not at all
 	select {
 	case report := <-handshake:
 		err = r.greet(report, options.Build)
@@ -149,14 +158,44 @@ func start(ctx context.Context, options Options, model Model, ended func()) (*Ru
 	return r, nil
 }
 
+// run starts the process and follows it.
+func (r *Runner) run(ctx context.Context, options Options, env []string) (<-chan Report, error) {
+	library, err := options.Library(ctx)
+	if err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: %w", r.setup.Model, err)
+	}
+	line, err := json.Marshal(r.setup)
+	if err != nil {
+		return nil, err
+	}
+	r.cmd = exec.Command(options.Binary) //nolint:gosec // the binary lies beside our own
+	r.cmd.Env = runnerEnv(os.Environ(), library, env)
+	r.cmd.Stderr = os.Stderr
+	if r.stdin, err = r.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	stdout, err := r.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := r.cmd.Start(); err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", r.setup.Model, options.Binary, err)
+	}
+	handshake := make(chan Report, 1)
+	go r.follow(stdout, handshake)
+	_, _ = r.stdin.Write(append(line, '\n')) // a runner that is gone already says why in its handshake, or not at all
+	return handshake, nil
+}
+
 // runnerEnv passes the environment on with the library's folder in front of the search path, and
-// with TensorFlow's settings that are ours. What the environment says of them goes over that, since the last
-// of two entries counts.
-func runnerEnv(environ []string, library string) []string {
+// with TensorFlow's settings that are ours, for all models and for this one. What the environment says of them goes
+// over that, since the last of two entries counts.
+func runnerEnv(environ []string, library string, ours []string) []string {
 	env := append([]string{
 		"TF_CPP_MIN_LOG_LEVEL=2",  // errors alone: libpng warns of many a picture
 		"TF_ENABLE_ONEDNN_OPTS=1", // measured: EfficientNet-Lite0 runs 1.7 times as fast with AVX2
-	}, environ...)
+	}, ours...)
+	env = append(env, environ...)
 	for _, entry := range environ {
 		if path, ok := strings.CutPrefix(entry, "LD_LIBRARY_PATH="); ok {
 			library += ":" + path
@@ -169,7 +208,7 @@ func runnerEnv(environ []string, library string) []string {
 func (r *Runner) greet(report Report, build string) error {
 	switch {
 	case report.Error != "":
-		return fault.New(report.Kind, "%s", report.Error)
+		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
 	case !report.Ready:
 		r.Close() // it closed its standard output, and has ended or will now
 		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.cmd.ProcessState)
@@ -181,19 +220,27 @@ func (r *Runner) greet(report Report, build string) error {
 }
 
 // follow reads the runner's reports until it ends, then clears up after it.
-func (r *Runner) follow(stdout io.Reader, handshake chan<- Report, ended func()) {
+func (r *Runner) follow(stdout io.Reader, handshake chan<- Report) {
 	lines := bufio.NewScanner(stdout)
-	for first := true; lines.Scan(); {
+	greeted, refused := false, false
+	for lines.Scan() {
 		var report Report
 		if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
 			r.log.Warn("runner wrote a line that is no report", zap.Error(err)) // some library, say
-		} else if first {
-			handshake <- report
-			first = false
-		} else {
-			r.note(report)
+			continue
 		}
+		if !greeted && (report.Ready || report.Error != "") {
+			greeted, refused = true, report.Error != ""
+			r.mu.Lock()
+			r.ready = report.Ready
+			r.mu.Unlock()
+			handshake <- report
+		}
+		r.note(report)
 	}
+	r.mu.Lock()
+	by := end{asked: r.closing, loading: !r.ready, reported: refused}
+	r.mu.Unlock()
 	close(handshake) // a handshake that never came reads as an empty report
 	err := r.cmd.Wait()
 	if rmErr := os.Remove(r.setup.Socket); rmErr != nil && !os.IsNotExist(rmErr) {
@@ -203,43 +250,67 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- Report, ended func())
 	if r.conn != nil {
 		_ = r.conn.Close()
 	}
+	by.how = r.cmd.ProcessState.String()
+	for _, s := range r.streams {
+		if !slices.Contains(by.requests, s.request) {
+			by.requests = append(by.requests, s.request)
+		}
+	}
 	clear(r.leases)
 	clear(r.streams)
 	r.retired = true
 	r.mu.Unlock()
 	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
-	ended()
+	r.events.ended(by)
 	close(r.ended)
 }
 
+// note keeps what a report says, and tells the Cache.
 func (r *Runner) note(report Report) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if report.Opened != "" {
-		delete(r.leases, report.Opened)
-		r.streams[report.Opened] = true
+	moved := report.Closed != "" || report.Resting != ""
+	if id := report.Opened; id != "" {
+		r.streams[id] = &stream{request: r.leases[id].request}
+		delete(r.leases, id)
 	}
 	if report.Closed != "" {
 		delete(r.streams, report.Closed)
 		r.runs, r.joined = max(r.runs, report.Runs), max(r.joined, report.JoinedRuns) // reports may overtake one another
 	}
+	if s, ok := r.streams[report.Resting]; ok {
+		s.resting = true
+	}
+	if s, ok := r.streams[report.Stirring]; ok {
+		s.resting = false
+	}
+	r.mu.Unlock()
+	switch {
+	case report.Warming:
+		r.events.warming()
+	case report.Answered:
+		r.events.answered()
+	case moved:
+		r.events.moved()
+	}
 }
 
-// Leased records a lease that was granted for this runner. It reports false if the runner is ending:
+// Leased records a lease that was granted for this runner, to a request. It reports false if the runner is ending:
 // the lease is void, and Cache.Ready has another runner.
-func (r *Runner) Leased(id string, expires time.Time) bool {
+func (r *Runner) Leased(id, request string, expires time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.retired {
 		return false
 	}
-	if !r.streams[id] {
-		r.leases[id] = expires
+	if s, open := r.streams[id]; open {
+		s.request = request // the client was faster
+	} else {
+		r.leases[id] = lease{request: request, expires: expires}
 	}
 	return true
 }
 
-// retire makes the runner refuse leases from now on, unless it has streams or leases: it returns how many.
+// retire makes the runner refuse leases from now on, unless it has moving streams or leases: it returns how many.
 func (r *Runner) retire(now time.Time) (streams, leases int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -248,7 +319,8 @@ func (r *Runner) retire(now time.Time) (streams, leases int) {
 	return streams, leases
 }
 
-// Pins returns how many streams are open and how many leases may still open one.
+// Pins returns how many streams move, and how many leases may still open one. A stream that rests
+// does not keep the runner in memory.
 func (r *Runner) Pins(now time.Time) (streams, leases int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -256,20 +328,30 @@ func (r *Runner) Pins(now time.Time) (streams, leases int) {
 }
 
 func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
-	for id, expires := range r.leases {
-		if now.After(expires.Add(time.Second)) { // the report of its stream may still be on its way
+	for id, lease := range r.leases {
+		if now.After(lease.expires.Add(time.Second)) { // the report of its stream may still be on its way
 			delete(r.leases, id)
 		}
 	}
-	return len(r.streams), len(r.leases)
+	for _, s := range r.streams {
+		if !s.resting {
+			streams++
+		}
+	}
+	return streams, len(r.leases)
 }
 
-// Runs returns how many TensorFlow runs there were, and how many of them served more than one stream, as
-// of the last stream that closed.
-func (r *Runner) Runs() (runs, joined int64) {
+// counts returns how many streams are open and how many of them rest; and how many TensorFlow runs there were, and how
+// many of those served more than one stream, as of the last stream that closed.
+func (r *Runner) counts() (open, resting int, runs, joined int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.runs, r.joined
+	for _, s := range r.streams {
+		if s.resting {
+			resting++
+		}
+	}
+	return len(r.streams), resting, r.runs, r.joined
 }
 
 // Alive reports whether the process has not ended.
@@ -314,6 +396,9 @@ const maxRelayBytes = 1 << 30
 // Close ends the process: its standard input ends, and if it is still there after a grace it is
 // killed. It returns when nothing of it is left.
 func (r *Runner) Close() {
+	r.mu.Lock()
+	r.closing = true
+	r.mu.Unlock()
 	if err := r.stdin.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		r.log.Debug("close standard input of runner", zap.Error(err))
 	}

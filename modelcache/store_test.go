@@ -352,7 +352,7 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	for _, name := range []string{dead, live, ".push-x", "notes"} {
 		write(t, filepath.Join(c.models(), name, "f"), "")
 	}
-	New(c.options)
+	New(c.options).Close()
 	if got := tree(t, c.models()); got != fmt.Sprintf("%s %[1]s/f:0 .push-x .push-x/f:0 notes notes/f:0", live) {
 		t.Errorf("after the sweep there are %s", got)
 	}
@@ -440,7 +440,7 @@ func TestIndex(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, m := range []Model{model, other} {
-		if _, err := cache.Ready(context.Background(), m); err != nil {
+		if _, err := cache.Ready(context.Background(), m, ""); err != nil {
 			t.Fatal(err)
 		}
 	}

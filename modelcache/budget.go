@@ -1,0 +1,206 @@
+package modelcache
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"flightsvc/internal/config"
+	"flightsvc/internal/fault"
+)
+
+// What a runner is counted with before it was ever measured: what TensorFlow and the runner have for themselves
+// (here 180 to 260 MiB with 2 cores), and its files twice, once as they are read and once as variables.
+const (
+	bareRunner   = 256 << 20
+	timesOfFiles = 2
+)
+
+// headroom is added to what was measured, an eighth: batches differ.
+const headroom = 8
+
+// claim is memory of the host that a runner has, or waits for. The Cache's mu guards it.
+type claim struct {
+	model    Model
+	bytes    int64
+	measured bool // bytes is what was measured before; else an estimate
+	ending   bool // the process is ending, and the memory comes back
+}
+
+// newClaim returns what a runner of a model is counted with before it is measured now.
+func newClaim(model Model, known Profile) *claim {
+	c := &claim{model: model, bytes: max(estimate(model), int64(model.Settings.Memory))}
+	if known.HostBytes > 0 {
+		c.measure(known.HostBytes)
+	}
+	return c
+}
+
+// measure sets the claim to the most that was seen, with some headroom, or to what the settings say.
+func (c *claim) measure(most int64) {
+	c.bytes, c.measured = max(most+most/headroom, int64(c.model.Settings.Memory)), true
+}
+
+// budget shares the host's memory among claims. The Cache's mu guards it.
+type budget struct {
+	total   int64 // 0 is no bound
+	granted []*claim
+	waiting []*claim      // in order; the first alone may be granted
+	changed chan struct{} // closed, and made anew, when a claim may fit that did not
+}
+
+func (b *budget) held() int64 {
+	total := int64(0)
+	for _, claim := range b.granted {
+		total += claim.bytes
+	}
+	return total
+}
+
+func (b *budget) wakeLocked() {
+	close(b.changed)
+	b.changed = make(chan struct{})
+}
+
+// admit waits until the host's memory has room for a claim, in order of arrival, and evicts runners that nobody
+// uses to make some. It gives up when nobody wants the model any more, or after LoadTimeout with an Exhausted that
+// says who has the memory.
+func (c *Cache) admit(want *claim, wanted func() bool) error {
+	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
+	defer cancel()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if total := c.memory.total; total > 0 && want.bytes > total {
+		if want.measured || int64(want.model.Settings.Memory) > total {
+			return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; set memory to more", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
+		}
+		want.bytes = total // an estimate may be wrong: alone, it is measured
+	}
+	c.memory.waiting = append(c.memory.waiting, want)
+	defer func() {
+		c.memory.waiting = slices.DeleteFunc(c.memory.waiting, func(other *claim) bool { return other == want })
+		c.memory.wakeLocked()
+	}()
+	recheck := time.NewTicker(tick) // leases expire without a word
+	defer recheck.Stop()
+	for {
+		if c.memory.waiting[0] == want {
+			short := c.memory.held() + want.bytes - c.memory.total
+			if c.memory.total == 0 || short <= 0 {
+				c.memory.granted = append(c.memory.granted, want)
+				return nil
+			}
+			c.evictLocked(short, time.Now())
+		}
+		changed := c.memory.changed
+		c.mu.Unlock()
+		var err error
+		select {
+		case <-changed:
+		case <-recheck.C:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		c.mu.Lock()
+		switch {
+		case c.ctx.Err() != nil:
+			return errClosing
+		case err != nil:
+			return c.fullLocked(want)
+		case !wanted():
+			return context.Canceled
+		}
+	}
+}
+
+// give returns a claim's memory.
+func (c *Cache) give(held *claim) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.memory.granted = slices.DeleteFunc(c.memory.granted, func(other *claim) bool { return other == held })
+	c.memory.wakeLocked()
+}
+
+// wake lets those who wait for memory look again.
+func (c *Cache) wake() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.memory.wakeLocked()
+}
+
+// evictLocked ends runners without a lease and without a moving stream, the least recently used first,
+// until they free so many bytes. If all of them would not, none is ended.
+func (c *Cache) evictLocked(short int64, now time.Time) {
+	var idle []*slot
+	for _, claim := range c.memory.granted {
+		if claim.ending {
+			short -= claim.bytes
+		}
+	}
+	for _, s := range c.slots {
+		if s.runner == nil || s.callers > 0 || s.state != StateReady {
+			continue
+		}
+		if streams, leases := s.runner.Pins(now); streams+leases == 0 {
+			idle = append(idle, s)
+		}
+	}
+	slices.SortFunc(idle, func(a, b *slot) int { return a.used.Compare(b.used) })
+	free := int64(0)
+	for i, s := range idle {
+		if free >= short {
+			idle = idle[:i]
+			break
+		}
+		free += s.claim.bytes
+	}
+	if free < short {
+		return
+	}
+	for _, s := range idle {
+		c.retireLocked(s, "others need its memory", now)
+	}
+}
+
+// fullLocked says who has the memory that a claim has waited for.
+func (c *Cache) fullLocked(want *claim) error {
+	var holders []string
+	for _, s := range c.slots {
+		if s.claim == nil || !slices.Contains(c.memory.granted, s.claim) {
+			continue
+		}
+		about := fmt.Sprintf("%s version %s (%s", s.model.Ref, s.model.Version, config.Bytes(s.claim.bytes))
+		if s.runner != nil {
+			if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
+				about += fmt.Sprintf(", %d streams, %d leases", streams, leases)
+			}
+		}
+		holders = append(holders, about+")")
+	}
+	slices.Sort(holders)
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for it; of %s for all models %s are taken by %s; end some of their streams, or set memory to more",
+		want.model.Ref, want.model.Version, config.Bytes(want.bytes), c.options.LoadTimeout, config.Bytes(c.memory.total), config.Bytes(c.memory.held()),
+		cmp.Or(strings.Join(holders, ", "), "models that are ending"))
+}
+
+// estimate guesses what a runner of a model will have in memory.
+func estimate(model Model) int64 {
+	total := int64(bareRunner)
+	if model.Dir == "" {
+		return total
+	}
+	_ = filepath.WalkDir(model.Dir, func(_ string, entry os.DirEntry, err error) error {
+		if err == nil && entry.Type().IsRegular() {
+			if info, err := entry.Info(); err == nil {
+				total += timesOfFiles * info.Size()
+			}
+		}
+		return nil // what cannot be read is not loaded either
+	})
+	return total
+}

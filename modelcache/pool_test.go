@@ -1,0 +1,428 @@
+package modelcache
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"flightsvc/internal/config"
+	"flightsvc/internal/expect"
+	"flightsvc/internal/fault"
+)
+
+// The models of these tests are counted with 1 GiB each, far more than a fake runner has.
+const modelMemory = int64(1 << 30)
+
+// poolOf returns a cache of fake runners with room for a number of models, and its models a, b, c ...
+func poolOf(t *testing.T, room, models int, change func(*Options)) (*Cache, []Model) {
+	t.Helper()
+	cache, _ := newCache(t, "good", func(o *Options) {
+		o.Memory = int64(room) * modelMemory
+		o.CacheDir = t.TempDir()
+		if change != nil {
+			change(o)
+		}
+	})
+	list := make([]Model, models)
+	for i := range list {
+		list[i] = add(t, cache, string(rune('a'+i)), `{"memory":"1GiB"}`)
+	}
+	return cache, list
+}
+
+// add makes a model of one version, with settings, and resolves it.
+func add(t *testing.T, cache *Cache, name, settings string) Model {
+	t.Helper()
+	base := filepath.Join(cache.options.ModelRoot, name)
+	saved(t, filepath.Join(base, "1"))
+	write(t, filepath.Join(base, SettingsFile), settings)
+	model, err := cache.Resolve(t.Context(), name, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return model
+}
+
+// lease makes a model ready and takes a lease.
+func leaseOf(t *testing.T, cache *Cache, model Model, id string) *Runner {
+	t.Helper()
+	runner, err := cache.Ready(t.Context(), model, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !runner.Leased(id, id, time.Now().Add(time.Hour)) {
+		t.Fatalf("model %s gives no lease", model.Ref)
+	}
+	return runner
+}
+
+// tell makes a fake runner report something; see fakeRunner.
+func tell(t *testing.T, runner *Runner, line string) {
+	t.Helper()
+	if _, err := fmt.Fprintln(runner.stdin, line); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// inMemory returns the names of the models that have a runner.
+func inMemory(cache *Cache) string {
+	var names []string
+	for _, m := range cache.Status() {
+		if m.PID != 0 {
+			names = append(names, m.Model)
+		}
+	}
+	return strings.Join(names, " ")
+}
+
+func TestTheLeastRecentlyUsedIsEvicted(t *testing.T) {
+	cache, models := poolOf(t, 2, 4, nil)
+	for _, i := range []int{0, 1, 0, 2} { // b was used before a
+		if _, err := cache.Ready(t.Context(), models[i], ""); err != nil {
+			t.Fatal(err)
+		}
+		cache.endIdle(time.Now())
+		cache.mu.Lock()
+		for _, s := range cache.slots {
+			if s.model.Dir == models[i].Dir {
+				s.used = time.Now()
+			}
+		}
+		cache.mu.Unlock()
+	}
+	if got := inMemory(cache); got != "a c" {
+		t.Errorf("in memory are %s", got)
+	}
+	runner := leaseOf(t, cache, models[0], "l")
+	if _, err := cache.Ready(t.Context(), models[3], ""); err != nil {
+		t.Fatal(err)
+	}
+	if got := inMemory(cache); got != "a d" || !runner.Alive() {
+		t.Errorf("with a lease on a in memory are %s", got)
+	}
+	if held := cache.Memory(); held.Reserved > held.Budget {
+		t.Errorf("%d bytes are reserved of %d", held.Reserved, held.Budget)
+	}
+}
+
+func TestWhatDoesNotFitWaitsItsTurn(t *testing.T) {
+	cache, models := poolOf(t, 1, 3, nil)
+	runner := leaseOf(t, cache, models[0], "s")
+	tell(t, runner, "open s")
+	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
+	order := make(chan string, 2)
+	for _, model := range models[1:] {
+		go func() {
+			if _, err := cache.Ready(context.Background(), model, ""); err != nil {
+				t.Error(err)
+			}
+			order <- model.Ref
+		}()
+		expect.Eventually(t, model.Ref+" waits", func() bool {
+			return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Model == model.Ref && m.State == StateQueued })
+		})
+	}
+	if !runner.Alive() {
+		t.Fatal("a stream was open")
+	}
+	tell(t, runner, "rest s") // nothing moves on it
+	if first, second := <-order, <-order; first != "b" || second != "c" {
+		t.Errorf("the order is %s, %s", first, second)
+	}
+	if runner.Alive() || inMemory(cache) != "c" {
+		t.Errorf("in memory are %s", inMemory(cache))
+	}
+}
+
+func TestWhoHasTheMemory(t *testing.T) {
+	cache, models := poolOf(t, 1, 2, func(o *Options) { o.LoadTimeout = 2 * time.Second })
+	runner := leaseOf(t, cache, models[0], "s")
+	tell(t, runner, "open s")
+	_, err := cache.Ready(t.Context(), models[1], "")
+	expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "set memory to more")
+	if !runner.Alive() {
+		t.Error("a stream was open")
+	}
+	huge := add(t, cache, "huge", `{"memory":"2GiB"}`)
+	_, err = cache.Ready(t.Context(), huge, "")
+	expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "set memory to more")
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := cache.Ready(ctx, models[1], ""); err != context.DeadlineExceeded {
+		t.Errorf("a caller with a deadline gets %v", err)
+	}
+	expect.Eventually(t, "nobody waits for b any more", func() bool { return len(cache.Status()) == 1 })
+}
+
+// TestRandomWork lets many callers use 8 models with room for 3: nobody's runner goes while it has a
+// lease or a stream, the budget holds, and all get what they ask for.
+func TestRandomWork(t *testing.T) {
+	cache, models := poolOf(t, 3, 8, nil)
+	over := time.Now().Add(4 * time.Second)
+	var served atomic.Int64
+	var work sync.WaitGroup
+	for w := range 12 {
+		work.Go(func() {
+			random := rand.New(rand.NewPCG(1, uint64(w)))
+			for n := 0; time.Now().Before(over); n++ {
+				id := fmt.Sprintf("%d-%d", w, n)
+				runner, err := cache.Ready(context.Background(), models[random.IntN(len(models))], "")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if !runner.Leased(id, id, time.Now().Add(time.Minute)) {
+					continue
+				}
+				for _, line := range []string{"open ", "", "close "} {
+					if line != "" {
+						if _, err := fmt.Fprintln(runner.stdin, line+id); err != nil {
+							t.Errorf("a runner with a lease or a stream has ended: %v", err)
+						}
+					}
+					time.Sleep(time.Duration(random.IntN(5)) * time.Millisecond) // the work
+				}
+				served.Add(1)
+			}
+		})
+	}
+	for time.Now().Before(over) {
+		if held := cache.Memory(); held.Reserved > held.Budget {
+			t.Errorf("%d bytes are reserved of %d", held.Reserved, held.Budget)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	work.Wait()
+	if served.Load() < 50 {
+		t.Errorf("only %d streams were served", served.Load())
+	}
+	t.Logf("%d streams", served.Load())
+}
+
+func TestKeepAlive(t *testing.T) {
+	cache, models := poolOf(t, 3, 2, func(o *Options) { o.KeepAlive = time.Hour })
+	for _, m := range models {
+		if _, err := cache.Ready(t.Context(), m, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runner := leaseOf(t, cache, models[0], "l")
+	cache.endIdle(time.Now().Add(30 * time.Minute))
+	if got := inMemory(cache); got != "a b" {
+		t.Errorf("before its time is over in memory are %s", got)
+	}
+	cache.endIdle(time.Now().Add(61 * time.Minute)) // the lease ended a minute before
+	cache.endIdle(time.Now().Add(3 * time.Hour))
+	expect.Eventually(t, "both have ended", func() bool { return inMemory(cache) == "" && !runner.Alive() })
+	brief := add(t, cache, "brief", `{"keep_alive":"1m"}`)
+	forever := add(t, cache, "forever", `{"keep_alive":"-1s"}`)
+	for _, m := range []Model{brief, forever} {
+		if _, err := cache.Ready(t.Context(), m, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cache.endIdle(time.Now().Add(2 * time.Minute))
+	cache.endIdle(time.Now().Add(1000 * time.Hour))
+	if got := inMemory(cache); got != "forever" {
+		t.Errorf("in memory are %s", got)
+	}
+}
+
+func TestQuarantine(t *testing.T) {
+	crash := func(t *testing.T, runner *Runner) {
+		t.Helper()
+		if err := syscall.Kill(runner.PID(), syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		expect.Eventually(t, "the end is known", func() bool { return !runner.Alive() })
+	}
+	open := func(t *testing.T, cache *Cache, model Model, requests ...string) *Runner {
+		t.Helper()
+		var runner *Runner
+		for _, request := range requests {
+			runner = leaseOf(t, cache, model, request)
+			tell(t, runner, "open "+request)
+		}
+		expect.Eventually(t, "the streams are open", func() bool { return cache.Streams() == len(requests) })
+		return runner
+	}
+	t.Run("two crashes", func(t *testing.T) {
+		cache, models := poolOf(t, 3, 1, nil)
+		crash(t, open(t, cache, models[0], "x", "y"))
+		crash(t, open(t, cache, models[0], "x", "y"))
+		_, err := cache.Ready(t.Context(), models[0], "")
+		expect.Fault(t, err, fault.Precondition, "model a, version 1 is in quarantine", "2 runners in a row", "signal: killed", "model.load")
+		if status := cache.Status(); len(status) != 1 || status[0].State != StateQuarantined || status[0].Reason == "" {
+			t.Errorf("the status is %+v", status)
+		}
+		cache.Pardon(models[0])
+		if _, err := cache.Ready(t.Context(), models[0], ""); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("an answer in between", func(t *testing.T) {
+		cache, models := poolOf(t, 3, 1, nil)
+		for range 3 {
+			runner := open(t, cache, models[0], "x", "y")
+			tell(t, runner, "answer -")
+			expect.Eventually(t, "the answer is known", func() bool {
+				cache.mu.Lock()
+				defer cache.mu.Unlock()
+				return cache.healthLocked(models[0]).strikes == 0
+			})
+			crash(t, runner)
+		}
+	})
+	t.Run("one request alone", func(t *testing.T) {
+		cache, models := poolOf(t, 3, 1, nil)
+		for range 3 {
+			crash(t, open(t, cache, models[0], "poison"))
+		}
+		crash(t, open(t, cache, models[0], "another"))
+		_, err := cache.Ready(t.Context(), models[0], "")
+		expect.Fault(t, err, fault.Precondition, "is in quarantine")
+	})
+	t.Run("while loading", func(t *testing.T) {
+		cache, models := poolOf(t, 3, 1, nil)
+		t.Setenv(fakeVariable, "dies")
+		for range 2 {
+			_, err := cache.Ready(t.Context(), models[0], "")
+			expect.Fault(t, err, fault.Internal, "ended while loading")
+		}
+		_, err := cache.Ready(t.Context(), models[0], "")
+		expect.Fault(t, err, fault.Precondition, "is in quarantine", "while it loaded", "exit status 3")
+	})
+}
+
+func TestBackOff(t *testing.T) {
+	h, now := &health{}, time.Now()
+	var waits []time.Duration
+	for range 9 {
+		h.answered()
+		h.crashed(now, false, nil, "signal")
+		waits = append(waits, h.backOff(now))
+	}
+	want := "[0s 200ms 400ms 800ms 1.6s 3.2s 6.4s 10s 10s]"
+	if fmt.Sprint(waits) != want {
+		t.Errorf("the waits are %s, want %s", waits, want)
+	}
+	if wait := h.backOff(now.Add(2 * crashMemory)); wait != 0 {
+		t.Errorf("long after it is %s", wait)
+	}
+}
+
+func TestLabelsAndSignatures(t *testing.T) {
+	cache, _ := newCache(t, "good", nil)
+	base := filepath.Join(cache.options.ModelRoot, "many")
+	for _, version := range []string{"1", "2", "3"} {
+		saved(t, filepath.Join(base, version))
+	}
+	set := func(text string) { write(t, filepath.Join(base, SettingsFile), text) }
+	set(`{"version_labels":{"stable":2},"signatures":["serving_default"]}`)
+	model, err := cache.Resolve(t.Context(), "many", "stable")
+	if err != nil || model.Version != "2" {
+		t.Errorf("stable is version %q, %v", model.Version, err)
+	}
+	_, err = cache.Resolve(t.Context(), "many", "canary")
+	expect.Fault(t, err, fault.NotFound, "no version canary", SettingsFile, "stable")
+	for text, say := range map[string]string{
+		`{"batchin":{}}`:                             `unknown field "batchin"`,
+		`{"memory":"lots"}`:                          `"lots" is no amount of memory`,
+		`{"keep_alive":"long"}`:                      `"long" is no duration`,
+		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
+		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
+		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
+		`{"batching":{"max_batch_size":8,"allowed_batch_sizes":[4]}}`: "must be the same",
+		`{"signatures":["nope"]}`:                                     `the signature "nope", which the model does not have`,
+	} {
+		set(text)
+		_, err := cache.Resolve(t.Context(), "many", "1")
+		expect.Fault(t, err, fault.BadRequest, say)
+	}
+}
+
+func TestAllowedLibraries(t *testing.T) {
+	folder := t.TempDir()
+	write(t, filepath.Join(folder, "ops", "good.so"), "")
+	write(t, filepath.Join(folder, "other.so"), "")
+	if err := os.Symlink(filepath.Join(folder, "other.so"), filepath.Join(folder, "ops", "link.so")); err != nil {
+		t.Fatal(err)
+	}
+	cache, _ := newCache(t, "good", func(o *Options) {
+		o.OpLibraries = []string{filepath.Join(folder, "ops"), filepath.Join(folder, "nope")}
+	})
+	ask := func(path string) ([]string, error) {
+		return cache.allowedLibraries(Model{Ref: "m", Settings: Settings{OpLibraries: []string{path}}})
+	}
+	if list, err := ask(filepath.Join(folder, "ops", "good.so")); err != nil || len(list) != 1 {
+		t.Errorf("%v, %v", list, err)
+	}
+	for _, path := range []string{"other.so", "ops/link.so", "ops/../other.so"} {
+		_, err := ask(filepath.Join(folder, path))
+		expect.Fault(t, err, fault.Precondition, "model m", "other.so, which this server does not allow", "op-libraries")
+	}
+	_, err := ask(filepath.Join(folder, "gone.so"))
+	expect.Fault(t, err, fault.Precondition, "gone.so")
+}
+
+// TestSwap puts versions beside one that serves.
+func TestSwap(t *testing.T) {
+	cache, _ := newCache(t, "good", func(o *Options) { o.CacheDir = t.TempDir(); o.PollInterval = 50 * time.Millisecond })
+	base := filepath.Join(cache.options.ModelRoot, "many")
+	saved(t, filepath.Join(base, "1"))
+	resolve := func() Model {
+		t.Helper()
+		model, err := cache.Resolve(t.Context(), "many", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return model
+	}
+	first := resolve()
+	old := leaseOf(t, cache, first, "s")
+	tell(t, old, "open s")
+	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
+
+	t.Setenv(fakeVariable, "refuses")
+	saved(t, filepath.Join(base, "2"))
+	expect.Eventually(t, "version 2 has failed", func() bool {
+		return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
+	})
+	if got := resolve(); got.Version != "1" || !old.Alive() {
+		t.Errorf("after a version that fails %s serves", got.Version)
+	}
+	t.Setenv(fakeVariable, "good")
+	saved(t, filepath.Join(base, "3"))
+	expect.Eventually(t, "version 3 serves", func() bool { return resolve().Version == "3" })
+	if _, ok := cache.Loaded(resolve(), ""); !ok {
+		t.Error("it serves before it is in memory")
+	}
+	if !old.Alive() || cache.Streams() != 1 {
+		t.Error("the old version has a stream")
+	}
+	tell(t, old, "close s")
+	expect.Eventually(t, "the old version has ended", func() bool { return !old.Alive() })
+
+	if err := os.RemoveAll(filepath.Join(base, "3")); err != nil {
+		t.Fatal(err)
+	}
+	expect.Eventually(t, "a lower version serves when the highest is deleted", func() bool { return resolve().Version == "1" })
+}
+
+func TestAmounts(t *testing.T) {
+	for text, want := range map[string]config.Bytes{"512MiB": 512 << 20, "2g": 2 << 30, "1.5 GiB": 3 << 29, "100": 100, "1kB": 1000} {
+		var got config.Bytes
+		if err := got.UnmarshalText([]byte(text)); err != nil || got != want {
+			t.Errorf("%s is %d, %v", text, got, err)
+		}
+	}
+}

@@ -1,0 +1,160 @@
+package modelcache
+
+import (
+	"cmp"
+	"context"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+)
+
+// serving is which version a reference means by "latest". The Cache's mu guards it.
+type serving struct {
+	model  Model
+	moving bool // another version is being looked for, or loaded to take over
+}
+
+// Resolve finds the SavedModel of a reference: a URI or an absolute path of a SavedModel or of a folder
+// with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
+// a number, a label of the model's settings, or "latest", "" for the same. It loads nothing.
+//
+// "latest" is the highest version, but while one is in memory it stays until a higher one is ready to
+// take over; one that could not be loaded is passed over as long as its files stay the same.
+//
+// Faults: NotFound for an unknown model or version, BadRequest for a reference of no
+// known form or a broken file.
+func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error) {
+	version = cmp.Or(version, latest)
+	if _, err := strconv.ParseUint(version, 10, 63); ref == Image || err == nil {
+		return c.find(ctx, ref, version)
+	}
+	if version == latest {
+		if model, ok := c.serves(ref); ok {
+			return model, nil
+		}
+		model, err := c.newest(ctx, ref)
+		if err != nil {
+			return Model{}, err
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if s, ok := c.serving[ref]; !ok || !c.inMemoryLocked(s.model) {
+			c.serving[ref] = &serving{model: model}
+		}
+		return c.serving[ref].model, nil
+	}
+	model, err := c.find(ctx, ref, latest)
+	if err != nil {
+		return Model{}, err
+	}
+	labels := model.Settings.VersionLabels
+	number, ok := labels[version]
+	if !ok {
+		return Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, latest, or a label in its %s, which has %q", ref, version, SettingsFile, slices.Sorted(maps.Keys(labels)))
+	}
+	return c.find(ctx, ref, strconv.FormatUint(number, 10))
+}
+
+// serves returns the version that a reference means by "latest" while that is in memory.
+func (c *Cache) serves(ref string) (Model, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s, ok := c.serving[ref]
+	if !ok || !c.inMemoryLocked(s.model) {
+		return Model{}, false
+	}
+	return s.model, true
+}
+
+func (c *Cache) inMemoryLocked(model Model) bool {
+	return slices.ContainsFunc(c.slots, func(s *slot) bool { return s.model.Dir == model.Dir && s.runner != nil })
+}
+
+// newest returns the highest version of a reference that is not known to fail.
+func (c *Cache) newest(ctx context.Context, ref string) (Model, error) {
+	model, err := c.find(ctx, ref, latest)
+	if err != nil || !c.knownToFail(model) {
+		return model, err
+	}
+	numbers, err := c.settled(ctx, ref)
+	if err != nil {
+		return Model{}, err
+	}
+	for _, number := range slices.Backward(numbers) {
+		if older, err := c.find(ctx, ref, number); err == nil && !c.knownToFail(older) {
+			return older, nil
+		}
+	}
+	return model, nil // none is better
+}
+
+func (c *Cache) knownToFail(model Model) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h, ok := c.healths[model.Dir]
+	return ok && h.stamp == model.Stamp && h.avoided(time.Now())
+}
+
+// poll looks for newer versions of the models in memory that were asked for as "latest".
+func (c *Cache) poll() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for ref, s := range c.serving {
+		if s.moving || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
+			continue
+		}
+		s.moving = true
+		c.working.Go(func() {
+			c.advance(ref, s)
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			s.moving = false
+		})
+	}
+}
+
+// advance loads and warms a newer version on the devices of the one that serves, and lets it take over. If it cannot
+// be loaded, the old one goes on.
+func (c *Cache) advance(ref string, s *serving) {
+	newer, err := c.newest(c.ctx, ref)
+	if err != nil {
+		if kind, _ := fault.KindOf(err); kind == fault.NotFound { // it has been deleted
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			delete(c.serving, ref)
+		}
+		return
+	}
+	c.mu.Lock()
+	old := s.model
+	devices := map[string]bool{}
+	for _, slot := range c.slots {
+		if slot.model.Dir == old.Dir {
+			devices[slot.device] = true
+		}
+	}
+	c.mu.Unlock()
+	if newer.Dir == old.Dir {
+		return
+	}
+	for device := range devices {
+		if _, err := c.Ready(c.ctx, newer, device); err != nil {
+			c.options.Log.Warn("a newer version cannot be loaded, the old one goes on serving", zap.String("model", ref),
+				zap.String("version", newer.Version), zap.String("serving", old.Version), zap.Error(err))
+			return
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.model = newer
+	for _, slot := range c.slots {
+		slot.superseded = slot.superseded || slot.model.Dir == old.Dir
+	}
+	c.options.Log.Info("a newer version serves", zap.String("model", ref), zap.String("version", newer.Version), zap.String("before", old.Version))
+}

@@ -1,0 +1,158 @@
+package modelcache
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// The states of a model version. Queued waits for memory; draining takes no new stream and ends with its last;
+// failed could not be loaded; quarantined is not tried again for a while, since its runners crashed.
+const (
+	StateQueued      = "queued"
+	StateLoading     = "loading"
+	StateWarming     = "warming"
+	StateReady       = "ready"
+	StateDraining    = "draining"
+	StateUnloaded    = "unloaded"
+	StateFailed      = "failed"
+	StateQuarantined = "quarantined"
+)
+
+// slot is one model version on one device, in memory or on its way there. The Cache's mu guards it but for loaded.
+type slot struct {
+	model   Model
+	device  string        // as was asked for
+	loaded  chan struct{} // closed when runner or err is set
+	state   string
+	callers int // of Ready that wait
+	runner  *Runner
+	err     error
+
+	claim   *claim // on the host's memory, once it is granted
+	digest  string // "" where the model has none
+	profile Profile
+	bytes   int64     // that the process has now
+	used    time.Time // when a stream or a lease was last there
+	// superseded says that a newer version serves: the runner ends with its last stream.
+	superseded bool
+}
+
+// endLocked ends a slot's runner, which has retired, in a goroutine that ending waits for.
+func (c *Cache) endLocked(s *slot, why string, ending *sync.WaitGroup) {
+	s.state, s.claim.ending = StateDraining, true
+	c.forgetLocked(s) // whoever asks from now on gets a fresh runner
+	c.options.Log.Info("model unloaded", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
+		zap.Int("runner", s.runner.PID()), zap.String("why", why))
+	c.working.Add(1)
+	ending.Go(func() {
+		defer c.working.Done()
+		s.runner.Close()
+	})
+}
+
+// endIdle ends the runners that nobody has used for their keep-alive, and old versions without a stream.
+func (c *Cache) endIdle(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range slices.Clone(c.slots) {
+		if s.runner == nil || s.state != StateReady {
+			continue
+		}
+		if streams, leases := s.runner.Pins(now); streams+leases+s.callers > 0 {
+			s.used = now
+			continue
+		}
+		keep := cmp.Or(time.Duration(s.model.Settings.KeepAlive), c.options.KeepAlive)
+		why := "keep-alive is over"
+		if s.superseded {
+			keep, why = 1, "a newer version serves" // without a stream it goes
+		}
+		if keep > 0 && now.Sub(s.used) >= keep {
+			c.retireLocked(s, why, now)
+		}
+	}
+}
+
+// retireLocked ends a slot without a stream or a lease, and reports whether it did.
+func (c *Cache) retireLocked(s *slot, why string, now time.Time) bool {
+	if s.runner == nil || s.callers > 0 {
+		return false
+	}
+	if streams, leases := s.runner.retire(now); streams+leases > 0 {
+		return false
+	}
+	c.endLocked(s, why, &c.working)
+	return true
+}
+
+// measure notes what the runners' processes have in memory. A model's claim grows with it, and its profile
+// remembers the most.
+func (c *Cache) measure() {
+	c.mu.Lock()
+	list := slices.Clone(c.slots)
+	c.mu.Unlock()
+	for _, s := range list {
+		c.mu.Lock()
+		runner, ready := s.runner, s.state == StateReady
+		c.mu.Unlock()
+		if !ready {
+			continue
+		}
+		bytes, err := ownMemory(runner.PID())
+		if err != nil {
+			continue // it has just ended
+		}
+		c.mu.Lock()
+		s.bytes = bytes
+		most := max(bytes, s.profile.HostBytes)
+		grown := most > s.profile.HostBytes+s.profile.HostBytes/16
+		if grown {
+			s.profile.HostBytes = most
+		}
+		s.claim.measure(most)
+		c.memory.wakeLocked()
+		over := c.memory.total > 0 && c.memory.held() > c.memory.total
+		if over {
+			c.evictLocked(c.memory.held()-c.memory.total, time.Now())
+		}
+		c.mu.Unlock()
+		if grown && s.digest != "" {
+			if err := c.profiles.change(s.digest, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) }); err != nil {
+				c.options.Log.Warn("profile not kept", zap.String("model", s.model.Ref), zap.Error(err))
+			}
+		}
+	}
+}
+
+// ownMemory returns the bytes that only this process has: what is not a file's. TensorFlow's library is
+// mapped once for all runners and the kernel may drop it.
+func ownMemory(pid int) (int64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	total := int64(0)
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		if name != "RssAnon" && name != "RssShmem" {
+			continue
+		}
+		kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/%d/status: %s is %q", pid, name, value)
+		}
+		total += kib << 10
+	}
+	if total == 0 {
+		return 0, fmt.Errorf("process %d has ended", pid)
+	}
+	return total, nil
+}
