@@ -551,6 +551,9 @@ type unheard struct {
 	flight.FlightService_ListFlightsServer
 }
 
+// Context is part of grpc.ServerStream.
+func (*unheard) Context() context.Context { return context.Background() }
+
 func (unheard) Send(*flight.FlightInfo) error { return nil }
 
 // FuzzCriteria feeds criteria of ListFlights: a list, or a fault of the caller.
