@@ -552,7 +552,7 @@ type unheard struct {
 }
 
 // Context is part of grpc.ServerStream.
-func (*unheard) Context() context.Context { return context.Background() }
+func (unheard) Context() context.Context { return context.Background() }
 
 func (unheard) Send(*flight.FlightInfo) error { return nil }
 
