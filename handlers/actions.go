@@ -9,6 +9,7 @@ import (
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
 
+	"flightsvc/gpu"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache"
@@ -205,10 +206,11 @@ type Status struct {
 	PID       int                      `json:"pid"`
 	Models    []modelcache.ModelStatus `json:"models"`
 	Memory    modelcache.Memory        `json:"memory"` // of the host
+	Devices   []gpu.Device             `json:"devices"`
 }
 
 func (f *Front) status(_ context.Context, body []byte) (any, error) {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory()}, nothing(body)
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices()}, nothing(body)
 }
 
 // Metadata is the answer of the action model.metadata.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"flightsvc/gpu"
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
 )
@@ -30,6 +31,13 @@ type claim struct {
 	bytes    int64
 	measured bool // bytes is what was measured before; else an estimate
 	ending   bool // the process is ending, and the memory comes back
+
+	wish        wish
+	need        int64          // bytes of a device that it is placed with
+	placement   *gpu.Placement // nil on the processor
+	noRoom      *gpu.NoRoom    // why it waits for a device
+	fellBack    bool           // on the processor for want of a device
+	deviceBytes int64          // the most that the process had of the device
 }
 
 // newClaim returns what a runner of a model is counted with before it is measured now.
@@ -93,9 +101,17 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 			short := c.memory.held() + want.bytes - c.memory.total
 			if c.memory.total == 0 || short <= 0 {
 				c.memory.granted = append(c.memory.granted, want)
-				return nil
+				placed, err := c.placeLocked(ctx, want)
+				if placed {
+					return nil
+				}
+				c.memory.granted = slices.DeleteFunc(c.memory.granted, func(other *claim) bool { return other == want })
+				if err != nil && ctx.Err() == nil {
+					return err
+				}
+			} else {
+				c.evictLocked(short, time.Now())
 			}
-			c.evictLocked(short, time.Now())
 		}
 		changed := c.memory.changed
 		c.mu.Unlock()
@@ -110,6 +126,8 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 		switch {
 		case c.ctx.Err() != nil:
 			return errClosing
+		case err != nil && want.noRoom != nil:
+			return c.deviceFullLocked(want)
 		case err != nil:
 			return c.fullLocked(want)
 		case !wanted():
@@ -133,15 +151,9 @@ func (c *Cache) wake() {
 	c.memory.wakeLocked()
 }
 
-// evictLocked ends runners without a lease and without a moving stream, the least recently used first,
-// until they free so many bytes. If all of them would not, none is ended.
-func (c *Cache) evictLocked(short int64, now time.Time) {
+// idleLocked returns the slots without a lease and without a moving stream, the least recently used first.
+func (c *Cache) idleLocked(now time.Time) []*slot {
 	var idle []*slot
-	for _, claim := range c.memory.granted {
-		if claim.ending {
-			short -= claim.bytes
-		}
-	}
 	for _, s := range c.slots {
 		if s.runner == nil || s.callers > 0 || s.state != StateReady {
 			continue
@@ -151,6 +163,18 @@ func (c *Cache) evictLocked(short int64, now time.Time) {
 		}
 	}
 	slices.SortFunc(idle, func(a, b *slot) int { return a.used.Compare(b.used) })
+	return idle
+}
+
+// evictLocked ends runners without a lease and without a moving stream, the least recently used first,
+// until they free so many bytes. If all of them would not, none is ended.
+func (c *Cache) evictLocked(short int64, now time.Time) {
+	for _, claim := range c.memory.granted {
+		if claim.ending {
+			short -= claim.bytes
+		}
+	}
+	idle := c.idleLocked(now)
 	free := int64(0)
 	for i, s := range idle {
 		if free >= short {
@@ -174,18 +198,23 @@ func (c *Cache) fullLocked(want *claim) error {
 		if s.claim == nil || !slices.Contains(c.memory.granted, s.claim) {
 			continue
 		}
-		about := fmt.Sprintf("%s version %s (%s", s.model.Ref, s.model.Version, config.Bytes(s.claim.bytes))
-		if s.runner != nil {
-			if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
-				about += fmt.Sprintf(", %d streams, %d leases", streams, leases)
-			}
-		}
-		holders = append(holders, about+")")
+		holders = append(holders, c.holderLocked(s, s.claim.bytes))
 	}
 	slices.Sort(holders)
 	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for it; of %s for all models %s are taken by %s; end some of their streams, or set memory to more",
 		want.model.Ref, want.model.Version, config.Bytes(want.bytes), c.options.LoadTimeout, config.Bytes(c.memory.total), config.Bytes(c.memory.held()),
 		cmp.Or(strings.Join(holders, ", "), "models that are ending"))
+}
+
+// holderLocked says how much memory a slot has and what keeps it there.
+func (c *Cache) holderLocked(s *slot, bytes int64) string {
+	about := fmt.Sprintf("%s version %s (%s", s.model.Ref, s.model.Version, config.Bytes(bytes))
+	if s.runner != nil {
+		if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
+			about += fmt.Sprintf(", %d streams, %d leases", streams, leases)
+		}
+	}
+	return about + ")"
 }
 
 // estimate guesses what a runner of a model will have in memory.

@@ -10,20 +10,23 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/gpu"
 	"flightsvc/internal/fault"
 )
 
 // Options are what a Cache needs.
 type Options struct {
-	ModelRoot string // folder in which names are looked up; "" for none
-	CacheDir  string // for fetched and pushed models and profiles; made when the first arrives
-	Folder    string // the front's folder, in which runners make their sockets
-	Binary    string // path of flightsvc-runner
-	Build     string // of the front; a runner of another build is refused
-	Server    string // name under which runners answer
-	Cores     int    // threads of a runner's pools; 0 leaves it to TensorFlow
-	Memory    int64  // bytes of the host for all runners together; 0 is no bound
-	LogLevel  string // of runners
+	ModelRoot   string         // folder in which names are looked up; "" for none
+	CacheDir    string         // for fetched and pushed models and profiles; made when the first arrives
+	Folder      string         // the front's folder, in which runners make their sockets
+	Binary      string         // path of flightsvc-runner
+	Build       string         // of the front; a runner of another build is refused
+	Server      string         // name under which runners answer
+	Cores       int            // threads of a runner's pools; 0 leaves it to TensorFlow
+	Memory      int64          // bytes of the host for all runners together; 0 is no bound
+	Devices     *gpu.Inventory // nil is none
+	CPUFallback bool           // the processor stands in where no device has room, or the one asked for is gone
+	LogLevel    string         // of runners
 	// Bounds on a picture that a runner decodes: pixels, and bytes of its file.
 	MaxImagePixels, MaxImageBytes int64
 	OpLibraries                   []string      // files and folders of custom operations that models may load
@@ -66,8 +69,12 @@ func New(options Options) *Cache {
 		serving:  map[string]*serving{},
 		profiles: profiles{dir: profilesDir(options.CacheDir)},
 	}
+	if c.options.Devices == nil {
+		c.options.Devices = &gpu.Inventory{}
+	}
 	c.sweep()
 	c.working.Go(c.tend)
+	c.working.Go(func() { c.options.Devices.Watch(ctx, c.drain) })
 	return c
 }
 
@@ -126,9 +133,13 @@ func (c *Cache) Ready(ctx context.Context, model Model, device string) (*Runner,
 
 // Loaded returns the live runner of a model, without loading anything.
 func (c *Cache) Loaded(model Model, device string) (*Runner, bool) {
+	w, err := c.wishFor(model, device)
+	if err != nil {
+		return nil, false
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.slotLocked(model, device)
+	s := c.slotLocked(model, w)
 	if s == nil || s.runner == nil || !s.runner.Alive() {
 		return nil, false
 	}
@@ -139,17 +150,21 @@ var errClosing = fault.New(fault.Unavailable, "this server is ending; another ta
 
 // slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
 func (c *Cache) slotOf(model Model, device string) (*slot, error) {
+	w, err := c.wishFor(model, device)
+	if err != nil {
+		return nil, err
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
 		return nil, errClosing
 	}
-	s := c.slotLocked(model, device)
+	s := c.slotLocked(model, w)
 	if s == nil {
 		if err := c.healthLocked(model).refuses(model, time.Now()); err != nil {
 			return nil, err
 		}
-		s = &slot{model: model, device: wished(model, device), state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
+		s = &slot{model: model, wish: w, state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
 		c.slots = append(c.slots, s)
 		c.working.Go(func() { c.load(s) })
 	}
@@ -158,26 +173,15 @@ func (c *Cache) slotOf(model Model, device string) (*slot, error) {
 	return s, nil
 }
 
-// slotLocked returns the slot of a model that serves a wish for a device.
-func (c *Cache) slotLocked(model Model, device string) *slot {
-	device = wished(model, device)
+// slotLocked returns the slot of a model that grants a wish.
+func (c *Cache) slotLocked(model Model, w wish) *slot {
 	for _, s := range c.slots {
-		if s.model.Dir == model.Dir && s.device == device {
+		if s.model.Dir == model.Dir && w.grants(s) {
 			return s
 		}
 	}
 	return nil
 }
-
-// wished returns what a caller's device means for a model.
-func wished(model Model, device string) string {
-	if device == "" || device == deviceAuto {
-		return cmp.Or(model.Settings.Device, deviceAuto)
-	}
-	return device
-}
-
-const deviceAuto = "auto"
 
 // Unload ends the runners of a model and returns the version that it had. Nothing happens where there is
 // no runner. A model whose files have gone is found by the reference with which it was loaded.
@@ -318,6 +322,10 @@ func (c *Cache) load(s *slot) {
 		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref, c.options.LoadTimeout)
 	}
 	if err != nil {
+		var refused *loadError
+		if errors.As(err, &refused) {
+			err = refused.error
+		}
 		c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.Error(err))
 	}
 	c.mu.Lock()
@@ -331,7 +339,8 @@ func (c *Cache) load(s *slot) {
 	close(s.loaded)
 }
 
-// start waits for memory and runs a runner process until it is ready.
+// start waits for memory and runs a runner process until it is ready. Where the device turns out to have no
+// memory for the model, others that nobody uses make room and it is tried once more.
 func (c *Cache) start(s *slot) (*Runner, error) {
 	if err := c.backOff(s); err != nil {
 		return nil, err
@@ -341,20 +350,43 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 		return nil, err
 	}
 	known := c.profiles.read(digest)
-	release, err := c.hold(s.model) // before the files are read, until the process is gone
-	if err != nil {
+	c.mu.Lock()
+	s.digest, s.profile = digest, known
+	c.mu.Unlock()
+	want := newClaim(s.model, s.profile)
+	want.wish = s.wish
+	want.need = deviceNeed(s.model, s.profile, s.wish.devices)
+	runner, err := c.startWith(s, want)
+	var refused *loadError
+	if !errors.As(err, &refused) || !refused.noMemory {
+		return runner, err
+	}
+	c.pressed(s)
+	again := newClaim(s.model, s.profile)
+	again.wish, again.need = s.wish, want.need+want.need/2 // what was counted with was too little
+	return c.startWith(s, again)
+}
+
+// startWith runs a runner process once its claim is granted.
+func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
+	if err := c.admit(want, func() bool { return s.callers > 0 }); err != nil {
 		return nil, err
 	}
-	claim := newClaim(s.model, known)
-	if err := c.admit(claim, func() bool { return s.callers > 0 }); err != nil {
-		release()
-		return nil, err
-	}
+	release := func() {}
 	gone := func() {
-		c.give(claim)
+		if err := want.placement.Release(c.ctx); err != nil {
+			c.options.Log.Warn("device memory", zap.String("model", s.model.Ref), zap.Error(err))
+		}
+		c.give(want)
 		release()
 	}
-	setup, env, err := c.setupOf(s.model, known)
+	hold, err := c.hold(s.model) // before the files are read, until the process is gone
+	if err != nil {
+		gone()
+		return nil, err
+	}
+	release = hold
+	setup, env, err := c.setupOf(s.model, s.profile, want.placement)
 	if err != nil {
 		gone()
 		return nil, err
@@ -362,16 +394,14 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
 	defer cancel()
 	c.mu.Lock()
-	s.state, s.claim, s.digest, s.profile = StateLoading, claim, digest, known
+	s.state, s.claim, s.uuid, s.fellBack = StateLoading, want, want.placement.Device().UUID, want.fellBack
 	c.mu.Unlock()
 	runner, err := start(ctx, c.options, setup, env, events{
-		warming: func() { c.setState(s, StateWarming) },
-		moved:   c.wake,
-		answered: func() {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.healthLocked(s.model).answered()
-		},
+		warming:  func() { c.setState(s, StateWarming) },
+		moved:    c.wake,
+		pressed:  func() { c.pressed(s) },
+		shrunk:   func(rows int) { c.shrunk(s, rows) },
+		answered: func() { c.healthOf(s.model, (*health).answered) },
 		ended: func(end end) {
 			c.ended(s, end)
 			gone()
@@ -380,9 +410,9 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	if err != nil {
 		return nil, c.failed(s, err)
 	}
-	c.mu.Lock()
-	c.healthLocked(s.model).loaded()
-	c.mu.Unlock()
+	c.measureDevice(s, runner.PID())
+	want.placement.Settle(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name]))
+	c.healthOf(s.model, (*health).loaded)
 	return runner, nil
 }
 
@@ -394,7 +424,7 @@ func (c *Cache) setState(s *slot, state string) {
 
 // setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
 // with the defaults. It returns what goes into the runner's environment besides.
-func (c *Cache) setupOf(model Model, known Profile) (Setup, []string, error) {
+func (c *Cache) setupOf(model Model, known Profile, placement *gpu.Placement) (Setup, []string, error) {
 	libraries, err := c.allowedLibraries(model)
 	if err != nil {
 		return Setup{}, nil, err
@@ -407,10 +437,15 @@ func (c *Cache) setupOf(model Model, known Profile) (Setup, []string, error) {
 		Model: model.Ref, Dir: model.Dir, Server: c.options.Server, LogLevel: c.options.LogLevel,
 		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries, WarmUp: model.Settings.WarmUp != WarmUpOff,
 		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
+		Device: placement.Device().UUID, DeviceBytes: int64(model.Settings.DeviceMemory),
 	}
-	var env []string
-	if choice, ok := known.Tuned[Machine()]; ok {
-		env = c.apply(choice, &setup)
+	env := placement.Env()
+	if setup.Device == "" {
+		if choice, ok := known.Tuned[Machine()]; ok {
+			env = append(env, c.apply(choice, &setup)...)
+		}
+	} else if most := known.DeviceBatch[placement.Device().Name]; most > 0 {
+		setup.Batching.MaxBatchSize = min(cmp.Or(setup.Batching.MaxBatchSize, most), most)
 	}
 	return setup, env, nil
 }
@@ -429,16 +464,11 @@ func (c *Cache) apply(choice Choice, setup *Setup) []string {
 	return []string{"TF_ENABLE_ONEDNN_OPTS=0"}
 }
 
-// failed makes an error of a load that failed, and remembers what is the model's fault.
+// failed remembers of a load that failed what is the model's fault.
 func (c *Cache) failed(s *slot, err error) error {
 	var refused *loadError
-	if errors.As(err, &refused) {
-		err = refused.error
-	} else if !errors.Is(err, context.DeadlineExceeded) {
-		return err
+	if errors.As(err, &refused) && !refused.noMemory || errors.Is(err, context.DeadlineExceeded) {
+		c.healthOf(s.model, func(h *health) { h.failed(time.Now(), err.Error()) })
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.healthLocked(s.model).failed(time.Now(), err.Error())
 	return err
 }

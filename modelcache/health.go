@@ -39,6 +39,13 @@ func (c *Cache) healthLocked(model Model) *health {
 	return h
 }
 
+// healthOf lets f see or change the health of a model version.
+func (c *Cache) healthOf(model Model, f func(*health)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f(c.healthLocked(model))
+}
+
 // refuses returns why no runner is started now, nil if one may be. Its fault is Precondition.
 func (h *health) refuses(model Model, now time.Time) error {
 	if !now.Before(h.bars) {

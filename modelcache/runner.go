@@ -116,8 +116,10 @@ type stream struct {
 // events are what a runner tells the Cache. They are called without a lock held, one after the other.
 type events struct {
 	warming  func()
-	moved    func() // a stream or a lease ended, or rests: others may get its memory
-	answered func() // the first record batch was answered
+	moved    func()         // a stream or a lease ended, or rests: others may get its memory
+	answered func()         // the first record batch was answered
+	pressed  func()         // the device has no memory for one row
+	shrunk   func(rows int) // the most rows of a run that fit into the device's memory
 	ended    func(end)
 }
 
@@ -289,6 +291,10 @@ func (r *Runner) note(report Report) {
 		r.events.warming()
 	case report.Answered:
 		r.events.answered()
+	case report.DeviceBatch > 0:
+		r.events.shrunk(report.DeviceBatch)
+	case report.Pressed:
+		r.events.pressed()
 	case moved:
 		r.events.moved()
 	}

@@ -136,7 +136,7 @@ func (c *Cache) advance(ref string, s *serving) {
 	devices := map[string]bool{}
 	for _, slot := range c.slots {
 		if slot.model.Dir == old.Dir {
-			devices[slot.device] = true
+			devices[slot.wish.word] = true
 		}
 	}
 	c.mu.Unlock()

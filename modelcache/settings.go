@@ -27,6 +27,7 @@ type Settings struct {
 	OpLibraries   []string          `json:"op_libraries,omitempty"`   // files with custom operations, relative to the settings' folder
 	VersionLabels map[string]uint64 `json:"version_labels,omitempty"` // names of versions
 	Memory        config.Bytes      `json:"memory,omitzero"`          // of the host that a runner of this model is counted with, at least
+	DeviceMemory  config.Bytes      `json:"device_memory,omitzero"`   // of a GPU that TensorFlow may take; also what the model is placed with
 	Cores         int               `json:"cores,omitempty"`          // threads; never more than the server's
 	KeepAlive     config.Duration   `json:"keep_alive,omitzero"`      // how long a runner stays without a stream; negative is for ever
 	WarmUp        string            `json:"warm_up,omitempty"`        // WarmUpAuto or WarmUpOff

@@ -29,18 +29,22 @@ const (
 // slot is one model version on one device, in memory or on its way there. The Cache's mu guards it but for loaded.
 type slot struct {
 	model   Model
-	device  string        // as was asked for
+	wish    wish          // of the caller who came first
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
 	callers int // of Ready that wait
 	runner  *Runner
 	err     error
 
-	claim   *claim // on the host's memory, once it is granted
-	digest  string // "" where the model has none
-	profile Profile
-	bytes   int64     // that the process has now
-	used    time.Time // when a stream or a lease was last there
+	uuid     string // of the device, "" for the processor
+	fellBack bool   // on the processor for want of a device
+
+	claim       *claim // on memory, once it is granted
+	digest      string // "" where the model has none
+	profile     Profile
+	bytes       int64     // of the host that the process has now
+	deviceBytes int64     // the same of the device
+	used        time.Time // when a stream or a lease was last there
 	// superseded says that a newer version serves: the runner ends with its last stream.
 	superseded bool
 }
@@ -54,6 +58,7 @@ func (c *Cache) endLocked(s *slot, why string, ending *sync.WaitGroup) {
 	c.working.Add(1)
 	ending.Go(func() {
 		defer c.working.Done()
+		s.claim.placement.Measure(s.runner.PID()) // so that it is known how much has to come back
 		s.runner.Close()
 	})
 }
@@ -110,6 +115,7 @@ func (c *Cache) measure() {
 		if err != nil {
 			continue // it has just ended
 		}
+		c.measureDevice(s, runner.PID())
 		c.mu.Lock()
 		s.bytes = bytes
 		most := max(bytes, s.profile.HostBytes)
@@ -119,15 +125,12 @@ func (c *Cache) measure() {
 		}
 		s.claim.measure(most)
 		c.memory.wakeLocked()
-		over := c.memory.total > 0 && c.memory.held() > c.memory.total
-		if over {
-			c.evictLocked(c.memory.held()-c.memory.total, time.Now())
+		if short := c.memory.held() - c.memory.total; c.memory.total > 0 && short > 0 {
+			c.evictLocked(short, time.Now())
 		}
 		c.mu.Unlock()
-		if grown && s.digest != "" {
-			if err := c.profiles.change(s.digest, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) }); err != nil {
-				c.options.Log.Warn("profile not kept", zap.String("model", s.model.Ref), zap.Error(err))
-			}
+		if grown {
+			c.keep(s, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) })
 		}
 	}
 }

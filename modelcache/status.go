@@ -22,8 +22,9 @@ type ModelStatus struct {
 	Resting int `json:"resting"` // those of them on which nothing has moved for StreamRest
 	Leases  int `json:"leases"`  // granted, not yet used nor expired
 
-	Memory   int64 `json:"memory"`   // bytes of the host that the process has for itself
-	Reserved int64 `json:"reserved"` // bytes of the host that it is counted with
+	Memory       int64 `json:"memory"`                  // bytes of the host that the process has for itself
+	Reserved     int64 `json:"reserved"`                // bytes of the host that it is counted with
+	DeviceMemory int64 `json:"device_memory,omitempty"` // bytes of the device that the process has
 
 	Runs       int64   `json:"runs"`                 // TensorFlow runs of the streams that have closed
 	JoinedRuns int64   `json:"joined_runs"`          // those of them that served more than one stream
@@ -57,7 +58,7 @@ func (c *Cache) Status() []ModelStatus {
 }
 
 func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
-	status := ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, Digest: s.digest, State: s.state, Memory: s.bytes, Superseded: s.superseded}
+	status := ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, Digest: s.digest, State: s.state, Device: s.uuid, Memory: s.bytes, DeviceMemory: s.deviceBytes, Superseded: s.superseded}
 	if h, ok := c.healths[s.model.Dir]; ok {
 		status.Reason = h.reason
 	}

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"flightsvc/gpu"
 	"flightsvc/handlers"
 	"flightsvc/internal/build"
 	"flightsvc/internal/config"
@@ -64,7 +65,9 @@ func serve(settings config.Serve) (err error) {
 			err = fmt.Errorf("clear up: %w", rmErr)
 		}
 	}()
-	cache, err := newCache(settings, place.Path, log)
+	devices := gpu.Open(gpu.Options{Log: log})
+	defer devices.Close()
+	cache, err := newCache(settings, place.Path, devices, log)
 	if err != nil {
 		return err
 	}
@@ -162,7 +165,7 @@ func folderName() string {
 	return hex.EncodeToString(sum[:4])
 }
 
-func newCache(settings config.Serve, folder string, log *zap.Logger) (*modelcache.Cache, error) {
+func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log *zap.Logger) (*modelcache.Cache, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -189,6 +192,8 @@ func newCache(settings config.Serve, folder string, log *zap.Logger) (*modelcach
 		MaxImageBytes:  settings.MaxImageBytes,
 		LogLevel:       settings.LogLevel,
 		Memory:         cmp.Or(int64(settings.Memory), defaultMemory()),
+		Devices:        devices,
+		CPUFallback:    settings.CPUFallback,
 		OpLibraries:    settings.OpLibraries,
 		KeepAlive:      settings.KeepAlive,
 		PollInterval:   settings.PollInterval,

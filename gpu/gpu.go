@@ -1,0 +1,380 @@
+package gpu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"go.uber.org/zap"
+)
+
+// Device is a GPU, or an instance of one that is in MIG mode. The JSON is what callers see.
+type Device struct {
+	UUID        string `json:"uuid"`             // GPU-..., or MIG-... of an instance
+	Name        string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
+	Index       string `json:"index"`            // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
+	Parent      string `json:"parent,omitempty"` // UUID of the GPU of an instance
+	Memory      int64  `json:"memory"`           // bytes
+	Free        int64  `json:"free"`             // bytes that no process had when they were last read
+	Compute     string `json:"compute"`          // compute capability, such as 8.0
+	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
+	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
+}
+
+func (d Device) String() string { return fmt.Sprintf("%s (%s, index %s)", d.UUID, d.Name, d.Index) }
+
+// Options say how to look for devices.
+type Options struct {
+	LockDir string         // where the fronts of a host lock devices; "" is DefaultLockDir
+	Log     *zap.Logger    // nil for none
+	NVML    nvml.Interface // nil for NVIDIA's library
+}
+
+// DefaultLockDir is the same for all users of a host. Containers share it only if they share the folder.
+func DefaultLockDir() string { return filepath.Join(os.TempDir(), "flightsvc-devices") }
+
+// NVML may take seconds to wake up a GPU, and a broken driver may never answer.
+const (
+	openLimit = 30 * time.Second // as Ollama's for its first look at the devices (discover/runner.go)
+	callLimit = 5 * time.Second
+)
+
+// Inventory is the devices of this host that this process may use. Its methods are safe for concurrent use.
+type Inventory struct {
+	nvml    nvml.Interface
+	log     *zap.Logger
+	lockDir string
+	why     string
+	devices []*device // in the order of the indexes, or of CUDA_VISIBLE_DEVICES; fixed by Open
+
+	limit    time.Duration // of one question to NVML
+	retry    time.Duration // between two looks at a lock that somebody has
+	poll     time.Duration // between two looks at memory that comes back
+	patience time.Duration // for memory that comes back
+
+	asking chan struct{} // held while NVML is asked
+	stuck  atomic.Bool   // a question has no answer yet, and its limit is over
+
+	mu sync.Mutex // guards what changes in devices, memories and placements
+}
+
+// device is what an Inventory keeps of a Device.
+type device struct {
+	Device
+	handle nvml.Device
+	gpu    nvml.Device // of the parent, or handle itself: events come from there
+	gi, ci uint32      // of an instance
+	memory *memory
+	told   bool // Watch has told that it is drained
+}
+
+// none is the id of the instance of an event that concerns a whole GPU, see nvmlEventData_t.
+const none = 0xFFFFFFFF
+
+// Open looks for NVIDIA's library and its devices. Where there is none it returns an Inventory that has no device;
+// Why says why, and the log says so once. CUDA_VISIBLE_DEVICES limits and orders what there is, as it does for a
+// program that uses CUDA. Close frees it.
+func Open(options Options) *Inventory {
+	i := &Inventory{
+		nvml: options.NVML, log: options.Log, lockDir: options.LockDir, asking: make(chan struct{}, 1),
+		limit: callLimit, retry: 50 * time.Millisecond, poll: recoveryPoll, patience: recoveryLimit,
+	}
+	if i.nvml == nil {
+		i.nvml = nvml.New()
+	}
+	if i.log == nil {
+		i.log = zap.NewNop()
+	}
+	if i.lockDir == "" {
+		i.lockDir = DefaultLockDir()
+	}
+	found, err := ask(i, openLimit, i.discover)
+	if err != nil {
+		i.why = err.Error()
+	}
+	if spec, set := os.LookupEnv("CUDA_VISIBLE_DEVICES"); set && len(found) > 0 {
+		if found = visible(found, spec); len(found) == 0 {
+			i.why = fmt.Sprintf("CUDA_VISIBLE_DEVICES=%q hides all GPUs", spec)
+		}
+	}
+	i.devices = found
+	if len(found) == 0 {
+		i.log.Info("models run on the processor", zap.String("reason", i.why))
+	}
+	for _, d := range found {
+		i.log.Info("device", zap.Stringer("device", d.Device), zap.Int64("memory", d.Memory), zap.String("compute", d.Compute))
+	}
+	return i
+}
+
+// Why says why there is no device, "" where there is one.
+func (i *Inventory) Why() string { return i.why }
+
+// Close lets go of the library and of what this process has in the lock folder. Placements must not be used
+// afterwards, and Watch must have returned.
+func (i *Inventory) Close() {
+	i.mu.Lock()
+	for _, d := range i.devices {
+		d.memory.forget()
+	}
+	found := len(i.devices) > 0
+	i.mu.Unlock()
+	if found {
+		_, _ = ask(i, i.limit, func() (struct{}, error) { return struct{}{}, failed(i.nvml.Shutdown()) })
+	}
+}
+
+// ask puts one question to NVML, and waits for the answer no longer than limit. Questions go one after the other.
+// After one without an answer all others fail at once, until it has come.
+func ask[T any](i *Inventory, limit time.Duration, question func() (T, error)) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	var none T
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	silent := fmt.Errorf("NVIDIA's driver does not answer within %v", limit)
+	select {
+	case i.asking <- struct{}{}:
+	default:
+		if i.stuck.Load() {
+			return none, silent
+		}
+		select {
+		case i.asking <- struct{}{}:
+		case <-timer.C:
+			return none, silent
+		}
+	}
+	answers := make(chan answer, 1)
+	go func() { // ends with the question; a call into a library cannot be broken off
+		value, err := question()
+		i.stuck.Store(false)
+		<-i.asking
+		answers <- answer{value, err}
+	}()
+	select {
+	case got := <-answers:
+		return got.value, got.err
+	case <-timer.C:
+		i.stuck.Store(len(i.asking) > 0)
+		return none, silent
+	}
+}
+
+// failed makes an error of what NVML returned, nil of success.
+func failed(ret nvml.Return) error {
+	if ret == nvml.SUCCESS {
+		return nil
+	}
+	return ret
+}
+
+// lost reports whether NVML says that the device itself is gone. Any other failure says only that its numbers
+// are: after a change of the container's cgroup all calls fail with "Unknown Error" while processes on the
+// device go on (NVIDIA/nvidia-container-toolkit#115).
+func lost(err error) bool {
+	return errors.Is(err, nvml.ERROR_GPU_IS_LOST) || errors.Is(err, nvml.ERROR_RESET_REQUIRED)
+}
+
+// discover wakes up NVML and lists all devices.
+func (i *Inventory) discover() ([]*device, error) {
+	switch ret := i.nvml.Init(); ret {
+	case nvml.SUCCESS:
+	case nvml.ERROR_LIBRARY_NOT_FOUND:
+		return nil, errors.New("no NVIDIA driver: libnvidia-ml.so.1 is not here")
+	default:
+		return nil, fmt.Errorf("NVIDIA's driver does not work: %w", ret)
+	}
+	found, err := i.list()
+	if len(found) == 0 {
+		_ = i.nvml.Shutdown()
+	}
+	return found, err
+}
+
+func (i *Inventory) list() ([]*device, error) {
+	count, ret := i.nvml.DeviceGetCount()
+	if ret != nvml.SUCCESS {
+		return nil, fmt.Errorf("NVIDIA's driver does not say how many GPUs there are: %w", ret)
+	}
+	// A driver from before MIG lacks these functions, and a call of one that is not there ends the process.
+	mig := i.nvml.Extensions().LookupSymbol("nvmlDeviceGetMigDeviceHandleByIndex") == nil
+	var found []*device
+	why := errors.New("NVIDIA's driver is here and has no GPU")
+	for index := range count {
+		handle, ret := i.nvml.DeviceGetHandleByIndex(index)
+		if ret != nvml.SUCCESS {
+			why = fmt.Errorf("GPU %d: %w", index, ret)
+			i.log.Warn("a GPU is left out", zap.Error(why))
+			continue
+		}
+		gpu, err := describe(handle, strconv.Itoa(index))
+		if err != nil {
+			why = fmt.Errorf("GPU %d: %w", index, err)
+			i.log.Warn("a GPU is left out", zap.Error(why))
+			continue
+		}
+		if mig {
+			if mode, _, ret := handle.GetMigMode(); ret == nvml.SUCCESS && mode == nvml.DEVICE_MIG_ENABLE {
+				instances := i.instances(gpu)
+				if len(instances) == 0 {
+					why = fmt.Errorf("GPU %d is in MIG mode and has no instance", index)
+					i.log.Warn("a GPU is left out", zap.Error(why))
+				}
+				found = append(found, instances...)
+				continue
+			}
+		}
+		found = append(found, gpu)
+	}
+	if len(found) > 0 {
+		why = nil
+	}
+	return found, why
+}
+
+// instances lists the MIG instances of a GPU. Compute instances of one GPU instance share its memory, so they share
+// its place in the ledger too.
+func (i *Inventory) instances(gpu *device) []*device {
+	most, ret := gpu.handle.GetMaxMigDeviceCount()
+	if ret != nvml.SUCCESS {
+		return nil
+	}
+	var found []*device
+	memories := map[int]*memory{}
+	for n := range most {
+		handle, ret := gpu.handle.GetMigDeviceHandleByIndex(n)
+		if ret != nvml.SUCCESS {
+			continue // there are fewer than there could be
+		}
+		instance, err := describe(handle, gpu.Index+":"+strconv.Itoa(n))
+		if err != nil {
+			i.log.Warn("a MIG instance is left out", zap.String("index", gpu.Index+":"+strconv.Itoa(n)), zap.Error(err))
+			continue
+		}
+		instance.Parent, instance.gpu = gpu.UUID, gpu.handle
+		if instance.Compute == "" {
+			instance.Compute = gpu.Compute
+		}
+		instance.gi, instance.ci = none, none
+		if gi, ret := handle.GetGpuInstanceId(); ret == nvml.SUCCESS {
+			instance.gi = uint32(gi)
+			if memories[gi] == nil {
+				memories[gi] = newMemory(fmt.Sprintf("%s-gi%d", gpu.UUID, gi))
+			}
+			instance.memory = memories[gi]
+		}
+		if ci, ret := handle.GetComputeInstanceId(); ret == nvml.SUCCESS {
+			instance.ci = uint32(ci)
+		}
+		found = append(found, instance)
+	}
+	return found
+}
+
+// describe reads what does not change of a device, and its memory.
+func describe(handle nvml.Device, index string) (*device, error) {
+	uuid, ret := handle.GetUUID()
+	if ret != nvml.SUCCESS || uuid == "" || strings.ContainsAny(uuid, "/\x00") {
+		return nil, fmt.Errorf("its UUID cannot be read: %w", ret)
+	}
+	d := &device{Device: Device{UUID: uuid, Index: index, Healthy: true, Utilisation: -1}, handle: handle, gpu: handle, gi: none, ci: none, memory: newMemory(uuid)}
+	if d.Name, ret = handle.GetName(); ret != nvml.SUCCESS {
+		d.Name = "unknown"
+	}
+	if major, minor, ret := handle.GetCudaComputeCapability(); ret == nvml.SUCCESS {
+		d.Compute = fmt.Sprintf("%d.%d", major, minor)
+	}
+	info, ret := handle.GetMemoryInfo()
+	if ret != nvml.SUCCESS {
+		return nil, fmt.Errorf("its memory cannot be read: %w", ret)
+	}
+	d.Memory, d.Free = int64(info.Total), int64(info.Free)
+	return d, nil
+}
+
+// Devices reads the devices and returns them. Where numbers cannot be read the last ones stay, and Reason says so.
+func (i *Inventory) Devices() []Device {
+	i.refresh()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	list := make([]Device, len(i.devices))
+	for n, d := range i.devices {
+		list[n] = d.Device
+	}
+	return list
+}
+
+// refresh reads the numbers of all devices. Its errors are those of each device, in their order.
+func (i *Inventory) refresh() []error {
+	type reading struct {
+		free        int64
+		utilisation int
+		err         error
+	}
+	if len(i.devices) == 0 {
+		return nil
+	}
+	readings, err := ask(i, i.limit, func() ([]reading, error) {
+		all := make([]reading, len(i.devices))
+		for n, d := range i.devices {
+			info, ret := d.handle.GetMemoryInfo()
+			all[n] = reading{free: int64(info.Free), utilisation: -1, err: failed(ret)}
+			if d.Parent == "" && ret == nvml.SUCCESS {
+				if busy, ret := d.handle.GetUtilizationRates(); ret == nvml.SUCCESS {
+					all[n].utilisation = int(busy.Gpu)
+				}
+			}
+		}
+		return all, nil
+	})
+	errs := make([]error, len(i.devices))
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for n, d := range i.devices {
+		errs[n] = err
+		if err == nil {
+			errs[n] = readings[n].err
+		}
+		if errs[n] == nil {
+			d.Free, d.Utilisation = readings[n].free, readings[n].utilisation
+		}
+		i.noteError(d, errs[n])
+	}
+	return errs
+}
+
+// noteError keeps what reading a device said; i.mu is held.
+func (i *Inventory) noteError(d *device, err error) {
+	switch {
+	case !d.Healthy:
+	case err == nil:
+		d.Reason = ""
+	case lost(err):
+		i.drain(d, fmt.Sprintf("NVIDIA's driver lost it: %v", err))
+	default:
+		reason := fmt.Sprintf("its numbers cannot be read: %v", err)
+		if d.Reason != reason {
+			i.log.Warn("device", zap.Stringer("device", d.Device), zap.String("reason", reason))
+		}
+		d.Reason = reason
+	}
+}
+
+// drain takes a device out of service; i.mu is held. Watch tells about it.
+func (i *Inventory) drain(d *device, reason string) {
+	if d.Healthy {
+		d.Healthy, d.Reason = false, reason
+		i.log.Error("device is drained", zap.Stringer("device", d.Device), zap.String("reason", reason))
+	}
+}

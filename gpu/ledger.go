@@ -1,0 +1,191 @@
+package gpu
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"flightsvc/internal/fault"
+)
+
+// memory is the memory of one device, or of the compute instances of one GPU instance, and who was promised what of
+// it. In the lock folder it has
+//
+//	<name>.lock       whoever holds flock(2) on it may plan with this memory; it is empty and stays
+//	<name>.*.held     one for each front: the bytes that its processes may still take. Its front holds flock(2)
+//	                  on it, so that one whose lock is free belongs to nobody
+type memory struct {
+	name   string
+	turn   chan struct{}           // held with the lock: flock(2) alone would do, but this is cheap to ask
+	placed map[*Placement]struct{} // guarded by the Inventory's mu, as all below
+	held   *os.File                // our .held, nil before the first placement
+}
+
+func newMemory(name string) *memory {
+	return &memory{name: name, turn: make(chan struct{}, 1), placed: map[*Placement]struct{}{}}
+}
+
+// widest is the width of a number in a .held file: always the same, so that one write replaces it.
+const widest = 20
+
+// tryLock locks a memory for planning, or says that somebody else has it.
+func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
+	select {
+	case m.turn <- struct{}{}:
+	default:
+		return nil, false, nil
+	}
+	defer func() {
+		if !ok {
+			<-m.turn
+		}
+	}()
+	file, err := i.lockFile(m.name + ".lock")
+	if err != nil {
+		return nil, false, fault.New(fault.Precondition, "lock of device %s: %w; every user of the host's devices must be able to read and write %s", m.name, err, i.lockDir)
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = file.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, false, nil
+		}
+		return nil, false, fault.New(fault.Precondition, "lock of device %s: %s: %w", m.name, file.Name(), err)
+	}
+	return func() {
+		_ = file.Close()
+		<-m.turn
+	}, true, nil
+}
+
+// lockFile opens a file in the lock folder, and makes either where it is not there. All users may lock it, since
+// flock(2) needs no right to write. It is opened before it is made: in a folder that all may write to
+// the kernel refuses to make what another user has (fs.protected_regular).
+func (i *Inventory) lockFile(name string) (*os.File, error) {
+	path := filepath.Join(i.lockDir, name)
+	for {
+		file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return file, err
+		}
+		if err := i.makeLockDir(); err != nil {
+			return nil, err
+		}
+		file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err == nil {
+			err = file.Chmod(0o644) // whatever the umask
+		}
+		return file, err
+	}
+}
+
+// makeLockDir makes the lock folder, for all users as /tmp is. One that is there stays as it is.
+func (i *Inventory) makeLockDir() error {
+	if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
+		return err
+	}
+	err := os.Mkdir(i.lockDir, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err == nil {
+		err = os.Chmod(i.lockDir, 0o777|fs.ModeSticky)
+	}
+	return err
+}
+
+// promised returns the bytes of a memory that placed processes may still take: ours and those of other fronts. The
+// lock is held.
+func (i *Inventory) promised(m *memory) (int64, error) {
+	i.mu.Lock()
+	sum := m.ours()
+	own := ""
+	if m.held != nil {
+		own = m.held.Name()
+	}
+	i.mu.Unlock()
+	paths, err := filepath.Glob(filepath.Join(i.lockDir, m.name+".*.held"))
+	if err != nil {
+		return 0, fmt.Errorf("lock-dir %q cannot be searched: %w", i.lockDir, err)
+	}
+	for _, path := range paths {
+		if path == own {
+			continue
+		}
+		others, err := readHeld(path)
+		if err != nil {
+			return 0, err
+		}
+		sum += others
+	}
+	return sum, nil
+}
+
+// readHeld reads the file of another front, and removes it if that front has ended.
+func readHeld(path string) (int64, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fault.New(fault.Precondition, "another front's share of a device: %w", err)
+	}
+	defer func() { _ = file.Close() }()
+	if unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
+		_ = os.Remove(path) // only its user can; whoever else comes by sees the same and counts nothing
+		return 0, nil
+	}
+	text := make([]byte, widest)
+	n, _ := file.ReadAt(text, 0)
+	bytes, err := strconv.ParseInt(strings.TrimSpace(string(text[:n])), 10, 64)
+	if err != nil || bytes < 0 {
+		return 0, fault.New(fault.Precondition, "another front's share of a device: %s holds %q; want a number of bytes; remove the file if no flightsvc runs", path, text[:n])
+	}
+	return bytes, nil
+}
+
+// ours is the sum of what our own processes may still take; the Inventory's mu is held.
+func (m *memory) ours() int64 {
+	var sum int64
+	for p := range m.placed {
+		sum += p.outstanding()
+	}
+	return sum
+}
+
+// publish tells the other fronts what ours may still take; i.mu is held. To add a promise the memory's lock is held
+// too, to take one back it need not be.
+func (i *Inventory) publish(m *memory) error {
+	if m.held == nil {
+		file, err := os.CreateTemp(i.lockDir, m.name+".*.held")
+		if err != nil {
+			return fault.New(fault.Precondition, "device %s: %w", m.name, err)
+		}
+		m.held = file
+		if err := errors.Join(file.Chmod(0o644), unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)); err != nil {
+			m.forget()
+			return fault.New(fault.Precondition, "device %s: %w", m.name, err)
+		}
+	}
+	if _, err := m.held.WriteAt(fmt.Appendf(nil, "%*d", widest, m.ours()), 0); err != nil {
+		return fault.New(fault.Precondition, "device %s: %w", m.name, err)
+	}
+	return nil
+}
+
+// forget takes back all promises; the Inventory's mu is held.
+func (m *memory) forget() {
+	if m.held != nil {
+		_ = os.Remove(m.held.Name())
+		_ = m.held.Close()
+		m.held = nil
+	}
+}

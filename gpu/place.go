@@ -1,0 +1,325 @@
+package gpu
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+
+	"flightsvc/internal/fault"
+)
+
+// The driver gives the memory of a process back a while after the process has gone. These are the figures of
+// Ollama's scheduler (server/sched.go, waitForVRAMRecovery), which reports that it takes 0.5 to 1.5 s.
+const (
+	recoveryPoll  = 250 * time.Millisecond
+	recoveryLimit = 5 * time.Second
+	recoveryShare = 4 // all but a fourth
+)
+
+// NoRoom says that a load does not fit on any device that it may use. Another process must end first.
+type NoRoom struct {
+	Device Device // the one with the most room
+	Need   int64  // bytes
+	Free   int64  // bytes of it that nobody has and nobody was promised
+}
+
+func (e *NoRoom) Error() string {
+	return fmt.Sprintf("device %s has %d MiB free of %d MiB, and %d MiB are needed", e.Device, e.Free>>20, e.Device.Memory>>20, e.Need>>20)
+}
+
+// Placement is one process on one device. Nil stands for the processor: its methods are all there, and do nothing.
+// Release must be called when the process is gone.
+type Placement struct {
+	inventory *Inventory
+	device    *device
+	before    int64  // bytes that were free when it was placed
+	promises  int64  // bytes that others had been promised then
+	unlock    func() // of the device's lock, nil once the load has settled
+	// What is below is guarded by the inventory's mu.
+	cost     int64 // bytes that the process takes, or will take
+	used     int64 // bytes that it has, as far as is certain
+	said     int64 // bytes that it has, as Measure last said
+	rest     int64 // bytes that neither it nor a listed process had when it was last measured
+	measured bool
+	released bool
+}
+
+// outstanding is what the process may still take.
+func (p *Placement) outstanding() int64 { return max(0, p.cost-p.used) }
+
+// Place finds room for a load that needs so many bytes, among the devices of want, that with most room first, and
+// keeps it. It returns nil, the processor, if want is empty. The device stays locked for all fronts of the
+// host until Settle or Release. While others load on every device that could do, it waits; its errors are *NoRoom,
+// and faults: Unavailable when ctx ends or no device can be read, Precondition for a lock folder that cannot be used.
+func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Placement, error) {
+	if len(want) == 0 {
+		return nil, nil
+	}
+	errs := i.refresh()
+	for {
+		candidates, err := i.candidates(want, errs)
+		if err != nil {
+			return nil, err
+		}
+		var best *NoRoom
+		var busy *device
+		for _, d := range candidates {
+			p, room, err := i.tryPlace(d, need)
+			switch {
+			case errors.Is(err, errBusy):
+				busy = d
+			case err != nil:
+				return nil, err
+			case p != nil:
+				return p, nil
+			case best == nil || room.Free > best.Free:
+				best = room
+			}
+		}
+		if busy == nil {
+			return nil, best
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fault.New(fault.Unavailable, "device %s: another model is being loaded there, here or by another front of this host; ask again: %w", busy.Device, ctx.Err())
+		case <-time.After(i.retry):
+		}
+	}
+}
+
+// errBusy says that somebody else has the lock of a device.
+var errBusy = errors.New("busy")
+
+// candidates returns the wanted devices that are healthy and have answered, that with most room first.
+func (i *Inventory) candidates(want []Device, errs []error) ([]*device, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var found []*device
+	room := map[*device]int64{}
+	var reason error
+	for n, d := range i.devices {
+		if !slices.ContainsFunc(want, func(w Device) bool { return w.UUID == d.UUID }) {
+			continue
+		}
+		if d.Healthy && errs[n] == nil {
+			found = append(found, d)
+			room[d] = d.Free - d.memory.ours()
+		} else {
+			reason = fmt.Errorf("%s: %s", d.Device, d.Reason)
+		}
+	}
+	if len(found) == 0 {
+		if reason == nil {
+			reason = fmt.Errorf("%s is not a device of this host", want[0])
+		}
+		return nil, fault.New(fault.Unavailable, "no device can take a model: %w", reason)
+	}
+	slices.SortStableFunc(found, func(a, b *device) int { return cmp.Compare(room[b], room[a]) })
+	return found, nil
+}
+
+// tryPlace places a load on one device, or says how much room there is, or returns errBusy.
+func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error) {
+	unlock, ok, err := i.tryLock(d.memory)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !ok {
+		return nil, nil, errBusy
+	}
+	defer func() {
+		if unlock != nil {
+			unlock()
+		}
+	}()
+	// The promises first: what a process takes after that counts twice for a moment, never not at all.
+	promises, err := i.promised(d.memory)
+	if err != nil {
+		return nil, nil, err
+	}
+	now, err := i.measure(d, -1)
+	if err != nil {
+		return nil, nil, fault.New(fault.Unavailable, "device %s: its free memory cannot be read: %w", d.Device, err)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if room := now.free - promises; room < need {
+		return nil, &NoRoom{Device: d.Device, Need: need, Free: max(0, room)}, nil
+	}
+	p := &Placement{inventory: i, device: d, before: now.free, promises: promises, unlock: unlock, cost: need, rest: now.rest}
+	d.memory.placed[p] = struct{}{}
+	if err := i.publish(d.memory); err != nil {
+		delete(d.memory.placed, p)
+		return nil, nil, err
+	}
+	unlock = nil
+	return p, nil, nil
+}
+
+// reading is what NVML says of a device's memory. It lists processes by their ids outside of containers.
+type reading struct {
+	free int64 // bytes that nobody has
+	used int64 // bytes that one process has, -1 where it is not listed
+	rest int64 // bytes that somebody has who is not listed: the driver, processes on their way out
+}
+
+// measure reads the memory of a device, and what a process has of it.
+func (i *Inventory) measure(d *device, pid int) (reading, error) {
+	now, err := ask(i, i.limit, func() (reading, error) {
+		now, listed := reading{used: -1}, int64(0)
+		if processes, ret := d.handle.GetComputeRunningProcesses(); ret == nvml.SUCCESS {
+			for _, process := range processes {
+				if process.UsedGpuMemory == nvmlNotAvailable {
+					continue
+				}
+				listed += int64(process.UsedGpuMemory)
+				if int(process.Pid) == pid {
+					now.used = int64(process.UsedGpuMemory)
+				}
+			}
+		}
+		info, ret := d.handle.GetMemoryInfo()
+		now.free = int64(info.Free)
+		now.rest = int64(info.Total-info.Free) - listed
+		return now, failed(ret)
+	})
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if err == nil {
+		d.Free = now.free
+	}
+	i.noteError(d, err)
+	return now, err
+}
+
+// nvmlNotAvailable is NVML_VALUE_NOT_AVAILABLE.
+const nvmlNotAvailable = ^uint64(0)
+
+// Device returns the device, the zero Device for the processor.
+func (p *Placement) Device() Device {
+	if p == nil {
+		return Device{}
+	}
+	p.inventory.mu.Lock()
+	defer p.inventory.mu.Unlock()
+	return p.device.Device
+}
+
+// Env returns what the process must have in its environment to use this device and no other.
+func (p *Placement) Env() []string {
+	if p == nil {
+		return []string{"CUDA_VISIBLE_DEVICES=-1"}
+	}
+	return []string{"CUDA_VISIBLE_DEVICES=" + p.device.UUID, "CUDA_DEVICE_ORDER=PCI_BUS_ID"}
+}
+
+// Measure returns the bytes of the device that the process has, and takes what it now has off its promise.
+// Where NVML does not list the process, as in most containers, the answer is by how much the free memory has
+// shrunk since Place, while the load has not settled, with what others took meanwhile; afterwards it is the last
+// answer. Called once more just before the process ends, it lets Release know how much memory must come back.
+func (p *Placement) Measure(pid int) int64 {
+	if p == nil {
+		return 0
+	}
+	i := p.inventory
+	now, err := i.measure(p.device, pid)
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	switch {
+	case err != nil || p.released:
+	case now.used >= 0:
+		p.used, p.said, p.rest, p.measured = now.used, now.used, now.rest, true
+		_ = i.publish(p.device.memory) // a promise that stays too high is safe
+	case p.unlock != nil: // of what is gone, others may have taken what they were promised, and no more
+		p.said = max(0, p.before-now.free)
+		p.used, p.rest, p.measured = max(0, p.said-p.promises), now.rest-p.said, true
+		_ = i.publish(p.device.memory)
+	default:
+		p.rest = now.rest - p.said
+	}
+	return p.said
+}
+
+// Settle says that the load is over and the process will take cost bytes in all: at least what Measure said, more
+// if an earlier process of the same model took more. Zero keeps what Place was told. It unlocks the device.
+func (p *Placement) Settle(cost int64) {
+	if p == nil {
+		return
+	}
+	i := p.inventory
+	i.mu.Lock()
+	measured := p.measured
+	i.mu.Unlock()
+	if !measured {
+		p.Measure(-1)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if p.unlock == nil || p.released {
+		return
+	}
+	if cost > 0 {
+		p.cost = cost
+		_ = i.publish(p.device.memory) // an error leaves what Place was told
+	}
+	p.unlock()
+	p.unlock = nil
+}
+
+// Release is for after the process has gone. It takes back the promise, and waits until at least 75 % of the memory
+// has come back, or five seconds; the device is locked meanwhile, so that nobody measures a load by memory that
+// is on its way. An error says that it has not come back in time, or that ctx ended; the room is given up
+// anyway, and what is still missing is not counted as free.
+func (p *Placement) Release(ctx context.Context) error {
+	if p == nil {
+		return nil
+	}
+	i, m := p.inventory, p.device.memory
+	i.mu.Lock()
+	if p.released {
+		i.mu.Unlock()
+		return nil
+	}
+	p.released = true
+	delete(m.placed, p)
+	_ = i.publish(m)
+	unlock := p.unlock
+	p.unlock = nil
+	had, rest := p.said, p.rest
+	if !p.measured {
+		had = p.cost
+	}
+	i.mu.Unlock()
+	deadline := time.Now().Add(i.patience)
+	defer func() {
+		if unlock != nil {
+			unlock()
+		}
+	}()
+	for {
+		if unlock == nil {
+			unlock, _, _ = i.tryLock(m)
+		}
+		now, err := i.measure(p.device, -1)
+		if err != nil {
+			return fmt.Errorf("device %s: whether its memory came back cannot be read: %w", p.device.UUID, err)
+		}
+		missing := now.rest - rest
+		if missing <= had/recoveryShare {
+			return nil
+		}
+		if !time.Now().Before(deadline) {
+			return fmt.Errorf("device %s: after %v, %d of %d MiB have not come back", p.device.UUID, i.patience, missing>>20, had>>20)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("device %s: waiting for its memory: %w", p.device.UUID, ctx.Err())
+		case <-time.After(min(i.poll, time.Until(deadline)+time.Millisecond)):
+		}
+	}
+}

@@ -1,0 +1,228 @@
+package modelcache
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"flightsvc/gpu"
+	"flightsvc/internal/config"
+	"flightsvc/internal/fault"
+)
+
+// What a runner is counted with on a device before it was ever measured there: what CUDA and its libraries take
+// in each process, some 300 to 600 MiB depending on the device and the libraries loaded, and the model's files
+// twice, once as variables and once as what a run needs.
+const bareContext = 640 << 20
+
+// wish is where a model may run: what a caller's word for a device comes to.
+type wish struct {
+	word    string
+	devices []gpu.Device // any of these; none is the processor
+}
+
+// wishFor returns what a caller's device means for a model. Its faults are those of gpu.Inventory.Choose, but
+// with CPUFallback the processor stands in for devices that are not there, or are drained.
+func (c *Cache) wishFor(model Model, device string) (wish, error) {
+	if device == "" || device == deviceAuto {
+		device = cmp.Or(model.Settings.Device, deviceAuto)
+	}
+	if model.Dir == "" {
+		device = deviceCPU // the model Image
+	}
+	w := wish{word: device}
+	var err error
+	if w.devices, err = c.options.Devices.Choose(device); err != nil {
+		if kind, _ := fault.KindOf(err); !c.options.CPUFallback || kind == fault.BadRequest {
+			return w, fault.New(kind, "model %s: %w", model.Ref, err)
+		}
+		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
+	}
+	return w, nil
+}
+
+const (
+	deviceAuto = "auto"
+	deviceCPU  = "cpu"
+)
+
+// grants reports whether a slot is what a wish asks for.
+func (w *wish) grants(s *slot) bool {
+	switch {
+	case s.claim == nil, s.fellBack: // it has no place yet, or not the one that was wished
+		return s.wish.word == w.word
+	case len(w.devices) == 0:
+		return s.uuid == ""
+	}
+	return slices.ContainsFunc(w.devices, func(d gpu.Device) bool { return d.UUID == s.uuid })
+}
+
+// deviceNeed is what a model is counted with on a device of a name.
+func deviceNeed(model Model, known Profile, devices []gpu.Device) int64 {
+	if fixed := int64(model.Settings.DeviceMemory); fixed > 0 {
+		return fixed
+	}
+	need := int64(0)
+	for _, d := range devices {
+		need = max(need, known.DeviceBytes[d.Name])
+	}
+	if need > 0 {
+		return need
+	}
+	return estimate(model) - bareRunner + bareContext
+}
+
+// placeLocked finds room on a device for a claim, whose host memory is granted, and evicts others that nobody uses
+// to make some. It reports false if the claim has to wait. The mu is not held meanwhile.
+func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
+	if len(want.wish.devices) == 0 {
+		return true, nil
+	}
+	c.mu.Unlock()
+	placement, err := c.options.Devices.Place(ctx, want.wish.devices, want.need)
+	c.mu.Lock()
+	want.noRoom = nil
+	if err == nil {
+		want.placement = placement
+		return true, nil
+	}
+	if !errors.As(err, &want.noRoom) {
+		return false, fault.New(fault.Unavailable, "model %s: %w", want.model.Ref, err)
+	}
+	uuids := make([]string, len(want.wish.devices))
+	for i, d := range want.wish.devices {
+		uuids[i] = d.UUID
+	}
+	if evicted := c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free); !evicted && c.options.CPUFallback {
+		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
+		want.fellBack = true
+		return true, nil
+	}
+	return false, nil
+}
+
+// evictFromLocked ends runners that nobody uses on one of the devices, so that it has so much more free memory. It reports
+// whether memory is on its way.
+func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
+	for _, uuid := range uuids {
+		var idle []*slot
+		coming := int64(0)
+		for _, claim := range c.memory.granted {
+			if claim.ending && claim.placement.Device().UUID == uuid {
+				coming += claim.deviceBytes
+			}
+		}
+		for _, s := range c.idleLocked(time.Now()) {
+			if s.uuid == uuid {
+				idle = append(idle, s)
+			}
+		}
+		free := coming
+		for _, s := range idle {
+			free += s.claim.deviceBytes
+		}
+		if free < short {
+			continue
+		}
+		for _, s := range idle {
+			if coming >= short {
+				break
+			}
+			coming += s.claim.deviceBytes
+			c.retireLocked(s, "others need its device's memory", time.Now())
+		}
+		return true
+	}
+	return false
+}
+
+// pressed makes room for a runner that has no memory for one row: all runners that nobody uses on its device end.
+func (c *Cache) pressed(s *slot) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, other := range c.idleLocked(time.Now()) {
+		if other != s && other.uuid == s.uuid {
+			c.retireLocked(other, "another model on its device is short of memory", time.Now())
+		}
+	}
+}
+
+// shrunk remembers the most rows of a run that fit into the device's memory.
+func (c *Cache) shrunk(s *slot, rows int) {
+	name := s.claim.placement.Device().Name
+	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref), zap.String("device", s.uuid), zap.Int("max_batch_size", rows))
+	c.keep(s, func(p *Profile) {
+		if p.DeviceBatch == nil {
+			p.DeviceBatch = map[string]int{}
+		}
+		p.DeviceBatch[name] = rows
+	})
+}
+
+// measureDevice notes what a runner's process has of its device.
+func (c *Cache) measureDevice(s *slot, pid int) {
+	device := s.claim.placement.Device()
+	if device.UUID == "" {
+		return
+	}
+	bytes := s.claim.placement.Measure(pid)
+	c.mu.Lock()
+	s.deviceBytes = bytes
+	grown := bytes > s.claim.deviceBytes
+	if grown {
+		s.claim.deviceBytes = bytes
+	}
+	c.mu.Unlock()
+	if grown && bytes > s.profile.DeviceBytes[device.Name] {
+		c.keep(s, func(p *Profile) {
+			if p.DeviceBytes == nil {
+				p.DeviceBytes = map[string]int64{}
+			}
+			p.DeviceBytes[device.Name] = max(p.DeviceBytes[device.Name], bytes)
+		})
+	}
+}
+
+// keep changes what is known of a slot's model.
+func (c *Cache) keep(s *slot, change func(*Profile)) {
+	if s.digest == "" {
+		return
+	}
+	if err := c.profiles.change(s.digest, change); err != nil {
+		c.options.Log.Warn("profile not kept", zap.String("model", s.model.Ref), zap.Error(err))
+	}
+}
+
+// Devices returns the devices of this host; none is an empty list.
+func (c *Cache) Devices() []gpu.Device {
+	return append([]gpu.Device{}, c.options.Devices.Devices()...)
+}
+
+// drain ends the runners on a device that is out of service. Their streams break, and open again elsewhere.
+func (c *Cache) drain(device gpu.Device, reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range slices.Clone(c.slots) {
+		if s.uuid == device.UUID && s.runner != nil && c.ctx.Err() == nil {
+			c.endLocked(s, "its device is out of service: "+reason, &c.working)
+		}
+	}
+}
+
+// deviceFullLocked says who has the memory of the devices that a claim has waited for.
+func (c *Cache) deviceFullLocked(want *claim) error {
+	var holders []string
+	for _, s := range c.slots {
+		if s.claim != nil && s.claim != want && want.wish.grants(&slot{claim: s.claim, uuid: s.uuid}) {
+			holders = append(holders, c.holderLocked(s, s.claim.deviceBytes))
+		}
+	}
+	slices.Sort(holders)
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory and has waited %s for it; %w; taken by %s; end some of their streams, use another device, or set allow-cpu-fallback",
+		want.model.Ref, want.model.Version, config.Bytes(want.need), c.options.LoadTimeout, want.noRoom, cmp.Or(strings.Join(holders, ", "), "other programs"))
+}
