@@ -6,19 +6,15 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"math"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -201,26 +197,6 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		Library:        library(settings.Libtensorflow),
 		Log:            log,
 	}), nil
-}
-
-// defaultMemory is what models may have of the host when nobody says: half of what this process may have by
-// its control group, else half of the machine's. The other half is for Spark and Python.
-func defaultMemory() int64 {
-	most := int64(math.MaxInt64)
-	for _, path := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			continue
-		}
-		if limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil { // else it is "max"
-			most = min(most, limit)
-		}
-	}
-	var machine unix.Sysinfo_t
-	if err := unix.Sysinfo(&machine); err == nil {
-		most = min(most, int64(machine.Totalram)*int64(machine.Unit))
-	}
-	return most / 2
 }
 
 // serverName says who answers: this host and this process.

@@ -1,0 +1,53 @@
+package main
+
+import (
+	"math"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// cgroupRoot is where control groups of version 2 are mounted.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// defaultMemory is what models may have of the host, in bytes, when nobody says: half of what this process may have
+// by its control groups, else half of the machine's. The other half is for Spark and Python.
+func defaultMemory() int64 {
+	most := int64(math.MaxInt64)
+	var machine unix.Sysinfo_t
+	if err := unix.Sysinfo(&machine); err == nil {
+		most = int64(machine.Totalram) * int64(machine.Unit)
+	}
+	own := "/" // in a container, its group is the root
+	if text, err := os.ReadFile("/proc/self/cgroup"); err == nil {
+		for line := range strings.Lines(string(text)) {
+			if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+				own = path
+			}
+		}
+	}
+	for group := own; ; group = filepath.Dir(group) { // a limit holds for all groups below it
+		most = min(most, limitOf(filepath.Join(cgroupRoot, group, "memory.max")))
+		if group == "/" || group == "." {
+			break
+		}
+	}
+	most = min(most, limitOf("/sys/fs/cgroup/memory/memory.limit_in_bytes")) // version 1
+	return most / 2
+}
+
+// limitOf reads a limit on memory; without one, or with "max", there is none.
+func limitOf(path string) int64 {
+	text, err := os.ReadFile(path) //nolint:gosec // the kernel's
+	if err != nil {
+		return math.MaxInt64
+	}
+	limit, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	if err != nil {
+		return math.MaxInt64
+	}
+	return limit
+}
