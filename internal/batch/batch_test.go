@@ -29,10 +29,14 @@ type machine struct {
 	mem    *offheap.Allocator
 	before func(first int64) // called by each run with its first number
 	open   atomic.Int64      // outputs that were not closed
+	room   atomic.Int64      // rows of a run for which there is memory, 0 is any number
 
 	mu   sync.Mutex
 	runs [][]int64 // the numbers of each run
+	rows []int     // of each run
 }
+
+var errFull = fault.New(fault.Exhausted, "the device is full")
 
 type outputs struct {
 	machine *machine
@@ -60,10 +64,13 @@ func (m *machine) run(feeds []tensor.Feed, _ []string, _ time.Duration) (Outputs
 	defer tensor.ReleaseFeeds(feeds)
 	x := numbers(feeds[0].Value)
 	m.mu.Lock()
-	m.runs = append(m.runs, x)
+	m.runs, m.rows = append(m.runs, x), append(m.rows, int(feeds[0].Value.Rows()))
 	m.mu.Unlock()
 	if m.before != nil {
 		m.before(x[0])
+	}
+	if room := m.room.Load(); room > 0 && feeds[0].Value.Rows() > room {
+		return nil, errFull
 	}
 	if slices.ContainsFunc(x, func(n int64) bool { return n < 0 }) {
 		return nil, fault.New(fault.BadRequest, "there is a negative number")
@@ -124,16 +131,17 @@ func (s *Scheduler) queued() int {
 	return s.waiting
 }
 
-// TestRowsComeBack runs random record batches, some with rows to refuse, of many streams at once with all kinds of limits.
-func TestRowsComeBack(t *testing.T) {
-	s, m := newScheduler(t, nil)
+// runMixed runs random record batches, some with rows to refuse, of many streams at once with all kinds of limits, and
+// compares each answer.
+func runMixed(t *testing.T, s *Scheduler, m *machine, seed uint64, batches int) {
+	t.Helper()
 	var working sync.WaitGroup
 	for stream := range 12 {
 		working.Go(func() {
-			r := rand.New(rand.NewPCG(uint64(stream), 5))
-			limits := []Limits{{}, {Off: true}, {MaxBatchSize: 3}, {BatchTimeout: 2 * time.Millisecond}, {MaxBatchSize: 100}}[stream%5]
+			r := rand.New(rand.NewPCG(uint64(stream), seed))
+			limits := []Limits{{}, {Off: true}, {MaxBatchSize: 3}, {BatchTimeout: 2 * time.Millisecond}, {MaxBatchSize: 100}, {Alone: true}}[stream%6]
 			st := s.Stream(call(limits))
-			for range 60 {
+			for range batches {
 				width, rows := 1+r.IntN(2), 1+r.IntN(20)
 				x := make([]int64, rows*width)
 				bad := map[int]bool{}
@@ -160,6 +168,11 @@ func TestRowsComeBack(t *testing.T) {
 				if len(a.Refused) != len(bad) || !slices.Equal(got, want) {
 					t.Errorf("stream %d: %v became %v, refused %v", stream, x, got, a.Refused)
 				}
+				for row := range a.Refused {
+					if !bad[row] {
+						t.Errorf("row %d of %v was refused", row, x)
+					}
+				}
 				if a.TFRows < rows-len(bad) {
 					t.Errorf("%d rows of runs for %d rows", a.TFRows, rows)
 				}
@@ -168,13 +181,146 @@ func TestRowsComeBack(t *testing.T) {
 		})
 	}
 	working.Wait()
+}
+
+func TestRowsComeBack(t *testing.T) {
+	s, m := newScheduler(t, nil)
+	runMixed(t, s, m, 5, 60)
 	if c := s.Counts(); c.JoinedRuns == 0 || c.JoinedRuns >= c.Runs || c.Runs != int64(len(m.runs)) {
 		t.Errorf("%+v of %d runs", c, len(m.runs))
 	}
-	for _, x := range m.runs {
-		if len(x) > 40 {
-			t.Errorf("a run of %d numbers", len(x))
+	for _, rows := range m.rows {
+		if rows > 20 {
+			t.Errorf("a run of %d rows", rows)
 		}
+	}
+}
+
+// TestAllowedBatchSizes prescribes random batch sizes, on devices with and without room for the largest of them. Limits
+// of bytes and of streams that fit no size must not bring in another.
+func TestAllowedBatchSizes(t *testing.T) {
+	for seed := range uint64(12) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		var sizes []int
+		for size := 1 + r.IntN(4); size <= 1+r.IntN(40); size += 1 + r.IntN(9) {
+			sizes = append(sizes, size)
+		}
+		if len(sizes) == 0 {
+			sizes = []int{4}
+		}
+		room := 0
+		if seed%2 == 1 {
+			room = sizes[r.IntN(len(sizes))]
+		}
+		t.Run(fmt.Sprintf("%v room %d", sizes, room), func(t *testing.T) {
+			var fits atomic.Int64
+			s, m := newScheduler(t, func(o *Options) {
+				o.AllowedBatchSizes, o.MaxBatchSize = sizes, sizes[len(sizes)-1]
+				o.Shrink = &Shrink{Fits: func(rows int) { fits.Store(int64(rows)) }, Pressed: func() { t.Error("pressed, with room for a run") }}
+				if seed%3 == 0 {
+					o.MaxBatchBytes = 24
+				}
+			})
+			m.room.Store(int64(room))
+			runMixed(t, s, m, seed, 20)
+			for _, rows := range m.rows {
+				if !slices.Contains(sizes, rows) {
+					t.Errorf("a run of %d rows", rows)
+				}
+			}
+			if got := int(fits.Load()); got != 0 && got != room {
+				t.Errorf("told that %d rows fit, there is room for %d", got, room)
+			}
+		})
+	}
+}
+
+func TestPadding(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) { o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 8}, 8 })
+	x := []int64{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}
+	a, err := s.Stream(call(Limits{Off: true})).Run(t.Context(), feed(m, 1, x...), 11, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if got := numbers(a.Values[0]); len(got) != 11 || got[10] != 12 || a.TFRows != 11 {
+		t.Errorf("%v of %d rows", got, a.TFRows)
+	}
+	slices.SortFunc(m.runs, func(a, b []int64) int { return int(a[0] - b[0]) })
+	if got := fmt.Sprint(m.runs); got != "[[1 2 3 4 5 6 7 8] [9 10 11 9 9 9 9 9]]" {
+		t.Errorf("the runs were %s", got)
+	}
+}
+
+// TestTooLargeForTheDevice finds by halving how many rows fit, and remembers it.
+func TestTooLargeForTheDevice(t *testing.T) {
+	var told []int
+	s, m := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads, o.MaxBatchSize = 1, 100
+		o.Shrink = &Shrink{Fits: func(rows int) { told = append(told, rows) }, Pressed: func() { t.Error("pressed") }}
+	})
+	m.room.Store(30)
+	x := make([]int64, 100)
+	for i := range x {
+		x[i] = int64(i)
+	}
+	for _, limits := range []Limits{{}, {Off: true}, {}} {
+		a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, x...), 100, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, n := range numbers(a.Values[0]) {
+			if n != int64(i)+1 {
+				t.Fatalf("row %d became %d", i, n)
+			}
+		}
+		a.Close()
+	}
+	if got := fmt.Sprint(m.rows); got != "[100 50 25 25 25 25 25 25 25 25 25 25 25 25]" {
+		t.Errorf("runs of %s rows", got)
+	}
+	if !slices.Equal(told, []int{25}) {
+		t.Errorf("told %v", told)
+	}
+}
+
+// TestNoRoomForOneRow asks others to make room, once.
+func TestNoRoomForOneRow(t *testing.T) {
+	pressed, lasting := 0, false
+	var m *machine
+	s, made := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads = 1
+		o.Shrink = &Shrink{Fits: func(int) {}, Wait: time.Millisecond, Pressed: func() {
+			if pressed++; !lasting {
+				m.room.Store(0)
+			}
+		}}
+		run := o.Run
+		o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+			if m.room.Load() == 1 {
+				tensor.ReleaseFeeds(feeds)
+				return nil, errFull
+			}
+			return run(feeds, fetches, timeout)
+		}
+	})
+	m = made
+	m.room.Store(1)
+	a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1, 2, 3, -4), 4, false)
+	// The row behind it may have run already when the first found no room.
+	if err != nil || pressed < 1 || pressed > 2 || fmt.Sprint(numbers(a.Values[0]), len(a.Refused)) != "[2 3 4] 1" {
+		t.Fatalf("pressed %d times, %v", pressed, err)
+	}
+	a.Close()
+
+	m.room.Store(1)
+	lasting = true
+	_, err = s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1, 2), 2, false)
+	expect.Fault(t, err, fault.Exhausted, "not even a run of 1 rows", "the device is full")
+	ctx, cancel := context.WithCancel(t.Context())
+	s.options.Shrink.Wait, s.options.Shrink.Pressed = time.Hour, cancel
+	if _, err = s.Stream(call(Limits{})).Run(ctx, feed(m, 1, 1), 1, false); !errors.Is(err, context.Canceled) {
+		t.Errorf("a stream that left waits for memory: %v", err)
 	}
 }
 

@@ -3,6 +3,7 @@ package batch
 import (
 	"context"
 	"fmt"
+	"math"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -38,6 +39,11 @@ type Options struct {
 	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
 	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
 	NumBatchThreads    int           // runs at once
+	// AllowedBatchSizes are the only numbers of rows that Run is given, ascending: a batch of another size is
+	// padded to the next with copies of its first row. None allows all.
+	AllowedBatchSizes []int
+	// Shrink, if set, says that a run which fails as Exhausted had too many rows for the memory of a device.
+	Shrink *Shrink
 	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them, also on
 	// error. A fault of kind BadRequest says that the rows are to blame. timeout bounds the run, 0
 	// is none. It is called by several goroutines at once.
@@ -47,6 +53,18 @@ type Options struct {
 	Stuck  func(timeout time.Duration)
 	Memory memory.Allocator // for what is joined; 64-byte aligned and off the Go heap
 	Log    *zap.Logger
+}
+
+// Shrink is how a scheduler gets along with the memory of a device. A run that does not fit is cut in two, or with
+// AllowedBatchSizes to the next lower one, and no later run has more rows than that.
+type Shrink struct {
+	// Fits is called when a run has succeeded with fewer rows than one that failed before, with the most rows
+	// that a run has from then on.
+	Fits func(rows int)
+	// Pressed is called when a run fails that cannot have fewer rows. It is tried once more after Wait, in which
+	// others may give memory back, and then fails for good.
+	Pressed func()
+	Wait    time.Duration
 }
 
 // Counts are what a scheduler has done so far.
@@ -62,6 +80,8 @@ type Scheduler struct {
 
 	runs, joined atomic.Int64
 	recent       atomic.Int64 // how long the last run took, in nanoseconds
+	most         atomic.Int64 // rows of one run, also where a stream is not to be cut; lowered by Shrink
+	told         atomic.Int64 // what Fits was called with, or most at the start
 
 	mu      sync.Mutex // guards the fields below, and those of tasks and streams
 	work    *sync.Cond // there may be a batch to run
@@ -74,6 +94,11 @@ type Scheduler struct {
 // New returns a scheduler with its threads running.
 func New(options Options) *Scheduler {
 	s := &Scheduler{options: options}
+	s.most.Store(math.MaxInt)
+	if len(options.AllowedBatchSizes) > 0 {
+		s.most.Store(int64(s.allowed(options.MaxBatchSize)))
+	}
+	s.told.Store(s.most.Load())
 	s.work = sync.NewCond(&s.mu)
 	s.timer = time.AfterFunc(time.Hour, func() {
 		s.mu.Lock() // else it could come between a thread's last look and its wait
@@ -122,6 +147,64 @@ func (s *Scheduler) Close() {
 
 var errClosed = fault.New(fault.Unavailable, "the server is ending; ask again")
 
+// allowed returns the largest allowed batch size up to a number of rows, at least the smallest there is.
+func (s *Scheduler) allowed(rows int) int {
+	sizes := s.options.AllowedBatchSizes
+	if len(sizes) == 0 {
+		return rows
+	}
+	for _, size := range slices.Backward(sizes) {
+		if size <= rows {
+			return size
+		}
+	}
+	return sizes[0]
+}
+
+// padded returns the rows that a run of so many gets.
+func (s *Scheduler) padded(rows int) int {
+	for _, size := range s.options.AllowedBatchSizes {
+		if size >= rows {
+			return size
+		}
+	}
+	return rows
+}
+
+// shrink keeps later runs below one of so many rows, which the device had no memory for, where that can be.
+func (s *Scheduler) shrink(rows int) {
+	rows = s.padded(rows)
+	lower := int64(rows+1) / 2
+	if len(s.options.AllowedBatchSizes) > 0 {
+		lower = int64(s.allowed(rows - 1))
+	}
+	for {
+		most := s.most.Load()
+		if lower >= min(most, int64(rows)) || s.most.CompareAndSwap(most, lower) {
+			return
+		}
+	}
+}
+
+// fits tells how many rows fit, once something has run since that was found.
+func (s *Scheduler) fits() {
+	if s.options.Shrink == nil {
+		return
+	}
+	if most := s.most.Load(); s.told.Swap(most) != most {
+		s.options.Shrink.Fits(int(most))
+	}
+}
+
+// tooLarge reports whether a run failed, or would fail, for the number of its rows.
+func (s *Scheduler) tooLarge(err error) bool {
+	kind, ok := fault.KindOf(err)
+	return err == errTooLarge || s.options.Shrink != nil && ok && kind == fault.Exhausted
+}
+
+// errTooLarge is the result of a task that no run may have.
+var errTooLarge = fault.New(fault.Exhausted, "its outputs depend on all rows of a run together, and it has more rows than one run may have; send fewer rows in a record batch")
+
 // Call is what a stream asks of each run.
 type Call struct {
 	Fetches []string
@@ -136,7 +219,7 @@ type Call struct {
 // Limits are what a stream asks of batching. Numbers may only lower the scheduler's; 0 leaves
 // them, but a stream waits for others only if it says so.
 type Limits struct {
-	Off          bool // each record batch is one run
+	Off          bool // each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory
 	Alone        bool // record batches are cut, but not joined with other streams'
 	MaxBatchSize int
 	BatchTimeout time.Duration
@@ -157,10 +240,19 @@ func (s *Scheduler) Stream(call Call) *Stream {
 	if call.Limits.MaxBatchSize > 0 {
 		limit = min(limit, call.Limits.MaxBatchSize)
 	}
-	call.Limits.MaxBatchSize = limit
+	call.Limits.MaxBatchSize = s.allowed(limit)
 	call.Limits.BatchTimeout = min(call.Limits.BatchTimeout, s.options.BatchTimeout)
 	key := fmt.Sprintf("%s|%d|%d|%d", strings.Join(call.Fetches, ","), call.Timeout, limit, call.Limits.BatchTimeout)
 	return &Stream{scheduler: s, call: call, key: key}
+}
+
+// most returns the rows that a run of the stream may have.
+func (st *Stream) most() int {
+	most := int(st.scheduler.most.Load())
+	if !st.call.Limits.Off {
+		most = min(most, st.call.Limits.MaxBatchSize)
+	}
+	return most
 }
 
 // task is a piece of a stream's record batch.
@@ -191,7 +283,7 @@ type result struct {
 	values  []tensor.Value
 	err     error
 	checked bool // err is of Call.Check: no row is to blame
-	ran     int  // rows of the run
+	ran     int  // rows of the run, without padding
 	queue   time.Duration
 	run     time.Duration
 }
@@ -360,20 +452,20 @@ func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
 	if seed.key == "" {
 		return tasks, true
 	}
-	rows, bytes := seed.rows, seed.bytes
+	rows, bytes, most := seed.rows, seed.bytes, first.most()
 	for _, st := range s.turns {
 		t := st.tasks[0]
 		if st == first || t.key != seed.key {
 			continue
 		}
-		if rows+t.rows > first.call.Limits.MaxBatchSize || bytes+t.bytes > s.options.MaxBatchBytes {
+		if rows+t.rows > most || bytes+t.bytes > s.options.MaxBatchBytes {
 			ready = true // waiting would not make it fuller, only those that follow wait longer
 			continue
 		}
 		rows, bytes = rows+t.rows, bytes+t.bytes
 		tasks = append(tasks, t)
 	}
-	return tasks, ready || rows >= first.call.Limits.MaxBatchSize || first.call.Limits.BatchTimeout == 0
+	return tasks, ready || rows >= most || first.call.Limits.BatchTimeout == 0
 }
 
 // serve runs one batch and answers its tasks.
@@ -383,7 +475,18 @@ func (s *Scheduler) serve(tasks []*task) {
 	if len(tasks) == 0 {
 		return
 	}
+	total := rowsOf(tasks)
+	if int64(total) > s.most.Load() { // since it was queued; its stream cuts it again
+		s.deliver(tasks, started, nil, errTooLarge)
+		return
+	}
 	outputs, err := s.run(tasks, under)
+	switch {
+	case err == nil:
+		s.fits()
+	case s.tooLarge(err):
+		s.shrink(total)
+	}
 	switch {
 	case err == errAnswered:
 	case err != nil && len(tasks) > 1:
@@ -430,22 +533,36 @@ func (s *Scheduler) begin(tasks []*task) ([]*task, *running) {
 	return stay, under
 }
 
+func rowsOf(tasks []*task) (rows int) {
+	for _, t := range tasks {
+		rows += t.rows
+	}
+	return rows
+}
+
 // join returns the feeds of one run. Those of a single task are its own with references of
-// their own; those of several are copied together.
+// their own; those of several, and what is padded, are copied together.
 func (s *Scheduler) join(tasks []*task) (feeds []tensor.Feed, err error) {
 	defer s.guard(&err)
+	total := rowsOf(tasks)
+	padding := s.padded(total) - total
 	feeds = make([]tensor.Feed, len(tasks[0].feeds))
 	for i, feed := range tasks[0].feeds {
 		feeds[i].Tensor = feed.Tensor
-		if len(tasks) == 1 {
-			feeds[i].Value = feed.Value.Slice(0, tasks[0].rows)
+		if len(tasks) == 1 && padding == 0 {
+			feeds[i].Value = feed.Value.Slice(0, total)
 			continue
 		}
-		values := make([]tensor.Value, len(tasks))
+		values := make([]tensor.Value, len(tasks), len(tasks)+padding)
 		for j, t := range tasks {
 			values[j] = t.feeds[i].Value
 		}
+		first := feed.Value.Slice(0, 1)
+		for range padding {
+			values = append(values, first)
+		}
 		feeds[i].Value = tensor.Concat(values, s.options.Memory)
+		first.Release()
 	}
 	return feeds, nil
 }
@@ -515,13 +632,10 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 	return nil, errAnswered
 }
 
-// deliver gives each task its rows of the outputs.
+// deliver gives each task its rows of the outputs, and drops those of the padding.
 func (s *Scheduler) deliver(tasks []*task, started time.Time, outputs Outputs, err error) {
 	took := time.Since(started)
-	total := 0
-	for _, t := range tasks {
-		total += t.rows
-	}
+	total := rowsOf(tasks)
 	var values []tensor.Value
 	var shared *share
 	if err == nil {
@@ -533,8 +647,11 @@ func (s *Scheduler) deliver(tasks []*task, started time.Time, outputs Outputs, e
 	at := 0
 	for _, t := range tasks {
 		r := result{err: err, ran: total, queue: started.Sub(t.queued), run: took}
+		if err == errTooLarge {
+			r.ran = 0
+		}
 		if err == nil {
-			if r.err = t.stream.call.Check(values, total); r.err != nil {
+			if r.err = t.stream.call.Check(values, s.padded(total)); r.err != nil {
 				r.checked = true
 				shared.close()
 			} else {

@@ -22,7 +22,7 @@ type Answer struct {
 	Values []tensor.Value
 	// Refused holds TensorFlow's reason by row. Under Run's first it has one row at most.
 	Refused map[int]string
-	TFRows  int           // rows of all runs that served this record batch, those of other streams included
+	TFRows  int           // rows of all runs that served this record batch: those of other streams included, padding not
 	Queue   time.Duration // the longest that a part waited
 	Run     time.Duration // of all runs
 
@@ -48,36 +48,19 @@ type piece struct{ lo, hi int }
 // the given number of rows, at least one. Rows that TensorFlow refuses are found by halving; with
 // first it stops at the first of them. The caller closes the answer.
 //
-// Errors are faults of the run, of Call.Check, or those of ctx, whose end drops what waits.
+// Errors are faults of the run, of Call.Check, Exhausted where a device has no memory even for the fewest rows, or
+// those of ctx, whose end drops what waits.
 func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first bool) (*Answer, error) {
 	defer tensor.ReleaseFeeds(feeds)
-	ctx, drop := context.WithCancel(ctx)
-	defer drop()
 	a := &Answer{}
-	var parts []part
-	var failed error
-	halvings := maxRuns - 1
-	pieces := st.cut(feeds, rows)
-	var submitted []*task // as many at once as can run, and one that waits for its turn
-	for i, p := range pieces {
-		for len(submitted) < len(pieces) && len(submitted) <= i+st.scheduler.options.NumBatchThreads {
-			next := pieces[len(submitted)]
-			submitted = append(submitted, st.submit(slice(feeds, next.lo, next.hi), next.hi-next.lo, false))
-		}
-		var found []part
-		found, failed = st.settle(ctx, a, feeds, p.lo, p.hi, submitted[i].wait(ctx), &halvings, first)
-		parts = append(parts, found...)
-		if failed != nil || first && len(a.Refused) > 0 {
-			drop() // nobody needs the later pieces
-			for _, t := range submitted[i+1:] {
-				r := t.wait(ctx)
-				r.close()
-			}
-			break
-		}
+	w := &work{st: st, ctx: ctx, feeds: feeds, answer: a, halvings: maxRuns - 1, first: first}
+	for i := range feeds {
+		w.rowBytes += feeds[i].Value.ByteSize()
 	}
+	w.rowBytes /= int64(rows)
+	parts, failed := w.each(st.cut(piece{0, rows}, w.rowBytes), false)
 	if failed == nil && !a.gather(parts, st) {
-		failed = st.again(ctx, a, feeds, rows)
+		failed = w.again(rows)
 	}
 	if failed != nil {
 		a.Close()
@@ -89,23 +72,20 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 // part is a range of rows that ran, with its result's place in the answer.
 type part struct{ lo, result int }
 
-// cut divides the rows into pieces of about one size, none above the limits.
-func (st *Stream) cut(feeds []tensor.Feed, rows int) []piece {
-	count := 1
-	if !st.call.Limits.Off {
-		bytes := int64(0)
-		for i := range feeds {
-			bytes += feeds[i].Value.ByteSize()
-		}
-		limit := st.call.Limits.MaxBatchSize
-		if perRow := bytes / int64(rows); perRow > 0 {
-			limit = min(limit, int(max(st.scheduler.options.MaxBatchBytes/perRow, 1)))
-		}
-		count = (rows + limit - 1) / limit
+// cut divides a range of rows into pieces, none above the limits. They are of about one size, but as large as can be
+// where batch sizes are prescribed, so that little is padded.
+func (st *Stream) cut(all piece, rowBytes int64) []piece {
+	rows, most := all.hi-all.lo, st.most()
+	if !st.call.Limits.Off && rowBytes > 0 {
+		most = st.scheduler.allowed(min(most, int(max(st.scheduler.options.MaxBatchBytes/rowBytes, 1))))
 	}
+	count := (rows-1)/most + 1
 	pieces := make([]piece, count)
 	for i := range pieces {
-		pieces[i] = piece{lo: i * rows / count, hi: (i + 1) * rows / count}
+		pieces[i] = piece{lo: all.lo + i*rows/count, hi: all.lo + (i+1)*rows/count}
+		if len(st.scheduler.options.AllowedBatchSizes) > 0 {
+			pieces[i] = piece{lo: all.lo + i*most, hi: min(all.lo+(i+1)*most, all.hi)}
+		}
 	}
 	return pieces
 }
@@ -119,44 +99,108 @@ func slice(feeds []tensor.Feed, lo, hi int) []tensor.Feed {
 	return out
 }
 
-// settle notes the result of the rows [lo, hi). If TensorFlow refused them it halves them, the
-// earlier half first, and each half runs alone.
-func (st *Stream) settle(ctx context.Context, a *Answer, feeds []tensor.Feed, lo, hi int, r result, halvings *int, first bool) ([]part, error) {
+// work is one record batch under way.
+type work struct {
+	st       *Stream
+	ctx      context.Context
+	feeds    []tensor.Feed
+	rowBytes int64 // of all feeds
+	answer   *Answer
+	halvings int  // runs that may still be spent on rows to blame
+	first    bool // stop at the first refused row
+}
+
+// each runs pieces, as many at once as can be and one that waits for its turn, and settles them in their order.
+// It stops where the first refused row is enough.
+func (w *work) each(pieces []piece, alone bool) ([]part, error) {
+	ctx, drop := context.WithCancel(w.ctx)
+	defer drop()
+	var parts []part
+	var submitted []*task
+	for i, p := range pieces {
+		for len(submitted) < len(pieces) && len(submitted) <= i+w.st.scheduler.options.NumBatchThreads {
+			submitted = append(submitted, w.submit(pieces[len(submitted)], alone))
+		}
+		found, err := w.settle(p, submitted[i].wait(ctx))
+		parts = append(parts, found...)
+		if err != nil || w.enough() {
+			drop()
+			for _, t := range submitted[i+1:] {
+				r := t.wait(ctx)
+				r.close()
+			}
+			return parts, err
+		}
+	}
+	return parts, nil
+}
+
+func (w *work) enough() bool { return w.first && len(w.answer.Refused) > 0 }
+
+func (w *work) submit(p piece, alone bool) *task {
+	return w.st.submit(slice(w.feeds, p.lo, p.hi), p.hi-p.lo, alone)
+}
+
+// settle notes the result of a piece. If it had too many rows for the device it is cut again; if TensorFlow refused
+// it, it is halved, the earlier half first, and each half runs alone.
+func (w *work) settle(p piece, r result) ([]part, error) {
+	a := w.answer
 	a.TFRows += r.ran
 	a.Run += r.run
 	a.Queue = max(a.Queue, r.queue)
-	if r.err == nil {
+	kind, _ := fault.KindOf(r.err)
+	switch {
+	case r.err == nil:
 		a.results = append(a.results, r)
-		return []part{{lo: lo, result: len(a.results) - 1}}, nil
-	}
-	if kind, ok := fault.KindOf(r.err); !ok || kind != fault.BadRequest || r.checked {
+		return []part{{lo: p.lo, result: len(a.results) - 1}}, nil
+	case r.checked:
 		return nil, r.err
-	}
-	if hi-lo == 1 {
-		a.refuse(lo, r.err.Error())
+	case w.st.scheduler.tooLarge(r.err):
+		if p.hi-p.lo > w.st.most() {
+			return w.each(w.st.cut(p, w.rowBytes), true)
+		}
+		return w.retry(p, r.err)
+	case kind != fault.BadRequest:
+		return nil, r.err
+	case p.hi-p.lo == 1:
+		a.refuse(p.lo, r.err.Error())
 		return nil, nil
-	}
-	if *halvings < 2 {
-		for row := lo; row < hi; row++ {
-			a.refuse(row, fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v", hi-lo, maxRuns, r.err))
+	case w.halvings < 2:
+		for row := p.lo; row < p.hi; row++ {
+			a.refuse(row, fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v", p.hi-p.lo, maxRuns, r.err))
 		}
 		return nil, nil
 	}
-	*halvings -= 2
-	middle := lo + (hi-lo)/2
+	w.halvings -= 2
+	middle := p.lo + (p.hi-p.lo)/2
 	var parts []part
-	for _, half := range [][2]int{{lo, middle}, {middle, hi}} {
-		if first && len(a.Refused) > 0 {
+	for _, half := range []piece{{p.lo, middle}, {middle, p.hi}} {
+		if w.enough() {
 			break
 		}
-		t := st.submit(slice(feeds, half[0], half[1]), half[1]-half[0], true)
-		found, err := st.settle(ctx, a, feeds, half[0], half[1], t.wait(ctx), halvings, first)
+		found, err := w.settle(half, w.submit(half, true).wait(w.ctx))
 		parts = append(parts, found...)
 		if err != nil {
 			return parts, err
 		}
 	}
 	return parts, nil
+}
+
+// retry runs a piece that cannot have fewer rows once more, when others have had time to give memory back.
+func (w *work) retry(p piece, why error) ([]part, error) {
+	shrink := w.st.scheduler.options.Shrink
+	shrink.Pressed()
+	select {
+	case <-time.After(shrink.Wait):
+	case <-w.ctx.Done():
+		return nil, w.ctx.Err()
+	}
+	r := w.submit(p, true).wait(w.ctx)
+	if r.err != nil && w.st.scheduler.tooLarge(r.err) {
+		return nil, fault.New(fault.Exhausted, "not even a run of %d rows, the fewest, fits into its memory, tried twice: %w", w.st.scheduler.padded(p.hi-p.lo), why)
+	}
+	return w.settle(p, r)
 }
 
 func (a *Answer) refuse(row int, reason string) {
@@ -192,18 +236,19 @@ func (a *Answer) gather(parts []part, st *Stream) bool {
 
 // again runs the rows that were not refused once more, in one run. The size of an output may depend on
 // all rows of a run, and parts of a record batch then have several.
-func (st *Stream) again(ctx context.Context, a *Answer, feeds []tensor.Feed, rows int) error {
+func (w *work) again(rows int) error {
+	a := w.answer
 	kept := make([]int, 0, rows)
 	for row := range rows {
 		if _, refused := a.Refused[row]; !refused {
 			kept = append(kept, row)
 		}
 	}
-	left := make([]tensor.Feed, len(feeds))
-	for i := range feeds {
-		left[i] = tensor.Feed{Tensor: feeds[i].Tensor, Value: feeds[i].Value.Take(kept, st.scheduler.options.Memory)}
+	left := make([]tensor.Feed, len(w.feeds))
+	for i := range w.feeds {
+		left[i] = tensor.Feed{Tensor: w.feeds[i].Tensor, Value: w.feeds[i].Value.Take(kept, w.st.scheduler.options.Memory)}
 	}
-	r := st.submit(left, len(kept), true).wait(ctx)
+	r := w.st.submit(left, len(kept), true).wait(w.ctx)
 	if r.err != nil {
 		return r.err
 	}
