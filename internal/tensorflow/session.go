@@ -4,6 +4,7 @@ package tensorflow
 import "C"
 
 import (
+	"math"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,13 +26,26 @@ type Options struct {
 	// calls Run, which suits small graphs that many goroutines run at once; such a
 	// session knows no deadline.
 	InterOpThreads int
+	// GrowDevice makes TensorFlow take memory of a GPU as it needs it; without it
+	// it takes nearly all of it at once. It never gives memory back.
+	GrowDevice bool
+	// DeviceMiB bounds what TensorFlow takes of the memory of the GPU that it sees, 0
+	// does not. It is the memory_limit_mb of one virtual device, which is in bytes;
+	// per_process_gpu_memory_fraction is of the whole GPU's, which is not known here.
+	// Without a GPU it does nothing.
+	DeviceMiB int
 }
 
 // Numbers of fields in TensorFlow's config.proto.
 const (
 	configIntraOpThreads       = 2
 	configInterOpThreads       = 5
+	configGPUOptions           = 6
 	configUsePerSessionThreads = 9
+	gpuAllowGrowth             = 4
+	gpuExperimental            = 9
+	gpuVirtualDevices          = 1
+	gpuMemoryLimitMB           = 1 // repeated float
 	runOptionsTimeoutInMs      = 2
 )
 
@@ -46,6 +60,20 @@ func (o Options) config() []byte {
 	}
 	field(configIntraOpThreads, o.IntraOpThreads)
 	field(configInterOpThreads, o.InterOpThreads)
+	message := func(number protowire.Number, content []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(nil, number, protowire.BytesType), content)
+	}
+	var gpu []byte
+	if o.GrowDevice {
+		gpu = protowire.AppendVarint(protowire.AppendTag(gpu, gpuAllowGrowth, protowire.VarintType), 1)
+	}
+	if o.DeviceMiB > 0 {
+		limit := message(gpuMemoryLimitMB, protowire.AppendFixed32(nil, math.Float32bits(float32(o.DeviceMiB))))
+		gpu = append(gpu, message(gpuExperimental, message(gpuVirtualDevices, limit))...)
+	}
+	if len(gpu) > 0 {
+		b = append(b, message(configGPUOptions, gpu)...)
+	}
 	if o.InterOpThreads > 0 {
 		field(configUsePerSessionThreads, 1)
 	}

@@ -1,0 +1,22 @@
+package tensorflow
+
+// #include "door.h"
+import "C"
+
+import "unsafe"
+
+// LoadLibrary loads a shared library, and with it the operations and kernels that it
+// registers, for all graphs that are loaded afterwards. It stays for the life of the
+// process: TensorFlow cannot unload one. Loading it again does nothing. A file that is
+// not there, is no library for this machine, or was built for another version of
+// TensorFlow is an *Error with the loader's own words. The library's code runs in this
+// process, with all its rights.
+func LoadLibrary(path string) error {
+	c := C.CString(path)
+	defer C.free(unsafe.Pointer(c))
+	return withStatus(func(status *C.TF_Status) {
+		if library := C.TF_LoadLibrary(c, status); library != nil {
+			C.TF_DeleteLibraryHandle(library) // the description alone; the code stays
+		}
+	})
+}
