@@ -51,7 +51,16 @@ BARS = {
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
     "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
-    "fuzz-files": ["tools/fuzz.py", "--seconds", "200", "FuzzUnpack", "FuzzParse", "FuzzHeader", "FuzzFrame"],
+    "fuzz-files": [
+        "tools/fuzz.py",
+        "--seconds",
+        "200",
+        "FuzzUnpack",
+        "FuzzParse",
+        "FuzzHeader",
+        "FuzzFrame",
+        "FuzzWarmup",
+    ],
     "fuzz-json": ["tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
 }
 

@@ -1,0 +1,346 @@
+package savedmodel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"iter"
+	"math"
+
+	tensorpb "github.com/galeone/tensorflow/tensorflow/go/core/framework/tensor_go_proto"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+// WarmupFile is where TF Serving keeps requests that a model is run with before it serves, in a SavedModel's folder.
+const WarmupFile = "assets.extra/tf_serving_warmup_requests"
+
+// MaxWarmups is how many records the file may have; TF Serving takes no more either.
+const MaxWarmups = 1000
+
+// maxWarmupBytes is the size of one record, and of the tensors made of it.
+const maxWarmupBytes = 256 << 20
+
+// Warmup is one record of the file.
+type Warmup struct {
+	Number    int    // in the file, from 1
+	Skipped   string // the kind of log, where it is not a Predict request; the fields below are empty then
+	Signature string
+	Inputs    map[string]Constant // by name in the signature
+	Outputs   []string            // names in the signature; none means all
+}
+
+// Constant is a tensor that is written in a file: row-major, elements of fixed size in Data, little endian, others in
+// Strings.
+type Constant struct {
+	DType   DType
+	Shape   []int64
+	Data    []byte
+	Strings [][]byte
+}
+
+// Field numbers of PredictionLog, PredictLog, PredictRequest and ModelSpec, from TF Serving's prediction_log.proto,
+// predict.proto and model.proto.
+const (
+	fieldPredictLog     = 6
+	fieldPredictRequest = 1
+	fieldModelSpec      = 1
+	fieldInputs         = 2
+	fieldOutputFilter   = 3
+	fieldSignatureName  = 3
+)
+
+// logTypes are the other kinds of PredictionLog.
+var logTypes = map[protowire.Number]string{
+	2: "classify_log", 3: "regress_log", 4: "multi_inference_log", 5: "session_run_log", 7: "predict_streamed_log",
+}
+
+// ReadWarmups reads the records of a WarmupFile: a TFRecord file of PredictionLog. It ends with the first error, which
+// comes with the number of its record: a checksum that does not fit, a file that was cut, a message or tensor that cannot
+// be, or more than MaxWarmups records. It keeps one record at a time in memory.
+func ReadWarmups(file io.Reader) iter.Seq2[Warmup, error] { return readWarmups(file, maxWarmupBytes) }
+
+func readWarmups(file io.Reader, most int64) iter.Seq2[Warmup, error] {
+	return func(yield func(Warmup, error) bool) {
+		for number := 1; ; number++ {
+			w := Warmup{Number: number}
+			record, err := readRecord(file, most)
+			switch {
+			case err == io.EOF:
+				return
+			case err == nil && number > MaxWarmups:
+				err = fmt.Errorf("there are more than %d records; TF Serving takes no more either", MaxWarmups)
+			case err == nil:
+				err = w.parse(record, most)
+			}
+			if !yield(w, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// readRecord reads one record of a TFRecord file, as tensorflow/core/lib/io/record_writer.h describes it: the length of
+// the data, 8 bytes, its checksum, 4, the data and their checksum, 4.
+func readRecord(file io.Reader, most int64) ([]byte, error) {
+	var head [12]byte
+	if _, err := io.ReadFull(file, head[:]); err != nil {
+		return nil, cut(err)
+	}
+	if masked(head[:8]) != binary.LittleEndian.Uint32(head[8:]) {
+		return nil, errors.New("the checksum of its length is wrong: this is no TFRecord file, or it is damaged")
+	}
+	length := binary.LittleEndian.Uint64(head[:8])
+	if length > uint64(most) {
+		return nil, fmt.Errorf("it has %d bytes; %d are the most", length, most)
+	}
+	var data bytes.Buffer // grows with what there is, whatever the length says
+	if _, err := io.CopyN(&data, file, int64(length)+4); err != nil {
+		return nil, cut(io.ErrUnexpectedEOF)
+	}
+	record := data.Bytes()[:length]
+	if masked(record) != binary.LittleEndian.Uint32(data.Bytes()[length:]) {
+		return nil, errors.New("the checksum of its data is wrong: the file is damaged")
+	}
+	return record, nil
+}
+
+func cut(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("the file ends in the middle of it")
+	}
+	return err
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// masked returns TFRecord's checksum: CRC-32C, rotated by 15 bits and with a constant added (tsl/lib/hash/crc32c.h).
+func masked(data []byte) uint32 {
+	sum := crc32.Checksum(data, castagnoli)
+	return (sum>>15 | sum<<17) + 0xa282ead8
+}
+
+func (w *Warmup) parse(record []byte, room int64) error {
+	found := false
+	err := fields(record, func(num protowire.Number, value []byte) error {
+		if kind, ok := logTypes[num]; ok {
+			w.Skipped = kind
+		}
+		if num != fieldPredictLog {
+			return nil
+		}
+		return fields(value, func(num protowire.Number, value []byte) error {
+			if num != fieldPredictRequest {
+				return nil
+			}
+			found = true
+			return w.parseRequest(value, room)
+		})
+	})
+	if err == nil && !found && w.Skipped == "" {
+		err = errors.New("it has no predict_log.request")
+	}
+	if w.Signature == "" {
+		w.Signature = DefaultSignature
+	}
+	return err
+}
+
+func (w *Warmup) parseRequest(data []byte, room int64) error {
+	w.Inputs = map[string]Constant{}
+	return fields(data, func(num protowire.Number, value []byte) error {
+		switch num {
+		case fieldModelSpec:
+			return fields(value, func(num protowire.Number, value []byte) error {
+				if num == fieldSignatureName {
+					w.Signature = string(value)
+				}
+				return nil
+			})
+		case fieldOutputFilter:
+			w.Outputs = append(w.Outputs, string(value))
+		case fieldInputs:
+			var name string
+			var content tensorpb.TensorProto
+			err := fields(value, func(num protowire.Number, value []byte) error {
+				switch num {
+				case fieldMapKey:
+					name = string(value)
+				case fieldMapValue:
+					return proto.Unmarshal(value, &content)
+				}
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+			constant, err := newConstant(&content, &room)
+			if err != nil {
+				return fmt.Errorf("input %q: %w", name, err)
+			}
+			w.Inputs[name] = constant
+		}
+		return nil
+	})
+}
+
+var errLarge = fmt.Errorf("its record has more than %d MiB of tensors", maxWarmupBytes>>20)
+
+// stringBytes is what an element of a string tensor takes here, without its bytes.
+const stringBytes = 24
+
+// newConstant makes a tensor of its message as TensorFlow does (Tensor::FromProto): of tensor_content, or of the values
+// in the field of its type, of which the last is repeated where there are too few; without any it is zeros. room is
+// how many bytes it may have, and is lowered by what it has.
+func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
+	c := Constant{DType: DType(content.GetDtype()), Shape: []int64{}}
+	size := int64(c.DType.Size())
+	if c.DType == String {
+		size = stringBytes
+	} else if size == 0 {
+		return c, fmt.Errorf("a tensor of %v cannot be fed", c.DType)
+	}
+	if content.GetTensorShape().GetUnknownRank() {
+		return c, errors.New("its shape is unknown")
+	}
+	n, empty := int64(1), false
+	for _, dim := range content.GetTensorShape().GetDim() {
+		d := dim.GetSize()
+		c.Shape = append(c.Shape, d)
+		if d < 0 {
+			return c, fmt.Errorf("its shape is %v", c.Shape)
+		}
+		if d == 0 {
+			empty = true
+		} else if n > *room/size/d {
+			return c, errLarge
+		} else {
+			n *= d
+		}
+	}
+	if len(c.Shape) > maxRank {
+		return c, fmt.Errorf("it has %d dimensions; %d are the most", len(c.Shape), maxRank)
+	}
+	if empty {
+		n = 0
+	}
+	if *room -= n * size; *room < 0 {
+		return c, errLarge
+	}
+	raw := content.GetTensorContent()
+	if c.DType == String {
+		return c, c.addStrings(content.GetStringVal(), raw, int(n))
+	}
+	if len(raw) > 0 {
+		if int64(len(raw)) != n*size {
+			return c, fmt.Errorf("it has %d bytes of tensor_content; a %v tensor of shape %v has %d", len(raw), c.DType, c.Shape, n*size)
+		}
+		c.Data = raw
+		return c, nil
+	}
+	values := c.DType.values(content)
+	if int64(len(values)) > n*size {
+		return c, fmt.Errorf("it has %d values for the shape %v", int64(len(values))/size, c.Shape)
+	}
+	c.Data = make([]byte, n*size)
+	filled := copy(c.Data, values)
+	if filled > 0 {
+		for filled < len(c.Data) { // the last value, in doubling strides
+			last := c.Data[len(values)-int(size) : filled]
+			filled += copy(c.Data[filled:], last)
+		}
+	}
+	return c, nil
+}
+
+// maxRank is the most dimensions that TensorFlow's TensorShape can hold.
+const maxRank = 254
+
+// addStrings takes strings from string_val, or from tensor_content: the lengths of all as varints, then their bytes.
+func (c *Constant) addStrings(values [][]byte, raw []byte, n int) error {
+	if len(values) > n {
+		return fmt.Errorf("it has %d values for the shape %v", len(values), c.Shape)
+	}
+	c.Strings = make([][]byte, n)
+	if len(raw) == 0 {
+		for i := range c.Strings {
+			if len(values) > 0 {
+				c.Strings[i] = values[min(i, len(values)-1)]
+			}
+		}
+		return nil
+	}
+	lengths := make([]uint64, n)
+	for i := range lengths {
+		length, read := protowire.ConsumeVarint(raw)
+		if read < 0 {
+			return errors.New("its tensor_content ends too soon")
+		}
+		lengths[i], raw = length, raw[read:]
+	}
+	for i, length := range lengths {
+		if length > uint64(len(raw)) {
+			return errors.New("its tensor_content ends too soon")
+		}
+		c.Strings[i], raw = raw[:length], raw[length:]
+	}
+	if len(raw) > 0 {
+		return errors.New("its tensor_content is too long")
+	}
+	return nil
+}
+
+// values returns the values in the field for a type, as a tensor has them in memory.
+func (d DType) values(content *tensorpb.TensorProto) (data []byte) {
+	order := binary.LittleEndian
+	switch d {
+	case Float32:
+		for _, v := range content.GetFloatVal() {
+			data = order.AppendUint32(data, math.Float32bits(v))
+		}
+	case Float64:
+		for _, v := range content.GetDoubleVal() {
+			data = order.AppendUint64(data, math.Float64bits(v))
+		}
+	case Float16, Bfloat16: // their bits
+		for _, v := range content.GetHalfVal() {
+			data = order.AppendUint16(data, uint16(v))
+		}
+	case Int32:
+		for _, v := range content.GetIntVal() {
+			data = order.AppendUint32(data, uint32(v))
+		}
+	case Int16, Uint16:
+		for _, v := range content.GetIntVal() {
+			data = order.AppendUint16(data, uint16(v))
+		}
+	case Int8, Uint8:
+		for _, v := range content.GetIntVal() {
+			data = append(data, byte(v))
+		}
+	case Int64:
+		for _, v := range content.GetInt64Val() {
+			data = order.AppendUint64(data, uint64(v))
+		}
+	case Uint32:
+		for _, v := range content.GetUint32Val() {
+			data = order.AppendUint32(data, v)
+		}
+	case Uint64:
+		for _, v := range content.GetUint64Val() {
+			data = order.AppendUint64(data, v)
+		}
+	case Bool:
+		for _, v := range content.GetBoolVal() {
+			b := byte(0)
+			if v {
+				b = 1
+			}
+			data = append(data, b)
+		}
+	}
+	return data
+}
