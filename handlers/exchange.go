@@ -39,6 +39,8 @@ type exchange struct {
 	queue      *batch.Stream
 	whole      bool // a record batch is one run, whatever its pictures take
 	writer     *answerWriter
+	pulse      *pulse
+	answered   func() // called after each answered record batch
 
 	rows, batches int64
 	runTime       time.Duration
@@ -77,6 +79,7 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 		if err := x.answer(stream.Context(), arrived, arrivals); err != nil {
 			return err
 		}
+		x.answered()
 	}
 	if arrivals.err != nil {
 		return streamError(arrivals.err, "record batch %d cannot be read: %w", x.batches, arrivals.err)
@@ -124,7 +127,9 @@ func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, 
 		meta.Server = x.options.Server
 	}
 	rows := tensor.NewRows(int(rec.NumRows()))
+	x.pulse.work(true)
 	ran, err := x.run(ctx, rec, rows, lo)
+	x.pulse.work(false)
 	if err != nil {
 		return err
 	}
@@ -154,6 +159,7 @@ func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, 
 		meta.Last = last && final
 		meta.TotalUS = time.Since(arrivedAt).Microseconds()
 		err := x.writer.write(rec, meta)
+		x.pulse.move()
 		meta.Server = ""
 		return err
 	})
@@ -273,6 +279,7 @@ type arrivals struct {
 	err    error // why reading ended, nil at the end of the stream; valid once list is closed
 	cancel context.CancelFunc
 	ahead  *ahead
+	pulse  *pulse // of the stream
 
 	// Guarded by ahead.mu; what is in work included.
 	held  int
@@ -322,9 +329,9 @@ func (a *arrivals) hold(sign int, bytes int64) {
 
 // readAll starts reading the stream into the result. It takes over reader and gives back
 // everything when the stream is over; ended is called last. The caller must call leave.
-func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, bound *ahead, log *zap.Logger, ended func()) *arrivals {
+func readAll(ctx context.Context, reader *flight.Reader, mem *readMemory, bound *ahead, p *pulse, log *zap.Logger, ended func()) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
-	a := &arrivals{list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // room for all that it may hold
+	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // room for all that it may hold
 	go func() {
 		defer ended()
 		defer mem.lost() // after the reader, whose dictionaries may still be fresh
@@ -349,6 +356,7 @@ func (a *arrivals) read(ctx context.Context, reader *flight.Reader, mem *readMem
 			a.err = reader.Err()
 			return
 		}
+		a.pulse.move()
 		mem.whole()
 		next := arrival{rec: reader.Record(), at: time.Now()}
 		next.bytes = recordBytes(next.rec)

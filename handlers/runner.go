@@ -1,6 +1,7 @@
 package handlers
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
+	"flightsvc/modelcache"
 )
 
 // Engine is the loaded model of a runner. Its methods are safe for concurrent use.
@@ -27,11 +29,17 @@ type Engine interface {
 	Pictures(specs map[string]Preprocess) (tensor.Pictures, error)
 }
 
-// StreamEvents is told when a stream opens and closes, with the lease that opened it and
-// what the runner has run so far.
+// StreamEvents is told of streams, each by the lease that opened it. Its methods are called by several goroutines at
+// once, but for one stream in the order of what happened.
 type StreamEvents interface {
 	StreamOpened(lease string)
-	StreamClosed(lease string, counts batch.Counts)
+	// StreamResting says that nothing has moved on a stream for RunnerOptions.StreamRest: no message came, no run was
+	// queued or under way, no answer was taken. StreamStirring says that one of these has happened since.
+	StreamResting(lease string)
+	StreamStirring(lease string)
+	StreamClosed(lease string, counts batch.Counts) // with what the runner has run so far
+	// Answered is called once, when the first record batch of the runner's life has been answered.
+	Answered()
 }
 
 // RunnerOptions are what a runner's service needs.
@@ -39,10 +47,12 @@ type RunnerOptions struct {
 	Engine  Engine
 	Batches *batch.Scheduler // runs the engine's session
 	Events  StreamEvents
-	Key     []byte           // for leases
-	Server  string           // who answers, for instance "host:1234"; goes into app_metadata
-	Memory  memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
-	Log     *zap.Logger
+	Key     []byte // for leases
+	Server  string // who answers, for instance "host:1234"; goes into app_metadata
+	// StreamRest is after how long without anything moving a stream counts as resting; modelcache.StreamRest if 0.
+	StreamRest time.Duration
+	Memory     memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
+	Log        *zap.Logger
 }
 
 // MaxStreams is how many streams a runner has open at once. Each may hold a record batch, so
@@ -57,10 +67,12 @@ type Runner struct {
 	ahead   *ahead
 	streams atomic.Int64
 	readers sync.WaitGroup // one for each stream's reading goroutine
+	first   sync.Once      // tells of the first answer
 }
 
 // NewRunner returns the service for one loaded model.
 func NewRunner(options RunnerOptions) *Runner {
+	options.StreamRest = cmp.Or(options.StreamRest, modelcache.StreamRest)
 	return &Runner{options: options, leases: leases{key: options.Key, used: map[string]time.Time{}}, ahead: newAhead()}
 }
 
@@ -73,8 +85,9 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	}
 	d, err := ParseDescriptor(descriptor)
 	schema := reader.Schema()
+	p := newPulse(r.options.StreamRest)
 	r.readers.Add(1)
-	arrivals := readAll(stream.Context(), reader, mem, r.ahead, r.options.Log, r.readers.Done)
+	arrivals := readAll(stream.Context(), reader, mem, r.ahead, p, r.options.Log, r.readers.Done)
 	defer arrivals.leave()
 	if err != nil {
 		return err
@@ -84,6 +97,8 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	}
 	r.options.Events.StreamOpened(d.Lease.ID)
 	defer func() { r.options.Events.StreamClosed(d.Lease.ID, r.options.Batches.Counts()) }()
+	p.start(d.Lease.ID, r.options.Events)
+	defer p.stop() // before it is closed
 	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model), zap.String("signature", d.Signature))
 	log.Debug("stream opened")
 	defer r.streams.Add(-1)
@@ -93,10 +108,13 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	if retryAfter, full := r.options.Batches.Full(); full {
 		return stayAway(stream, retryAfter, "its queue is full")
 	}
+	p.work(true)
 	exchange, err := newExchange(r.options, d, schema)
+	p.work(false)
 	if err != nil {
 		return err
 	}
+	exchange.pulse, exchange.answered = p, func() { r.first.Do(r.options.Events.Answered) }
 	started := time.Now()
 	err = exchange.serve(stream, arrivals)
 	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), cause(err))
@@ -122,7 +140,7 @@ type AnswerMetadata struct {
 	QueueUS int64  `json:"queue_us"`
 	RunUS   int64  `json:"run_us"`
 	TotalUS int64  `json:"total_us"`
-	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of, other streams' included
+	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of: other streams' included, padding not
 	Server  string `json:"server,omitempty"` // on the first answer only
 }
 

@@ -99,6 +99,23 @@ func (o *fakeOutputs) Close()                 { o.engine.open.Add(-1) }
 type events struct {
 	mu             sync.Mutex
 	opened, closed []string
+	told           []string // that a stream rests or stirs, that one opened or closed, and the first answer
+}
+
+func (e *events) tell(what string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.told = append(e.told, what)
+}
+
+func (e *events) StreamResting(string)  { e.tell("resting") }
+func (e *events) StreamStirring(string) { e.tell("stirring") }
+func (e *events) Answered()             { e.tell("answered") }
+
+func (e *events) heard() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return strings.Join(e.told, " ")
 }
 
 func (e *events) StreamOpened(lease string) {
@@ -130,7 +147,10 @@ type service struct {
 	client flight.FlightServiceClient
 }
 
-const numBatchThreads = 2
+const (
+	numBatchThreads = 2
+	streamRest      = 50 * time.Millisecond
+)
 
 func newService(t *testing.T, before func(call int) error) *service {
 	t.Helper()
@@ -147,7 +167,7 @@ func newService(t *testing.T, before func(call int) error) *service {
 		MaxBatchSize: 1024, MaxBatchBytes: 64 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 100, NumBatchThreads: numBatchThreads,
 		Run: s.engine.Run, Memory: s.mem, Log: log,
 	})
-	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, Log: log})
+	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, StreamRest: streamRest, Log: log})
 	server := NewServer(runner, log)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"regexp"
 	"strings"
 	"time"
 
@@ -32,8 +33,15 @@ func open(setup modelcache.Setup) (engine, error) {
 // loaded is a SavedModel in memory with the picture graphs that its streams have asked for.
 type loaded struct {
 	saved   *savedmodel.Model
-	session *tensorflow.Session
+	session session
+	device  string // that the session's memory is on, "" for the host
 	graphs  *graphs[*preprocess.Graph]
+}
+
+// session is what runs a SavedModel: a *tensorflow.Session, but in a build with the tag simulated_device.
+type session interface {
+	Run(timeout time.Duration, feeds []tensorflow.Feed, fetches []string) ([]*tensorflow.Tensor, error)
+	Close() error
 }
 
 func load(setup modelcache.Setup) (*loaded, error) {
@@ -41,12 +49,45 @@ func load(setup modelcache.Setup) (*loaded, error) {
 	if err != nil {
 		return nil, err
 	}
-	threads := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
-	session, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, threads)
-	if err != nil {
-		return nil, fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err), firstLine(err))
+	for _, library := range setup.OpLibraries {
+		if err := tensorflow.LoadLibrary(library); err != nil {
+			return nil, fault.New(fault.Precondition, "model %s: the library %s, one of its op_libraries, cannot be loaded: %s; it must be built for this machine and for TensorFlow %s", setup.Model, library, firstLine(err), tensorflow.Version())
+		}
 	}
-	return &loaded{saved: saved, session: session, graphs: newGraphs(setup, preprocess.New)}, nil
+	options := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
+	if setup.Device != "" {
+		options.GrowDevice, options.DeviceMiB = true, int(setup.DeviceBytes>>20)
+	}
+	session, err := openSession(setup, options)
+	if err != nil {
+		return nil, loadError(setup, err)
+	}
+	return &loaded{saved: saved, session: session, device: setup.Device, graphs: newGraphs(setup, preprocess.New)}, nil
+}
+
+// unknownOperation finds the name of an operation that TensorFlow does not have, in what it says then.
+var unknownOperation = regexp.MustCompile(`Op type not registered '([^']+)'`)
+
+// loadError says in plain words why a SavedModel cannot be loaded.
+func loadError(setup modelcache.Setup, err error) error {
+	if op := unknownOperation.FindStringSubmatch(err.Error()); op != nil {
+		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; name the library that has it in op_libraries of the model's %s, and allow that file with the server's setting op-libraries", setup.Model, op[1], tensorflow.Version(), modelcache.SettingsFile)
+	}
+	if setup.Device != "" && noMemory(err) {
+		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model, setup.Device, firstLine(err))
+	}
+	return fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err), firstLine(err))
+}
+
+// noMemory reports whether TensorFlow found no memory. Its allocators say ResourceExhausted; what CUDA itself says comes
+// with other codes.
+func noMemory(err error) bool {
+	var native *tensorflow.Error
+	if !errors.As(err, &native) {
+		return false
+	}
+	text := strings.ToLower(native.Message)
+	return native.Code == tensorflow.ResourceExhausted || strings.Contains(text, "out of memory") || strings.Contains(text, "out_of_memory")
 }
 
 // Model returns what the SavedModel says about itself.
@@ -80,6 +121,9 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 	}
 	results, err := e.session.Run(timeout, fed, fetches)
 	if err != nil {
+		if e.device != "" && noMemory(err) {
+			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end what else is on it, or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
+		}
 		if kindOf(err) == fault.Deadline {
 			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", timeout.Milliseconds())
 		}

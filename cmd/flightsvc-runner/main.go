@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -73,26 +74,32 @@ func run(stdin io.Reader, reports *reporter) error {
 		_ = os.Remove(setup.Socket)
 		os.Exit(0)
 	}()
+	memory := &offheap.Allocator{}
 	engine, err := open(setup)
+	if saved, ok := engine.(*loaded); ok && err == nil && setup.WarmUp {
+		reports.write(modelcache.Report{Warming: true})
+		err = saved.warmUp(setup, memory, log)
+	}
 	if err != nil {
 		kind, ok := fault.KindOf(err)
 		if !ok {
 			kind = fault.Internal
 		}
-		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind})
+		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind, NoMemory: setup.Device != "" && kind == fault.Exhausted})
 		return err
 	}
 	listener, err := handlers.Listen(setup.Socket, log)
 	if err != nil {
 		return err
 	}
-	memory := &offheap.Allocator{}
-	batches := batch.New(batch.Options{
-		MaxBatchSize:       maxBatchSize,
+	b := setup.Batching
+	options := batch.Options{
+		MaxBatchSize:       cmp.Or(b.MaxBatchSize, maxBatchSize),
 		MaxBatchBytes:      maxBatchBytes,
-		BatchTimeout:       batchTimeout,
-		MaxEnqueuedBatches: maxEnqueuedBatches,
-		NumBatchThreads:    max(setup.Cores, 1),
+		BatchTimeout:       cmp.Or(time.Duration(b.BatchTimeoutMicros)*time.Microsecond, batchTimeout),
+		MaxEnqueuedBatches: cmp.Or(b.MaxEnqueuedBatches, maxEnqueuedBatches),
+		NumBatchThreads:    cmp.Or(b.NumBatchThreads, max(setup.Cores, 1)),
+		AllowedBatchSizes:  b.AllowedBatchSizes,
 		Run:                engine.Run,
 		Stuck: func(timeout time.Duration) {
 			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model), zap.Duration("run_timeout", timeout))
@@ -101,7 +108,11 @@ func run(stdin io.Reader, reports *reporter) error {
 		},
 		Memory: memory,
 		Log:    log,
-	})
+	}
+	if setup.Device != "" {
+		options.Shrink = &batch.Shrink{Fits: reports.deviceBatch, Pressed: reports.pressed, Wait: memoryWait}
+	}
+	batches := batch.New(options)
 	service := handlers.NewRunner(handlers.RunnerOptions{
 		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Memory: memory, Log: log,
 	})
@@ -111,7 +122,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	return server.Serve(listener)
 }
 
-// How a model is batched, in TF Serving's words. max_batch_size is near its default of 1,000;
+// How a model is batched where its settings leave it, in TF Serving's words. max_batch_size is near its default of 1,000;
 // max_batch_bytes keeps a run of large rows, such as pictures, to what one message may hold.
 const (
 	maxBatchSize       = 1024
@@ -119,6 +130,11 @@ const (
 	batchTimeout       = 10 * time.Millisecond
 	maxEnqueuedBatches = 128
 )
+
+// memoryWait is how long a run that does not fit into a device's memory waits until it is tried once more, after the front
+// has been asked to make room: 2 s in which a runner ends, and 5 s in which its memory comes back, the most that Ollama
+// found (server/sched.go, waitForVRAMRecovery).
+const memoryWait = 7 * time.Second
 
 // reporter writes reports to the front, a line each.
 type reporter struct {
@@ -139,6 +155,19 @@ func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened
 func (r *reporter) StreamClosed(lease string, counts batch.Counts) {
 	r.write(modelcache.Report{Closed: lease, Runs: counts.Runs, JoinedRuns: counts.JoinedRuns})
 }
+
+// StreamResting tells the front that nothing moves on a stream.
+func (r *reporter) StreamResting(lease string) { r.write(modelcache.Report{Resting: lease}) }
+
+// StreamStirring tells the front that a stream which rested moves again.
+func (r *reporter) StreamStirring(lease string) { r.write(modelcache.Report{Stirring: lease}) }
+
+// Answered tells the front that the runner has answered its first record batch.
+func (r *reporter) Answered() { r.write(modelcache.Report{Answered: true}) }
+
+func (r *reporter) deviceBatch(rows int) { r.write(modelcache.Report{DeviceBatch: rows}) }
+
+func (r *reporter) pressed() { r.write(modelcache.Report{Pressed: true}) }
 
 // Interface guards.
 var _ handlers.StreamEvents = (*reporter)(nil)

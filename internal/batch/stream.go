@@ -198,7 +198,7 @@ func (w *work) retry(p piece, why error) ([]part, error) {
 	}
 	r := w.submit(p, true).wait(w.ctx)
 	if r.err != nil && w.st.scheduler.tooLarge(r.err) {
-		return nil, fault.New(fault.Exhausted, "not even a run of %d rows, the fewest, fits into its memory, tried twice: %w", w.st.scheduler.padded(p.hi-p.lo), why)
+		return nil, fault.New(fault.Exhausted, "a run of %d rows, the fewest there can be, failed twice: %w", w.st.scheduler.padded(p.hi-p.lo), why)
 	}
 	return w.settle(p, r)
 }
