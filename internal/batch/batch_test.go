@@ -512,22 +512,7 @@ func TestRefusedRowsAreFound(t *testing.T) {
 
 // TestOutputsWhoseSizeDependsOnTheRun has outputs as wide as the largest number of the run.
 func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
-	s, m := newScheduler(t, func(o *Options) {
-		run := o.Run
-		o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
-			x := numbers(feeds[0].Value)
-			out, err := run(feeds, fetches, timeout)
-			if err != nil {
-				return nil, err
-			}
-			y := out.(*outputs)
-			wide := tensor.Allocate(savedmodel.Int64, []int64{int64(len(x)), slices.Max(x)}, y.machine.mem)
-			clear(wide.Data)
-			y.values[0].Release()
-			y.values[0] = wide
-			return y, nil
-		}
-	})
+	s, m := newScheduler(t, asWideAsTheRun)
 	a, err := s.Stream(call(Limits{Off: true})).Run(t.Context(), feed(m, 1, 1, 2, -1, 3), 4, false)
 	if err != nil {
 		t.Fatal(err)
@@ -535,6 +520,41 @@ func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
 	defer a.Close()
 	if len(a.Refused) != 1 || !slices.Equal(a.Values[0].Shape, []int64{3, 3}) || fmt.Sprint(m.runs[len(m.runs)-1]) != "[1 2 3]" {
 		t.Errorf("%v of runs %v", a.Values[0].Shape, m.runs)
+	}
+}
+
+// TestSuchOutputsWithAllowedBatchSizes needs one run for a record batch, which none of the sizes may be large enough for.
+func TestSuchOutputsWithAllowedBatchSizes(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) {
+		o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 4}, 4
+		asWideAsTheRun(o)
+	})
+	b, err := s.Stream(call(Limits{Alone: true})).Run(t.Context(), feed(m, 1, 1, -2, 3), 3, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(b.Refused) != 1 || !slices.Equal(b.Values[0].Shape, []int64{2, 3}) {
+		t.Errorf("%v of runs %v", b.Values[0].Shape, m.runs)
+	}
+	b.Close()
+	_, err = s.Stream(call(Limits{Alone: true})).Run(t.Context(), feed(m, 1, 1, 1, 1, 1, 5), 5, false)
+	expect.Fault(t, err, fault.Exhausted, "more rows than one run may have; send fewer rows in a record batch")
+}
+
+func asWideAsTheRun(o *Options) {
+	run := o.Run
+	o.Run = func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error) {
+		x := numbers(feeds[0].Value)
+		out, err := run(feeds, fetches, timeout)
+		if err != nil {
+			return nil, err
+		}
+		y := out.(*outputs)
+		wide := tensor.Allocate(savedmodel.Int64, []int64{int64(len(x)), slices.Max(x)}, y.machine.mem)
+		clear(wide.Data)
+		y.values[0].Release()
+		y.values[0] = wide
+		return y, nil
 	}
 }
 
