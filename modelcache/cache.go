@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,7 +18,7 @@ import (
 
 // Options are what a Cache needs.
 type Options struct {
-	ModelRoot   string         // folder in which names are looked up; "" for none
+	ModelRoot   string         // folder or URI in which names are looked up; "" for none
 	CacheDir    string         // for fetched and pushed models and profiles; made when the first arrives
 	Folder      string         // the front's folder, in which runners make their sockets
 	Binary      string         // path of flightsvc-runner
@@ -32,6 +34,7 @@ type Options struct {
 	OpLibraries                   []string      // files and folders of custom operations that models may load
 	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
 	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
+	CacheBytes                    int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
 	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
@@ -52,14 +55,24 @@ type Cache struct {
 	healths map[string]*health  // by folder
 	serving map[string]*serving // by reference: which version "latest" is
 
-	read     readings
-	profiles profiles
+	profiles  profiles
+	read      readings
+	seen      sightings
+	stores    stores
+	fetches   shared[string] // digests, by URI and stamp
+	origins   sync.Map       // digests, by path of the note
+	digesting shared[string]
+	digests   sync.Map // by folder and stamp
+	quiet     time.Duration
+
+	collecting atomic.Bool // a collection is on its way and has not begun
+	collected  sync.Mutex  // held by a collection
 }
 
 // tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
 const tick = 500 * time.Millisecond
 
-// New returns a cache without a model in memory. It clears away what pushes to dead fronts left.
+// New returns a cache without a model in memory. It clears away what dead fronts left in the cache-dir.
 func New(options Options) *Cache {
 	ctx, stop := context.WithCancel(context.Background())
 	c := &Cache{
@@ -67,12 +80,14 @@ func New(options Options) *Cache {
 		memory:   budget{total: options.Memory, changed: make(chan struct{})},
 		healths:  map[string]*health{},
 		serving:  map[string]*serving{},
-		profiles: profiles{dir: profilesDir(options.CacheDir)},
+		profiles: profiles{dir: filepath.Join(options.CacheDir, "profiles")},
+		quiet:    quiet,
 	}
 	if c.options.Devices == nil {
 		c.options.Devices = &gpu.Inventory{}
 	}
 	c.sweep()
+	c.collectSoon()
 	c.working.Go(c.tend)
 	c.working.Go(func() { c.options.Devices.Watch(ctx, c.drain) })
 	return c
@@ -297,6 +312,7 @@ func (c *Cache) Close() {
 	c.stop()
 	c.mu.Unlock()
 	c.working.Wait() // loads end with c.ctx
+	c.stores.close()
 	var ending sync.WaitGroup
 	c.mu.Lock()
 	for _, s := range slices.Clone(c.slots) {

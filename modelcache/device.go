@@ -156,7 +156,7 @@ func (c *Cache) pressed(s *slot) {
 func (c *Cache) shrunk(s *slot, rows int) {
 	name := s.claim.placement.Device().Name
 	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref), zap.String("device", s.uuid), zap.Int("max_batch_size", rows))
-	c.keep(s, func(p *Profile) {
+	c.learn(s, func(p *Profile) {
 		if p.DeviceBatch == nil {
 			p.DeviceBatch = map[string]int{}
 		}
@@ -179,7 +179,7 @@ func (c *Cache) measureDevice(s *slot, pid int) {
 	}
 	c.mu.Unlock()
 	if grown && bytes > s.profile.DeviceBytes[device.Name] {
-		c.keep(s, func(p *Profile) {
+		c.learn(s, func(p *Profile) {
 			if p.DeviceBytes == nil {
 				p.DeviceBytes = map[string]int64{}
 			}
@@ -188,8 +188,8 @@ func (c *Cache) measureDevice(s *slot, pid int) {
 	}
 }
 
-// keep changes what is known of a slot's model.
-func (c *Cache) keep(s *slot, change func(*Profile)) {
+// learn changes what is known of a slot's model.
+func (c *Cache) learn(s *slot, change func(*Profile)) {
 	if s.digest == "" {
 		return
 	}

@@ -35,7 +35,9 @@ func TestMain(m *testing.M) {
 		fakeRunner(mode)
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, // connections to stores stay open for a while
+		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
+		goleak.IgnoreTopFunction("internal/poll.runtime_pollWait"), goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
 const testBuild = "build-1"
@@ -155,6 +157,7 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) 
 		change(&options)
 	}
 	cache := New(options)
+	cache.quiet = 0
 	model, err := cache.Resolve(t.Context(), "m", "")
 	if err != nil {
 		t.Fatal(err)
@@ -206,6 +209,7 @@ func TestResolve(t *testing.T) {
 	write(t, at("file"), "")
 	saved(t, at("with space"))
 	cache := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Log: zap.NewNop()})
+	cache.quiet = 0
 	rootless := New(Options{CacheDir: t.TempDir(), Log: zap.NewNop()})
 	t.Cleanup(cache.Close)
 	t.Cleanup(rootless.Close)
@@ -251,7 +255,8 @@ func TestResolve(t *testing.T) {
 		"traversal":            {cache, "../" + filepath.Base(root) + "/plain", latest, fault.BadRequest, []string{"one folder below the model-root"}},
 		"dots":                 {cache, "..", latest, fault.BadRequest, []string{"one folder below the model-root"}},
 		"nested":               {cache, "many/9", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"other scheme":         {cache, "s3://bucket/m", latest, fault.BadRequest, []string{"s3://bucket/m", "file: URIs", "sha256:"}},
+		"other scheme":         {cache, "ftp://host/m", latest, fault.BadRequest, []string{"ftp://host/m", "no source \"ftp\"", "file:, s3:, gs: and azblob:"}},
+		"no scheme":            {cache, "m:2", latest, fault.BadRequest, []string{"m:2", "file:, s3:, gs: and azblob:", "sha256:"}},
 		"URI of another host":  {cache, "file://host/m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
 		"URI of relative path": {cache, "file:m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
 		"URI with bad escape":  {cache, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},

@@ -10,8 +10,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-
-	"flightsvc/internal/rundir"
 )
 
 // Profile is what this host has learned of a model, by its digest. It lies in <cache-dir>/profiles and
@@ -81,26 +79,9 @@ func (p *profiles) change(digest string, f func(*Profile)) error {
 	defer p.mu.Unlock()
 	known := p.read(digest)
 	f(&known)
-	if err := rundir.Ensure(p.dir); err != nil {
-		return fmt.Errorf("cache-dir: %w", err)
-	}
 	text, err := json.Marshal(known)
 	if err != nil {
 		return err
 	}
-	file, err := os.CreateTemp(p.dir, ".profile-")
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(append(text, '\n'))
-	if closeErr := file.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = os.Rename(file.Name(), p.path(digest))
-	}
-	if err != nil {
-		_ = os.Remove(file.Name())
-	}
-	return err
+	return replaceFile(p.path(digest), ".profile-", append(text, '\n'))
 }

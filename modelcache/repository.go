@@ -3,12 +3,10 @@ package modelcache
 import (
 	"cmp"
 	"context"
-	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -22,8 +20,10 @@ type Model struct {
 	Ref     string // as the caller wrote it
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
 	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
+	Base    string // what the reference names: an absolute folder or a URI, "" for the one that is built in
+	Stamp   string // fingerprint of the version's files: another one when any of them changes; "" for the one that is built in
+	Digest  string // of the files, "" until it is known
 	Saved   *savedmodel.Model
-	Stamp   string
 	// Settings are the owner's.
 	Settings Settings
 }
@@ -31,12 +31,14 @@ type Model struct {
 // latest asks for the highest version.
 const latest = "latest"
 
-// Resolve finds the SavedModel of a reference: a file URI or an absolute path of a SavedModel or of a folder
-// with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
-// "latest", "" for the same, or a number. It reads saved_model.pb and loads nothing.
-// Faults: NotFound for an unknown model or version, BadRequest for a reference of no
-// known form or a broken file.
+// find returns what a reference names now. The highest version is the highest that has settled; where there is none
+// yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is fetched.
 func (c *Cache) find(ctx context.Context, ref, version string) (Model, error) {
+	return c.lookUp(ctx, ref, version, true)
+}
+
+// lookUp is find; without wait it neither waits for a version nor marks a cached model as used.
+func (c *Cache) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
 	version = cmp.Or(version, latest)
 	if ref == Image {
 		model, ok := resolveImage(version)
@@ -45,28 +47,58 @@ func (c *Cache) find(ctx context.Context, ref, version string) (Model, error) {
 		}
 		return model, nil
 	}
-	base, err := c.folder(ref)
+	base, at, err := c.locate(ref)
 	if err != nil {
 		return Model{}, err
 	}
-	if info, err := os.Stat(base); err != nil || !info.IsDir() {
-		return Model{}, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
+	if at != nil {
+		return c.findRemote(ctx, ref, version, *at, wait)
 	}
-	model := Model{Ref: ref, Version: "1", Dir: base}
-	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err != nil {
-		number, ok := pick(base, version)
-		if !ok {
-			return Model{}, fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+	model, now, err := c.findLocal(ctx, ref, version, base, wait)
+	if err != nil {
+		return Model{}, err
+	}
+	if filepath.Dir(base) == c.models() {
+		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
+			c.touch(base)
 		}
-		model.Version, model.Dir = number, filepath.Join(base, number)
-	} else if version != latest && version != model.Version {
-		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
-	}
-	saved, err := c.read.model(model.Dir)
-	if err != nil {
-		return Model{}, err
 	}
 	if model.Settings, err = readSettings(base); err != nil {
+		return Model{}, err
+	}
+	return c.withSaved(model, now)
+}
+
+func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
+	if info, err := os.Stat(base); err != nil || !info.IsDir() {
+		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
+	}
+	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
+	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
+		if version != latest && version != model.Version {
+			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
+		}
+		if now, err = scan(base); err != nil {
+			return model, now, fault.New(fault.BadRequest, "model %s: %w", ref, err)
+		}
+		model.Stamp = now.stamp
+		return model, now, nil
+	}
+	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return c.local(base), nil })
+	switch {
+	case err != nil:
+	case number == "":
+		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+	default:
+		model.Version, model.Dir, model.Stamp = number, filepath.Join(base, number), now.stamp
+	}
+	return model, now, err
+}
+
+// withSaved reads what the model says about itself, as far as its settings let it be served.
+func (c *Cache) withSaved(model Model, now snapshot) (Model, error) {
+	saved, err := c.read.model(model.Dir, now)
+	if err != nil {
 		return Model{}, err
 	}
 	if model.Saved, err = model.Settings.served(saved); err != nil {
@@ -88,86 +120,65 @@ type reading struct {
 	model   *savedmodel.Model
 }
 
-// model returns what savedmodel.Read returns.
-func (r *readings) model(dir string) (*savedmodel.Model, error) {
-	info, err := os.Stat(filepath.Join(dir, savedmodel.File))
-	if err != nil {
-		return savedmodel.Read(dir) // which says what is wrong
-	}
+// model returns what savedmodel.Read returns. now is how the folder looked before.
+func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
+	graph, _ := now.find(savedmodel.File)
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	if known, ok := r.known[dir]; ok && known.changed.Equal(info.ModTime()) && known.size == info.Size() {
+	known, ok := r.known[dir]
+	r.mu.Unlock()
+	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
 	model, err := savedmodel.Read(dir)
 	if err != nil {
 		return nil, err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.known == nil {
 		r.known = map[string]reading{}
 	}
-	r.known[dir] = reading{changed: info.ModTime(), size: info.Size(), model: model}
+	r.known[dir] = reading{changed: graph.changed, size: graph.size, model: model}
 	return model, nil
 }
 
-// folder returns where the SavedModel of a reference, or the folder of its versions, has to be.
-func (c *Cache) folder(ref string) (string, error) {
+// locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place
+// in a store.
+func (c *Cache) locate(ref string) (string, *location, error) {
 	root := c.options.ModelRoot
-	scheme, _, hasScheme := strings.Cut(ref, ":")
+	scheme, rest, hasScheme := strings.Cut(ref, ":")
 	switch {
 	case filepath.IsAbs(ref):
-		return filepath.Clean(ref), nil
+		return filepath.Clean(ref), nil, nil
 	case hasScheme && scheme == "file":
 		uri, err := url.Parse(ref)
 		if err != nil || uri.Host != "" || !filepath.IsAbs(uri.Path) {
-			return "", fault.New(fault.BadRequest, "model %q: want file:///absolute/path", ref)
+			return "", nil, fault.New(fault.BadRequest, "model %q: want file:///absolute/path", ref)
 		}
-		return filepath.Clean(uri.Path), nil
+		return filepath.Clean(uri.Path), nil, nil
 	case hasScheme && scheme == "sha256":
-		return c.pushed(ref)
-	case hasScheme:
-		return "", fault.New(fault.BadRequest, "model %q: this server reads file: URIs, absolute paths, sha256: digests of pushed models and names below its model-root", ref)
-	case root == "":
-		return "", fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
-	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
-		return "", fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
-	}
-	return filepath.Join(root, ref), nil
-}
-
-// pick returns the numbered folder to use: the one asked for, or the highest.
-func pick(base, version string) (string, bool) {
-	if version != latest {
-		if _, err := strconv.ParseUint(version, 10, 63); err != nil {
-			return "", false
-		}
-		_, err := os.Stat(filepath.Join(base, version, savedmodel.File))
-		return version, err == nil
-	}
-	list := versions(base)
-	if len(list) == 0 {
-		return "", false
-	}
-	return list[len(list)-1], true
-}
-
-// versions lists the numbered folders below base that hold a SavedModel, by number.
-func versions(base string) []string {
-	entries, err := os.ReadDir(base)
-	if err != nil {
-		return nil
-	}
-	numbers := map[string]uint64{}
-	for _, entry := range entries {
-		number, err := strconv.ParseUint(entry.Name(), 10, 63)
+		dir, err := c.pushed(ref)
+		return dir, nil, err
+	case hasScheme && (slices.Contains(schemes, scheme) || strings.HasPrefix(rest, "//")):
+		at, err := parseLocation(ref)
 		if err != nil {
-			continue
+			return "", nil, fault.New(fault.BadRequest, "model %q: %w", ref, err)
 		}
-		if _, err := os.Stat(filepath.Join(base, entry.Name(), savedmodel.File)); err == nil {
-			numbers[entry.Name()] = number
-		}
+		return at.uri, &at, nil
+	case hasScheme:
+		return "", nil, fault.New(fault.BadRequest, "model %q: this server reads %s, absolute paths, sha256: digests of pushed models and names below its model-root", ref, knownSchemes)
+	case root == "":
+		return "", nil, fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
+	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
+		return "", nil, fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
 	}
-	return slices.SortedFunc(maps.Keys(numbers), func(a, b string) int {
-		return cmp.Or(cmp.Compare(numbers[a], numbers[b]), strings.Compare(b, a)) // of 1 and 01 the first is "1"
-	})
+	if !IsURI(root) {
+		return filepath.Join(root, ref), nil, nil
+	}
+	at, err := parseLocation(root)
+	if err != nil {
+		return "", nil, fault.New(fault.Precondition, "model-root: %w", err)
+	}
+	at = at.below(ref)
+	return at.uri, &at, nil
 }

@@ -20,15 +20,16 @@ type serving struct {
 	moving bool // another version is being looked for, or loaded to take over
 }
 
-// Resolve finds the SavedModel of a reference: a URI or an absolute path of a SavedModel or of a folder
-// with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
+// Resolve finds the SavedModel of a reference: a file, s3, gs or azblob URI or an absolute path of a SavedModel or of
+// a folder with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
 // a number, a label of the model's settings, or "latest", "" for the same. It loads nothing.
 //
 // "latest" is the highest version, but while one is in memory it stays until a higher one is ready to
 // take over; one that could not be loaded is passed over as long as its files stay the same.
 //
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
-// known form or a broken file.
+// known form or a broken file, Unavailable for a version that is being copied or a store that does not answer,
+// Precondition for credentials that a store does not take, Exhausted for a disk that is full.
 func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error) {
 	version = cmp.Or(version, latest)
 	if _, err := strconv.ParseUint(version, 10, 63); ref == Image || err == nil {

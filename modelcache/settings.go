@@ -62,6 +62,11 @@ func readSettings(folder string) (Settings, error) {
 	if err != nil {
 		return Settings{}, fault.New(fault.Precondition, "settings of the model: %w", err)
 	}
+	return parseSettings(text, path)
+}
+
+// parseSettings reads the text of a settings file; path says where it lies, and what files in it are relative to.
+func parseSettings(text []byte, path string) (Settings, error) {
 	var s Settings
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
@@ -73,7 +78,7 @@ func readSettings(folder string) (Settings, error) {
 	}
 	for i, library := range s.OpLibraries {
 		if !filepath.IsAbs(library) {
-			s.OpLibraries[i] = filepath.Join(folder, library)
+			s.OpLibraries[i] = filepath.Join(filepath.Dir(path), library)
 		}
 	}
 	return s, nil

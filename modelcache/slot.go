@@ -130,7 +130,7 @@ func (c *Cache) measure() {
 		}
 		c.mu.Unlock()
 		if grown {
-			c.keep(s, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) })
+			c.learn(s, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) })
 		}
 	}
 }

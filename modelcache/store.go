@@ -38,8 +38,8 @@ func CheckDigest(digest string) error {
 	return nil
 }
 
-// listing is what a digest is made of: the regular files of a folder.
-type listing []listed
+// contents are what a digest is made of: the regular files of a folder.
+type contents []listed
 
 type listed struct {
 	path string // relative, with /
@@ -49,7 +49,7 @@ type listed struct {
 
 // digest returns "sha256:" and the SHA-256 over lines "<path> <size> <sha256>\n" of all files, sorted by the
 // bytes of their paths.
-func (l listing) digest() string {
+func (l contents) digest() string {
 	slices.SortFunc(l, func(a, b listed) int { return strings.Compare(a.path, b.path) })
 	sum := sha256.New()
 	for _, file := range l {
@@ -65,7 +65,7 @@ func (c *Cache) pushed(digest string) (string, error) {
 	if err := CheckDigest(digest); err != nil {
 		return "", err
 	}
-	if !c.Known(digest) {
+	if !c.known(digest) {
 		return "", fault.New(fault.NotFound, "model %s: it has not been pushed to this host; push its folder with DoPut (Client.push in Python)", digest)
 	}
 	return c.place(digest), nil
@@ -75,8 +75,14 @@ func (c *Cache) place(digest string) string {
 	return filepath.Join(c.models(), strings.TrimPrefix(digest, "sha256:"))
 }
 
-// Known reports whether the model of a digest, which CheckDigest takes, lies on this host.
+// Known reports whether the model of a digest, which CheckDigest takes, lies on this host; whoever asks is about to
+// use it.
 func (c *Cache) Known(digest string) bool {
+	c.touch(c.place(digest))
+	return c.known(digest)
+}
+
+func (c *Cache) known(digest string) bool {
 	_, err := os.Stat(filepath.Join(c.place(digest), savedmodel.File))
 	return err == nil
 }
@@ -88,16 +94,12 @@ func (c *Cache) Known(digest string) bool {
 // Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where
 // the cache-dir cannot be used, Unavailable if the cache is closing; an error of the reader stays as it is.
 func (c *Cache) Push(archive io.Reader, want string) (digest string, known bool, err error) {
-	c.mu.Lock()
-	if c.ctx.Err() != nil {
-		c.mu.Unlock()
+	if !c.begin() {
 		return "", false, errClosing
 	}
-	c.working.Add(1)
-	c.mu.Unlock()
 	defer c.working.Done()
 
-	dir, err := c.beside()
+	dir, err := c.beside(pushPattern)
 	if err != nil {
 		return "", false, c.diskFault(err)
 	}
@@ -118,17 +120,19 @@ func (c *Cache) Push(archive io.Reader, want string) (digest string, known bool,
 	}
 	err = os.Rename(dir, c.place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // or another push was first
+		c.touch(c.place(digest))
 		return digest, true, nil
 	}
 	if err != nil {
 		return "", false, c.diskFault(err)
 	}
 	c.options.Log.Info("model pushed", zap.String("model", digest))
+	c.collectSoon()
 	return digest, false, nil
 }
 
-// beside makes a folder to unpack into.
-func (c *Cache) beside() (string, error) {
+// beside makes a folder among the models, with the name of this process in it.
+func (c *Cache) beside(pattern string) (string, error) {
 	if err := rundir.Ensure(c.models()); err != nil {
 		return "", fault.New(fault.Precondition, "cache-dir: %w", err)
 	}
@@ -136,24 +140,7 @@ func (c *Cache) beside() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return os.MkdirTemp(c.models(), fmt.Sprintf(pushPattern, self.PID, self.Start))
-}
-
-// sweep removes what fronts that are dead were unpacking.
-func (c *Cache) sweep() {
-	entries, err := os.ReadDir(c.models())
-	if err != nil {
-		return // there is none, or the first push says what is wrong
-	}
-	for _, entry := range entries {
-		var owner rundir.Process
-		if _, err := fmt.Sscanf(entry.Name(), pushPattern, &owner.PID, &owner.Start); err != nil || owner.Alive() {
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(c.models(), entry.Name())); err != nil {
-			c.options.Log.Warn("push of a dead front not cleared away", zap.Error(err))
-		}
-	}
+	return os.MkdirTemp(c.models(), fmt.Sprintf(pattern, self.PID, self.Start))
 }
 
 // diskFault makes a fault of an error of the file system, and returns any other as it is.

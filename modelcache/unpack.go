@@ -119,7 +119,7 @@ type unpacking struct {
 	buffer  []byte
 
 	count, names int // entries so far, and the bytes of their names
-	files        listing
+	files        contents
 }
 
 // next unpacks one entry; io.EOF says that there is none.

@@ -43,8 +43,8 @@ const detachedVariable = "FLIGHTSVC_DETACHED"
 // keptVariables and keptPrefixes are the environment of a detached front. Whoever starts it may have
 // settings that are wrong for a server: pyspark sets OMP_NUM_THREADS=1 in its workers.
 var (
-	keptVariables = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH"}
-	keptPrefixes  = []string{"LC_", "XDG_", "FLIGHTSVC_", "TF_", "CUDA_", "NVIDIA_"}
+	keptVariables = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"}
+	keptPrefixes  = []string{"LC_", "XDG_", "FLIGHTSVC_", "TF_", "CUDA_", "NVIDIA_", "AWS_", "GOOGLE_", "AZURE_"} // the last three are credentials for models in stores
 )
 
 // keptLogs is how many log files stay; the oldest go first.

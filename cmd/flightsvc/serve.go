@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -166,8 +167,8 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 	if err != nil {
 		return nil, err
 	}
-	root := settings.ModelRoot
-	if root != "" {
+	root := strings.TrimPrefix(settings.ModelRoot, "file://")
+	if root != "" && !modelcache.IsURI(root) {
 		if root, err = filepath.Abs(root); err != nil {
 			return nil, err
 		}
@@ -194,6 +195,7 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		KeepAlive:      settings.KeepAlive,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
+		CacheBytes:     int64(settings.CacheSize),
 		Library:        library(settings.Libtensorflow),
 		Log:            log,
 	}), nil
