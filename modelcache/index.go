@@ -133,7 +133,7 @@ func (c *Cache) remoteEntries(ctx context.Context, ref string, at location) (lis
 	}
 	if len(list) == 0 {
 		if err == nil {
-			err = fault.New(fault.NotFound, "model %s: there is no whole SavedModel at %s", ref, at.uri)
+			err = fault.New(fault.NotFound, "model %s: there is no whole SavedModel at %s", ref, at.name)
 		}
 		list = []Entry{{Model: Model{Ref: ref, Base: at.uri}, State: StateUnloaded, Err: err}}
 	}

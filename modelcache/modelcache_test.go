@@ -35,6 +35,10 @@ func TestMain(m *testing.M) {
 		fakeRunner(mode)
 		os.Exit(0)
 	}
+	if ask := os.Getenv(fetchVariable); ask != "" {
+		fetchAlone(ask)
+		os.Exit(0)
+	}
 	goleak.VerifyTestMain(m, // connections to stores stay open for a while
 		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
 		goleak.IgnoreTopFunction("internal/poll.runtime_pollWait"), goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))

@@ -55,6 +55,7 @@ func IsURI(text string) bool {
 // location is a folder in a store.
 type location struct {
 	uri    string // the whole
+	name   string // the same without the parameters, for people
 	bucket string // URI of the bucket, with the parameters
 	prefix string // of the folder's objects: "" or ends with /
 }
@@ -93,6 +94,7 @@ func (at location) below(folder string) location {
 	whole, _ := url.Parse(at.bucket) // which we made
 	whole.Path = "/" + strings.TrimSuffix(at.prefix, "/")
 	at.uri = whole.String()
+	at.name, _, _ = strings.Cut(at.uri, "?")
 	return at
 }
 
@@ -208,7 +210,7 @@ func (c *Cache) list(ctx context.Context, at location) (listing, error) {
 			return found, err
 		}
 		if count == maxObjects {
-			return found, fault.New(fault.BadRequest, "%s has more than %d objects; name the folder of one model", at.uri, maxObjects)
+			return found, fault.New(fault.BadRequest, "%s has more than %d objects; name the folder of one model", at.name, maxObjects)
 		}
 		name := strings.TrimPrefix(object.Key, at.prefix)
 		if name == "" || strings.HasSuffix(name, "/") {
@@ -276,11 +278,11 @@ func (c *Cache) findRemote(ctx context.Context, ref, version string, at location
 	case err != nil:
 		return Model{}, err
 	case number == "" && found.plain != nil:
-		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, at.uri)
+		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, at.name)
 	case number == "" && len(found.versions) == 0:
-		return Model{}, fault.New(fault.NotFound, "model %s: there is no %s at %s, nor numbered folders with one; check the path, and that the server's credentials may list it", ref, savedmodel.File, at.uri)
+		return Model{}, fault.New(fault.NotFound, "model %s: there is no %s at %s, nor numbered folders with one; check the path, and that the server's credentials may list it", ref, savedmodel.File, at.name)
 	case number == "":
-		return Model{}, fault.New(fault.NotFound, "model %s: %s holds no whole version %s", ref, at.uri, version)
+		return Model{}, fault.New(fault.NotFound, "model %s: %s holds no whole version %s", ref, at.name, version)
 	}
 	place := at
 	if found.plain == nil {
@@ -316,7 +318,7 @@ func (c *Cache) storedSettings(ctx context.Context, ref string, at location, abo
 		return Settings{}, storeFault(ref, at, err)
 	}
 	if about.size > maxSettings {
-		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref, SettingsFile, at.uri, about.size, maxSettings)
+		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref, SettingsFile, at.name, about.size, maxSettings)
 	}
 	text, err := bucket.ReadAll(ctx, at.prefix+SettingsFile)
 	if err != nil {
@@ -383,21 +385,21 @@ func storeFault(ref string, at location, err error) error {
 	case kind == gcerrors.NotFound && has("NoSuchBucket", "bucket doesn't exist", "bucket does not exist", "ContainerNotFound"):
 		return fault.New(fault.NotFound, "model %s: there is no bucket %s (%s); check its name, and ?endpoint= and ?region= in the URI", ref, bucket, words)
 	case kind == gcerrors.NotFound:
-		return fault.New(fault.NotFound, "model %s: %s is not there (%s)", ref, at.uri, words)
+		return fault.New(fault.NotFound, "model %s: %s is not there (%s)", ref, at.name, words)
 	case has("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"):
 		return fault.New(fault.Precondition, "model %s: %s does not take the server's credentials (%s); %s", ref, bucket, words, credentials[scheme])
 	case kind == gcerrors.PermissionDenied || has("AccessDenied", "Forbidden", "AuthorizationFailure", "StatusCode: 403"):
-		return fault.New(fault.Precondition, "model %s: the server's credentials may not read %s (%s); let them list and get its objects, or %s", ref, at.uri, words, credentials[scheme])
-	case has("get credentials", "refresh cached credentials", "could not find default credentials", "AccountName is required", "DefaultAzureCredential", "no EC2 IMDS role", "shared config profile"):
+		return fault.New(fault.Precondition, "model %s: the server's credentials may not read %s (%s); let them list and get its objects, or %s", ref, at.name, words, credentials[scheme])
+	case has("get credentials", "refresh cached credentials", "could not find default credentials", "AccountName is required", "DefaultAzureCredential", "no EC2 IMDS role", "shared config profile", "private key should be a PEM"):
 		return fault.New(fault.Precondition, "model %s: this server has no credentials for %s (%s); %s", ref, bucket, words, credentials[scheme])
 	case has("region"):
 		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s", ref, bucket, words, credentials[scheme])
 	case has("query parameter", "invalid value", "open bucket"):
 		return fault.New(fault.BadRequest, "model %s: %s is not understood (%s); see docs/models.md", ref, at.bucket, words)
 	case errors.Is(err, context.DeadlineExceeded):
-		return fault.New(fault.Unavailable, "model %s: %s does not answer within %s", ref, at.bucket, listTimeout)
+		return fault.New(fault.Unavailable, "model %s: %s does not answer within %s", ref, at.name, listTimeout)
 	}
-	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the network if it stays so", ref, at.uri, words)
+	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the network if it stays so", ref, at.name, words)
 }
 
 // rootOf returns the innermost error that still says something.

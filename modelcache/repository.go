@@ -162,6 +162,9 @@ func (c *Cache) locate(ref string) (string, *location, error) {
 	case hasScheme && (slices.Contains(schemes, scheme) || strings.HasPrefix(rest, "//")):
 		at, err := parseLocation(ref)
 		if err != nil {
+			if parsed, parseErr := url.Parse(ref); parseErr == nil {
+				ref = parsed.Redacted()
+			}
 			return "", nil, fault.New(fault.BadRequest, "model %q: %w", ref, err)
 		}
 		return at.uri, &at, nil
