@@ -12,6 +12,7 @@ MAVEN        := build/maven/bin/mvn
 MAVEN_URL    := https://repo.maven.apache.org/maven2/org/apache/maven/apache-maven/3.9.16/apache-maven-3.9.16-bin.tar.gz
 MAVEN_SHA512 := 831a8591fe20c8243b1dbe7d71e3244f31d1665b0804b2e825e38cbbe5ce0cafb8338851f90780735568773e0a6cd07bbec107cda0b896b008b861075358b6f6
 JAVA_CLIENT  := build/java-client/flightsvc-java-client.jar
+S3           := build/s3/versitygw
 
 VERSION := $(shell cat VERSION)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
@@ -23,7 +24,7 @@ export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures java-client lock clean
+.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures java-client s3 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,10 +35,10 @@ build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bi
 demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
 	@$(PY) examples/demo.py
 
-test: build build/models/.done $(JAVA_CLIENT) ## everything that CI runs: lint, Go, Python, Spark
+test: build build/models/.done $(JAVA_CLIENT) $(S3) ## everything that CI runs: lint, Go, Python, Spark
 	@$(PY) tools/suites.py lint test-go test-fuzz test-python
 
-test-go: build build/models/.done ## Go tests under the race detector
+test-go: build build/models/.done $(S3) ## Go tests under the race detector
 	@go test -race -timeout 10m ./...
 
 test-fuzz: build ## every parser of bytes off the wire, briefly
@@ -75,6 +76,12 @@ bench-pictures: build ## decode and resize beside the same kernels in tf.data, i
 	@$(PY) benchmarks/pictures.py
 
 java-client: $(JAVA_CLIENT) ## the client in Java, an example, into build/java-client/
+
+s3: $(S3) ## an S3-compatible server for trying things, on port 9000 of this host; its bucket is build/s3/data/models
+	@mkdir -p build/s3/data/models build/s3/about
+	@echo 'AWS_ACCESS_KEY_ID=flightsvc AWS_SECRET_ACCESS_KEY=flightsvc'
+	@echo 's3://models/NAME?endpoint=http://127.0.0.1:9000&use_path_style=true&region=us-east-1'
+	@$(S3) --access flightsvc --secret flightsvc --port 127.0.0.1:9000 posix --sidecar build/s3/about build/s3/data
 
 lock: $(UV) ## renew pyspark-shim/requirements.lock from requirements.in
 	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
@@ -132,6 +139,11 @@ $(MAVEN):
 	@echo "$(MAVEN_SHA512)  build/maven.tar.gz" | sha512sum --check --quiet
 	@tar -xzf build/maven.tar.gz --strip-components=1 -C build/maven
 	@rm build/maven.tar.gz
+
+# A module of its own: nothing of it is in the product.
+$(S3): tools/s3/go.mod tools/s3/go.sum
+	@echo "building the S3-compatible server for the tests (a minute)"
+	@cd tools/s3 && CGO_ENABLED=0 go build -o $(CURDIR)/$(S3) github.com/versity/versitygw/cmd/versitygw
 
 $(JAVA_CLIENT): examples/java-client/pom.xml $(shell find examples/java-client/src -name '*.java') | $(MAVEN)
 	@echo "building the Java client"
