@@ -1,8 +1,10 @@
 package handlers
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -28,7 +30,7 @@ var actions = []struct {
 	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`, (*Front).modelReady},
 	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`, (*Front).metadata},
 	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
-	{"model.load", `{"model","version"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
+	{"model.load", `{"model","version"?,"device"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
 	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`, (*Front).unload},
 	{"server.shutdown", `{} -> {"draining":true}; ends this server after its streams have ended`, (*Front).shutdown},
 }
@@ -87,15 +89,27 @@ type modelBody struct {
 	Version versionNumber `json:"version"`
 }
 
+// loadBody is the body of model.load.
+type loadBody struct {
+	modelBody
+	Device string `json:"device"` // as in a descriptor
+}
+
 func decodeModel(body []byte) (modelBody, error) {
 	var ask modelBody
 	if err := decodeBody(body, &ask); err != nil {
-		return ask, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}: %w", err)
+		return ask, badBody(err)
 	}
 	if ask.Model == "" {
-		return ask, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}; model is missing")
+		return ask, badBody(errNoModel)
 	}
 	return ask, nil
+}
+
+var errNoModel = errors.New("model is missing")
+
+func badBody(err error) error {
+	return fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}: %w", err)
 }
 
 // resolveBody finds the model that a body names.
@@ -134,7 +148,17 @@ type ModelState struct {
 
 // load goes on when its caller has left.
 func (f *Front) load(ctx context.Context, body []byte) (any, error) {
-	model, err := f.resolveBody(ctx, body)
+	var ask loadBody
+	if err := decodeBody(body, &ask); err != nil {
+		return nil, badBody(err)
+	}
+	if ask.Model == "" {
+		return nil, badBody(errNoModel)
+	}
+	if err := checkDevice(cmp.Or(ask.Device, DeviceAuto)); err != nil {
+		return nil, badBody(err)
+	}
+	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 	if err != nil {
 		return nil, err
 	}

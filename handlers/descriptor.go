@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"time"
@@ -38,7 +39,7 @@ const (
 )
 
 // Features are the fields that change answers and that a client may rely on.
-var Features = []string{"on_error", "nulls", "preprocess", "pictures", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout"}
+var Features = []string{"on_error", "nulls", "preprocess", "pictures", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout", "device"}
 
 // Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
 type Descriptor struct {
@@ -195,14 +196,39 @@ func (d *Descriptor) check() error {
 		{"version", &d.Version, []string{"latest", d.Version}},
 		{"on_error", &d.OnError, []string{OnErrorFail, OnErrorNull, OnErrorColumn}},
 		{"nulls", &d.Nulls, []string{"null", "fail"}},
-		{"device", &d.Device, []string{"auto", "cpu"}},
 		{"layout", &d.Layout, []string{tensor.LayoutList, tensor.LayoutTensor}},
 	} {
 		if err := choose(choice.field, choice.value, choice.known...); err != nil {
 			return err
 		}
 	}
+	if d.Device == "" {
+		d.Device = DeviceAuto
+	}
+	if err := checkDevice(d.Device); err != nil {
+		return err
+	}
 	return d.checkPictures()
+}
+
+// Devices that a request may name, besides the UUIDs of NVIDIA's GPUs and the addresses that Spark gives a task, one or
+// several with commas between them. Which device that is only the host that has it can tell.
+const (
+	DeviceAuto = "auto" // a GPU if there is any
+	DeviceCPU  = "cpu"
+	DeviceGPU  = "gpu"
+)
+
+// deviceForm is how a device may be written: a UUID as nvidia-smi -L prints it (of a MIG instance also in the form of
+// drivers before 470, with slashes), or an index.
+var deviceForm = regexp.MustCompile(`^(auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+))*)$`)
+
+// checkDevice refuses what cannot be a device on any host.
+func checkDevice(device string) error {
+	if !deviceForm.MatchString(device) {
+		return fmt.Errorf("device is %q; this server knows %q, a UUID that begins with GPU- or MIG-, or numbers such as \"0\" or \"0,1\"", device, []string{DeviceAuto, DeviceCPU, DeviceGPU})
+	}
+	return nil
 }
 
 // choose sets value to the first known one if it is empty, and refuses an unknown one.

@@ -45,6 +45,10 @@ func TestParseDescriptor(t *testing.T) {
 		"relay":          {`{"v":1,"model":"m","redirect":false}`, minimal(func(d *Descriptor) { d.Redirect = &no })},
 		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", Batching{MaxBatchSize: 4} })},
 		"choices":        {`{"v":1,"model":"m","on_error":"column","error_column":"e","nulls":"fail","device":"cpu"}`, minimal(func(d *Descriptor) { d.OnError, d.ErrorColumn, d.Nulls, d.Device = "column", "e", "fail", "cpu" })},
+		"gpu":            {`{"v":1,"model":"m","device":"gpu"}`, minimal(func(d *Descriptor) { d.Device = "gpu" })},
+		"uuid":           {`{"v":1,"model":"m","device":"GPU-1c2d3e4f-0a1b-2c3d-4e5f-60718293a4b5"}`, minimal(func(d *Descriptor) { d.Device = "GPU-1c2d3e4f-0a1b-2c3d-4e5f-60718293a4b5" })},
+		"old MIG uuid":   {`{"v":1,"model":"m","device":"MIG-GPU-1c2d3e4f/1/0"}`, minimal(func(d *Descriptor) { d.Device = "MIG-GPU-1c2d3e4f/1/0" })},
+		"addresses":      {`{"v":1,"model":"m","device":"0,12"}`, minimal(func(d *Descriptor) { d.Device = "0,12" })},
 		"picture defaults": {`{"v":1,"model":"m","preprocess":{"p":{"size":[2,3]}}}`, minimal(func(d *Descriptor) {
 			d.Preprocess = map[string]Preprocess{"p": {Size: []int{2, 3}, Resize: "bilinear", Fit: "crop", Channels: "RGB"}}
 		})},
@@ -98,7 +102,9 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"negative version":      {in(`"version":-1`), []string{"version must be a number"}},
 		"on_error":              {in(`"on_error":"skip"`), []string{`on_error is "skip"`, `"fail" "null" "column"`}},
 		"nulls":                 {in(`"nulls":"zero"`), []string{`nulls is "zero"`}},
-		"device":                {in(`"device":"gpu"`), []string{`device is "gpu"`, `"auto" "cpu"`}},
+		"device":                {in(`"device":"tpu"`), []string{`device is "tpu"`, `"auto" "cpu" "gpu"`}},
+		"device of one comma":   {in(`"device":"0,"`), []string{`device is "0,"`}},
+		"device among others":   {in(`"device":"cpu,0"`), []string{`device is "cpu,0"`}},
 		"layout":                {in(`"layout":"rows"`), []string{`layout is "rows"`, `"list" "tensor"`}},
 		"field in capitals":     {in(`"Device":"cpu"`), []string{`unknown field "Device"`}},
 		"field twice":           {in(`"device":"cpu","device":"auto"`), []string{`"device" occurs twice`}},

@@ -58,6 +58,7 @@ FEATURES = [
     "type",
     "shape",
     "layout",
+    "device",
 ]
 
 

@@ -23,6 +23,12 @@ type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
 	Config  kong.ConfigFlag  `placeholder:"FILE" help:"JSON file with settings, for instance {\"model_root\": \"/models\"}."`
 	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal, the owner's end, or idleness."`
+	Models  modelsCommand    `cmd:"" help:"List the models that the front knows."`
+	Load    loadCommand      `cmd:"" help:"Load a model into memory."`
+	Unload  unloadCommand    `cmd:"" help:"Take a model out of memory."`
+	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
+	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
+	Predict predictCommand   `cmd:"" help:"Run a model over the rows of a file."`
 }
 
 type serveCommand struct {
@@ -40,15 +46,23 @@ func (c *serveCommand) Run() error {
 	return serve(c.Serve)
 }
 
+// Exit codes, besides 0.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
 func main() {
-	ctx := kong.Parse(&cli{},
+	var line cli
+	ctx := kong.Parse(&line,
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
 		kong.Configuration(fileSettings),
+		kong.Exit(func(code int) { os.Exit(code * exitUsage) }), // called after help, with 0, and for a wrong command line, with 1
 		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
-	if err := ctx.Run(); err != nil {
+	if err := ctx.Run(&line); err != nil {
 		report(err)
-		os.Exit(1)
+		os.Exit(exitFailed)
 	}
 }
 

@@ -203,3 +203,62 @@ func locked(path string, how int, f func() error) error {
 	}
 	return f()
 }
+
+// Starting holds the lock of a front's folder below runDir while f looks for that front, and starts it if there is none. The
+// folder is made when it is not there, and goes again if f leaves it empty. The shim does the same.
+func Starting(runDir, name string, f func(folder string) error) error {
+	if err := Ensure(runDir); err != nil {
+		return err
+	}
+	path := filepath.Join(runDir, name)
+	for range lockAttempts {
+		if err := Ensure(path); err != nil {
+			return err
+		}
+		dir, err := lock(path)
+		if err != nil {
+			return err
+		}
+		if dir == nil {
+			continue // a front removed it meanwhile
+		}
+		defer func() { _ = dir.Close() }()     // which unlocks
+		defer func() { _ = os.Remove(path) }() // stays where there is anything in it
+		return f(path)
+	}
+	return fmt.Errorf("%s vanishes as often as it is made; is something else cleaning it up?", path)
+}
+
+// lock returns the folder at path with its lock, or nil if another one is there by now, or none.
+func lock(path string) (*os.File, error) {
+	dir, err := os.Open(path) //nolint:gosec // below the run-dir
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(dir.Fd()), unix.LOCK_EX)
+	if err == nil {
+		var held, there os.FileInfo
+		if held, err = dir.Stat(); err == nil {
+			if there, err = os.Lstat(path); err == nil && os.SameFile(held, there) {
+				return dir, nil
+			}
+		}
+	}
+	_ = dir.Close()
+	if os.IsNotExist(err) {
+		err = nil
+	}
+	return nil, err
+}
+
+// lockAttempts bounds how often a folder may vanish between its making and its lock.
+const lockAttempts = 100
+
+// Occupant returns the live process that a front's folder names, if there is one.
+func Occupant(folder string) (Process, bool) {
+	owner, named := front(folder)
+	return owner, named && owner.Alive()
+}

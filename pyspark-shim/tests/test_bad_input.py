@@ -441,7 +441,7 @@ BATCH = pa.record_batch({"i": pa.array([[1, 2, 3]], pa.list_(pa.int64()))})
             pa.ArrowInvalid,
             'on_error is "ignore"; this .*"null"',
         ),
-        ({"v": 1, "model": "{ints}", "device": "gpu"}, pa.ArrowInvalid, 'device is "gpu"; this server knows'),
+        ({"v": 1, "model": "{ints}", "device": "tpu"}, pa.ArrowInvalid, 'device is "tpu"; this server knows'),
         (
             {"v": 1, "model": "{ints}", "layout": "rows"},
             pa.ArrowInvalid,

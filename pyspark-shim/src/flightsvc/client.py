@@ -13,7 +13,7 @@ import pyarrow as pa
 from flightsvc import shipping, sidecar
 from flightsvc.connection import Connection
 from flightsvc.errors import UnavailableError
-from flightsvc.mapping import Options
+from flightsvc.mapping import Options, check_device
 from flightsvc.model import Model, read_signature
 from flightsvc.settings import Settings
 
@@ -84,26 +84,47 @@ class Client:
         return self._connection.action("model.metadata", _named(model))
 
     def status(self) -> dict[str, Any]:
-        """Return what the front says of itself: its version, process and models."""
+        """Return what the front says of itself: its version, process, memory, devices and models in memory.
+
+        Sizes are bytes. ``memory`` has ``budget`` and ``reserved``. Each of ``models`` has ``model``,
+        ``version``, ``state`` (``queued``, ``loading``, ``warming``, ``ready``, ``draining``, ``failed``, ``quarantined``)
+        with its ``reason``, ``device`` (the UUID of a GPU, empty for the processor), ``streams``, ``memory``
+        now, ``reserved``, ``tuned`` (the configuration that was measured to be fastest) and more.
+        """
         return self._connection.action("status", {})
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Return the GPUs and MIG instances that the front sees; empty where there are none.
+
+        Each has ``uuid``, ``name``, ``index``, ``memory`` and ``free`` in bytes, ``compute`` capability,
+        ``utilisation`` in percent (-1: not known), ``healthy`` and, where it is not, ``reason``.
+        """
+        devices: list[dict[str, Any]] = self.status().get("devices") or []
+        return devices
 
     def models(self) -> list[dict[str, Any]]:
         """Return the models that the front knows: of its repository, pushed, and in memory.
 
-        Each has ``name``, ``version``, ``state`` (``loading``, ``ready``, ``unloaded``) and, where it cannot
-        be served as it is, ``reason``.
+        Each has ``name``, ``version``, ``state`` (one of :meth:`status`, or ``unloaded``) and, where it
+        cannot be served as it is, ``reason``.
         """
         models: list[dict[str, Any]] = self._connection.action("repository.index", {})["models"]
         return models
 
-    def load(self, model: Model | str | os.PathLike[str]) -> None:
+    def load(self, model: Model | str | os.PathLike[str], *, device: str = "auto") -> None:
         """Load the model, and return when it is in memory; nothing happens if it is.
 
+        Args:
+            model: A model, or what :class:`Model` takes.
+            device: See :class:`Options`.
+
         Raises:
+            InvalidArgumentError: There can be no such device.
             NotFoundError: There is no such model or version.
             FlightsvcError: It cannot be loaded.
         """
-        self._connection.action("model.load", _named(model))
+        where = {} if check_device(device) == "auto" else {"device": device}
+        self._connection.action("model.load", {**_named(model), **where})
 
     def unload(self, model: Model | str | os.PathLike[str]) -> None:
         """Take the model out of memory; nothing happens if it is not in memory.

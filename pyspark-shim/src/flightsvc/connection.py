@@ -37,7 +37,7 @@ _FIRST_DELAY, _LAST_DELAY = 0.05, 5.0
 _PERSON_WAITS = 5.0  # seconds for which a question that somebody sits in front of is asked again
 
 # Fields of a descriptor that change answers, each with the feature that a server must have to know it.
-_FEATURES = {name: name for name in ("on_error", "nulls", "preprocess", "run_timeout_ms", "layout")}
+_FEATURES = {name: name for name in ("on_error", "nulls", "preprocess", "run_timeout_ms", "layout", "device")}
 _PICTURE_FEATURES = {name: "pictures" for name in ("resize", "antialias", "fit", "channels", "dtype")}
 _COLUMN_FEATURES = {name: name for name in ("encoding", "pad", "type", "shape")} | {"lengths": "pad"}
 

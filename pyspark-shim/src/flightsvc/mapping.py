@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -179,6 +180,8 @@ class Options(TypedDict, total=False):
         batching: ``off``: each record batch is one run. A mapping: ``max_batch_size`` in rows and
             ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
             what waits while the model is busy.
+        device: ``auto``: a GPU if there is any, in a Spark task those that Spark gave it. ``cpu``, ``gpu``,
+            the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them: ``0`` or ``0,1``.
     """
 
     inputs: Mapping[str, str | Input] | None
@@ -188,6 +191,24 @@ class Options(TypedDict, total=False):
     nulls: str
     run_timeout: float | None
     batching: str | Mapping[str, int] | None
+    device: str
+
+
+_DEVICE = re.compile(r"auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+))*")
+
+
+def check_device(device: str) -> str:
+    """Return ``device``, if it is written as one; whether it is there only its host can tell.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+        raise InvalidArgumentError(
+            f"device is {device!r}; it is auto, cpu, gpu, a UUID that begins with GPU- or MIG-, "
+            "or numbers such as '0' or '0,1'"
+        )
+    return device
 
 
 def _numbers(name: str, value: float | Iterable[float]) -> float | tuple[float, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from flightsvc import keras_export, shipping, sidecar
 from flightsvc.connection import IMAGE_MODEL, Connection, shared
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
-from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec, column_of, wire
+from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec, check_device, column_of, wire
 from flightsvc.settings import Settings
 from flightsvc.stream import Exchange
 
@@ -199,6 +199,7 @@ class Model:
         nulls: str = "null",
         run_timeout: float | None = None,
         batching: str | Mapping[str, int] | None = None,
+        device: str = "auto",
         layout: str = "list",
     ) -> Request:
         """Return what is asked of this model.
@@ -225,6 +226,7 @@ class Model:
             run_timeout,
             dict(batching) if isinstance(batching, Mapping) else batching,
             layout,
+            check_device(device),
         )
 
     def driver(self) -> tuple[Model, Connection]:
@@ -267,6 +269,7 @@ class Request:
     run_timeout: float | None
     batching: str | dict[str, int] | None
     layout: str
+    device: str = "auto"
 
     def input(self, name: str, column: str) -> Input:
         """Return how ``column`` feeds the input ``name``."""
@@ -305,6 +308,8 @@ class Request:
             fields["batching"] = self.batching
         if self.layout != "list":
             fields["layout"] = self.layout
+        if self.device != "auto":
+            fields["device"] = self.device
         if request_id:
             fields["request_id"] = request_id
         return fields

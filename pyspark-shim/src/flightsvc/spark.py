@@ -63,7 +63,7 @@ class Mapper:
         with self.request.model.naming():
             positions = self.request.columns(names, self.known, self.case_sensitive)
             connection = worker_connection(self.request, self.conf)
-            exchange = self.request.exchange(connection, names, positions, place())
+            exchange = on_task_device(self.request).exchange(connection, names, positions, place())
             answers = exchange.answers(_chain(first, batches))
             try:
                 for answer in answers:
@@ -78,6 +78,15 @@ def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
     if request.model.shipped:
         shipping.receive(connection, request.model.reference, request.model.name)
     return connection
+
+
+def on_task_device(request: Request) -> Request:
+    """Return ``request`` for the GPUs that Spark gave this thread's task, unless it names a device itself."""
+    context = task()
+    if request.device != "auto" or context is None:
+        return request
+    given = context.resources().get("gpu")
+    return dataclasses.replace(request, device=",".join(given.addresses)) if given else request
 
 
 def for_workers(request: Request, session: SparkSession | None) -> Request:

@@ -31,6 +31,7 @@ from flightsvc.spark import (
     conf_of,
     for_workers,
     is_case_sensitive,
+    on_task_device,
     quoted,
     settings_of,
     worker_connection,
@@ -492,7 +493,9 @@ class _Worker:
     def answers(self, batches: Iterator[pa.RecordBatch]) -> Generator[Answer, None, None]:
         """Yield the answers to ``batches``, each of which is asked for once the last is answered."""
         connection = worker_connection(self.request, self.conf)
-        exchange = self.request.exchange(connection, self.parameters, self.positions, f"function {self.name}")
+        exchange = on_task_device(self.request).exchange(
+            connection, self.parameters, self.positions, f"function {self.name}"
+        )
         return exchange.answers(batches, ahead=1)
 
 

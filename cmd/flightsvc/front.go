@@ -1,0 +1,178 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"flightsvc/handlers"
+	"flightsvc/internal/client"
+	"flightsvc/internal/rundir"
+)
+
+// userFolder is the folder below the run-dir of the front that this user's commands share, with one another and
+// with Python's connect().
+const userFolder = "user"
+
+// readyTimeout bounds how long a front may take to say that it is there, and endTimeout how long one that does not say so may take to end.
+const (
+	readyTimeout = 5 * time.Second
+	endTimeout   = 15 * time.Second
+)
+
+// frontFlags say which front a command talks to.
+type frontFlags struct {
+	Endpoint string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"The front to ask. Default: this user's own, in the folder user of the run-dir."`
+	RunDir   string `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
+}
+
+// errNone says that there is no front to ask.
+type errNone struct{ folder string }
+
+func (e errNone) Error() string {
+	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load and predict start one, --endpoint asks another", e.folder)
+}
+
+// running returns a client of the front, which must run already.
+func (f frontFlags) running(ctx context.Context) (*client.Client, error) {
+	if f.Endpoint != "" {
+		return client.Dial(f.Endpoint)
+	}
+	runDir, err := f.runDir()
+	if err != nil {
+		return nil, err
+	}
+	folder := filepath.Join(runDir, userFolder)
+	front, err := answering(ctx, folder)
+	if err != nil {
+		return nil, errNone{folder}
+	}
+	return front, nil
+}
+
+// started returns a client of the front; this user's own is started if it does not run.
+func (f frontFlags) started(ctx context.Context, config string) (*client.Client, error) {
+	if f.Endpoint != "" {
+		return client.Dial(f.Endpoint)
+	}
+	runDir, err := f.runDir()
+	if err != nil {
+		return nil, err
+	}
+	for {
+		var front *client.Client
+		var ending rundir.Process
+		err := rundir.Starting(runDir, userFolder, func(folder string) (err error) {
+			if front, err = answering(ctx, folder); err == nil {
+				return nil
+			}
+			var occupied bool
+			if ending, occupied = rundir.Occupant(folder); occupied {
+				return nil
+			}
+			endpoint, err := startFront(ctx, runDir, folder, config)
+			if err != nil {
+				return err
+			}
+			front, err = client.Dial(endpoint)
+			return err
+		})
+		if err != nil || front != nil {
+			return front, err
+		}
+		if err := awaitEnd(ctx, ending); err != nil { // it needs the lock of its folder for that
+			return nil, err
+		}
+	}
+}
+
+func (f frontFlags) runDir() (string, error) {
+	return filepath.Abs(cmp.Or(f.RunDir, rundir.Default()))
+}
+
+// answering returns a client of the front in a folder, if one takes requests there.
+func answering(ctx context.Context, folder string) (*client.Client, error) {
+	front, err := client.Dial(handlers.Scheme + filepath.Join(folder, frontSocket))
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if _, err := client.Ask[handlers.Ready](ctx, front, "server.ready", struct{}{}); err != nil {
+		_ = front.Close()
+		return nil, err
+	}
+	return front, nil
+}
+
+// startFront starts a detached front and returns its endpoint. Its settings are those of the environment and the
+// configuration file.
+func startFront(ctx context.Context, runDir, folder, config string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	args := []string{"serve", "--detach", "--endpoint", handlers.Scheme + filepath.Join(folder, frontSocket), "--run-dir", runDir}
+	if config != "" {
+		if config, err = filepath.Abs(config); err != nil {
+			return "", err
+		}
+		args = append([]string{"--config", config}, args...)
+	}
+	out, err := exec.CommandContext(ctx, self, args...).Output() //nolint:gosec // ourselves
+	var failed *exec.ExitError
+	if errors.As(err, &failed) {
+		return "", fmt.Errorf("no front could be started: %s", strings.TrimPrefix(strings.TrimSpace(string(failed.Stderr)), "flightsvc: "))
+	}
+	if err != nil {
+		return "", err
+	}
+	var greeting hello
+	if err := json.Unmarshal(out, &greeting); err != nil {
+		return "", fmt.Errorf("the front started but its handshake cannot be read: %w", err)
+	}
+	return greeting.Endpoint, nil
+}
+
+// awaitEnd waits for a front that no longer answers.
+func awaitEnd(ctx context.Context, front rundir.Process) error {
+	watching, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan struct{})
+	if front.Watch(watching, -1, func() { close(ended) }) != nil {
+		return nil // it has ended already
+	}
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(endTimeout):
+		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; its log says why; to start another: kill -9 %d", front.PID, front.PID)
+	}
+}
+
+// reference returns a model as a front finds it: a path becomes a URI, as it does in Python. Text with :// is a URI already, text with / or that names
+// a folder here a path, other text a name or a digest.
+func reference(model string) (string, error) {
+	if strings.Contains(model, "://") || strings.HasPrefix(model, "sha256:") || model == "image" {
+		return model, nil
+	}
+	info, err := os.Stat(model)
+	if !strings.Contains(model, "/") && (err != nil || !info.IsDir()) {
+		return model, nil
+	}
+	path, err := filepath.Abs(model)
+	if err != nil {
+		return "", err
+	}
+	return (&url.URL{Scheme: "file", Path: path}).String(), nil
+}
