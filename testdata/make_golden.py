@@ -109,6 +109,8 @@ def descriptors() -> dict[str, Any]:
             good("a version by number", {"version": 7}, version="7"),
             same("a version by text", version="7"),
             same("another signature", signature="embed"),
+            same("a GPU of those that Spark gave", device="0,1"),
+            same("a GPU by its UUID", device="GPU-1c2d3e4f-0a1b-2c3d-4e5f-60718293a4b5"),
             same("inputs", inputs={"x": "f"}),
             same("inputs in their order", inputs={"z": "1", "a": "2", "m": "3"}),
             good("the long form of a column", {"inputs": {"x": {"column": "f"}}}, inputs={"x": "f"}),

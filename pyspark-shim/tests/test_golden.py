@@ -55,11 +55,13 @@ def asked(**about: Any) -> Callable[[], Request]:
 
 
 # By the names of the golden descriptors. The shim writes neither what the server takes as a default, nor a
-# device, nor a plane; redirect, the request id and the lease belong to the stream, not to the request.
+# plane; redirect, the request id and the lease belong to the stream, not to the request.
 WRITTEN: dict[str, Callable[[], Request]] = {
     "the least": asked(),
     "a version by text": asked(version=7),
     "another signature": asked(signature="embed"),
+    "a GPU of those that Spark gave": asked(device="0,1"),
+    "a GPU by its UUID": asked(device="GPU-1c2d3e4f-0a1b-2c3d-4e5f-60718293a4b5"),
     "inputs": asked(inputs={"x": "f"}),
     "inputs in their order": asked(inputs={"z": "1", "a": "2", "m": "3"}),
     "raw cells": asked(inputs={"x": Input("f", encoding="raw")}),

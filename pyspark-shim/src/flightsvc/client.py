@@ -87,9 +87,10 @@ class Client:
         """Return what the front says of itself: its version, process, memory, devices and models in memory.
 
         Sizes are bytes. ``memory`` has ``budget`` and ``reserved``. Each of ``models`` has ``model``,
-        ``version``, ``state`` (``queued``, ``loading``, ``warming``, ``ready``, ``draining``, ``failed``, ``quarantined``)
-        with its ``reason``, ``device`` (the UUID of a GPU, empty for the processor), ``streams``, ``memory``
-        now, ``reserved``, ``tuned`` (the configuration that was measured to be fastest) and more.
+        ``version``, ``state`` (``queued``, ``loading``, ``warming``, ``ready``, ``draining``, ``failed``,
+        ``quarantined``) with its ``reason``, ``device`` (the UUID of a GPU, empty for the processor),
+        ``streams``, ``memory`` now, ``reserved``, ``tuned`` (the configuration that was measured to be
+        fastest) and more.
         """
         return self._connection.action("status", {})
 

@@ -180,8 +180,9 @@ class Options(TypedDict, total=False):
         batching: ``off``: each record batch is one run. A mapping: ``max_batch_size`` in rows and
             ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
             what waits while the model is busy.
-        device: ``auto``: a GPU if there is any, in a Spark task those that Spark gave it. ``cpu``, ``gpu``,
-            the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them: ``0`` or ``0,1``.
+        device: ``auto``: a GPU if there is any, in a Spark task those that Spark gave it. Or ``cpu``,
+            ``gpu``, the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them: ``0`` or
+            ``0,1``.
     """
 
     inputs: Mapping[str, str | Input] | None
