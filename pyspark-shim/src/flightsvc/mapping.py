@@ -181,8 +181,8 @@ class Options(TypedDict, total=False):
             ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
             what waits while the model is busy.
         device: ``auto``: a GPU if there is any, in a Spark task those that Spark gave it. Or ``cpu``,
-            ``gpu``, the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them: ``0`` or
-            ``0,1``.
+            ``gpu``, the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them:
+            ``0`` or ``0,1``.
     """
 
     inputs: Mapping[str, str | Input] | None
