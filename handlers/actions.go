@@ -163,7 +163,7 @@ func (f *Front) load(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	f.options.Cache.Pardon(model)
-	if _, err := f.options.Cache.Ready(ctx, model, ""); err != nil {
+	if _, err := f.options.Cache.Ready(ctx, model, ask.Device); err != nil {
 		return nil, err
 	}
 	return ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
