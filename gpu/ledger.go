@@ -15,23 +15,21 @@ import (
 )
 
 // memory is the memory of one device, or of the compute instances of one GPU instance, and who was promised what of
-// it. In the lock folder it has
-//
-//	<name>.lock       whoever holds flock(2) on it may plan with this memory; it is empty and stays
-//	<name>.*.held     one for each front: the bytes that its processes may still take. Its front holds flock(2)
-//	                  on it, so that one whose lock is free belongs to nobody
+// it. In the lock folder it has a folder of its name, with flock(2) on which one may plan with this memory. There each
+// front has a file with the bytes that its processes may still take. The front holds flock(2) on that file, so
+// one whose lock is free belongs to a front that has ended.
 type memory struct {
 	name   string
 	turn   chan struct{}           // held with the lock: flock(2) alone would do, but this is cheap to ask
 	placed map[*Placement]struct{} // guarded by the Inventory's mu, as all below
-	held   *os.File                // our .held, nil before the first placement
+	held   *os.File                // our file, nil before the first placement
 }
 
 func newMemory(name string) *memory {
 	return &memory{name: name, turn: make(chan struct{}, 1), placed: map[*Placement]struct{}{}}
 }
 
-// widest is the width of a number in a .held file: always the same, so that one write replaces it.
+// widest is the width of a number in such a file: always the same, so that one write replaces it.
 const widest = 20
 
 // tryLock locks a memory for planning, or says that somebody else has it.
@@ -46,9 +44,9 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 			<-m.turn
 		}
 	}()
-	file, err := i.lockFile(m.name + ".lock")
+	file, err := i.folder(m)
 	if err != nil {
-		return nil, false, fault.New(fault.Precondition, "lock of device %s: %w; every user of the host's devices must be able to read and write %s", m.name, err, i.lockDir)
+		return nil, false, fault.New(fault.Precondition, "lock of device %s: %w; all users of this host's devices must be able to write to %s", m.name, err, i.lockDir)
 	}
 	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		_ = file.Close()
@@ -63,43 +61,28 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 	}, true, nil
 }
 
-// lockFile opens a file in the lock folder, and makes either where it is not there. All users may lock it, since
-// flock(2) needs no right to write. It is opened before it is made: in a folder that all may write to
-// the kernel refuses to make what another user has (fs.protected_regular).
-func (i *Inventory) lockFile(name string) (*os.File, error) {
-	path := filepath.Join(i.lockDir, name)
+// folder opens the folder of a memory. It and the lock folder are made for all users, as /tmp is; one that
+// is there stays as it is.
+func (i *Inventory) folder(m *memory) (*os.File, error) {
+	path := filepath.Join(i.lockDir, m.name)
 	for {
-		file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+		file, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return file, err
 		}
-		if err := i.makeLockDir(); err != nil {
+		if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
 			return nil, err
 		}
-		file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o644)
-		if errors.Is(err, fs.ErrExist) {
-			continue
+		for _, dir := range []string{i.lockDir, path} {
+			err := os.Mkdir(dir, 0o700)
+			if err == nil {
+				err = os.Chmod(dir, 0o777|fs.ModeSticky) // whatever the umask
+			}
+			if err != nil && !errors.Is(err, fs.ErrExist) {
+				return nil, err
+			}
 		}
-		if err == nil {
-			err = file.Chmod(0o644) // whatever the umask
-		}
-		return file, err
 	}
-}
-
-// makeLockDir makes the lock folder, for all users as /tmp is. One that is there stays as it is.
-func (i *Inventory) makeLockDir() error {
-	if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
-		return err
-	}
-	err := os.Mkdir(i.lockDir, 0o700)
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	if err == nil {
-		err = os.Chmod(i.lockDir, 0o777|fs.ModeSticky)
-	}
-	return err
 }
 
 // promised returns the bytes of a memory that placed processes may still take: ours and those of other fronts. The
@@ -112,11 +95,12 @@ func (i *Inventory) promised(m *memory) (int64, error) {
 		own = m.held.Name()
 	}
 	i.mu.Unlock()
-	paths, err := filepath.Glob(filepath.Join(i.lockDir, m.name+".*.held"))
-	if err != nil {
-		return 0, fmt.Errorf("lock-dir %q cannot be searched: %w", i.lockDir, err)
+	entries, err := os.ReadDir(filepath.Join(i.lockDir, m.name))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, fault.New(fault.Precondition, "other fronts' shares of a device: %w", err)
 	}
-	for _, path := range paths {
+	for _, entry := range entries {
+		path := filepath.Join(i.lockDir, m.name, entry.Name())
 		if path == own {
 			continue
 		}
@@ -165,7 +149,7 @@ func (m *memory) ours() int64 {
 // too, to take one back it need not be.
 func (i *Inventory) publish(m *memory) error {
 	if m.held == nil {
-		file, err := os.CreateTemp(i.lockDir, m.name+".*.held")
+		file, err := os.CreateTemp(filepath.Join(i.lockDir, m.name), "front-")
 		if err != nil {
 			return fault.New(fault.Precondition, "device %s: %w", m.name, err)
 		}

@@ -54,39 +54,39 @@ func (p *Placement) outstanding() int64 { return max(0, p.cost-p.used) }
 
 // Place finds room for a load that needs so many bytes, among the devices of want, that with most room first, and
 // keeps it. It returns nil, the processor, if want is empty. The device stays locked for all fronts of the
-// host until Settle or Release. While others load on every device that could do, it waits; its errors are *NoRoom,
+// host until Settle or Release. It waits while others load where there may be room; its errors are *NoRoom,
 // and faults: Unavailable when ctx ends or no device can be read, Precondition for a lock folder that cannot be used.
 func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Placement, error) {
 	if len(want) == 0 {
 		return nil, nil
 	}
-	errs := i.refresh()
+	candidates, err := i.candidates(want)
+	if err != nil {
+		return nil, err
+	}
+	var best *NoRoom
 	for {
-		candidates, err := i.candidates(want, errs)
-		if err != nil {
-			return nil, err
-		}
-		var best *NoRoom
-		var busy *device
+		var busy []*device
 		for _, d := range candidates {
-			p, room, err := i.tryPlace(d, need)
+			p, full, err := i.tryPlace(d, need)
 			switch {
 			case errors.Is(err, errBusy):
-				busy = d
+				busy = append(busy, d)
 			case err != nil:
 				return nil, err
 			case p != nil:
 				return p, nil
-			case best == nil || room.Free > best.Free:
-				best = room
+			case best == nil || full.Free > best.Free:
+				best = full
 			}
 		}
-		if busy == nil {
+		if len(busy) == 0 {
 			return nil, best
 		}
+		candidates = busy
 		select {
 		case <-ctx.Done():
-			return nil, fault.New(fault.Unavailable, "device %s: another model is being loaded there, here or by another front of this host; ask again: %w", busy.Device, ctx.Err())
+			return nil, fault.New(fault.Unavailable, "device %s: another model is being loaded there, here or by another front of this host; ask again: %w", busy[0].UUID, ctx.Err())
 		case <-time.After(i.retry):
 		}
 	}
@@ -96,7 +96,8 @@ func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Plac
 var errBusy = errors.New("busy")
 
 // candidates returns the wanted devices that are healthy and have answered, that with most room first.
-func (i *Inventory) candidates(want []Device, errs []error) ([]*device, error) {
+func (i *Inventory) candidates(want []Device) ([]*device, error) {
+	errs := i.refresh()
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	var found []*device
@@ -144,10 +145,13 @@ func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error)
 	}
 	now, err := i.measure(d, -1)
 	if err != nil {
-		return nil, nil, fault.New(fault.Unavailable, "device %s: its free memory cannot be read: %w", d.Device, err)
+		return nil, nil, fault.New(fault.Unavailable, "device %s: its free memory cannot be read: %w", d.UUID, err)
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if !d.Healthy {
+		return nil, nil, fault.New(fault.Unavailable, "device %s: %s", d.Device, d.Reason)
+	}
 	if room := now.free - promises; room < need {
 		return nil, &NoRoom{Device: d.Device, Need: need, Free: max(0, room)}, nil
 	}
@@ -171,19 +175,24 @@ type reading struct {
 // measure reads the memory of a device, and what a process has of it.
 func (i *Inventory) measure(d *device, pid int) (reading, error) {
 	now, err := ask(i, i.limit, func() (reading, error) {
-		now, listed := reading{used: -1}, int64(0)
-		if processes, ret := d.handle.GetComputeRunningProcesses(); ret == nvml.SUCCESS {
+		now := reading{used: -1}
+		list := func() (sum int64) {
+			processes, ret := d.handle.GetComputeRunningProcesses()
 			for _, process := range processes {
-				if process.UsedGpuMemory == nvmlNotAvailable {
+				if ret != nvml.SUCCESS || process.UsedGpuMemory == nvmlNotAvailable {
 					continue
 				}
-				listed += int64(process.UsedGpuMemory)
-				if int(process.Pid) == pid {
+				sum += int64(process.UsedGpuMemory)
+				if int(process.Pid) == pid && now.used < 0 {
 					now.used = int64(process.UsedGpuMemory)
 				}
 			}
+			return sum
 		}
+		// The list and the memory are not of one moment; between two lists rest is never too low.
+		listed := list()
 		info, ret := d.handle.GetMemoryInfo()
+		listed = min(listed, list())
 		now.free = int64(info.Free)
 		now.rest = int64(info.Total-info.Free) - listed
 		return now, failed(ret)
