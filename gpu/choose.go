@@ -31,7 +31,7 @@ func (i *Inventory) Choose(want string) ([]Device, error) {
 		chosen = i.devices
 	default:
 		if len(i.devices) == 0 {
-			return nil, fault.New(fault.Precondition, "device %q: %s; use \"auto\" or \"cpu\"", want, i.why)
+			return nil, fault.New(fault.Precondition, "device %q: %s; use \"auto\" or \"cpu\"", want, i.Why())
 		}
 		if chosen = i.devices; want != "gpu" {
 			chosen = nil

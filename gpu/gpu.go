@@ -47,7 +47,8 @@ const (
 	callLimit = 5 * time.Second
 )
 
-// Inventory is the devices of this host that this process may use. Its methods are safe for concurrent use.
+// Inventory is the devices of this host that this process may use. Its methods are safe for concurrent use. The zero
+// Inventory has none.
 type Inventory struct {
 	nvml    nvml.Interface
 	log     *zap.Logger
@@ -116,7 +117,12 @@ func Open(options Options) *Inventory {
 }
 
 // Why says why there is no device, "" where there is one.
-func (i *Inventory) Why() string { return i.why }
+func (i *Inventory) Why() string {
+	if i.why == "" && len(i.devices) == 0 {
+		return "nobody has looked for devices"
+	}
+	return i.why
+}
 
 // Close lets go of the library and of what this process has in the lock folder. Placements must not be used
 // afterwards, and Watch must have returned.

@@ -50,6 +50,8 @@ func TestNoDriver(t *testing.T) {
 		_, err := i.Choose(want)
 		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 is not here", `use "auto" or "cpu"`)
 	}
+	_, err := (&Inventory{}).Choose("gpu")
+	expect.Fault(t, err, fault.Precondition, "nobody has looked for devices")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })
