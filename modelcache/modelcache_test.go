@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -107,6 +108,9 @@ func fakeRunner(mode string) {
 			say(Report{Stirring: lease})
 		case "answer":
 			say(Report{Answered: true})
+		case "fits":
+			rows, _ := strconv.Atoi(lease)
+			say(Report{DeviceBatch: rows})
 		}
 	}
 }

@@ -1,0 +1,102 @@
+package modelcache
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/dgxa100"
+
+	"flightsvc/gpu"
+	"flightsvc/internal/expect"
+	"flightsvc/internal/fault"
+)
+
+// devicesOf returns the 8 GPUs that go-nvml simulates, empty and of 40 GiB, in which no process is ever seen.
+func devicesOf(t *testing.T) *gpu.Inventory {
+	t.Helper()
+	host := dgxa100.New()
+	for _, d := range host.Devices {
+		device := d.(*dgxa100.Device)
+		device.MemoryInfo.Free = device.MemoryInfo.Total
+		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) { return nvml.Utilization{}, nvml.SUCCESS }
+		device.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) { return nil, nvml.SUCCESS }
+	}
+	host.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) { return nil, nvml.ERROR_NOT_SUPPORTED }
+	devices := gpu.Open(gpu.Options{NVML: host, LockDir: t.TempDir()})
+	t.Cleanup(devices.Close)
+	return devices
+}
+
+// deviceOf returns the device of the only runner.
+func deviceOf(t *testing.T, cache *Cache) string {
+	t.Helper()
+	for _, m := range cache.Status() {
+		if m.PID != 0 {
+			return m.Device
+		}
+	}
+	t.Fatal("no runner")
+	return ""
+}
+
+func TestCPUFallback(t *testing.T) {
+	// Devices that are not there.
+	for _, fallback := range []bool{false, true} {
+		cache, models := poolOf(t, 1, 1, func(o *Options) { o.CPUFallback = fallback })
+		_, err := cache.Ready(t.Context(), models[0], "gpu")
+		if !fallback {
+			expect.Fault(t, err, fault.Precondition, "model a", `device "gpu"`)
+		} else if err != nil || deviceOf(t, cache) != "" {
+			t.Errorf("device %q, %v", deviceOf(t, cache), err)
+		}
+	}
+	// A device that is too small.
+	for _, fallback := range []bool{false, true} {
+		devices := devicesOf(t)
+		cache, _ := poolOf(t, 2, 0, func(o *Options) {
+			o.CPUFallback, o.Devices, o.LoadTimeout = fallback, devices, 2*time.Second
+		})
+		large := add(t, cache, "large", `{"memory":"1GiB","device_memory":"41GiB"}`)
+		_, err := cache.Ready(t.Context(), large, "")
+		if !fallback {
+			expect.Fault(t, err, fault.Exhausted, "model large", "40960 MiB free", "allow-cpu-fallback")
+		} else if err != nil || deviceOf(t, cache) != "" {
+			t.Errorf("device %q, %v", deviceOf(t, cache), err)
+		}
+		// Never for a device that is no device.
+		_, err = cache.Ready(t.Context(), large, "9")
+		expect.Fault(t, err, fault.BadRequest, `no device "9"`)
+	}
+}
+
+func TestBatchSizeIsRemembered(t *testing.T) {
+	devices := devicesOf(t)
+	cache, models := poolOf(t, 1, 1, func(o *Options) { o.Devices = devices })
+	runner, err := cache.Ready(t.Context(), models[0], "3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	device := devices.Devices()[3]
+	if got := deviceOf(t, cache); got != device.UUID {
+		t.Fatalf("device %q", got)
+	}
+	const digest = "sha256:feed"
+	cache.mu.Lock()
+	cache.slots[0].digest = digest
+	cache.mu.Unlock()
+	tell(t, runner, "fits 24")
+	expect.Eventually(t, "the size is in the profile", func() bool { return cache.profiles.read(digest).DeviceBatch[device.Name] == 24 })
+	placement, err := devices.Place(t.Context(), []gpu.Device{device}, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	setup, env, err := cache.setupOf(models[0], cache.profiles.read(digest), placement)
+	if err != nil || setup.Batching.MaxBatchSize != 24 || setup.Device != device.UUID || !strings.Contains(strings.Join(env, " "), "CUDA_VISIBLE_DEVICES="+device.UUID) {
+		t.Errorf("the next runner gets %+v, %q, %v", setup, env, err)
+	}
+	if err := placement.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
