@@ -52,6 +52,9 @@ func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []
 	if entry.Err != nil {
 		return nil, []string{entry.Err.Error()}
 	}
+	if entry.Saved == nil {
+		return nil, nil // it lies in a store and was not fetched yet
+	}
 	for _, name := range entry.Saved.Names() {
 		info, err := flightOf(entry, name)
 		if err != nil {

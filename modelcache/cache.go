@@ -402,7 +402,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 		return nil, err
 	}
 	release = hold
-	setup, env, err := c.setupOf(s.model, s.profile, want.placement)
+	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err != nil {
 		gone()
 		return nil, err
@@ -412,7 +412,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	c.mu.Lock()
 	s.state, s.claim, s.uuid, s.fellBack = StateLoading, want, want.placement.Device().UUID, want.fellBack
 	c.mu.Unlock()
-	runner, err := start(ctx, c.options, setup, env, events{
+	runner, err := start(ctx, c.options, setup, tuned, want.placement.Env(), events{
 		warming:  func() { c.setState(s, StateWarming) },
 		moved:    c.wake,
 		pressed:  func() { c.pressed(s) },
@@ -455,15 +455,15 @@ func (c *Cache) setupOf(model Model, known Profile, placement *gpu.Placement) (S
 		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
 		Device: placement.Device().UUID, DeviceBytes: int64(model.Settings.DeviceMemory),
 	}
-	env := placement.Env()
+	var tuned []string
 	if setup.Device == "" {
 		if choice, ok := known.Tuned[Machine()]; ok {
-			env = append(env, c.apply(choice, &setup)...)
+			tuned = c.apply(choice, &setup)
 		}
 	} else if most := known.DeviceBatch[placement.Device().Name]; most > 0 {
 		setup.Batching.MaxBatchSize = min(cmp.Or(setup.Batching.MaxBatchSize, most), most)
 	}
-	return setup, env, nil
+	return setup, tuned, nil
 }
 
 // apply puts a tuned choice into a setup. What the model's settings say goes over it.

@@ -77,9 +77,9 @@ func (c *Cache) collectSoon() {
 	}
 	go func() {
 		defer c.working.Done()
-		c.collecting.Store(false) // whoever asks from now on may have brought something that this one does not see
 		c.collected.Lock()
 		defer c.collected.Unlock()
+		c.collecting.Store(false) // whoever asks from now on may have brought something that this one does not see
 		c.collect(time.Now())
 	}()
 }

@@ -42,25 +42,30 @@ func age(t *testing.T, model Model, ago time.Duration) {
 
 func TestCollect(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "cache")
-	open := func() *Cache {
-		c := New(Options{CacheDir: dir, CacheBytes: 250_000, Log: zap.NewNop()})
+	open := func(bytes int64) *Cache {
+		c := New(Options{CacheDir: dir, CacheBytes: bytes, Log: zap.NewNop()})
 		t.Cleanup(c.Close)
 		return c
 	}
-	c := open()
+	collect := func(c *Cache) { // beside those of its own
+		c.collected.Lock()
+		defer c.collected.Unlock()
+		c.collect(time.Now())
+	}
+	c := open(250_000)
 	c.collected.Lock() // none of its own until all are there
 	oldest := pushSome(t, c, "a", 100_000, 5*time.Hour)
 	held := pushSome(t, c, "b", 100_000, 4*time.Hour)
 	old := pushSome(t, c, "c", 100_000, 3*time.Hour)
 	recent := pushSome(t, c, "d", 100_000, 2*time.Hour)
 	fresh := pushSome(t, c, "e", 100_000, 0)
-	release, err := open().hold(held) // by another front
+	release, err := open(0).hold(held) // by another front
 	if err != nil {
 		t.Fatal(err)
 	}
 	age(t, held, 4*time.Hour)
 	c.collected.Unlock()
-	c.collect(time.Now())
+	collect(c)
 	is := func(when string, want ...bool) {
 		t.Helper()
 		for i, model := range []Model{oldest, held, old, recent, fresh} {
@@ -78,9 +83,8 @@ func TestCollect(t *testing.T) {
 	_, err = c.find(t.Context(), old.Ref, "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host")
 	release()
-	c.options.CacheBytes = 1
 	age(t, fresh, 2*justUsed)
-	c.collect(time.Now())
+	collect(open(1))
 	is("when nothing is held", false, false, false, false, false)
 	if release, err = c.hold(Model{Dir: t.TempDir()}); err != nil {
 		t.Errorf("a folder of somebody's own: %v", err)

@@ -470,13 +470,14 @@ func TestCloseEndsWhatLoads(t *testing.T) {
 }
 
 func TestRunnerEnvironment(t *testing.T) {
-	got := strings.Join(runnerEnv([]string{"A=1", "LD_LIBRARY_PATH=/old:/older", "B=x=y"}, "/lib", []string{"TF_ENABLE_ONEDNN_OPTS=0"}), " ")
-	if got != "TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 TF_ENABLE_ONEDNN_OPTS=0 A=1 LD_LIBRARY_PATH=/old:/older B=x=y LD_LIBRARY_PATH=/lib:/old:/older" {
+	got := strings.Join(runnerEnv([]string{"A=1", "AWS_SECRET_ACCESS_KEY=s", "AZURE_STORAGE_KEY=s", "GOOGLE_APPLICATION_CREDENTIALS=s", "CUDA_VISIBLE_DEVICES=0,1", "LD_LIBRARY_PATH=/old:/older", "B=x=y"},
+		"/lib", []string{"TF_ENABLE_ONEDNN_OPTS=0"}, []string{"CUDA_VISIBLE_DEVICES=-1"}), " ")
+	if got != "TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 TF_ENABLE_ONEDNN_OPTS=0 A=1 CUDA_VISIBLE_DEVICES=0,1 LD_LIBRARY_PATH=/old:/older B=x=y CUDA_VISIBLE_DEVICES=-1 LD_LIBRARY_PATH=/lib:/old:/older" {
 		t.Error(got)
 	}
 	// The last of two entries is the one that counts.
 	cmd := exec.Command("sh", "-c", "echo $TF_CPP_MIN_LOG_LEVEL $TF_ENABLE_ONEDNN_OPTS")
-	cmd.Env = runnerEnv([]string{"TF_CPP_MIN_LOG_LEVEL=0"}, "/lib", nil)
+	cmd.Env = runnerEnv([]string{"TF_CPP_MIN_LOG_LEVEL=0"}, "/lib", nil, nil)
 	if out, err := cmd.Output(); err != nil || string(out) != "0 1\n" {
 		t.Errorf("a runner's environment says %q, %v", out, err)
 	}

@@ -129,9 +129,9 @@ type loadError struct {
 	noMemory bool // of the device
 }
 
-// start runs flightsvc-runner and waits until its model is ready. ctx bounds the wait. env goes over the
-// environment, but for what the environment says of TensorFlow. events.ended is called in any case, and last.
-func start(ctx context.Context, options Options, setup Setup, env []string, events events) (*Runner, error) {
+// start runs flightsvc-runner and waits until its model is ready. ctx bounds the wait. tuned and device
+// are for runnerEnv. events.ended is called in any case, and last.
+func start(ctx context.Context, options Options, setup Setup, tuned, device []string, events events) (*Runner, error) {
 	setup.Key = []byte(rand.Text() + rand.Text())                             // 260 bits
 	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock") // as long as front.sock: both fit or neither
 	r := &Runner{
@@ -142,7 +142,7 @@ func start(ctx context.Context, options Options, setup Setup, env []string, even
 		leases:  map[string]lease{},
 		streams: map[string]*stream{},
 	}
-	handshake, err := r.run(ctx, options, env)
+	handshake, err := r.run(ctx, options, tuned, device)
 	if err != nil {
 		events.ended(end{asked: true})
 		return nil, err
@@ -161,7 +161,7 @@ func start(ctx context.Context, options Options, setup Setup, env []string, even
 }
 
 // run starts the process and follows it.
-func (r *Runner) run(ctx context.Context, options Options, env []string) (<-chan Report, error) {
+func (r *Runner) run(ctx context.Context, options Options, tuned, device []string) (<-chan Report, error) {
 	library, err := options.Library(ctx)
 	if err != nil {
 		return nil, fault.New(fault.Precondition, "model %s: %w", r.setup.Model, err)
@@ -171,7 +171,7 @@ func (r *Runner) run(ctx context.Context, options Options, env []string) (<-chan
 		return nil, err
 	}
 	r.cmd = exec.Command(options.Binary) //nolint:gosec // the binary lies beside our own
-	r.cmd.Env = runnerEnv(os.Environ(), library, env)
+	r.cmd.Env = runnerEnv(os.Environ(), library, tuned, device)
 	r.cmd.Stderr = os.Stderr
 	if r.stdin, err = r.cmd.StdinPipe(); err != nil {
 		return nil, err
@@ -190,14 +190,18 @@ func (r *Runner) run(ctx context.Context, options Options, env []string) (<-chan
 }
 
 // runnerEnv passes the environment on with the library's folder in front of the search path, and
-// with TensorFlow's settings that are ours, for all models and for this one. What the environment says of them goes
-// over that, since the last of two entries counts.
-func runnerEnv(environ []string, library string, ours []string) []string {
+// with TensorFlow's settings that are ours: for all models, and as this one was tuned. What the environment says of them
+// goes over that, since the last of two entries counts. Which device there is, the front alone says.
+func runnerEnv(environ []string, library string, tuned, device []string) []string {
 	env := append([]string{
 		"TF_CPP_MIN_LOG_LEVEL=2",  // errors alone: libpng warns of many a picture
 		"TF_ENABLE_ONEDNN_OPTS=1", // measured: EfficientNet-Lite0 runs 1.7 times as fast with AVX2
-	}, ours...)
-	env = append(env, environ...)
+	}, tuned...)
+	env = append(append(env, environ...), device...)
+	// A model is a program: it does not see the credentials for stores.
+	env = slices.DeleteFunc(env, func(entry string) bool {
+		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") || strings.HasPrefix(entry, "AZURE_")
+	})
 	for _, entry := range environ {
 		if path, ok := strings.CutPrefix(entry, "LD_LIBRARY_PATH="); ok {
 			library += ":" + path
