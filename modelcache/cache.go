@@ -39,7 +39,10 @@ type Options struct {
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)
-	Log     *zap.Logger
+	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
+	// error is a sentence that says what to install. Nil means that no graph is frozen.
+	Python func(ctx context.Context, library string) (string, error)
+	Log    *zap.Logger
 }
 
 // Cache keeps runners: at most one for each model version on each device.
@@ -67,6 +70,9 @@ type Cache struct {
 
 	collecting atomic.Bool // a collection is on its way and has not begun
 	collected  sync.Mutex  // held by a collection
+
+	tuning    sync.Mutex // held while Tune measures
+	untunable sync.Map   // digests of models that tuneIdle has given up
 }
 
 // tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
