@@ -32,6 +32,7 @@ var actions = []struct {
 	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
 	{"model.load", `{"model","version"?,"device"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
 	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`, (*Front).unload},
+	{"model.tune", `{"model","version"?,"signature"?,"quick"?} -> {"candidate"} for each configuration measured, then {"tuning"}; may take minutes`, (*Front).tune},
 	{"server.shutdown", `{} -> {"draining":true}; ends this server after its streams have ended`, (*Front).shutdown},
 }
 
@@ -45,7 +46,10 @@ func (f *Front) ListActions(_ *flight.Empty, stream flight.FlightService_ListAct
 	return nil
 }
 
-// DoAction runs one action; body and result are JSON.
+// results is what an action returns that has several results: it sends one after the other.
+type results func(send func(any) error) error
+
+// DoAction runs one action; body and results are JSON.
 func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoActionServer) error {
 	for _, known := range actions {
 		if known.name != action.GetType() {
@@ -55,11 +59,17 @@ func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoAc
 		if err != nil {
 			return err
 		}
-		body, err := json.Marshal(answer)
-		if err != nil {
-			return err
+		send := func(answer any) error {
+			body, err := json.Marshal(answer)
+			if err != nil {
+				return err
+			}
+			return stream.Send(&flight.Result{Body: body})
 		}
-		return stream.Send(&flight.Result{Body: body})
+		if several, ok := answer.(results); ok {
+			return several(send)
+		}
+		return send(answer)
 	}
 	return fault.New(fault.Unimplemented, "no action %q; ListActions lists those there are", action.GetType())
 }
@@ -180,6 +190,47 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 	}
 	return ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
 }
+
+// TuneBody is the body of model.tune. Signature is serving_default where it is absent.
+type TuneBody struct {
+	Model     string        `json:"model"`
+	Version   versionNumber `json:"version,omitempty"`
+	Signature string        `json:"signature,omitempty"`
+	Quick     bool          `json:"quick,omitempty"`
+}
+
+// TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
+type TuneResult struct {
+	Candidate *modelcache.Candidate `json:"candidate,omitempty"`
+	Tuning    *modelcache.Tuning    `json:"tuning,omitempty"`
+}
+
+// tune ends when its caller leaves.
+func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
+	var ask TuneBody
+	if err := decodeBody(body, &ask); err != nil || ask.Model == "" {
+		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"quick\":true}: %w", cmp.Or(err, errNoModel))
+	}
+	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
+	if err != nil {
+		return nil, err
+	}
+	return results(func(send func(any) error) error {
+		ctx, leave := context.WithCancelCause(ctx)
+		defer leave(nil)
+		tuning, err := f.options.Cache.Tune(ctx, model, modelcache.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c modelcache.Candidate) {
+			if err := send(TuneResult{Candidate: &c}); err != nil {
+				leave(err)
+			}
+		})
+		if err != nil {
+			return err
+		}
+		return send(TuneResult{Tuning: &tuning})
+	}), nil
+}
+
+var errNoModel = errors.New("model is missing")
 
 func (f *Front) shutdown(_ context.Context, body []byte) (any, error) {
 	if err := nothing(body); err != nil {

@@ -19,6 +19,7 @@ type Profile struct {
 	DeviceBytes map[string]int64  `json:"device_bytes,omitempty"` // the same of a device, by the device's name
 	DeviceBatch map[string]int    `json:"device_batch,omitempty"` // the most rows of a run that fit, by the device's name; only where larger ones did not
 	Tuned       map[string]Choice `json:"tuned,omitempty"`        // by Machine
+	NotFrozen   string            `json:"not_frozen,omitempty"`   // why its variables cannot be made constants; "" where they can, or nobody tried
 }
 
 // Choice is a configuration of a runner that was found by measuring.

@@ -46,6 +46,8 @@ type Setup struct {
 
 	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
 	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
+
+	Measure *Measurement `json:"measure,omitempty"` // measure and end, in place of serving
 }
 
 // Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready, or with an
@@ -72,6 +74,8 @@ type Report struct {
 	// served more than one stream.
 	Runs       int64 `json:"runs,omitempty"`
 	JoinedRuns int64 `json:"joined_runs,omitempty"`
+
+	Measured []Measured `json:"measured,omitempty"` // what Setup.Measure asked for, in place of Ready
 }
 
 // StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops

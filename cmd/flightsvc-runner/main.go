@@ -88,6 +88,9 @@ func run(stdin io.Reader, reports *reporter) error {
 		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind, NoMemory: setup.Device != "" && kind == fault.Exhausted})
 		return err
 	}
+	if setup.Measure != nil {
+		return measure(setup, engine, reports, log)
+	}
 	listener, err := handlers.Listen(setup.Socket, log)
 	if err != nil {
 		return err

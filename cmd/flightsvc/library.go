@@ -49,3 +49,21 @@ func library(setting string) func(context.Context) (string, error) {
 const install = "pip install tensorflow-cpu==2.21.0"
 
 var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + libraryFile)
+
+// findFreezing is asked of a Python interpreter; it finds the packages without importing them.
+const findFreezing = `import importlib.util as u, sys; sys.exit(not (u.find_spec("tensorflow") and u.find_spec("flightsvc")))`
+
+// python finds an interpreter that has both TensorFlow and flightsvc: that of the environment which the folder of
+// libtensorflow belongs to, else as library does.
+func python(ctx context.Context, library string) (string, error) {
+	pythons := []string{filepath.Join(library, "..", "..", "..", "..", "bin", "python")} // of ENV/lib/python3.X/site-packages/tensorflow
+	if env := os.Getenv("VIRTUAL_ENV"); env != "" {
+		pythons = append(pythons, filepath.Join(env, "bin", "python"))
+	}
+	for _, python := range append(pythons, "python3") {
+		if exec.CommandContext(ctx, python, "-c", findFreezing).Run() == nil { //nolint:gosec // the user's own interpreter
+			return python, nil
+		}
+	}
+	return "", errors.New("no Python here has both TensorFlow and flightsvc, which freezing needs; install both into one environment and set VIRTUAL_ENV to it")
+}

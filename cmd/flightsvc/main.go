@@ -29,6 +29,7 @@ type cli struct {
 	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
 	Predict predictCommand   `cmd:"" help:"Run a model over the rows of a file."`
+	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use that from its next load."`
 }
 
 type serveCommand struct {

@@ -197,6 +197,7 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		LoadTimeout:    settings.LoadTimeout,
 		CacheBytes:     int64(settings.CacheSize),
 		Library:        library(settings.Libtensorflow),
+		Python:         python,
 		Log:            log,
 	}), nil
 }

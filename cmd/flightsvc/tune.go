@@ -1,0 +1,203 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/apache/arrow/go/v15/arrow/flight"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"flightsvc/handlers"
+	"flightsvc/modelcache"
+)
+
+// tuneCommand asks a front to tune a model.
+type tuneCommand struct {
+	Model     string `arg:"" help:"Name, path, URI or digest of the model."`
+	Version   string `name:"model-version" default:"latest" help:"Version, or latest."`
+	Signature string `default:"serving_default" help:"Signature to measure."`
+	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
+	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
+	Endpoint  string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Front that serves the model."`
+}
+
+// Run is called by kong.
+func (c *tuneCommand) Run() error {
+	if _, err := os.Stat(c.Model); err == nil && strings.ContainsRune(c.Model, filepath.Separator) {
+		if c.Model, err = filepath.Abs(c.Model); err != nil {
+			return err
+		}
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	tried := 0
+	tuning, err := c.ask(ctx, func(candidate modelcache.Candidate) {
+		if tried++; !c.JSON {
+			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(candidate))
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return json.NewEncoder(os.Stdout).Encode(tuning)
+	}
+	return show(os.Stdout, tuning)
+}
+
+// ask runs the action and returns its last result.
+func (c *tuneCommand) ask(ctx context.Context, progress func(modelcache.Candidate)) (*modelcache.Tuning, error) {
+	socket, err := handlers.SocketPath(c.Endpoint)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conn.Close() }()
+	body, err := json.Marshal(map[string]any{"model": c.Model, "version": c.Version, "signature": c.Signature, "quick": c.Quick})
+	if err != nil {
+		return nil, err
+	}
+	stream, err := flight.NewFlightServiceClient(conn).DoAction(ctx, &flight.Action{Type: "model.tune", Body: body})
+	if err != nil {
+		return nil, errors.New(status.Convert(err).Message())
+	}
+	for {
+		result, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil, errors.New("the front ended without an answer")
+		}
+		if err != nil {
+			return nil, errors.New(status.Convert(err).Message())
+		}
+		var told handlers.TuneResult
+		if err := json.Unmarshal(result.GetBody(), &told); err != nil {
+			return nil, err
+		}
+		if told.Tuning != nil {
+			return told.Tuning, nil
+		}
+		if told.Candidate != nil {
+			progress(*told.Candidate)
+		}
+	}
+}
+
+// line describes a candidate while the search goes on.
+func line(c modelcache.Candidate) string {
+	about := configuration(c.Choice)
+	switch {
+	case c.Reason != "":
+		return about + ": " + c.Reason
+	case !c.Agrees:
+		return fmt.Sprintf("%s: %s rows/s, but its answers differ", about, rate(c.RowsPerSecond))
+	}
+	return fmt.Sprintf("%s: %s rows/s", about, rate(c.RowsPerSecond))
+}
+
+func configuration(c modelcache.Choice) string {
+	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
+}
+
+func graphOf(c modelcache.Choice) string {
+	if c.Frozen != "" {
+		return "frozen"
+	}
+	return "as it is"
+}
+
+func onOff(on bool) string {
+	if on {
+		return "on"
+	}
+	return "off"
+}
+
+// rate prints three digits that matter.
+func rate(rows float64) string {
+	if rows >= 100 {
+		return fmt.Sprintf("%.0f", rows)
+	}
+	return fmt.Sprintf("%.1f", rows)
+}
+
+// show prints the table and what follows from it.
+func show(out io.Writer, t *modelcache.Tuning) error {
+	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(table, "\tgraph\toneDNN\tthreads\tat once\tbatch\trows/s\tto default\tagrees\t")
+	for i, c := range t.Candidates {
+		mark, agrees := fmt.Sprint(i+1), "yes"
+		if c.Choice == t.Chosen.Choice {
+			mark = "* " + mark
+		}
+		if !c.Agrees {
+			agrees = "no"
+			if c.Difference < math.MaxFloat64 && c.Reason == "" {
+				agrees = fmt.Sprintf("no (%.1f times the tolerance)", c.Difference)
+			}
+		}
+		speed, relative := rate(c.RowsPerSecond), fmt.Sprintf("%.2f", c.Relative)
+		if c.Reason != "" {
+			speed, relative = "-", "-"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\t\n", mark, graphOf(c.Choice), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize, speed, relative, agrees)
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(out)
+	switch {
+	case t.NotFrozen != "":
+		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
+	case t.Freezing > 0:
+		fmt.Fprintf(out, "freezing: %.2f times as fast (median over all else the same)\n", t.Freezing)
+	}
+	if t.OneDNN > 0 {
+		fmt.Fprintf(out, "oneDNN:   %.2f times as fast (median over all else the same)\n", t.OneDNN)
+	}
+	name, flags := processor()
+	fmt.Fprintf(out, "processor: %s, with %s\n", name, strings.Join(flags, " "))
+	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
+	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n", t.Machine, t.Stored)
+	return err
+}
+
+// shown are the flags of a processor that TensorFlow's kernels ask for.
+var shown = []string{"sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8"}
+
+// processor returns the name of the processor and which of the shown flags it has.
+func processor() (name string, flags []string) {
+	text, _ := os.ReadFile("/proc/cpuinfo") // empty elsewhere
+	name = "unknown"
+	for text := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(text, ":")
+		switch strings.TrimSpace(key) {
+		case "model name":
+			name = strings.TrimSpace(value)
+		case "flags":
+			for _, flag := range strings.Fields(value) {
+				if slices.Contains(shown, flag) {
+					flags = append(flags, flag)
+				}
+			}
+			return name, flags
+		}
+	}
+	return name, flags
+}
