@@ -19,7 +19,7 @@ type Measurement struct {
 	BatchSizes []int         `json:"batch_sizes"` // rows of one run, ascending; what does not fit into one run is left out
 	Window     time.Duration `json:"window"`      // of one measurement; a run under way is waited for
 	Windows    int           `json:"windows"`     // for each batch size
-	LongestRun time.Duration `json:"longest_run"` // when a run takes longer, larger batches are left out; 0 is never
+	LongestRun time.Duration `json:"longest_run"` // batches whose run would take longer, by the one before, are left out; 0 is no bound
 	Seed       uint64        `json:"seed"`
 	Folder     string        `json:"folder"` // gets the outputs of one batch; see ReadAnswers
 }

@@ -62,6 +62,9 @@ func fakeRunner(mode string) {
 	say := func(report Report) { _ = json.NewEncoder(os.Stdout).Encode(report) }
 	ready := Report{Build: testBuild, TensorFlow: "none", Ready: true}
 	switch mode {
+	case "measures", "measures nothing", "measures frozen wrongly", "measures forever", "measures strings":
+		fakeMeasure(mode, setup, say)
+		return
 	case "dies":
 		os.Exit(3)
 	case "hangs":

@@ -37,7 +37,7 @@ const oneDNN = "TF_ENABLE_ONEDNN_OPTS"
 const (
 	tuneWindow     = 400 * time.Millisecond
 	tuneWindows    = 3
-	tuneLongestRun = 500 * time.Millisecond // a batch that takes longer makes everybody wait
+	tuneLongestRun = time.Second // a batch that would take longer makes everybody wait
 	tuneSeed       = 1
 	tie            = 0.03
 	finalists      = 3 // that are measured again, in turns, beside the default
@@ -299,7 +299,11 @@ func (t *tuner) best() []Candidate {
 // at a time. The median of all rounds counts.
 func (t *tuner) finals(ctx context.Context) error {
 	list := t.best()
-	again := slices.Clone(list[:min(finalists, len(list))])
+	rounds, first := 2, finalists
+	if t.options.Quick {
+		rounds, first = 1, finalists-1
+	}
+	again := slices.Clone(list[:min(first, len(list))])
 	for _, c := range list {
 		if t.deviation(c.Choice) == 0 { // the default, with its fastest batch size
 			again = append(again, c)
@@ -311,10 +315,6 @@ func (t *tuner) finals(ctx context.Context) error {
 	speeds := make([][]float64, len(again))
 	for i, c := range again {
 		speeds[i] = []float64{c.RowsPerSecond}
-	}
-	rounds := 2
-	if t.options.Quick {
-		rounds = 1
 	}
 	for range rounds {
 		for i, c := range again {

@@ -61,7 +61,7 @@ func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelca
 		return nil, err
 	}
 	var found []modelcache.Measured
-	for _, size := range asked.BatchSizes {
+	for i, size := range asked.BatchSizes {
 		if size > rows {
 			break
 		}
@@ -71,7 +71,8 @@ func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelca
 		}
 		slices.Sort(speeds)
 		found = append(found, modelcache.Measured{BatchSize: size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]})
-		if asked.LongestRun > 0 && longest > asked.LongestRun {
+		if last := i == len(asked.BatchSizes)-1; !last && asked.LongestRun > 0 &&
+			longest*time.Duration(asked.BatchSizes[i+1])/time.Duration(size) > asked.LongestRun {
 			break
 		}
 	}
