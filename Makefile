@@ -24,7 +24,7 @@ export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures java-client s3 lock clean
+.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,9 @@ bench-quick: build ## EfficientNet-Lite0 on 1,000 pictures: ours beside predict_
 
 bench-pictures: build ## decode and resize beside the same kernels in tf.data, into build/bench/
 	@$(PY) benchmarks/pictures.py
+
+bench-tuning: build ## what tuning chooses for two networks, beside the best there is and a raw session, into build/bench/
+	@$(PY) benchmarks/tuning.py
 
 java-client: $(JAVA_CLIENT) ## the client in Java, an example, into build/java-client/
 

@@ -1,9 +1,9 @@
 """What tuning finds for EfficientNet-Lite0 and MobileNetV2, beside the best there is and a raw session loop.
 
-`flightsvc tune` searches, all combinations and quickly. What it chose, what else was fast, and each of frozen or
-not and oneDNN on or off are then measured again in turns, each in a runner of its own; a bare loop over the
-session in the chosen configuration (`session/`) takes its turn beside the runner. Ratios are taken within each
-round. Prints tables, writes build/bench/tuning.json, and exits with 1 where a bound is missed.
+`flightsvc tune` searches, all combinations and quickly. What it chose, what else was fast, and each of frozen
+or not and oneDNN on or off are then measured again in turns, each in a runner of its own; a bare loop over
+the session in the chosen configuration (`session/`) takes its turn beside the runner. Ratios are taken within
+each round. Prints tables, writes build/bench/tuning.json, and exits with 1 where a bound is missed.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Bench:
         front = subprocess.Popen(
             [ROOT / "bin" / "flightsvc", "serve", "--run-dir", str(self.run_dir), "--log-level", "warn"],
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env=self.environ,
         )
         assert front.stdout is not None
@@ -129,6 +130,7 @@ class Bench:
                 [ROOT / "bin" / "flightsvc-runner"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
                 env=self._environ(choice),
             )
             assert runner.stdin is not None and runner.stdout is not None
@@ -137,6 +139,8 @@ class Bench:
             reports = [json.loads(line) for line in runner.stdout]
             runner.stdin.close()
             runner.wait(60)
+        if "measured" not in reports[-1]:
+            raise SystemExit(reports[-1]["error"])
         [measured] = reports[-1]["measured"]
         return float(measured["median"])
 
@@ -158,7 +162,9 @@ class Bench:
             *("-batch", str(batch), "-cores", str(cores), "-callers", str(callers)),
             *("-window", f"{WINDOW_MS}ms", "-windows", str(WINDOWS)),
         ]
-        done = subprocess.run(command, env=self._environ(choice), stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(
+            command, env=self._environ(choice), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
+        )
         return statistics.median(sorted(json.loads(done.stdout)))
 
 
@@ -240,7 +246,8 @@ def show(name: str, of: dict[str, Any]) -> None:
 
     def words(c: dict[str, Any]) -> str:
         graph, on = "frozen" if c["frozen"] else "as it is", "on" if c["onednn"] else "off"
-        return f"{graph:<8}  oneDNN {on:<3}  {c['cores']} threads, {c['num_batch_threads']} at once, batches of {c['max_batch_size']}"
+        rows = f"{c['num_batch_threads']} at once, batches of {c['max_batch_size']}"
+        return f"{graph:<8}  oneDNN {on:<3}  {c['cores']} threads, {rows}"
 
     print(f"\n{name}, {of['rounds']} rounds")
     for c in sorted(of["rows_per_s"], key=lambda c: -c["median"]):

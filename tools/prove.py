@@ -50,6 +50,7 @@ BARS = {
     "together": [f"{TESTS}/test_together.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
+    "bench-tuning": ["benchmarks/tuning.py"],
     "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
     "fuzz-files": [
         "tools/fuzz.py",

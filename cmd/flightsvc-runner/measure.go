@@ -109,7 +109,7 @@ func elementsOf(spec savedmodel.Spec) int64 {
 
 // makeFeeds makes up rows for all inputs.
 func makeFeeds(signature savedmodel.Signature, rows int, seed uint64, memory *offheap.Allocator) []tensor.Feed {
-	random := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // not for secrets
+	random := random(seed)
 	feeds := make([]tensor.Feed, len(signature.Inputs))
 	for i, spec := range signature.Inputs {
 		shape := append([]int64{int64(rows)}, spec.Shape[1:]...)
@@ -120,6 +120,9 @@ func makeFeeds(signature savedmodel.Signature, rows int, seed uint64, memory *of
 	return feeds
 }
 
+func random(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) } //nolint:gosec // not for secrets
+
+// fill makes up elements.
 func fill(data []byte, dtype savedmodel.DType, random *rand.Rand) {
 	size := dtype.Size()
 	for at := 0; at < len(data); at += size {
