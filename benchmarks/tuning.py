@@ -187,7 +187,7 @@ def measure(name: str, model: Path, rounds: int, full: bool, run_dir: Path) -> d
     agreeing = [choice_of(c) for c in search["candidates"] if c["agrees"]]
     frozen = next((c[0] for c in agreeing if c[0]), "")
     grid = [(graph, on, *chosen[2:]) for graph in dict.fromkeys(["", frozen]) for on in (False, True)]
-    others = [*agreeing[:3], quickly, default, *grid]
+    others = [*agreeing[:2], quickly, default, *grid]
     others = [c for c in dict.fromkeys(others) if c != chosen]
     speeds: dict[Choice, list[float]] = {c: [] for c in [chosen, *others]}
     raw: list[float] = []

@@ -95,6 +95,7 @@ type tuner struct {
 	reference []MeasuredOutput
 	progress  func(Candidate)
 	tried     []Candidate
+	notFrozen string // what is wrong with the model itself
 }
 
 // Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one whose
@@ -143,7 +144,7 @@ func (c *Cache) Tune(ctx context.Context, model Model, options TuneOptions, prog
 		if p.Tuned == nil {
 			p.Tuned = map[string]Choice{}
 		}
-		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, about.NotFrozen
+		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, t.notFrozen
 	})
 	return about, err
 }
@@ -178,11 +179,16 @@ func (t *tuner) search(ctx context.Context, about *Tuning) error {
 	if err := t.try(ctx, t.standard, t.sizes); err != nil {
 		return err
 	}
-	frozen, reason, err := t.c.freeze(ctx, t.model, t.library)
-	if err != nil {
-		return err
+	frozen, err := t.freeze(ctx)
+	var cannot notFrozen
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &cannot):
+		t.notFrozen, about.NotFrozen = string(cannot), string(cannot)
+	case err != nil: // of this host, and no reason to leave the rest alone
+		about.NotFrozen = err.Error()
 	}
-	about.NotFrozen = reason
 	if t.options.Quick {
 		err = t.quick(ctx, frozen)
 	} else {
@@ -609,25 +615,31 @@ func half(bits uint16) float64 {
 	return sign * math.Ldexp(1024+fraction, exponent-25)
 }
 
-// freeze makes constants of a model's variables, with Python, and keeps the result among the pushed models: digest is its.
-// Where the graph has to stay as it is, reason says why.
-func (c *Cache) freeze(ctx context.Context, model Model, library string) (digest, reason string, err error) {
+// notFrozen is why a model has to be served as it is.
+type notFrozen string
+
+func (n notFrozen) Error() string { return string(n) }
+
+// freeze makes constants of the model's variables, with Python, and keeps the result among the pushed models; it returns its
+// digest. Its error is a notFrozen where the model is the reason.
+func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
+	c := t.c
 	if c.options.Python == nil {
-		return "", "this server has no Python to freeze it with", nil
+		return "", errors.New("this server has no Python to freeze it with")
 	}
-	python, err := c.options.Python(ctx, library)
+	python, err := c.options.Python(ctx, t.library)
 	if err != nil {
-		return "", err.Error(), nil
+		return "", err
 	}
 	dir, err := c.beside()
 	if err != nil {
-		return "", "", c.diskFault(err)
+		return "", c.diskFault(err)
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	out := filepath.Join(dir, "frozen")
-	args := []string{"-m", "flightsvc.freeze", model.Dir, out}
-	for _, name := range model.Saved.Names() {
-		if model.Saved.Signatures[name].Assigns == "" {
+	args := []string{"-m", "flightsvc.freeze", t.model.Dir, out}
+	for _, name := range t.model.Saved.Names() {
+		if t.model.Saved.Signatures[name].Assigns == "" {
 			args = append(args, "--signature", name)
 		}
 	}
@@ -636,23 +648,22 @@ func (c *Cache) freeze(ctx context.Context, model Model, library string) (digest
 	var said, cause strings.Builder
 	cmd.Stdout, cmd.Stderr = &said, &cause
 	err = cmd.Run()
-	if ctx.Err() != nil {
-		return "", "", ctx.Err()
-	}
 	var told struct {
 		Frozen bool   `json:"frozen"`
 		Reason string `json:"reason"`
 	}
-	lines := strings.Split(strings.TrimSpace(said.String()), "\n")
-	if json.Unmarshal([]byte(lines[len(lines)-1]), &told) != nil {
-		lines = strings.Split(strings.TrimSpace(cause.String()), "\n")
-		return "", fmt.Sprintf("freezing failed (%v): %s", err, lines[len(lines)-1]), nil
+	switch {
+	case json.Unmarshal([]byte(lastLine(said.String())), &told) != nil:
+		return "", fmt.Errorf("freezing failed (%w): %s", cmp.Or(err, io.ErrUnexpectedEOF), lastLine(cause.String()))
+	case !told.Frozen:
+		return "", notFrozen(told.Reason)
 	}
-	if !told.Frozen {
-		return "", told.Reason, nil
-	}
-	digest, err = c.keep(out)
-	return digest, "", err
+	return c.keep(out)
+}
+
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return lines[len(lines)-1]
 }
 
 // keep moves a SavedModel's folder, which lies beside the pushed models, among them.

@@ -353,7 +353,7 @@ func TestServe(t *testing.T) {
 		}
 		names = append(names, action.Type)
 	}
-	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.unload repository.index server.ready server.shutdown status" {
+	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.tune model.unload repository.index server.ready server.shutdown status" {
 		t.Errorf("the actions are %v", names)
 	}
 	f.signal(t, syscall.SIGTERM)

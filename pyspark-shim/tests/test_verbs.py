@@ -232,6 +232,7 @@ def test_actions(front: flightsvc.Client):
         "repository.index",
         "model.load",
         "model.unload",
+        "model.tune",
         "server.shutdown",
     ]
     for name, body in [("server.ready", b"[]"), ("repository.index", b'{"a":1}'), ("model.load", b"")]:
