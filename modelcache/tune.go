@@ -459,7 +459,7 @@ func (t *tuner) run(ctx context.Context, choice Choice, sizes []int, windows int
 	if choice.Frozen != "" {
 		setup.Dir = t.c.place(choice.Frozen)
 	}
-	report, err := runToEnd(ctx, t.c.options, setup, append(runnerEnv(os.Environ(), t.library), choice.environment()...))
+	report, err := runToEnd(ctx, t.c.options, setup, slices.Concat(runnerEnv(os.Environ(), t.library), choice.environment(), []string{"CUDA_VISIBLE_DEVICES=-1"})) // it is the processor that is tuned
 	if err != nil {
 		return nil, nil, err
 	}
