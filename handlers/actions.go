@@ -230,8 +230,6 @@ func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	}), nil
 }
 
-var errNoModel = errors.New("model is missing")
-
 func (f *Front) shutdown(_ context.Context, body []byte) (any, error) {
 	if err := nothing(body); err != nil {
 		return nil, err

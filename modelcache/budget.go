@@ -136,6 +136,15 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	}
 }
 
+// borrow waits for memory for one more runner of a model, as a load does, until release is called.
+func (c *Cache) borrow(ctx context.Context, model Model, digest string) (release func(), err error) {
+	want := newClaim(model, c.profiles.read(digest))
+	if err := c.admit(want, func() bool { return ctx.Err() == nil }); err != nil {
+		return nil, err
+	}
+	return func() { c.give(want) }, nil
+}
+
 // give returns a claim's memory.
 func (c *Cache) give(held *claim) {
 	c.mu.Lock()

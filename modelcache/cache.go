@@ -35,6 +35,7 @@ type Options struct {
 	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
 	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
 	CacheBytes                    int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
+	TuneWhenIdle                  bool          // measure models in memory when nobody uses any
 	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
@@ -104,6 +105,8 @@ func (c *Cache) tend() {
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
 	polled := time.Now()
+	tuning := idleTuning{cache: c, busy: polled}
+	defer tuning.stop()
 	for {
 		select {
 		case <-c.ctx.Done():
@@ -115,6 +118,9 @@ func (c *Cache) tend() {
 		if c.options.PollInterval > 0 && time.Since(polled) >= c.options.PollInterval {
 			c.poll()
 			polled = time.Now()
+		}
+		if c.options.TuneWhenIdle {
+			tuning.look(time.Now())
 		}
 	}
 }
@@ -402,13 +408,13 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 		c.give(want)
 		release()
 	}
-	hold, err := c.hold(s.model) // before the files are read, until the process is gone
-	if err != nil {
-		gone()
-		return nil, err
-	}
-	release = hold
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
+	if err == nil {
+		var hold func() // before the files are read, until the process is gone
+		if hold, err = c.hold(Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
+			release = hold
+		}
+	}
 	if err != nil {
 		gone()
 		return nil, err
@@ -433,7 +439,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 		return nil, c.failed(s, err)
 	}
 	c.measureDevice(s, runner.PID())
-	want.placement.Settle(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name]))
+	want.placement.Settle(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name], int64(s.model.Settings.DeviceMemory)))
 	c.healthOf(s.model, (*health).loaded)
 	return runner, nil
 }
@@ -467,7 +473,7 @@ func (c *Cache) setupOf(model Model, known Profile, placement *gpu.Placement) (S
 			tuned = c.apply(choice, &setup)
 		}
 	} else if most := known.DeviceBatch[placement.Device().Name]; most > 0 {
-		setup.Batching.MaxBatchSize = min(cmp.Or(setup.Batching.MaxBatchSize, most), most)
+		setup.Batching = setup.Batching.upTo(most)
 	}
 	return setup, tuned, nil
 }
@@ -480,10 +486,7 @@ func (c *Cache) apply(choice Choice, setup *Setup) []string {
 	if choice.Frozen != "" && c.Known(choice.Frozen) {
 		setup.Dir = c.place(choice.Frozen)
 	}
-	if choice.OneDNN {
-		return []string{"TF_ENABLE_ONEDNN_OPTS=1"}
-	}
-	return []string{"TF_ENABLE_ONEDNN_OPTS=0"}
+	return choice.environment()
 }
 
 // failed remembers of a load that failed what is the model's fault.

@@ -180,8 +180,8 @@ func (c *Cache) download(ctx context.Context, ref, number string, at location, n
 	if _, err := savedmodel.Read(dir); err != nil {
 		return "", fault.New(fault.BadRequest, "model %s: %s of version %s at %s cannot be read: %w", ref, savedmodel.File, number, at.name, errors.Unwrap(err))
 	}
-	digest, err := c.keep(dir, files)
-	if err != nil {
+	digest := files.digest()
+	if err := c.keep(dir, digest); err != nil {
 		return "", c.diskFault(err)
 	}
 	if err := c.remember(at.uri, now.stamp, digest); err != nil {
@@ -192,14 +192,13 @@ func (c *Cache) download(ctx context.Context, ref, number string, at location, n
 	return digest, nil
 }
 
-// keep gives a folder that is whole the name of its digest.
-func (c *Cache) keep(dir string, files contents) (string, error) {
-	digest := files.digest()
+// keep gives a folder that is whole, and lies beside the models, the name of its digest.
+func (c *Cache) keep(dir, digest string) error {
 	err := os.Rename(dir, c.place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // it was pushed, or fetched from elsewhere
-		return digest, nil
+		return nil
 	}
-	return digest, err
+	return err
 }
 
 // remember notes where a model came from.

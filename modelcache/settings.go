@@ -51,6 +51,18 @@ type Batching struct {
 	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
 }
 
+// upTo returns the same with no more rows of a run than most, but for the smallest of the allowed batch sizes.
+func (b Batching) upTo(most int) Batching {
+	if sizes := b.AllowedBatchSizes; len(sizes) > 0 {
+		n, _ := slices.BinarySearch(sizes, most+1)
+		b.AllowedBatchSizes = sizes[:max(n, 1)]
+		b.MaxBatchSize = b.AllowedBatchSizes[len(b.AllowedBatchSizes)-1]
+	} else if b.MaxBatchSize == 0 || b.MaxBatchSize > most {
+		b.MaxBatchSize = most
+	}
+	return b
+}
+
 // readSettings reads the settings file in a folder; without one all is at its default. Its fault is
 // BadRequest and names the file and what is wrong in it.
 func readSettings(folder string) (Settings, error) {

@@ -29,6 +29,7 @@ type ModelStatus struct {
 	Runs       int64   `json:"runs"`                 // TensorFlow runs of the streams that have closed
 	JoinedRuns int64   `json:"joined_runs"`          // those of them that served more than one stream
 	Tuned      *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
+	NotFrozen  string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
 	Superseded bool    `json:"superseded,omitempty"` // a newer version serves
 }
 
@@ -68,6 +69,7 @@ func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
 	if choice, ok := s.profile.Tuned[Machine()]; ok {
 		status.Tuned = &choice
 	}
+	status.NotFrozen = s.profile.NotFrozen
 	if s.runner != nil {
 		status.PID = s.runner.PID()
 		_, status.Leases = s.runner.Pins(now)

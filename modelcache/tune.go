@@ -5,13 +5,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -19,11 +17,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"go.uber.org/zap"
 
+	"flightsvc/gpu"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -86,6 +84,7 @@ type Tuning struct {
 type tuner struct {
 	c         *Cache
 	model     Model
+	digest    string
 	options   TuneOptions
 	signature savedmodel.Signature
 	library   string
@@ -124,11 +123,14 @@ func (c *Cache) Tune(ctx context.Context, model Model, options TuneOptions, prog
 	if err != nil {
 		return Tuning{}, err
 	}
+	if digest == "" {
+		return Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
+	}
 	library, err := c.options.Library(ctx)
 	if err != nil {
 		return Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
-	t := &tuner{c: c, model: model, options: options, signature: signature, library: library, progress: progress}
+	t := &tuner{c: c, model: model, digest: digest, options: options, signature: signature, library: library, progress: progress}
 	t.cores = cmp.Or(c.options.Cores, runtime.GOMAXPROCS(0))
 	if model.Settings.Cores > 0 {
 		t.cores = min(t.cores, model.Settings.Cores)
@@ -438,7 +440,7 @@ func (c Choice) environment() []string {
 
 // run measures one configuration in a process of its own, which is gone when it returns.
 func (t *tuner) run(ctx context.Context, choice Choice, sizes []int, windows int) ([]Measured, []MeasuredOutput, error) {
-	release, err := t.c.borrow(ctx, t.model, 0)
+	release, err := t.c.borrow(ctx, t.model, t.digest)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -450,7 +452,7 @@ func (t *tuner) run(ctx context.Context, choice Choice, sizes []int, windows int
 	defer func() { _ = os.RemoveAll(folder) }()
 	setup := Setup{
 		Model: t.model.Ref, Dir: t.model.Dir, Server: t.c.options.Server, LogLevel: t.c.options.LogLevel,
-		Cores: choice.Cores, Batching: Batching{NumBatchThreads: choice.BatchThreads}, OpLibraries: t.model.Settings.OpLibraries,
+		Cores: choice.Cores, Batching: Batching{NumBatchThreads: choice.BatchThreads},
 		MaxImagePixels: t.c.options.MaxImagePixels, MaxImageBytes: t.c.options.MaxImageBytes,
 		Measure: &Measurement{
 			Signature: t.options.Signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
@@ -459,7 +461,17 @@ func (t *tuner) run(ctx context.Context, choice Choice, sizes []int, windows int
 	if choice.Frozen != "" {
 		setup.Dir = t.c.place(choice.Frozen)
 	}
-	report, err := runToEnd(ctx, t.c.options, setup, slices.Concat(runnerEnv(os.Environ(), t.library), choice.environment(), []string{"CUDA_VISIBLE_DEVICES=-1"})) // it is the processor that is tuned
+	if setup.OpLibraries, err = t.c.allowedLibraries(t.model); err != nil {
+		return nil, nil, err
+	}
+	unhold, err := t.c.hold(Model{Ref: t.model.Ref, Dir: setup.Dir})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer unhold()
+	var processor *gpu.Placement // it is what is tuned
+	env := append(runnerEnv(os.Environ(), t.library, nil, processor.Env()), choice.environment()...)
+	report, err := runToEnd(ctx, t.c.options, setup, env)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -510,13 +522,6 @@ func runToEnd(ctx context.Context, options Options, setup Setup, env []string) (
 		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", last.Build, options.Build)
 	}
 	return last, nil
-}
-
-// borrow waits until there is memory for one more runner of a model.
-//
-// The search runs one process at a time beside what is loaded; the pool's admission goes in here.
-func (c *Cache) borrow(context.Context, Model, int64) (release func(), err error) {
-	return func() {}, nil
 }
 
 // Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an output. They are
@@ -631,7 +636,7 @@ func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
 	if err != nil {
 		return "", err
 	}
-	dir, err := c.beside()
+	dir, err := c.beside(pushPattern)
 	if err != nil {
 		return "", c.diskFault(err)
 	}
@@ -658,7 +663,18 @@ func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
 	case !told.Frozen:
 		return "", notFrozen(told.Reason)
 	}
-	return c.keep(out)
+	files, err := scan(out)
+	if err != nil {
+		return "", c.diskFault(err)
+	}
+	if digest, err = digestOf(ctx, Model{Ref: t.model.Ref, Version: t.model.Version, Dir: out, Stamp: files.stamp}); err != nil {
+		return "", err
+	}
+	if err := c.keep(out, digest); err != nil {
+		return "", c.diskFault(err)
+	}
+	c.collectSoon()
+	return digest, nil
 }
 
 func lastLine(text string) string {
@@ -666,36 +682,51 @@ func lastLine(text string) string {
 	return lines[len(lines)-1]
 }
 
-// keep moves a SavedModel's folder, which lies beside the pushed models, among them.
-func (c *Cache) keep(folder string) (digest string, err error) {
-	var files listing
-	err = filepath.WalkDir(folder, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() {
-			return err
+// idleTime is how long nothing may happen before an idle cache measures.
+const idleTime = 10 * time.Second
+
+// idleTuning tunes while nobody uses a model. It belongs to one goroutine.
+type idleTuning struct {
+	cache  *Cache
+	busy   time.Time          // when somebody last used a model
+	cancel context.CancelFunc // of the search under way
+	done   chan struct{}      // closed when that is over
+}
+
+// look begins a search when nobody has used a model for long enough, and ends it when somebody does.
+func (t *idleTuning) look(now time.Time) {
+	if t.cache.Busy() {
+		t.busy = now
+		t.stop()
+		return
+	}
+	if now.Sub(t.busy) < idleTime {
+		return
+	}
+	if t.done != nil {
+		select {
+		case <-t.done:
+			t.busy = now // not at once again
+			t.stop()
+		default:
 		}
-		name, err := filepath.Rel(folder, path)
-		if err != nil {
-			return err
-		}
-		file, err := os.Open(path) //nolint:gosec // just written
-		if err != nil {
-			return err
-		}
-		defer func() { _ = file.Close() }()
-		sum := sha256.New()
-		size, err := io.Copy(sum, file)
-		files = append(files, listed{path: filepath.ToSlash(name), size: size, sum: [sha256.Size]byte(sum.Sum(nil))})
-		return err
+		return
+	}
+	ctx, cancel := context.WithCancel(t.cache.ctx)
+	done := make(chan struct{})
+	t.cancel, t.done = cancel, done
+	t.cache.working.Go(func() {
+		defer close(done)
+		t.cache.tuneIdle(ctx)
 	})
-	if err != nil {
-		return "", c.diskFault(err)
+}
+
+// stop ends the search under way; its process is gone soon after.
+func (t *idleTuning) stop() {
+	if t.cancel != nil {
+		t.cancel()
+		t.cancel, t.done = nil, nil
 	}
-	digest = files.digest()
-	err = os.Rename(folder, c.place(digest))
-	if err != nil && !errors.Is(err, os.ErrExist) && !errors.Is(err, syscall.ENOTEMPTY) { // it was there already
-		return "", c.diskFault(err)
-	}
-	return digest, nil
 }
 
 // tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of ctx ends

@@ -270,8 +270,12 @@ def status() -> dict[str, Any]:
         "dir": "/models/m/7",
         "state": "ready",
         "pid": 1235,
+        "device": "",
         "streams": 2,
+        "resting": 0,
         "leases": 1,
+        "memory": 314572800,
+        "reserved": 353894400,
         "runs": 310,
         "joined_runs": 12,
     }
@@ -283,6 +287,8 @@ def status() -> dict[str, Any]:
         "server": "host:1234",
         "pid": 1234,
         "models": [model],
+        "memory": {"budget": 4294967296, "reserved": 353894400},
+        "devices": [],
     }
 
 

@@ -193,6 +193,7 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		CPUFallback:    settings.CPUFallback,
 		OpLibraries:    settings.OpLibraries,
 		KeepAlive:      settings.KeepAlive,
+		TuneWhenIdle:   settings.Tune == config.TuneQuick,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
 		CacheBytes:     int64(settings.CacheSize),

@@ -73,7 +73,7 @@ func prepare(m *testing.M) (int, error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	for name, env := range map[string][]string{
-		"flightsvc": {"CGO_ENABLED=0"},
+		"flightsvc": {"CGO_CFLAGS=", "CGO_LDFLAGS=-Wl,-z,lazy"},
 		"flightsvc-runner": {
 			"CGO_CFLAGS=-I" + filepath.Join(libs, "include"), "CGO_LDFLAGS=-L" + libs + " -ltensorflow -ltensorflow_framework",
 		},

@@ -12,6 +12,9 @@ import (
 	"time"
 )
 
+// TuneQuick is the value of the setting tune that lets an idle front measure models.
+const TuneQuick = "quick"
+
 // Serve are the settings of `flightsvc serve`.
 type Serve struct {
 	Endpoint       string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`

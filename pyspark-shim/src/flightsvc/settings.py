@@ -31,7 +31,8 @@ class Settings:
         binary: Path of the program ``flightsvc``. Default: the one in this package, else the one on PATH.
         model_root: Folder or URI of the model repository.
         poll_interval: How often models in use are looked up again for a newer version.
-        cache_dir: Folder that keeps fetched and pushed models. Default: ``flightsvc`` in the user's cache folder.
+        cache_dir: Folder that keeps fetched and pushed models. Default: ``flightsvc`` in the user's cache
+            folder.
         cache_size: Most bytes of models in it.
         op_libraries: Files or folders of custom operations that models may load, with commas between.
         libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
@@ -101,7 +102,14 @@ class Settings:
                 )
             if value:
                 values[known[key]] = value
-        for name in ("idle_timeout", "load_timeout", "drain_timeout", "retry_timeout", "poll_interval", "keep_alive"):
+        for name in (
+            "idle_timeout",
+            "load_timeout",
+            "drain_timeout",
+            "retry_timeout",
+            "poll_interval",
+            "keep_alive",
+        ):
             if name in values:
                 try:
                     seconds(values[name])
