@@ -92,8 +92,8 @@ func TestBatchSizeIsRemembered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	setup, env, err := cache.setupOf(models[0], cache.profiles.read(digest), placement)
-	if err != nil || setup.Batching.MaxBatchSize != 24 || setup.Device != device.UUID || !strings.Contains(strings.Join(env, " "), "CUDA_VISIBLE_DEVICES="+device.UUID) {
+	setup, tuned, err := cache.setupOf(models[0], cache.profiles.read(digest), placement)
+	if env := strings.Join(placement.Env(), " "); err != nil || setup.Batching.MaxBatchSize != 24 || setup.Device != device.UUID || tuned != nil || !strings.Contains(env, "CUDA_VISIBLE_DEVICES="+device.UUID) {
 		t.Errorf("the next runner gets %+v, %q, %v", setup, env, err)
 	}
 	if err := placement.Release(t.Context()); err != nil {
