@@ -304,12 +304,12 @@ func (t *tuner) best() []Candidate {
 }
 
 // finals measures the fastest few and the default again, in turns, since a machine that others use slows down for a while
-// at a time. The median of all rounds counts.
+// at a time. The median of these rounds counts.
 func (t *tuner) finals(ctx context.Context) error {
 	list := t.best()
-	rounds, first := 2, finalists
+	rounds, first := 3, finalists
 	if t.options.Quick {
-		rounds, first = 1, finalists-1
+		rounds, first = 2, finalists-1
 	}
 	again := slices.Clone(list[:min(first, len(list))])
 	for _, c := range list {
@@ -320,10 +320,7 @@ func (t *tuner) finals(ctx context.Context) error {
 	}
 	slices.SortFunc(again, func(a, b Candidate) int { return cmp.Compare(fmt.Sprint(a.Choice), fmt.Sprint(b.Choice)) })
 	again = slices.CompactFunc(again, func(a, b Candidate) bool { return a.Choice == b.Choice })
-	speeds := make([][]float64, len(again))
-	for i, c := range again {
-		speeds[i] = []float64{c.RowsPerSecond}
-	}
+	speeds := make([][]float64, len(again)) // without the first ones, which made them finalists by good luck, too
 	for range rounds {
 		for i, c := range again {
 			found, _, err := t.run(ctx, c.Choice, []int{c.BatchSize}, tuneWindows)
@@ -336,6 +333,9 @@ func (t *tuner) finals(ctx context.Context) error {
 		}
 	}
 	for i, c := range again {
+		if len(speeds[i]) == 0 {
+			speeds[i] = []float64{c.RowsPerSecond}
+		}
 		slices.Sort(speeds[i])
 		at := slices.IndexFunc(t.tried, func(other Candidate) bool { return other.Choice == c.Choice })
 		t.tried[at].RowsPerSecond = (speeds[i][(len(speeds[i])-1)/2] + speeds[i][len(speeds[i])/2]) / 2 // the median
