@@ -94,7 +94,8 @@ type tuner struct {
 	reference []MeasuredOutput
 	progress  func(Candidate)
 	tried     []Candidate
-	notFrozen string // what is wrong with the model itself
+	finalists []Candidate // that were measured again, the fastest first
+	notFrozen string      // what is wrong with the model itself
 }
 
 // Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one whose
@@ -312,11 +313,14 @@ func (t *tuner) finals(ctx context.Context) error {
 		rounds, first = 2, finalists-1
 	}
 	again := slices.Clone(list[:min(first, len(list))])
+	var standard []Candidate // the default, with the largest of its fastest batch sizes
 	for _, c := range list {
-		if t.deviation(c.Choice) == 0 { // the default, with its fastest batch size
-			again = append(again, c)
-			break
+		if t.deviation(c.Choice) == 0 && (standard == nil || c.RowsPerSecond >= (1-tie)*standard[0].RowsPerSecond) {
+			standard = append(standard, c)
 		}
+	}
+	if standard != nil {
+		again = append(again, slices.MaxFunc(standard, func(a, b Candidate) int { return cmp.Compare(a.BatchSize, b.BatchSize) }))
 	}
 	slices.SortFunc(again, func(a, b Candidate) int { return cmp.Compare(fmt.Sprint(a.Choice), fmt.Sprint(b.Choice)) })
 	again = slices.CompactFunc(again, func(a, b Candidate) bool { return a.Choice == b.Choice })
@@ -341,15 +345,8 @@ func (t *tuner) finals(ctx context.Context) error {
 		t.tried[at].RowsPerSecond = (speeds[i][(len(speeds[i])-1)/2] + speeds[i][len(speeds[i])/2]) / 2 // the median
 		again[i] = t.tried[at]
 	}
-	// Who was measured once and now leads only because the others had a bad second is no winner.
-	slowest := slices.MinFunc(again, func(a, b Candidate) int { return cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) }).RowsPerSecond
-	fastest := slices.MaxFunc(again, func(a, b Candidate) int { return cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) }).RowsPerSecond
-	for i := range t.tried {
-		isFinal := slices.ContainsFunc(again, func(c Candidate) bool { return c.Choice == t.tried[i].Choice })
-		if !isFinal && t.tried[i].RowsPerSecond > slowest {
-			t.tried[i].RowsPerSecond = min(t.tried[i].RowsPerSecond, fastest)
-		}
-	}
+	slices.SortStableFunc(again, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+	t.finalists = again
 	return nil
 }
 
@@ -366,7 +363,7 @@ func (t *tuner) deviation(c Choice) int {
 
 // conclude chooses.
 func (t *tuner) conclude(about *Tuning) {
-	list := t.best()
+	list := t.finalists // who was measured once and had luck is no winner
 	for _, c := range list {
 		if t.deviation(c.Choice) == 0 {
 			about.Default = c
