@@ -1,7 +1,7 @@
 """Many at once on one host: Spark classic and Connect, two executors, two users; all run one script.
 
 The script is ``together_job.py``. Each application has a home of its own; all have answered before the first
-one ends.
+one ends. At the small count there are two applications: the cluster, and the other user's with Connect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from figures import count, report
+from figures import PROVE, count, report
 from PIL import Image
 from processes import is_gone, left, until, until_clean
 from test_shipping import pushes
@@ -243,11 +243,14 @@ def jobs(place: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Job]
             stack.callback(jobs[name].close)
 
         python = Path(sys.executable)
+        theirs = python_of(STRANGER, place) if os.getuid() == 0 else None
         start("cluster", "master", "local-cluster[2,1,1024]", python)
-        start("connect", "remote", "local[2]", python)
-        start("classic", "master", "local[2]", python)
-        if os.getuid() == 0 and (theirs := python_of(STRANGER, place)):
-            start("stranger", "master", "local[2]", theirs, STRANGER)
+        if PROVE or not theirs:
+            start("connect", "remote", "local[2]", python)
+        if PROVE:
+            start("classic", "master", "local[2]", python)
+        if theirs:  # small: the other user is the one with Connect
+            start("stranger", "master" if PROVE else "remote", "local[2]", theirs, STRANGER)
         yield jobs
 
 
@@ -334,10 +337,12 @@ def test_two_users(jobs: dict[str, Job]):
         pytest.skip(f"skipped: {STRANGER.pw_name} may not read Python's packages or our binary here")
     for job in jobs.values():
         _ = job.answer
-    for job in (jobs["classic"], jobs["stranger"]):
+    for name in ("cluster", "stranger"):
+        job = jobs[name]
         fronts = job.fronts()
         processes = [*fronts, *(runner for front in fronts for runner in front.children())]
-        assert len(processes) == 4  # two fronts, two runners: the model and the decoder of pictures
+        if name == "stranger":
+            assert len(processes) == 4  # two fronts, two runners: the model and the decoder of pictures
         assert {tuple(process.uids()) for process in processes} == {(job.user.pw_uid,) * 3}
         paths = [job.home, *job.home.glob("**/*")]
         assert {path.lstat().st_uid for path in paths} == {job.user.pw_uid}

@@ -1,0 +1,164 @@
+"""A front of a test's own, what it logs and what its runners have in memory; and models whose answers say who they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import flightsvc
+from flightsvc import sidecar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_scaled(place: Path, factor: float, megabytes: float = 0.0) -> Path:
+    """Write the SavedModel x [-1] -> y [-1], x times a factor, with so many MB of other variables, and return it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    class Scaled(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = tf.Variable(float(factor))
+            self.ballast = tf.Variable(tf.ones(max(1, int(megabytes * 250_000))))
+
+        @tf.function(input_signature=[tf.TensorSpec((None,), tf.float32, name="x")])
+        def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"y": x * self.factor * self.ballast[0]}
+
+    module = Scaled()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".made.", dir=place.parent))
+    tf.saved_model.save(module, str(beside), signatures={"serving_default": module.serve})
+    beside.chmod(0o755)
+    return beside.rename(place)
+
+
+class Front:
+    """``flightsvc serve`` in the foreground."""
+
+    def __init__(self, *flags: str):
+        """Start it; flags are those of ``flightsvc serve``."""
+        command = [ROOT / "bin" / "flightsvc", "serve", f"--libtensorflow={sidecar._tensorflow()}", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.log: list[dict[str, Any]] = []
+        self.said: list[str] = []  # by libraries, on standard error
+        self._reader = threading.Thread(target=self._read, name="log", daemon=True)
+        self._reader.start()
+        self.endpoint: str = json.loads(self.process.stdout.readline())["endpoint"]
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            try:
+                self.log.append(json.loads(line))
+            except ValueError:
+                self.said.append(line)
+
+    def logged(self, message: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return the lines of the log with this message and these fields."""
+        return [
+            line for line in self.log
+            if line["msg"] == message and all(line.get(name) == value for name, value in fields.items())
+        ]
+
+    def text(self) -> str:
+        """Return the end of the log, for a test that fails."""
+        about = [line for line in self.log if line["msg"] != "call ended"]
+        return "\n".join([*self.said[-20:], *map(json.dumps, about[-60:])])
+
+    def models(self) -> list[dict[str, Any]]:
+        with flightsvc.connect(self.endpoint) as client:
+            return list(client.status()["models"])
+
+    def model(self, folder: Path) -> dict[str, Any] | None:
+        """Return the status of the model in a folder if it has one."""
+        return next((model for model in self.models() if model["dir"] == str(folder)), None)
+
+    def runners(self) -> list[int]:
+        """Return the runners' process ids, also of those that load or end."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [child.pid for child in psutil.Process(self.process.pid).children()]
+        return []
+
+    def close(self) -> None:
+        """End it by SIGTERM; it must leave nothing."""
+        runners = self.runners()
+        self.process.terminate()
+        try:
+            assert self.process.wait(20) == 0, self.text()
+            assert not [pid for pid in runners if own_memory(pid)]
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def front(*flags: str) -> Iterator[Front]:
+    """A front in folders of its own."""
+    with tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as folder:
+        it = Front(f"--run-dir={folder}/run", f"--cache-dir={folder}/cache", *flags)
+        try:
+            yield it
+        except BaseException:
+            print(it.text())
+            raise
+        finally:
+            it.close()
+
+
+def own_memory(pid: int) -> int:
+    """Return the bytes that a process has for itself, 0 if it has ended: what is not a file's."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return sum(int(values.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+    return 0
+
+
+class Sampler(threading.Thread):
+    """Reads what all runners of a front have in memory, five times a second."""
+
+    def __init__(self, front: Front):
+        super().__init__(name="sampler", daemon=True)
+        self.front, self.ended = front, threading.Event()
+        self.samples: list[tuple[float, dict[int, int]]] = []  # seconds on the monotonic clock; bytes by process
+
+    def run(self) -> None:
+        while not self.ended.wait(0.2):
+            self.samples.append((time.monotonic(), {pid: own_memory(pid) for pid in self.front.runners()}))
+
+    def __enter__(self) -> Sampler:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+    def most(self) -> int:
+        """Return the most bytes that all runners had at once."""
+        return max(sum(sample.values()) for _, sample in self.samples)
+
+    def pids(self) -> set[int]:
+        return {pid for _, sample in self.samples for pid in sample}
+
+
+def copied(source: Path, place: Path) -> Path:
+    """Copy a SavedModel beside its place and rename it into place, as one should, and return it."""
+    beside = place.with_name(f".{place.name}")
+    shutil.copytree(source, beside)
+    return beside.rename(place)
