@@ -48,6 +48,8 @@ BARS = {
     "preprocess": [f"{TESTS}/test_preprocess.py", f"{TESTS}/test_image.py"],
     "pictures": [f"{TESTS}/test_pictures.py"],
     "together": [f"{TESTS}/test_together.py"],
+    "pool": [f"{TESTS}/test_pool.py"],
+    "swap": [f"{TESTS}/test_swap.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
     "bench-tuning": ["benchmarks/tuning.py"],

@@ -1,9 +1,10 @@
-"""A front of a test's own, what it logs and what its runners have in memory; and models whose answers say who they are."""
+"""A front of a test's own, its log and its runners' memory; and models whose answers say who they are."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_scaled(place: Path, factor: float, megabytes: float = 0.0) -> Path:
-    """Write the SavedModel x [-1] -> y [-1], x times a factor, with so many MB of other variables, and return it."""
+    """Write the SavedModel x [-1] -> y [-1], x times a factor, with so many MB of other variables."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
@@ -68,7 +69,8 @@ class Front:
     def logged(self, message: str, **fields: Any) -> list[dict[str, Any]]:
         """Return the lines of the log with this message and these fields."""
         return [
-            line for line in self.log
+            line
+            for line in self.log
             if line["msg"] == message and all(line.get(name) == value for name, value in fields.items())
         ]
 
@@ -129,13 +131,35 @@ def own_memory(pid: int) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def lost_streams() -> Iterator[list[str]]:
+    """The requests of this process whose streams were lost and resumed."""
+    lost: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "the stream was lost" in record.msg:
+                lost.append(record.args[0])
+
+    log, handler = logging.getLogger("flightsvc"), Handler()
+    before, log.level = log.level, logging.INFO
+    log.addHandler(handler)
+    try:
+        yield lost
+    finally:
+        log.removeHandler(handler)
+        log.level = before
+
+
 class Sampler(threading.Thread):
     """Reads what all runners of a front have in memory, five times a second."""
 
     def __init__(self, front: Front):
         super().__init__(name="sampler", daemon=True)
         self.front, self.ended = front, threading.Event()
-        self.samples: list[tuple[float, dict[int, int]]] = []  # seconds on the monotonic clock; bytes by process
+        self.samples: list[
+            tuple[float, dict[int, int]]
+        ] = []  # seconds on the monotonic clock; bytes by process
 
     def run(self) -> None:
         while not self.ended.wait(0.2):

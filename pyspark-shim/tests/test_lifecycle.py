@@ -27,18 +27,20 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from figures import count, report
+from figures import PROVE, count, report
 from processes import is_gone, left, until, until_clean
 
 import flightsvc
 from flightsvc import sidecar
 
 TIMES = count(1, 3)  # each kill
-RUNNER_KILLS = 4  # in one job
+RUNNER_KILLS = count(2, 4)  # in one job
 PARTITIONS, BATCHES, BATCH_ROWS = 2, 40, 25
 TURNS = 10_000  # of the loop in the model ``slow``: some 50 ms for each record batch
 JOB_SECONDS = 180.0
 START_SECONDS = 180.0
+# JVMs that live for a minute compile fast rather than well.
+JAVA_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 
 # The test's side.
@@ -316,12 +318,13 @@ def test_stopping_early(shared: Application):
 
 
 def test_an_executor_may_die(shared: Application, undisturbed: dict[str, Any]):
-    """First its daemon, then itself; Spark replaces it, and the next one killed is the replacement."""
+    """At the full count its daemon first. Spark replaces it, and the next one killed is the replacement."""
     seconds = []
     for _ in range(TIMES):
         until(lambda: len(shared.executors()) == 2, JOB_SECONDS, "executors")
         executor = max(shared.executors(), key=age)
-        kill_daemon(shared, executor, undisturbed)
+        if PROVE:
+            kill_daemon(shared, executor, undisturbed)
         front = shared.working(executor)
         answered = front.answered()
         job = shared.command("job")
@@ -338,7 +341,7 @@ def test_an_executor_may_die(shared: Application, undisturbed: dict[str, Any]):
         seconds.append(shared.until_clean(left))
         assert_same(shared.answer(job), undisturbed)
     report(
-        daemon_kills=TIMES + 1,
+        daemon_kills=TIMES + 1 if PROVE else 1,
         daemon_kills_wanted=5,
         executor_kills=TIMES,
         executor_kills_wanted=5,
@@ -445,6 +448,8 @@ class Driver:
             .config("spark.local.dir", str(self.folder / "local"))
             .config("spark.sql.warehouse.dir", str(self.folder / "warehouse"))
             .config("spark.sql.execution.arrow.maxRecordsPerBatch", str(BATCH_ROWS))
+            .config("spark.driver.extraJavaOptions", JAVA_OPTIONS)
+            .config("spark.executor.extraJavaOptions", JAVA_OPTIONS)
             .getOrCreate()
         )
         self.context = self.spark.sparkContext
