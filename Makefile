@@ -16,7 +16,7 @@ S3           := build/s3/versitygw
 
 VERSION := $(shell cat VERSION)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-LDFLAGS := -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
+LDFLAGS := -s -w -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
 SOURCES := $(shell find cmd handlers gpu modelcache internal -name '*.go' -o -name '*.c' -o -name '*.h') go.mod go.sum VERSION
 
 export CGO_CFLAGS      := -O2 -g -I$(CURDIR)/$(TF)/include
