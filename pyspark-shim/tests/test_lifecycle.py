@@ -1,7 +1,7 @@
 """What ends with what: executors, drivers, daemons, runners and fronts are killed under real Spark jobs.
 
 Each application is a process of its own: this file, run as a program (see ``drive``), with a local cluster
-of two executors and folders of its own. The test talks to it by a line per command on its standard input and
+of executors and folders of its own. The test talks to it by a line per command on its standard input and
 reads the answers from files. Only processes below the application are killed, and fronts that the
 application's own run-dir names.
 """
@@ -79,9 +79,10 @@ class Front:
 
 
 class Application:
-    """A Spark application with a cluster of two executors, in folders of its own."""
+    """A Spark application with a cluster of executors, in folders of its own."""
 
-    def __init__(self, models: Path):
+    def __init__(self, models: Path, size: int):
+        self.size = size  # executors
         self.folder = Path(tempfile.mkdtemp(prefix="fs-", dir="/tmp"))
         self.run_dir = self.folder / "run"
         (self.folder / "answered").mkdir()
@@ -94,7 +95,7 @@ class Application:
         self.log = self.folder / "log"
         with self.log.open("w") as log:
             self.driver = psutil.Popen(
-                [sys.executable, __file__, str(self.folder), str(models)],
+                [sys.executable, __file__, str(self.folder), str(models), str(size)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -188,8 +189,8 @@ def command(process: psutil.Process) -> list[str]:
 
 
 @contextlib.contextmanager
-def application(models: Path) -> Iterator[Application]:
-    it = Application(models)
+def application(models: Path, size: int = 2) -> Iterator[Application]:
+    it = Application(models, size)
     try:
         yield it
     finally:
@@ -353,8 +354,8 @@ def end_and_wait(it: Application, end: Callable[[], None]) -> float:
     """Return the seconds from the end of the application's processes until nothing is left."""
     processes = [it.driver, *it.jvms()]
     fronts = [it.front(p) for p in (it.driver, *it.executors())]
-    assert len(processes) == 4
-    assert [front is not None for front in fronts] == [True] * 3
+    assert len(processes) == it.size + 2
+    assert [front is not None for front in fronts] == [True] * (it.size + 1)
     end()
     for process in processes:
         until(lambda: is_gone(process), 60, f"end of {process}")  # noqa: B023
@@ -396,9 +397,9 @@ def test_the_application_ends(shared: Application, models: Path):
 def test_a_driver_may_be_killed(models: Path, victim: str):
     seconds = []
     for _ in range(TIMES):
-        with application(models) as it:
+        with application(models, count(1, 2)) as it:
             it.command("long")
-            until(lambda: len(it.executors()) == 2, JOB_SECONDS, "executors")
+            until(lambda: len(it.executors()) == it.size, JOB_SECONDS, "executors")
             for executor in it.executors():
                 front = it.working(executor)
                 until(lambda: front.streaming("slow"), JOB_SECONDS, "stream")  # noqa: B023
@@ -416,9 +417,9 @@ def test_a_driver_may_be_killed(models: Path, victim: str):
 # The driver's side.
 
 
-def drive(folder: Path, models: Path) -> None:
+def drive(folder: Path, models: Path, size: int) -> None:
     """Run a Spark application that does what its standard input says, until that ends."""
-    driver = Driver(folder, models)
+    driver = Driver(folder, models, size)
     for number, line in enumerate(sys.stdin, 1):
         try:
             name, *arguments = line.split()
@@ -435,14 +436,14 @@ def drive(folder: Path, models: Path) -> None:
 class Driver:
     """The application's commands."""
 
-    def __init__(self, folder: Path, models: Path):
-        self.folder, self.models = folder, models
+    def __init__(self, folder: Path, models: Path, size: int):
+        self.folder, self.models, self.size = folder, models, size
 
     def start(self) -> str:
         from pyspark.sql import SparkSession
 
         self.spark = (
-            SparkSession.builder.master("local-cluster[2,1,1024]")
+            SparkSession.builder.master(f"local-cluster[{self.size},1,1024]")
             .config("spark.ui.enabled", "false")
             .config("spark.ui.showConsoleProgress", "false")
             .config("spark.local.dir", str(self.folder / "local"))
@@ -483,7 +484,7 @@ class Driver:
 
     def job(self) -> dict[str, Any]:
         """Run both models, each in a worker of its own."""
-        self.both_executors()
+        self.all_executors()
         frame = flightsvc.Model((self.models / "two").as_uri()).transform(
             self.slow(self.frame(BATCHES, TURNS))
         )
@@ -494,16 +495,16 @@ class Driver:
 
     def short(self) -> int:
         """Run one model over few rows."""
-        self.both_executors()
+        self.all_executors()
         return int(self.slow(self.frame(1, 1)).count())
 
     def long(self) -> int:
         """Run one model for so long that something may happen to it."""
-        self.both_executors()
+        self.all_executors()
         return int(self.slow(self.frame(100 * BATCHES, TURNS)).count())
 
     def early(self, times: int) -> dict[str, Any]:
-        self.both_executors()
+        self.all_executors()
         mapper = flightsvc.Model((self.models / "slow").as_uri()).mapper(inputs={"x": "x"})
         result = {"limit": 0, "take": 0, "first": 0, "whole": 0, "writers_left": 0, "again": 0}
 
@@ -549,10 +550,11 @@ class Driver:
     def stop(self) -> None:
         self.spark.stop()
 
-    def both_executors(self) -> None:
-        """Wait until both executors take tasks, so that each has one partition."""
+    def all_executors(self) -> None:
+        """Wait until all executors take tasks, so that each of two has one partition."""
         status = self.context._jsc.sc()
-        until(lambda: status.getExecutorMemoryStatus().size() == 3, START_SECONDS, "both executors")
+        executors = self.size + 1  # the driver is counted, too
+        until(lambda: status.getExecutorMemoryStatus().size() == executors, START_SECONDS, "executors")
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[Callable[[], int]]:
@@ -570,4 +572,4 @@ class Driver:
 
 
 if __name__ == "__main__":
-    drive(Path(sys.argv[1]), Path(sys.argv[2]))
+    drive(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
