@@ -50,6 +50,7 @@ BARS = {
     "together": [f"{TESTS}/test_together.py"],
     "pool": [f"{TESTS}/test_pool.py"],
     "swap": [f"{TESTS}/test_swap.py"],
+    "gpu": [f"{TESTS}/test_gpu.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
     "bench-tuning": ["benchmarks/tuning.py"],

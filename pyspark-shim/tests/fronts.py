@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import psutil
 import flightsvc
 from flightsvc import sidecar
 
-ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(__file__).resolve().parents[2] / "bin"
 
 
 def make_scaled(place: Path, factor: float, megabytes: float = 0.0) -> Path:
@@ -49,10 +49,12 @@ def make_scaled(place: Path, factor: float, megabytes: float = 0.0) -> Path:
 class Front:
     """``flightsvc serve`` in the foreground."""
 
-    def __init__(self, *flags: str):
-        """Start it; flags are those of ``flightsvc serve``."""
-        command = [ROOT / "bin" / "flightsvc", "serve", f"--libtensorflow={sidecar._tensorflow()}", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *flags: str, folder: Path = BIN, environ: Mapping[str, str] = os.environ):
+        """Start the one in ``folder``; flags are those of ``flightsvc serve``."""
+        command = [folder / "flightsvc", "serve", f"--libtensorflow={sidecar._tensorflow()}", *flags]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+        )
         self.log: list[dict[str, Any]] = []
         self.said: list[str] = []  # by libraries, on standard error
         self._reader = threading.Thread(target=self._read, name="log", daemon=True)
@@ -109,10 +111,10 @@ class Front:
 
 
 @contextlib.contextmanager
-def front(*flags: str) -> Iterator[Front]:
+def front(*flags: str, **how: Any) -> Iterator[Front]:
     """A front in folders of its own."""
     with tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as folder:
-        it = Front(f"--run-dir={folder}/run", f"--cache-dir={folder}/cache", *flags)
+        it = Front(f"--run-dir={folder}/run", f"--cache-dir={folder}/cache", *flags, **how)
         try:
             yield it
         except BaseException:
