@@ -18,6 +18,7 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
@@ -67,11 +68,16 @@ func run(stdin io.Reader, reports *reporter) error {
 	if err != nil {
 		return err
 	}
+	serving := make(chan *grpc.Server, 1)
 	go func() { // for as long as the process lives
 		_, _ = io.Copy(io.Discard, input)
-		// The front has drained, or is dead; either way nobody waits for an answer. A load that
-		// hangs in native code ends here too.
+		// The front has drained, or is dead, or needs the memory. A load that hangs in native code ends here too.
 		_ = os.Remove(setup.Socket)
+		select {
+		case server := <-serving:
+			finish(server)
+		default:
+		}
 		os.Exit(0)
 	}()
 	memory := &offheap.Allocator{}
@@ -122,7 +128,25 @@ func run(stdin io.Reader, reports *reporter) error {
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
 	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
+	serving <- server
 	return server.Serve(listener)
+}
+
+// lastWords is how long a runner that ends goes on sending. A stream counts as closed when its handler has returned;
+// its last answer and its status may then still be on their way.
+const lastWords = 300 * time.Millisecond
+
+// finish lets streams end whose last words are on their way. Others are cut off.
+func finish(server *grpc.Server) {
+	done := make(chan struct{})
+	go func() {
+		server.GracefulStop()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(lastWords):
+	}
 }
 
 // How a model is batched where its settings leave it, in TF Serving's words. max_batch_size is near its default of 1,000;
