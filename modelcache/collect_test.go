@@ -94,6 +94,7 @@ func TestCollect(t *testing.T) {
 
 // TestNothingHeldGoes has fronts hold and read models while others push, age and collect them.
 func TestNothingHeldGoes(t *testing.T) {
+	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "cache")
 	var fronts []*Cache
 	for range 4 {

@@ -42,6 +42,7 @@ func deviceOf(t *testing.T, cache *Cache) string {
 }
 
 func TestCPUFallback(t *testing.T) {
+	t.Parallel()
 	// Devices that are not there.
 	for _, fallback := range []bool{false, true} {
 		cache, models := poolOf(t, 1, 1, func(o *Options) { o.CPUFallback = fallback })

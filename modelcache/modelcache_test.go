@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -28,17 +29,30 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// fakeVariable makes this test's own binary a runner that behaves as the variable says; see fakeRunner.
-const fakeVariable = "FLIGHTSVC_TEST_RUNNER"
+// behave makes a name of this test's own binary a runner that behaves as mode says from its next start; see fakeRunner.
+func behave(t *testing.T, binary, mode string) {
+	t.Helper()
+	write(t, binary+modeSuffix, mode)
+}
+
+const modeSuffix = ".mode"
 
 func TestMain(m *testing.M) {
-	if mode := os.Getenv(fakeVariable); mode != "" {
-		fakeRunner(mode)
+	if mode, err := os.ReadFile(os.Args[0] + modeSuffix); err == nil {
+		fakeRunner(string(mode))
 		os.Exit(0)
 	}
 	if ask := os.Getenv(fetchVariable); ask != "" {
 		fetchAlone(ask)
 		os.Exit(0)
+	}
+	_ = flag.Set("test.parallel", "8") // they wait more than they work
+	_ = os.Unsetenv(oneDNN)
+	for name, value := range map[string]string{
+		"GORACE":            "atexit_sleep_ms=0", // a fake runner under the race detector ends at once
+		"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_EC2_METADATA_DISABLED": "true", "AWS_PROFILE": "", "AWS_REGION": "us-east-1",
+	} {
+		_ = os.Setenv(name, value)
 	}
 	goleak.VerifyTestMain(m, // connections to stores stay open for a while
 		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
@@ -148,12 +162,15 @@ func write(t testing.TB, path, text string) {
 // test, must leave no process and no socket.
 func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) {
 	t.Helper()
-	t.Setenv(fakeVariable, mode)
-	t.Setenv("GORACE", "atexit_sleep_ms=0") // a fake runner under the race detector ends at once
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
+	binary := filepath.Join(t.TempDir(), "runner")
+	if err := os.Symlink(self, binary); err != nil {
+		t.Fatal(err)
+	}
+	behave(t, binary, mode)
 	folder, err := os.MkdirTemp("/tmp", "fs-")
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +178,7 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) 
 	root := t.TempDir()
 	saved(t, filepath.Join(root, "m"))
 	options := Options{
-		ModelRoot: root, Folder: folder, Binary: self, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
+		ModelRoot: root, Folder: folder, Binary: binary, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
 		Library: func(context.Context) (string, error) { return "/lib", nil }, Log: zap.NewNop(),
 	}
 	if change != nil {
@@ -291,6 +308,7 @@ func TestResolve(t *testing.T) {
 }
 
 func TestOneLoadForAllCallers(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "gated", nil)
 	first, leave := context.WithCancel(context.Background())
 	left := make(chan error, 1)
@@ -345,6 +363,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 }
 
 func TestDeadRunnerIsReplaced(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "good", nil)
 	for range 3 {
 		runner, err := cache.Ready(context.Background(), model, "")
@@ -387,6 +406,7 @@ func TestLoadFails(t *testing.T) {
 		"no binary": {func(o *Options) { o.Binary = "/nope/flightsvc-runner" }, fault.Precondition, []string{"model m: start /nope/flightsvc-runner"}},
 	} {
 		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
 			cache, model := newCache(t, mode, c.change)
 			_, err := cache.Ready(context.Background(), model, "")
 			expect.Fault(t, err, c.kind, c.parts...)
@@ -399,7 +419,7 @@ func TestLoadFails(t *testing.T) {
 				}
 			}
 			if mode == "dies" || mode == "refuses" { // a failure does not stand in the way of another try
-				t.Setenv(fakeVariable, "good")
+				behave(t, cache.options.Binary, "good")
 				if _, err := cache.Ready(context.Background(), model, ""); err != nil {
 					t.Errorf("the next try: %v", err)
 				}
@@ -416,6 +436,7 @@ func TestNoiseIsNoHandshake(t *testing.T) {
 }
 
 func TestPins(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "good", nil)
 	runner, err := cache.Ready(context.Background(), model, "")
 	if err != nil {
@@ -459,6 +480,7 @@ func TestPins(t *testing.T) {
 }
 
 func TestCloseEndsWhatLoads(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "hangs", nil)
 	failed := make(chan error, 1)
 	go func() {
@@ -487,6 +509,7 @@ func TestRunnerEnvironment(t *testing.T) {
 }
 
 func TestUnload(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "good", nil)
 	unload := func() error {
 		version, err := cache.Unload(t.Context(), "m", "")
@@ -539,6 +562,7 @@ func TestUnload(t *testing.T) {
 }
 
 func TestUnloadWhileLoading(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "gated", nil)
 	loaded := make(chan error, 1)
 	go func() {
@@ -556,6 +580,7 @@ func TestUnloadWhileLoading(t *testing.T) {
 
 // TestUnloadGrantsNoLeaseOnTheWayOut races callers with unloads: whoever gets a lease has a runner that lives.
 func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
+	t.Parallel()
 	cache, model := newCache(t, "good", nil)
 	var working sync.WaitGroup
 	for caller := range 4 {

@@ -85,6 +85,7 @@ func inMemory(cache *Cache) string {
 }
 
 func TestTheLeastRecentlyUsedIsEvicted(t *testing.T) {
+	t.Parallel()
 	cache, models := poolOf(t, 2, 4, nil)
 	for _, i := range []int{0, 1, 0, 2} { // b was used before a
 		if _, err := cache.Ready(t.Context(), models[i], ""); err != nil {
@@ -115,6 +116,7 @@ func TestTheLeastRecentlyUsedIsEvicted(t *testing.T) {
 }
 
 func TestWhatDoesNotFitWaitsItsTurn(t *testing.T) {
+	t.Parallel()
 	cache, models := poolOf(t, 1, 3, nil)
 	runner := leaseOf(t, cache, models[0], "s")
 	tell(t, runner, "open s")
@@ -144,6 +146,7 @@ func TestWhatDoesNotFitWaitsItsTurn(t *testing.T) {
 }
 
 func TestWhoHasTheMemory(t *testing.T) {
+	t.Parallel()
 	cache, models := poolOf(t, 1, 2, func(o *Options) { o.LoadTimeout = 2 * time.Second })
 	runner := leaseOf(t, cache, models[0], "s")
 	tell(t, runner, "open s")
@@ -166,6 +169,7 @@ func TestWhoHasTheMemory(t *testing.T) {
 // TestRandomWork lets many callers use 8 models with room for 3: nobody's runner goes while it has a
 // lease or a stream, the budget holds, and all get what they ask for.
 func TestRandomWork(t *testing.T) {
+	t.Parallel()
 	cache, models := poolOf(t, 3, 8, nil)
 	over := time.Now().Add(4 * time.Second)
 	var served atomic.Int64
@@ -209,6 +213,7 @@ func TestRandomWork(t *testing.T) {
 }
 
 func TestKeepAlive(t *testing.T) {
+	t.Parallel()
 	cache, models := poolOf(t, 3, 2, func(o *Options) { o.KeepAlive = time.Hour })
 	for _, m := range models {
 		if _, err := cache.Ready(t.Context(), m, ""); err != nil {
@@ -238,6 +243,7 @@ func TestKeepAlive(t *testing.T) {
 }
 
 func TestQuarantine(t *testing.T) {
+	t.Parallel()
 	crash := func(t *testing.T, runner *Runner) {
 		t.Helper()
 		if err := syscall.Kill(runner.PID(), syscall.SIGKILL); err != nil {
@@ -256,6 +262,7 @@ func TestQuarantine(t *testing.T) {
 		return runner
 	}
 	t.Run("two crashes", func(t *testing.T) {
+		t.Parallel()
 		cache, models := poolOf(t, 3, 1, nil)
 		crash(t, open(t, cache, models[0], "x", "y"))
 		crash(t, open(t, cache, models[0], "x", "y"))
@@ -270,6 +277,7 @@ func TestQuarantine(t *testing.T) {
 		}
 	})
 	t.Run("an answer in between", func(t *testing.T) {
+		t.Parallel()
 		cache, models := poolOf(t, 3, 1, nil)
 		for range 3 {
 			runner := open(t, cache, models[0], "x", "y")
@@ -283,6 +291,7 @@ func TestQuarantine(t *testing.T) {
 		}
 	})
 	t.Run("one request alone", func(t *testing.T) {
+		t.Parallel()
 		cache, models := poolOf(t, 3, 1, nil)
 		for range 3 {
 			crash(t, open(t, cache, models[0], "poison"))
@@ -292,8 +301,9 @@ func TestQuarantine(t *testing.T) {
 		expect.Fault(t, err, fault.Precondition, "is in quarantine")
 	})
 	t.Run("while loading", func(t *testing.T) {
+		t.Parallel()
 		cache, models := poolOf(t, 3, 1, nil)
-		t.Setenv(fakeVariable, "dies")
+		behave(t, cache.options.Binary, "dies")
 		for range 2 {
 			_, err := cache.Ready(t.Context(), models[0], "")
 			expect.Fault(t, err, fault.Internal, "ended while loading")
@@ -376,6 +386,7 @@ func TestAllowedLibraries(t *testing.T) {
 
 // TestSwap puts versions beside one that serves.
 func TestSwap(t *testing.T) {
+	t.Parallel()
 	cache, _ := newCache(t, "good", func(o *Options) { o.CacheDir = t.TempDir(); o.PollInterval = 50 * time.Millisecond })
 	base := filepath.Join(cache.options.ModelRoot, "many")
 	saved(t, filepath.Join(base, "1"))
@@ -392,7 +403,7 @@ func TestSwap(t *testing.T) {
 	tell(t, old, "open s")
 	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
 
-	t.Setenv(fakeVariable, "refuses")
+	behave(t, cache.options.Binary, "refuses")
 	saved(t, filepath.Join(base, "2"))
 	expect.Eventually(t, "version 2 has failed", func() bool {
 		return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
@@ -400,7 +411,7 @@ func TestSwap(t *testing.T) {
 	if got := resolve(); got.Version != "1" || !old.Alive() {
 		t.Errorf("after a version that fails %s serves", got.Version)
 	}
-	t.Setenv(fakeVariable, "good")
+	behave(t, cache.options.Binary, "good")
 	saved(t, filepath.Join(base, "3"))
 	expect.Eventually(t, "version 3 serves", func() bool { return resolve().Version == "3" })
 	if _, ok := cache.Loaded(resolve(), ""); !ok {

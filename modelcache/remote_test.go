@@ -52,9 +52,6 @@ func newS3(t *testing.T) *s3 {
 	if _, err := os.Stat(binary); err != nil {
 		t.Skip("skipped: needs build/s3/versitygw; run make build/s3/versitygw")
 	}
-	for name, value := range map[string]string{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_EC2_METADATA_DISABLED": "true", "AWS_PROFILE": "", "AWS_REGION": "us-east-1"} {
-		t.Setenv(name, value)
-	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -205,6 +202,7 @@ func remoteCache(t *testing.T, cacheDir, root string) *Cache {
 
 // TestS3 is the life of a model in a store: put, listed, fetched, a new version, a version deleted, the store away.
 func TestS3(t *testing.T) {
+	t.Parallel()
 	store := newS3(t)
 	c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), store.uri("repository"))
 	store.put("repository/m/1", largeModel(t, 1))
@@ -300,6 +298,7 @@ func canonical(t *testing.T, uri string) string {
 
 // TestOneFetch has many callers of many fronts ask for one model: its objects are read once.
 func TestOneFetch(t *testing.T) {
+	t.Parallel()
 	store, dir := newS3(t), filepath.Join(t.TempDir(), "cache")
 	files := largeModel(t, 1)
 	store.put("m/1", files)
@@ -323,6 +322,7 @@ func TestOneFetch(t *testing.T) {
 
 // TestFetchWithoutItsCaller goes on for others, and stops for none.
 func TestFetchWithoutItsCaller(t *testing.T) {
+	t.Parallel()
 	store := newS3(t)
 	store.gate = make(chan struct{})
 	c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
@@ -367,6 +367,7 @@ func TestFetchWithoutItsCaller(t *testing.T) {
 
 // TestBrokenFetches leave nothing behind, and work when they are tried again.
 func TestBrokenFetches(t *testing.T) {
+	t.Parallel()
 	store := newS3(t)
 	files := largeModel(t, 1)
 	store.put("m/1", files)
@@ -451,6 +452,7 @@ func fetchAlone(arguments string) {
 
 // TestKilledFetch leaves a folder that the next front clears, and a lock that nobody has to.
 func TestKilledFetch(t *testing.T) {
+	t.Parallel()
 	store, dir := newS3(t), filepath.Join(t.TempDir(), "cache")
 	files := largeModel(t, 1)
 	store.put("m/1", files)
@@ -498,6 +500,7 @@ func TestKilledFetch(t *testing.T) {
 
 // TestFetchByProcesses is TestOneFetch with processes.
 func TestFetchByProcesses(t *testing.T) {
+	t.Parallel()
 	store, dir := newS3(t), filepath.Join(t.TempDir(), "cache")
 	files := largeModel(t, 1)
 	store.put("m/1", files)

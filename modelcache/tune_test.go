@@ -67,10 +67,6 @@ func floats(name string, values ...float32) MeasuredOutput {
 // newTuned returns a cache of fake runners that measure, on two cores, and a Python that freezes what it is given, or says what it is told.
 func newTuned(t *testing.T, mode, says string) (*Cache, Model) {
 	t.Helper()
-	t.Setenv(oneDNN, "")
-	if err := os.Unsetenv(oneDNN); err != nil { // Setenv puts it back
-		t.Fatal(err)
-	}
 	python := filepath.Join(t.TempDir(), "python")
 	write(t, python, `#!/bin/sh
 `+cmp.Or(says, `mkdir "$4" && cp "$3/saved_model.pb" "$4" && touch "$4/frozen" && echo '{"frozen":true}'`)+"\n")
@@ -87,6 +83,7 @@ func newTuned(t *testing.T, mode, says string) (*Cache, Model) {
 func nothing(Candidate) {}
 
 func TestTune(t *testing.T) {
+	t.Parallel()
 	for _, quick := range []bool{false, true} {
 		t.Run(fmt.Sprintf("quick %t", quick), func(t *testing.T) {
 			c, model := newTuned(t, "measures", "")
@@ -116,6 +113,7 @@ func TestTune(t *testing.T) {
 }
 
 func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
+	t.Parallel()
 	c, model := newTuned(t, "measures nothing", "")
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
@@ -127,6 +125,7 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 }
 
 func TestTuneRefusesOtherAnswers(t *testing.T) {
+	t.Parallel()
 	c, model := newTuned(t, "measures frozen wrongly", "")
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
@@ -141,6 +140,7 @@ func TestTuneRefusesOtherAnswers(t *testing.T) {
 }
 
 func TestTuneWithoutFreezing(t *testing.T) {
+	t.Parallel()
 	for says, want := range map[string]string{
 		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
 		`echo 'flightsvc.freeze: no' >&2; exit 1`:                   "freezing failed (exit status 1): flightsvc.freeze: no",
@@ -154,6 +154,7 @@ func TestTuneWithoutFreezing(t *testing.T) {
 }
 
 func TestTuneObeysTheOwner(t *testing.T) {
+	t.Parallel()
 	c, model := newTuned(t, "measures", "")
 	model.Settings.Batching = Batching{AllowedBatchSizes: []int{2, 8}, MaxBatchSize: 8, NumBatchThreads: 2}
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
@@ -168,6 +169,7 @@ func TestTuneObeysTheOwner(t *testing.T) {
 }
 
 func TestTuneSaysWhyNot(t *testing.T) {
+	t.Parallel()
 	c, model := newTuned(t, "measures strings", "")
 	_, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if kind, _ := fault.KindOf(err); kind != fault.BadRequest || err == nil {
@@ -183,6 +185,7 @@ func TestTuneSaysWhyNot(t *testing.T) {
 
 // TestTuneEndsAtOnce ends a search whose runner does not end by itself.
 func TestTuneEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	c, model := newTuned(t, "measures forever", "")
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)

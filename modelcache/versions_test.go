@@ -44,6 +44,7 @@ func wholeOf(t testing.TB, dir string, files map[string]string) error {
 // TestNeverHalfAVersion copies versions in the ways in which people do, file by file with pauses, while readers ask for the
 // latest: whatever they are given must be whole.
 func TestNeverHalfAVersion(t *testing.T) {
+	t.Parallel()
 	root := t.TempDir()
 	c := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Log: zap.NewNop()})
 	t.Cleanup(c.Close)
@@ -118,6 +119,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 }
 
 func TestVersions(t *testing.T) {
+	t.Parallel()
 	root := t.TempDir()
 	c := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Log: zap.NewNop()})
 	t.Cleanup(c.Close)
