@@ -84,11 +84,9 @@ func (s *snapshot) whole() bool {
 	}
 	shards := map[int]int{} // data files there are, by how many there have to be
 	for _, f := range s.files {
-		if !strings.HasPrefix(f.path, "variables/variables.data-") {
-			continue
-		}
-		var i, of int
-		if n, _ := fmt.Sscanf(f.path, "variables/variables.data-%05d-of-%05d", &i, &of); n == 2 && i < of {
+		const form = "variables/variables.data-%05d-of-%05d"
+		var i, of int // another name that only begins so is a file on its way
+		if n, _ := fmt.Sscanf(f.path, form, &i, &of); n == 2 && i < of && f.path == fmt.Sprintf(form, i, of) {
 			if shards[of]++; shards[of] == of {
 				return true
 			}

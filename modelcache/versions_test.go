@@ -186,6 +186,29 @@ func TestVersions(t *testing.T) {
 	}
 }
 
+// TestWhole takes no file on its way for the one that it becomes: S3's and Google's tools copy to a longer name first.
+func TestWhole(t *testing.T) {
+	const data = "variables/variables.data-0000"
+	for names, want := range map[string]bool{
+		"":                          true,
+		"variables/variables.index": false,
+		"variables/variables.index " + data + "0-of-00001":                             true,
+		"variables/variables.index " + data + "0-of-00001.6eF2a1B0":                    false,
+		"variables/variables.index " + data + "0-of-00001_.gstmp":                      false,
+		"variables/variables.index " + data + "0-of-00002 " + data + "0-of-00002.part": false,
+		"variables/variables.index " + data + "0-of-00002 " + data + "1-of-00002":      true,
+	} {
+		s := snapshot{files: []file{{path: savedmodel.File}}}
+		for name := range strings.FieldsSeq(names) {
+			s.files = append(s.files, file{path: name})
+		}
+		s.seal()
+		if got := s.whole(); got != want {
+			t.Errorf("%q: %t", names, got)
+		}
+	}
+}
+
 func TestDigestOfFolders(t *testing.T) {
 	root, store := t.TempDir(), newStore(t)
 	entries := []entry{}
