@@ -60,21 +60,39 @@ func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelca
 	if err := writeAnswers(asked.Folder, signature, engine, first(feeds, min(answerRows, rows))); err != nil {
 		return nil, err
 	}
-	var found []modelcache.Measured
-	for i, size := range asked.BatchSizes {
-		if size > rows {
-			break
+	sizes := slices.DeleteFunc(slices.Clone(asked.BatchSizes), func(size int) bool { return size > rows })
+	var all []*loop
+	defer func() {
+		for _, one := range all {
+			one.scheduler.Close()
 		}
-		speeds, longest, err := measureSize(setup, engine, signature, first(feeds, size), size, memory, log)
+	}()
+	for i, size := range sizes {
+		one := newLoop(setup, engine, signature, size, memory, log)
+		all = append(all, one)
+		if _, err := one.window(feeds, 0); err != nil { // the first runs of a size optimise the graph and build primitives
+			return nil, err
+		}
+		run, err := one.window(feeds, asked.Window)
 		if err != nil {
 			return nil, err
 		}
-		slices.Sort(speeds)
-		found = append(found, modelcache.Measured{BatchSize: size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]})
-		if last := i == len(asked.BatchSizes)-1; !last && asked.LongestRun > 0 &&
-			longest*time.Duration(asked.BatchSizes[i+1])/time.Duration(size) > asked.LongestRun {
+		if last := i == len(sizes)-1; !last && asked.LongestRun > 0 && run*time.Duration(sizes[i+1])/time.Duration(size) > asked.LongestRun {
 			break
 		}
+	}
+	for range asked.Windows - 1 { // in turns, since a machine that others use slows down for a while
+		for _, one := range all {
+			if _, err := one.window(feeds, asked.Window); err != nil {
+				return nil, err
+			}
+		}
+	}
+	found := make([]modelcache.Measured, len(all))
+	for i, one := range all {
+		speeds := one.speeds[1:] // without that of the first runs
+		slices.Sort(speeds)
+		found[i] = modelcache.Measured{BatchSize: one.size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]}
 	}
 	return found, nil
 }
@@ -174,62 +192,65 @@ func outputTensors(signature savedmodel.Signature) []string {
 	return names
 }
 
-// measureSize runs batches of one size, as many at once as the Setup says, and returns the rows/s of each window and how
-// long a run took. It takes over the feeds.
-func measureSize(setup modelcache.Setup, engine engine, signature savedmodel.Signature, feeds []tensor.Feed, size int, memory *offheap.Allocator, log *zap.Logger) (speeds []float64, longest time.Duration, err error) {
-	defer tensor.ReleaseFeeds(feeds)
+// leastRuns is how many runs of each caller a window has at least, so that those of large batches are not one run long.
+const leastRuns = 2
+
+// loop runs batches of one size, as many at once as the Setup says.
+type loop struct {
+	model     string
+	size      int
+	callers   int
+	scheduler *batch.Scheduler
+	call      batch.Call
+	speeds    []float64 // rows/s of each window so far
+}
+
+// newLoop makes one, whose scheduler wants to be closed.
+func newLoop(setup modelcache.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator, log *zap.Logger) *loop {
 	callers := max(setup.Batching.NumBatchThreads, 1)
-	scheduler := batch.New(batch.Options{
-		MaxBatchSize: size, MaxBatchBytes: maxBatchBytes, MaxEnqueuedBatches: maxEnqueuedBatches, NumBatchThreads: callers,
-		Run: engine.Run, Stuck: func(time.Duration) {}, Memory: memory, Log: log,
-	})
-	defer scheduler.Close()
-	call := batch.Call{Fetches: outputTensors(signature), Check: func([]tensor.Value, int) error { return nil }}
-	window := func(length time.Duration) (float64, time.Duration, error) {
-		rates, took := make([]float64, callers), make([]time.Duration, callers)
-		var working errgroup.Group
-		for i := range callers {
-			working.Go(func() error {
-				stream := scheduler.Stream(call)
-				began := time.Now()
-				for runs := 1; ; runs++ {
-					answer, err := stream.Run(context.Background(), first(feeds, size), size, true)
-					if err != nil {
-						return err
-					}
-					refused := len(answer.Refused) > 0
-					answer.Close()
-					if refused {
-						return fault.New(fault.BadRequest, "model %s refuses made-up rows; it cannot be measured", setup.Model)
-					}
-					if passed := time.Since(began); passed >= length {
-						// Each caller has a rate of its own: the last run of one does not count as waiting of another.
-						rates[i], took[i] = float64(runs*size)/passed.Seconds(), passed/time.Duration(runs)
-						return nil
-					}
+	return &loop{
+		model: setup.Model, size: size, callers: callers,
+		scheduler: batch.New(batch.Options{
+			MaxBatchSize: size, MaxBatchBytes: maxBatchBytes, MaxEnqueuedBatches: maxEnqueuedBatches, NumBatchThreads: callers,
+			Run: engine.Run, Stuck: func(time.Duration) {}, Memory: memory, Log: log,
+		}),
+		call: batch.Call{Fetches: outputTensors(signature), Check: func([]tensor.Value, int) error { return nil }},
+	}
+}
+
+// window runs the first rows of feeds, which stay the caller's, for a time, notes the rows/s, and returns how long a run took.
+func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration, error) {
+	rates, took := make([]float64, l.callers), make([]time.Duration, l.callers)
+	var working errgroup.Group
+	for i := range l.callers {
+		working.Go(func() error {
+			stream := l.scheduler.Stream(l.call)
+			began := time.Now()
+			for runs := 1; ; runs++ {
+				answer, err := stream.Run(context.Background(), first(feeds, l.size), l.size, true)
+				if err != nil {
+					return err
 				}
-			})
-		}
-		if err := working.Wait(); err != nil {
-			return 0, 0, err
-		}
-		sum := 0.0
-		for _, rate := range rates {
-			sum += rate
-		}
-		return sum, slices.Max(took), nil
+				refused := len(answer.Refused) > 0
+				answer.Close()
+				if refused {
+					return fault.New(fault.BadRequest, "model %s refuses made-up rows; it cannot be measured", l.model)
+				}
+				if passed := time.Since(began); passed >= length && runs >= leastRuns {
+					// Each caller has a rate of its own: the last run of one does not count as waiting of another.
+					rates[i], took[i] = float64(runs*l.size)/passed.Seconds(), passed/time.Duration(runs)
+					return nil
+				}
+			}
+		})
 	}
-	for range 2 { // the first runs of a size optimise the graph and build primitives
-		if _, _, err := window(0); err != nil {
-			return nil, 0, err
-		}
+	if err := working.Wait(); err != nil {
+		return 0, err
 	}
-	for range max(setup.Measure.Windows, 1) {
-		speed, took, err := window(setup.Measure.Window)
-		if err != nil {
-			return nil, 0, err
-		}
-		speeds, longest = append(speeds, speed), max(longest, took)
+	sum := 0.0
+	for _, rate := range rates {
+		sum += rate
 	}
-	return speeds, longest, nil
+	l.speeds = append(l.speeds, sum)
+	return slices.Max(took), nil
 }
