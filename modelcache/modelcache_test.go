@@ -76,7 +76,7 @@ func fakeRunner(mode string) {
 	say := func(report Report) { _ = json.NewEncoder(os.Stdout).Encode(report) }
 	ready := Report{Build: testBuild, TensorFlow: "none", Ready: true}
 	switch mode {
-	case "measures", "measures nothing", "measures frozen wrongly", "measures forever", "measures strings":
+	case "measures", "measures nothing", "measures by chance", "measures frozen wrongly", "measures forever", "measures strings", "measures another model each time":
 		fakeMeasure(mode, setup, say)
 		return
 	case "dies":

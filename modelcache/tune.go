@@ -2,15 +2,12 @@ package modelcache
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,8 +15,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"go.uber.org/zap"
 
 	"flightsvc/gpu"
 	"flightsvc/internal/fault"
@@ -31,14 +26,17 @@ import (
 const oneDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 // How a search goes. A speed is the median of a few windows; of those within tie of the fastest the simplest is chosen,
-// since two measurements of one configuration differ by as much.
+// since two measurements of one configuration differ by as much. One measurement alone decides nothing: whatever is
+// within reach of the fastest is measured again.
 const (
 	tuneWindow     = 400 * time.Millisecond
 	tuneWindows    = 3
 	tuneLongestRun = time.Second // a batch that would take longer makes everybody wait
 	tuneSeed       = 1
 	tie            = 0.03
-	finalists      = 3 // that are measured again, in turns, beside the default
+	reach          = 0.10
+	finalists      = 4 // that are measured again at most, in turns, beside the default
+	rounds         = 3 // in which they are
 )
 
 // tuneSizes are the batch sizes to try where the model's settings allow all.
@@ -91,18 +89,18 @@ type tuner struct {
 	cores     int
 	standard  Choice // what runs without a choice; its BatchSize is set once it was measured
 	sizes     []int
+	onednn    []bool // the values to try
 	reference []MeasuredOutput
 	progress  func(Candidate)
 	tried     []Candidate
-	finalists []Candidate // that were measured again, the fastest first
-	notFrozen string      // what is wrong with the model itself
+	notFrozen string // what is wrong with the model itself
 }
 
 // Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one whose
 // answers agree with the reference, which is the model as it is without oneDNN. The next load of the model uses it.
 // progress is called with each candidate, in the goroutine of the caller. The end of ctx ends the search at once and stores nothing.
 //
-// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables); Unavailable
+// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
 // while another search runs; those of a load.
 func (c *Cache) Tune(ctx context.Context, model Model, options TuneOptions, progress func(Candidate)) (Tuning, error) {
 	if !c.tuning.TryLock() {
@@ -137,6 +135,10 @@ func (c *Cache) Tune(ctx context.Context, model Model, options TuneOptions, prog
 		t.cores = min(t.cores, model.Settings.Cores)
 	}
 	t.standard = Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: t.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, t.cores)}
+	t.onednn = []bool{true, false}
+	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
+		t.onednn = []bool{t.standard.OneDNN}
+	}
 	t.sizes = sizesFor(model.Settings.Batching)
 	about := Tuning{Model: model.Ref, Version: model.Version, Signature: options.Signature, Digest: digest, Machine: Machine(), Quick: options.Quick}
 	if err := t.search(ctx, &about); err != nil {
@@ -165,21 +167,10 @@ func sizesFor(b Batching) []int {
 }
 
 // search measures, and fills in what came of it.
-func (t *tuner) search(ctx context.Context, about *Tuning) error {
-	// The reference comes first; without it nothing can be compared.
-	plain := t.standard
+func (t *tuner) search(ctx context.Context, about *Tuning) (err error) {
+	plain := t.standard // without the reference nothing can be compared
 	plain.OneDNN = false
-	sizes := t.sizes
-	if t.options.Quick {
-		sizes = sizes[:1]
-	}
-	if err := t.try(ctx, plain, sizes); err != nil {
-		return err
-	}
-	if t.tried[0].Reason != "" {
-		return fault.New(fault.BadRequest, "%s", t.tried[0].Reason)
-	}
-	if err := t.try(ctx, t.standard, t.sizes); err != nil {
+	if _, t.reference, err = t.run(ctx, plain, t.sizes[:1], 1); err != nil {
 		return err
 	}
 	frozen, err := t.freeze(ctx)
@@ -192,27 +183,28 @@ func (t *tuner) search(ctx context.Context, about *Tuning) error {
 	case err != nil: // of this host, and no reason to leave the rest alone
 		about.NotFrozen = err.Error()
 	}
+	graphs := slices.Compact([]string{"", frozen})
 	if t.options.Quick {
-		err = t.quick(ctx, frozen)
+		err = t.quick(ctx, graphs)
 	} else {
-		err = t.full(ctx, frozen)
+		err = t.grid(ctx, graphs, t.threads(), t.sizes)
 	}
 	if err != nil {
 		return err
 	}
-	if err := t.finals(ctx); err != nil {
-		return err
+	list, err := t.finals(ctx)
+	if err == nil {
+		t.conclude(about, list)
 	}
-	t.conclude(about)
-	return nil
+	return err
 }
 
-// full tries all combinations.
-func (t *tuner) full(ctx context.Context, frozen string) error {
-	for _, graph := range slices.Compact([]string{"", frozen}) {
-		for _, threads := range t.threads() {
-			for _, on := range []bool{true, false} {
-				if err := t.try(ctx, Choice{Frozen: graph, OneDNN: on, Cores: threads[0], BatchThreads: threads[1]}, t.sizes); err != nil {
+// grid tries all combinations.
+func (t *tuner) grid(ctx context.Context, graphs []string, threads [][2]int, sizes []int) error {
+	for _, graph := range graphs {
+		for _, n := range threads {
+			for _, on := range t.onednn {
+				if err := t.try(ctx, Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
 					return err
 				}
 			}
@@ -221,27 +213,54 @@ func (t *tuner) full(ctx context.Context, frozen string) error {
 	return nil
 }
 
-// quick asks one question after the other, each of the best configuration so far: without oneDNN, frozen with and without, and
-// with other threads; all with the batch size that is best for the default.
-func (t *tuner) quick(ctx context.Context, frozen string) error {
-	size := []int{t.best()[0].BatchSize}
-	for _, graph := range slices.Compact([]string{"", frozen}) {
-		for _, on := range []bool{true, false} {
-			choice := t.standard
-			choice.Frozen, choice.OneDNN = graph, on
-			if err := t.try(ctx, choice, size); err != nil {
-				return err
-			}
-		}
+// quick asks one question after the other, each of the best configuration so far: which batch sizes, frozen and oneDNN or
+// not, and which threads.
+func (t *tuner) quick(ctx context.Context, graphs []string) error {
+	if err := t.try(ctx, t.standard, t.sizes); err != nil {
+		return err
 	}
-	for _, threads := range t.threads() {
-		choice := t.best()[0].Choice
-		choice.Cores, choice.BatchThreads = threads[0], threads[1]
-		if err := t.try(ctx, choice, size); err != nil {
+	sizes := t.sizesOf(t.standard)
+	if err := t.grid(ctx, graphs, [][2]int{{t.standard.Cores, t.standard.BatchThreads}}, sizes); err != nil {
+		return err
+	}
+	best, err := t.best()
+	if err != nil {
+		return err
+	}
+	for _, n := range t.threads() {
+		choice := best[0].Choice
+		choice.Cores, choice.BatchThreads = n[0], n[1]
+		if err := t.try(ctx, choice, sizes); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it has none.
+func (t *tuner) sizesOf(choice Choice) (sizes []int) {
+	var own []Candidate
+	fastest := 0.0
+	for _, c := range t.tried {
+		if c.Reason == "" && c.configuration() == choice.configuration() {
+			own, fastest = append(own, c), max(fastest, c.RowsPerSecond)
+		}
+	}
+	for _, c := range own {
+		if c.RowsPerSecond >= (1-reach)*fastest {
+			sizes = append(sizes, c.BatchSize)
+		}
+	}
+	if len(sizes) == 0 {
+		return t.sizes
+	}
+	return sizes
+}
+
+// configuration is what a process is started with: a choice without its batch size.
+func (c Choice) configuration() Choice {
+	c.BatchSize = 0
+	return c
 }
 
 // threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large run at a
@@ -261,16 +280,7 @@ func (t *tuner) threads() [][2]int {
 
 // try measures one configuration with several batch sizes, unless that has been done.
 func (t *tuner) try(ctx context.Context, choice Choice, sizes []int) error {
-	sizes = slices.DeleteFunc(slices.Clone(sizes), func(size int) bool {
-		choice := choice
-		choice.BatchSize = size
-		return slices.ContainsFunc(t.tried, func(c Candidate) bool { return c.Choice == choice })
-	})
-	fixed, set := os.LookupEnv(oneDNN)
-	asked := slices.ContainsFunc(t.tried, func(c Candidate) bool {
-		return c.Frozen == choice.Frozen && c.OneDNN == choice.OneDNN && c.Cores == choice.Cores && c.BatchThreads == choice.BatchThreads
-	})
-	if len(sizes) == 0 || asked && len(sizes) > 1 || set && t.reference != nil && choice.OneDNN != (fixed != "0") { // whoever set the variable has decided
+	if slices.ContainsFunc(t.tried, func(c Candidate) bool { return c.configuration() == choice }) {
 		return nil
 	}
 	found, answers, err := t.run(ctx, choice, sizes, tuneWindows)
@@ -279,10 +289,6 @@ func (t *tuner) try(ctx context.Context, choice Choice, sizes []int) error {
 	}
 	if err != nil {
 		t.note(Candidate{Choice: choice, Reason: err.Error()})
-		return nil
-	}
-	if t.reference == nil {
-		t.reference = answers
 	}
 	difference := differenceOf(answers, t.reference)
 	for _, m := range found {
@@ -297,57 +303,80 @@ func (t *tuner) note(candidate Candidate) {
 	t.progress(candidate)
 }
 
-// best returns the candidates that agree, the fastest first.
-func (t *tuner) best() []Candidate {
+// best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
+func (t *tuner) best() ([]Candidate, error) {
 	list := slices.DeleteFunc(slices.Clone(t.tried), func(c Candidate) bool { return !c.Agrees || c.Reason != "" })
-	slices.SortStableFunc(list, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
-	return list
+	if len(list) == 0 {
+		why := cmp.Or(t.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
+		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", t.model.Ref, t.options.Signature, why)
+	}
+	bySpeed(list)
+	return list, nil
 }
 
-// finals measures the fastest few and the default again, in turns, since a machine that others use slows down for a while
-// at a time. The median of these rounds counts.
-func (t *tuner) finals(ctx context.Context) error {
-	list := t.best()
-	rounds, first := 3, finalists
+func bySpeed(list []Candidate) {
+	slices.SortStableFunc(list, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+}
+
+// finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were fast, and
+// returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a candidate
+// counts by its part of the fastest of the same round, the median of the rounds.
+func (t *tuner) finals(ctx context.Context) ([]Candidate, error) {
+	list, err := t.best()
+	if err != nil {
+		return nil, err
+	}
+	first, again := finalists, []Choice{}
 	if t.options.Quick {
-		rounds, first = 2, finalists-1
+		first = finalists / 2
 	}
-	again := slices.Clone(list[:min(first, len(list))])
-	var standard []Candidate // the default, with the largest of its fastest batch sizes
 	for _, c := range list {
-		if t.deviation(c.Choice) == 0 && (standard == nil || c.RowsPerSecond >= (1-tie)*standard[0].RowsPerSecond) {
-			standard = append(standard, c)
+		if one := c.configuration(); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < first && !slices.Contains(again, one) {
+			again = append(again, one)
 		}
 	}
-	if standard != nil {
-		again = append(again, slices.MaxFunc(standard, func(a, b Candidate) int { return cmp.Compare(a.BatchSize, b.BatchSize) }))
+	if !slices.Contains(again, t.standard) && slices.ContainsFunc(list, func(c Candidate) bool { return c.configuration() == t.standard }) {
+		again = append(again, t.standard)
 	}
-	slices.SortFunc(again, func(a, b Candidate) int { return cmp.Compare(fmt.Sprint(a.Choice), fmt.Sprint(b.Choice)) })
-	again = slices.CompactFunc(again, func(a, b Candidate) bool { return a.Choice == b.Choice })
-	speeds := make([][]float64, len(again)) // without the first ones, which made them finalists by good luck, too
+	parts, fastest := map[Choice][]float64{}, []float64{}
 	for range rounds {
-		for i, c := range again {
-			found, _, err := t.run(ctx, c.Choice, []int{c.BatchSize}, tuneWindows)
-			if ctx.Err() != nil {
-				return ctx.Err()
+		speeds, most := map[Choice]float64{}, 0.0
+		for _, choice := range again {
+			found, _, err := t.run(ctx, choice, t.sizesOf(choice), tuneWindows)
+			if err != nil { // it ran before; who fails now is no choice
+				if ctx.Err() != nil {
+					return nil, ctx.Err()
+				}
+				continue
 			}
-			if err == nil && len(found) == 1 {
-				speeds[i] = append(speeds[i], found[0].Median)
+			for _, m := range found {
+				choice.BatchSize = m.BatchSize
+				speeds[choice], most = m.Median, max(most, m.Median)
 			}
 		}
-	}
-	for i, c := range again {
-		if len(speeds[i]) == 0 {
-			speeds[i] = []float64{c.RowsPerSecond}
+		for choice, speed := range speeds {
+			parts[choice] = append(parts[choice], speed/most)
 		}
-		slices.Sort(speeds[i])
-		at := slices.IndexFunc(t.tried, func(other Candidate) bool { return other.Choice == c.Choice })
-		t.tried[at].RowsPerSecond = (speeds[i][(len(speeds[i])-1)/2] + speeds[i][len(speeds[i])/2]) / 2 // the median
-		again[i] = t.tried[at]
+		fastest = append(fastest, most)
 	}
-	slices.SortStableFunc(again, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
-	t.finalists = again
-	return nil
+	list = nil
+	for i, c := range t.tried {
+		if len(parts[c.Choice]) == rounds {
+			t.tried[i].RowsPerSecond = median(parts[c.Choice]) * median(fastest)
+			list = append(list, t.tried[i])
+		}
+	}
+	if len(list) == 0 {
+		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; the log has what its runners said", t.model.Ref)
+	}
+	bySpeed(list)
+	return list, nil
+}
+
+// median returns the middle one, the higher of two.
+func median(list []float64) float64 {
+	list = slices.Sorted(slices.Values(list))
+	return list[len(list)/2]
 }
 
 // deviation counts in how many ways a configuration is not the default.
@@ -361,18 +390,14 @@ func (t *tuner) deviation(c Choice) int {
 	return n
 }
 
-// conclude chooses.
-func (t *tuner) conclude(about *Tuning) {
-	list := t.finalists // who was measured once and had luck is no winner
-	for _, c := range list {
-		if t.deviation(c.Choice) == 0 {
-			about.Default = c
-			break
-		}
-	}
+// conclude chooses among the finalists, the fastest first.
+func (t *tuner) conclude(about *Tuning, list []Candidate) {
 	about.Chosen = list[0]
-	for _, c := range list[1:] {
-		simpler := cmp.Or(-cmp.Compare(t.deviation(c.Choice), t.deviation(about.Chosen.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
+	for _, c := range list {
+		if t.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
+			about.Default = c
+		}
+		simpler := cmp.Or(cmp.Compare(t.deviation(about.Chosen.Choice), t.deviation(c.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
 		if c.RowsPerSecond >= (1-tie)*list[0].RowsPerSecond && simpler > 0 {
 			about.Chosen = c
 		}
@@ -383,7 +408,7 @@ func (t *tuner) conclude(about *Tuning) {
 	about.Default.Relative = 1
 	about.Chosen.Relative = ratio(about.Chosen.RowsPerSecond, about.Default.RowsPerSecond)
 	about.Candidates = slices.Clone(t.tried)
-	slices.SortStableFunc(about.Candidates, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+	bySpeed(about.Candidates)
 	about.Freezing = t.effect(func(c Choice) (bool, Choice) {
 		on := c.Frozen != ""
 		c.Frozen = ""
@@ -416,8 +441,7 @@ func (t *tuner) effect(split func(Choice) (on bool, rest Choice)) float64 {
 	if len(ratios) == 0 {
 		return 0
 	}
-	slices.Sort(ratios)
-	return ratios[len(ratios)/2]
+	return median(ratios)
 }
 
 func ratio(a, b float64) float64 {
@@ -521,102 +545,6 @@ func runToEnd(ctx context.Context, options Options, setup Setup, env []string) (
 	return last, nil
 }
 
-// Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an output. They are
-// ten times what docs/numerics.md demands of one configuration with varying batch sizes, or measured of oneDNN
-// (5.9e-6 of the greatest value); half precision has 11 and 8 bits. All else must be equal.
-const (
-	toleranceRelative = 1e-3
-	toleranceAbsolute = 1e-4
-	toleranceHalf     = 2e-2
-)
-
-// differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do not
-// agree, +Inf where they cannot be compared or must be equal and are not.
-func differenceOf(ours, theirs []MeasuredOutput) float64 {
-	if len(ours) != len(theirs) {
-		return math.MaxFloat64
-	}
-	worst := 0.0
-	for i := range ours {
-		a, b := ours[i], theirs[i]
-		if a.Name != b.Name || a.DType != b.DType || !slices.Equal(a.Shape, b.Shape) || len(a.Data) != len(b.Data) {
-			return math.MaxFloat64
-		}
-		x, floats := numbersOf(a)
-		y, _ := numbersOf(b)
-		if !floats {
-			if !bytes.Equal(a.Data, b.Data) || !slices.EqualFunc(a.Strings, b.Strings, bytes.Equal) {
-				return math.MaxFloat64
-			}
-			continue
-		}
-		relative, absolute := toleranceRelative, toleranceAbsolute
-		if a.DType == savedmodel.Float16 || a.DType == savedmodel.Bfloat16 {
-			relative, absolute = toleranceHalf, toleranceHalf
-		}
-		greatest := 0.0
-		for _, v := range y {
-			if !math.IsNaN(v) && !math.IsInf(v, 0) {
-				greatest = max(greatest, math.Abs(v))
-			}
-		}
-		for j := range y {
-			if x[j] == y[j] || math.IsNaN(x[j]) && math.IsNaN(y[j]) {
-				continue
-			}
-			share := math.Abs(x[j]-y[j]) / (relative*math.Abs(y[j]) + absolute*greatest)
-			if math.IsNaN(share) || math.IsInf(share, 0) {
-				return math.MaxFloat64
-			}
-			worst = max(worst, share)
-		}
-	}
-	return worst
-}
-
-// numbersOf returns the elements of a floating-point output; false for any other.
-func numbersOf(o MeasuredOutput) ([]float64, bool) {
-	size := o.DType.Size()
-	var at func([]byte) float64
-	switch o.DType {
-	case savedmodel.Float32:
-		at = func(b []byte) float64 { return float64(math.Float32frombits(binary.LittleEndian.Uint32(b))) }
-	case savedmodel.Float64:
-		at = func(b []byte) float64 { return math.Float64frombits(binary.LittleEndian.Uint64(b)) }
-	case savedmodel.Bfloat16:
-		at = func(b []byte) float64 {
-			return float64(math.Float32frombits(uint32(binary.LittleEndian.Uint16(b)) << 16))
-		}
-	case savedmodel.Float16:
-		at = func(b []byte) float64 { return half(binary.LittleEndian.Uint16(b)) }
-	default:
-		return nil, false
-	}
-	list := make([]float64, len(o.Data)/size)
-	for i := range list {
-		list[i] = at(o.Data[i*size:])
-	}
-	return list, true
-}
-
-// half returns the value of an IEEE 754 binary16.
-func half(bits uint16) float64 {
-	sign, exponent, fraction := 1.0, int(bits>>10&31), float64(bits&1023)
-	if bits>>15 != 0 {
-		sign = -1
-	}
-	switch exponent {
-	case 0:
-		return sign * math.Ldexp(fraction, -24)
-	case 31:
-		if fraction != 0 {
-			return math.NaN()
-		}
-		return math.Inf(int(sign))
-	}
-	return sign * math.Ldexp(1024+fraction, exponent-25)
-}
-
 // notFrozen is why a model has to be served as it is.
 type notFrozen string
 
@@ -677,85 +605,4 @@ func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
 func lastLine(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
 	return lines[len(lines)-1]
-}
-
-// idleTime is how long nothing may happen before an idle cache measures.
-const idleTime = 10 * time.Second
-
-// idleTuning tunes while nobody uses a model. It belongs to one goroutine.
-type idleTuning struct {
-	cache  *Cache
-	busy   time.Time          // when somebody last used a model
-	cancel context.CancelFunc // of the search under way
-	done   chan struct{}      // closed when that is over
-}
-
-// look begins a search when nobody has used a model for long enough, and ends it when somebody does.
-func (t *idleTuning) look(now time.Time) {
-	if t.cache.Busy() {
-		t.busy = now
-		t.stop()
-		return
-	}
-	if now.Sub(t.busy) < idleTime {
-		return
-	}
-	if t.done != nil {
-		select {
-		case <-t.done:
-			t.busy = now // not at once again
-			t.stop()
-		default:
-		}
-		return
-	}
-	ctx, cancel := context.WithCancel(t.cache.ctx)
-	done := make(chan struct{})
-	t.cancel, t.done = cancel, done
-	t.cache.working.Go(func() {
-		defer close(done)
-		t.cache.tuneIdle(ctx)
-	})
-}
-
-// stop ends the search under way; its process is gone soon after.
-func (t *idleTuning) stop() {
-	if t.cancel != nil {
-		t.cancel()
-		t.cancel, t.done = nil, nil
-	}
-}
-
-// tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of ctx ends
-// the search under way, which then starts anew another time.
-func (c *Cache) tuneIdle(ctx context.Context) {
-	for _, status := range c.Status() {
-		if status.State != StateReady || ctx.Err() != nil {
-			continue
-		}
-		model, err := c.Resolve(ctx, status.Model, status.Version)
-		if err != nil || model.Dir == "" {
-			continue
-		}
-		digest, err := c.digest(ctx, model)
-		if err != nil {
-			continue
-		}
-		if _, tuned := c.profiles.read(digest).Tuned[Machine()]; tuned {
-			continue
-		}
-		if _, failed := c.untunable.Load(digest); failed {
-			continue
-		}
-		about, err := c.Tune(ctx, model, TuneOptions{Quick: true}, func(Candidate) {})
-		switch {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			c.untunable.Store(digest, true)
-			c.options.Log.Info("model cannot be tuned", zap.String("model", model.Ref), zap.Error(err))
-		default:
-			c.options.Log.Info("model tuned", zap.String("model", model.Ref), zap.Any("choice", about.Chosen.Choice), zap.Float64("relative", about.Chosen.Relative))
-		}
-	}
 }

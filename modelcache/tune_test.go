@@ -32,8 +32,18 @@ func fakeMeasure(mode string, setup Setup, say func(Report)) {
 			}
 		}
 	}
+	lucky := false // batches of 4, the first time
+	if mode == "measures by chance" {
+		mark := filepath.Join(setup.Dir, fmt.Sprint("lucky", os.Getenv(oneDNN), setup.Cores, setup.Batching.NumBatchThreads))
+		_, err := os.Stat(mark)
+		if lucky = err != nil; lucky {
+			_ = os.WriteFile(mark, nil, 0o600)
+		}
+	}
 	value := float32(0.5)
 	switch {
+	case mode == "measures another model each time":
+		value = float32(os.Getpid())
 	case mode == "measures forever":
 		time.Sleep(time.Hour)
 	case mode == "measures strings":
@@ -45,7 +55,11 @@ func fakeMeasure(mode string, setup Setup, say func(Report)) {
 	var measured []Measured
 	for _, size := range setup.Measure.BatchSizes {
 		of := speed
-		if mode != "measures nothing" {
+		switch {
+		case mode == "measures by chance" && lucky && size == 4:
+			of *= 1.08
+		case mode == "measures nothing", mode == "measures by chance":
+		default:
 			of *= float64(size) / float64(size+20)
 		}
 		measured = append(measured, Measured{BatchSize: size, Best: of, Median: of})
@@ -124,6 +138,37 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 	}
 }
 
+// TestTuneMeasuresAgain prefers large batches to small ones that were lucky once.
+func TestTuneMeasuresAgain(t *testing.T) {
+	t.Parallel()
+	for _, quick := range []bool{false, true} {
+		c, model := newTuned(t, "measures by chance", "")
+		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, nothing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := about.Chosen.Choice
+		if got.Frozen == "" || got.configuration() != (Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
+			t.Errorf("quick %t: chosen %+v", quick, got)
+		}
+	}
+}
+
+// TestTuneObeysTheVariable tries no other value of oneDNN than the one that was set; the reference is no candidate.
+func TestTuneObeysTheVariable(t *testing.T) {
+	t.Setenv(oneDNN, "1")
+	c, model := newTuned(t, "measures nothing", "")
+	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, candidate := range about.Candidates {
+		if !candidate.OneDNN {
+			t.Errorf("tried %+v", candidate.Choice)
+		}
+	}
+}
+
 func TestTuneRefusesOtherAnswers(t *testing.T) {
 	t.Parallel()
 	c, model := newTuned(t, "measures frozen wrongly", "")
@@ -175,6 +220,9 @@ func TestTuneSaysWhyNot(t *testing.T) {
 	if kind, _ := fault.KindOf(err); kind != fault.BadRequest || err == nil {
 		t.Errorf("strings: %v", err)
 	}
+	random, its := newTuned(t, "measures another model each time", "")
+	_, err = random.Tune(t.Context(), its, TuneOptions{}, nothing)
+	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "chance")
 	if _, err := c.Tune(t.Context(), model, TuneOptions{Signature: "x"}, nothing); err == nil {
 		t.Error("a signature that is not there")
 	}
@@ -206,6 +254,30 @@ func TestTuneEndsAtOnce(t *testing.T) {
 	}
 	if _, stored := c.profiles.read(mustDigest(t, c, model)).Tuned[Machine()]; stored {
 		t.Error("something was stored")
+	}
+}
+
+// TestTuneIdleTriesAgain after a search that another one was in the way of, and not after one that the model cannot have.
+func TestTuneIdleTriesAgain(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "good", "")
+	if _, err := c.Ready(t.Context(), model, ""); err != nil {
+		t.Fatal(err)
+	}
+	gaveUp := func() bool {
+		c.tuneIdle(t.Context())
+		failed := false
+		c.untunable.Range(func(any, any) bool { failed = true; return false })
+		return failed
+	}
+	c.tuning.Lock() // somebody else tunes
+	if gaveUp() {
+		t.Error("given up for another's search")
+	}
+	c.tuning.Unlock()
+	behave(t, c.options.Binary, "measures strings")
+	if !gaveUp() {
+		t.Error("not given up")
 	}
 }
 
