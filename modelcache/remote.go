@@ -1,6 +1,7 @@
 package modelcache
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -123,8 +124,7 @@ type stores struct {
 }
 
 type storedSettings struct {
-	changed  time.Time
-	size     int64
+	of       file
 	settings Settings
 }
 
@@ -310,7 +310,7 @@ func (c *Cache) storedSettings(ctx context.Context, ref string, at location, abo
 	s.mu.Lock()
 	known, ok := s.settings[at.uri]
 	s.mu.Unlock()
-	if ok && known.changed.Equal(about.changed) && known.size == about.size {
+	if of := known.of; ok && of.changed.Equal(about.changed) && of.size == about.size && bytes.Equal(of.md5, about.md5) { // times are whole seconds
 		return known.settings, nil
 	}
 	bucket, err := s.open(ctx, at)
@@ -336,7 +336,7 @@ func (c *Cache) storedSettings(ctx context.Context, ref string, at location, abo
 	if s.settings == nil {
 		s.settings = map[string]storedSettings{}
 	}
-	s.settings[at.uri] = storedSettings{changed: about.changed, size: about.size, settings: settings}
+	s.settings[at.uri] = storedSettings{of: about, settings: settings}
 	return settings, nil
 }
 

@@ -287,6 +287,27 @@ func TestS3(t *testing.T) {
 	}
 }
 
+// TestSettingsOfOneSecond are read again when they change within the second that S3 dates them with.
+func TestSettingsOfOneSecond(t *testing.T) {
+	t.Parallel()
+	store := newS3(t)
+	c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
+	at, err := parseLocation(store.uri("m"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for cores := 1; cores < 4; cores++ {
+		store.put("m", map[string]string{SettingsFile: fmt.Sprintf(`{"cores":%d}`, cores)})
+		found, err := c.list(t.Context(), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if settings, err := c.storedSettings(t.Context(), "m", at, *found.settings); err != nil || settings.Cores != cores {
+			t.Errorf("the settings are %+v, %v; want %d cores", settings, err, cores)
+		}
+	}
+}
+
 func canonical(t *testing.T, uri string) string {
 	t.Helper()
 	at, err := parseLocation(uri)
