@@ -390,6 +390,9 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 		return runner, err
 	}
 	c.pressed(s)
+	c.mu.Lock()
+	s.state, s.claim, s.uuid = StateQueued, nil, ""
+	c.mu.Unlock()
 	again := newClaim(s.model, s.profile)
 	again.wish, again.need = s.wish, want.need+want.need/2 // what was counted with was too little
 	return c.startWith(s, again)

@@ -101,3 +101,23 @@ func TestBatchSizeIsRemembered(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestASecondTryIsInThePool lets a device turn out to have no memory for a model at first.
+func TestASecondTryIsInThePool(t *testing.T) {
+	devices := devicesOf(t)
+	cache, models := poolOf(t, 1, 1, func(o *Options) { o.Devices = devices })
+	t.Setenv(fakeVariable, "no memory")
+	runner, err := cache.Ready(t.Context(), models[0], "3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(started(t, models[0])); n != 2 {
+		t.Fatalf("%d runners were started", n)
+	}
+	if got, ok := cache.Loaded(models[0], "3"); !ok || got != runner || inMemory(cache) != "a" {
+		t.Errorf("the pool does not know the runner: %+v", cache.Status())
+	}
+	if _, err := cache.Unload(t.Context(), "a", ""); err != nil || runner.Alive() || cache.Memory().Reserved != 0 {
+		t.Errorf("unloaded: %v; alive %t, %d bytes reserved", err, runner.Alive(), cache.Memory().Reserved)
+	}
+}

@@ -134,11 +134,13 @@ type end struct {
 	how      string   // "signal: killed"
 }
 
-// ended clears up after a runner's process.
+// ended clears up after a runner's process. A slot that loads is load's to forget: it may be tried once more.
 func (c *Cache) ended(s *slot, e end) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.forgetLocked(s)
+	if !e.loading {
+		c.forgetLocked(s)
+	}
 	if !e.asked && !e.reported {
 		c.healthLocked(s.model).crashed(time.Now(), e.loading, e.requests, e.how)
 	}

@@ -90,6 +90,11 @@ func fakeRunner(mode string) {
 	case "refuses":
 		say(Report{Build: testBuild, Error: "model m cannot be loaded: truncated", Kind: fault.BadRequest})
 		os.Exit(1)
+	case "no memory": // at the first start
+		if others, _ := filepath.Glob(filepath.Join(setup.Dir, "*.started")); len(others) == 1 {
+			say(Report{Build: testBuild, Error: "the device has no memory for it", Kind: fault.Exhausted, NoMemory: true})
+			os.Exit(1)
+		}
 	case "other build":
 		ready.Build = "build-2"
 	case "noisy":
