@@ -360,6 +360,9 @@ func (c *Cache) load(s *slot) {
 	s.runner, s.err, s.used = runner, err, time.Now()
 	if err == nil {
 		s.state = StateReady
+		if d := s.claim.placement.Device(); d.UUID != "" && !d.Healthy { // drained meanwhile
+			c.endLocked(s, outOfService+d.Reason, &c.working)
+		}
 	} else {
 		c.forgetLocked(s) // the next caller tries again
 	}

@@ -203,16 +203,19 @@ func (c *Cache) Devices() []gpu.Device {
 	return append([]gpu.Device{}, c.options.Devices.Devices()...)
 }
 
-// drain ends the runners on a device that is out of service. Their streams break, and open again elsewhere.
+// drain ends the runners on a device that is out of service. Their streams break, and open again elsewhere. Those that
+// load there end when they are ready; see load.
 func (c *Cache) drain(device gpu.Device, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range slices.Clone(c.slots) {
 		if s.uuid == device.UUID && s.runner != nil && c.ctx.Err() == nil {
-			c.endLocked(s, "its device is out of service: "+reason, &c.working)
+			c.endLocked(s, outOfService+reason, &c.working)
 		}
 	}
 }
+
+const outOfService = "its device is out of service: "
 
 // deviceFullLocked says who has the memory of the devices that a claim has waited for.
 func (c *Cache) deviceFullLocked(want *claim) error {

@@ -1,7 +1,10 @@
 package modelcache
 
 import (
+	"context"
+	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,12 +17,21 @@ import (
 )
 
 // devicesOf returns the 8 GPUs that go-nvml simulates, empty and of 40 GiB, in which no process is ever seen.
-func devicesOf(t *testing.T) *gpu.Inventory {
+func devicesOf(t *testing.T) *gpu.Inventory { return losing(t, new(atomic.Bool)) }
+
+// losing returns the same devices; the driver loses them all once lost is set.
+func losing(t *testing.T, lost *atomic.Bool) *gpu.Inventory {
 	t.Helper()
 	host := dgxa100.New()
 	for _, d := range host.Devices {
 		device := d.(*dgxa100.Device)
 		device.MemoryInfo.Free = device.MemoryInfo.Total
+		device.GetMemoryInfoFunc = func() (nvml.Memory, nvml.Return) {
+			if lost.Load() {
+				return nvml.Memory{}, nvml.ERROR_GPU_IS_LOST
+			}
+			return device.MemoryInfo, nvml.SUCCESS
+		}
 		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) { return nvml.Utilization{}, nvml.SUCCESS }
 		device.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) { return nil, nvml.SUCCESS }
 	}
@@ -120,4 +132,34 @@ func TestASecondTryIsInThePool(t *testing.T) {
 	if _, err := cache.Unload(t.Context(), "a", ""); err != nil || runner.Alive() || cache.Memory().Reserved != 0 {
 		t.Errorf("unloaded: %v; alive %t, %d bytes reserved", err, runner.Alive(), cache.Memory().Reserved)
 	}
+}
+
+func TestADeviceThatIsLostWhileAModelLoads(t *testing.T) {
+	lost := new(atomic.Bool)
+	devices := losing(t, lost)
+	cache, models := poolOf(t, 1, 1, func(o *Options) { o.Devices = devices })
+	t.Setenv(fakeVariable, "gated")
+	loaded := make(chan *Runner, 1)
+	go func() {
+		runner, err := cache.Ready(context.Background(), models[0], "3")
+		if err != nil {
+			t.Error(err)
+		}
+		loaded <- runner
+	}()
+	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, models[0])) == 1 })
+	lost.Store(true)
+	cache.drain(devices.Devices()[3], "it is lost") // as Watch does; nothing runs there yet
+	write(t, filepath.Join(models[0].Dir, "go"), "")
+	if runner := <-loaded; runner != nil {
+		if runner.Leased("l", "l", time.Now().Add(time.Hour)) {
+			t.Error("a runner on a lost device takes a lease")
+		}
+		expect.Eventually(t, "it has ended", func() bool { return !runner.Alive() })
+	}
+	if got := inMemory(cache); got != "" {
+		t.Errorf("in memory are %s", got)
+	}
+	_, err := cache.Ready(t.Context(), models[0], "3")
+	expect.Fault(t, err, fault.Unavailable, "model a", "drained")
 }

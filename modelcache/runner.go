@@ -333,6 +333,13 @@ func (r *Runner) retire(now time.Time) (streams, leases int) {
 	return streams, leases
 }
 
+// refuse makes the runner refuse leases from now on.
+func (r *Runner) refuse() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retired = true
+}
+
 // Pins returns how many streams move, and how many leases may still open one. A stream that rests
 // does not keep the runner in memory.
 func (r *Runner) Pins(now time.Time) (streams, leases int) {

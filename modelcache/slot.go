@@ -49,8 +49,9 @@ type slot struct {
 	superseded bool
 }
 
-// endLocked ends a slot's runner, which has retired, in a goroutine that ending waits for.
+// endLocked ends a slot's runner, whatever it does, in a goroutine that ending waits for.
 func (c *Cache) endLocked(s *slot, why string, ending *sync.WaitGroup) {
+	s.runner.refuse()
 	s.state, s.claim.ending = StateDraining, true
 	c.forgetLocked(s) // whoever asks from now on gets a fresh runner
 	c.options.Log.Info("model unloaded", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
