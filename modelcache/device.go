@@ -53,11 +53,12 @@ const (
 
 // grants reports whether a slot is what a wish asks for.
 func (w *wish) grants(s *slot) bool {
+	same := slices.EqualFunc(s.wish.devices, w.devices, func(a, b gpu.Device) bool { return a.UUID == b.UUID })
 	switch {
-	case s.claim == nil, s.fellBack: // it has no place yet, or not the one that was wished
-		return s.wish.word == w.word
-	case len(w.devices) == 0:
-		return s.uuid == ""
+	case s.claim == nil: // it has no place yet
+		return same
+	case s.uuid == "": // a wish that was not granted is not granted twice
+		return len(w.devices) == 0 || s.fellBack && same
 	}
 	return slices.ContainsFunc(w.devices, func(d gpu.Device) bool { return d.UUID == s.uuid })
 }
