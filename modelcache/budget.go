@@ -33,7 +33,7 @@ type claim struct {
 	ending   bool // the process is ending, and the memory comes back
 
 	wish        wish
-	need        int64          // bytes of a device that it is placed with
+	need        int64          // bytes of a device that it is placed with, and may take
 	placement   *gpu.Placement // nil on the processor
 	noRoom      *gpu.NoRoom    // why it waits for a device
 	fellBack    bool           // on the processor for want of a device
@@ -48,6 +48,9 @@ func newClaim(model Model, known Profile) *claim {
 	}
 	return c
 }
+
+// ofDevice returns the bytes of a device that come back with the process: those that it has, and those that it may take.
+func (c *claim) ofDevice() int64 { return max(c.need, c.deviceBytes) }
 
 // measure sets the claim to the most that was seen, with some headroom, or to what the settings say.
 func (c *claim) measure(most int64) {

@@ -445,7 +445,10 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 		return nil, c.failed(s, err)
 	}
 	c.measureDevice(s, runner.PID())
-	want.placement.Settle(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name], int64(s.model.Settings.DeviceMemory)))
+	c.mu.Lock()
+	want.need = cmp.Or(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name], int64(s.model.Settings.DeviceMemory)), want.need)
+	c.mu.Unlock()
+	want.placement.Settle(want.need)
 	c.healthOf(s.model, (*health).loaded)
 	return runner, nil
 }

@@ -115,7 +115,7 @@ func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 		coming := int64(0)
 		for _, claim := range c.memory.granted {
 			if claim.ending && claim.placement.Device().UUID == uuid {
-				coming += claim.deviceBytes
+				coming += claim.ofDevice()
 			}
 		}
 		for _, s := range c.idleLocked(time.Now()) {
@@ -125,7 +125,7 @@ func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 		}
 		free := coming
 		for _, s := range idle {
-			free += s.claim.deviceBytes
+			free += s.claim.ofDevice()
 		}
 		if free < short {
 			continue
@@ -134,7 +134,7 @@ func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 			if coming >= short {
 				break
 			}
-			coming += s.claim.deviceBytes
+			coming += s.claim.ofDevice()
 			c.retireLocked(s, "others need its device's memory", time.Now())
 		}
 		return true
@@ -223,7 +223,7 @@ func (c *Cache) deviceFullLocked(want *claim) error {
 	var holders []string
 	for _, s := range c.slots {
 		if s.claim != nil && s.claim != want && want.wish.grants(&slot{claim: s.claim, uuid: s.uuid}) {
-			holders = append(holders, c.holderLocked(s, s.claim.deviceBytes))
+			holders = append(holders, c.holderLocked(s, s.claim.ofDevice()))
 		}
 	}
 	slices.Sort(holders)
