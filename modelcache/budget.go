@@ -109,7 +109,7 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 					return nil
 				}
 				c.memory.granted = slices.DeleteFunc(c.memory.granted, func(other *claim) bool { return other == want })
-				if err != nil && ctx.Err() == nil {
+				if err != nil {
 					return err
 				}
 			} else {

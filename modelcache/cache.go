@@ -397,7 +397,10 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	s.state, s.claim, s.uuid = StateQueued, nil, ""
 	c.mu.Unlock()
 	again := newClaim(s.model, s.profile)
-	again.wish, again.need = s.wish, want.need+want.need/2 // what was counted with was too little
+	again.wish, again.need = s.wish, want.need // was too little, unless it is all that there is
+	if more := want.need + want.need/2; more < want.placement.Device().Memory {
+		again.need = more
+	}
 	return c.startWith(s, again)
 }
 

@@ -79,7 +79,7 @@ func deviceNeed(model Model, known Profile, devices []gpu.Device) int64 {
 }
 
 // placeLocked finds room on a device for a claim, whose host memory is granted, and evicts others that nobody uses
-// to make some. It reports false if the claim has to wait. The mu is not held meanwhile.
+// to make some. It reports false if the claim has to wait; for what no device can hold that is no use, an Exhausted. The mu is not held meanwhile.
 func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	if len(want.wish.devices) == 0 {
 		return true, nil
@@ -93,16 +93,22 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 		return true, nil
 	}
 	if !errors.As(err, &want.noRoom) {
-		return false, fault.New(fault.Unavailable, "model %s: %w", want.model.Ref, err)
+		return false, fault.New(fault.Unavailable, "model %s: %v", want.model.Ref, err) // also when the time is over
 	}
 	uuids := make([]string, len(want.wish.devices))
+	largest := int64(0)
 	for i, d := range want.wish.devices {
-		uuids[i] = d.UUID
+		uuids[i], largest = d.UUID, max(largest, d.Memory)
 	}
-	if evicted := c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free); !evicted && c.options.CPUFallback {
+	evicted := want.need <= largest && c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free)
+	if !evicted && c.options.CPUFallback {
 		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
 		want.fellBack = true
 		return true, nil
+	}
+	if want.need > largest {
+		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory; %w; use another device, or set allow-cpu-fallback",
+			want.model.Ref, want.model.Version, config.Bytes(want.need), want.noRoom)
 	}
 	return false, nil
 }
@@ -146,6 +152,9 @@ func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 func (c *Cache) pressed(s *slot) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return // Close ends them, and waits for no more
+	}
 	for _, other := range c.idleLocked(time.Now()) {
 		if other != s && other.uuid == s.uuid {
 			c.retireLocked(other, "another model on its device is short of memory", time.Now())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -162,4 +163,89 @@ func TestADeviceThatIsLostWhileAModelLoads(t *testing.T) {
 	}
 	_, err := cache.Ready(t.Context(), models[0], "3")
 	expect.Fault(t, err, fault.Unavailable, "model a", "drained")
+}
+
+// TestTwoWordsForOnePlace asks for one model with words that come to the same while it waits.
+func TestTwoWordsForOnePlace(t *testing.T) {
+	cache, models := poolOf(t, 1, 2, nil)
+	leaseOf(t, cache, models[1], "l")
+	ctx, leave := context.WithCancel(t.Context())
+	var asking sync.WaitGroup
+	for n, word := range []string{"auto", "cpu"} {
+		asking.Go(func() { _, _ = cache.Ready(ctx, models[0], word) })
+		expect.Eventually(t, word+" waits", func() bool {
+			cache.mu.Lock()
+			defer cache.mu.Unlock()
+			callers := 0
+			for _, s := range cache.slots {
+				callers += s.callers
+			}
+			return callers == n+1
+		})
+	}
+	if list := cache.Status(); len(list) != 2 {
+		t.Errorf("one model is loaded twice on the processor: %+v", list)
+	}
+	leave()
+	asking.Wait()
+}
+
+// TestARunnerIsEvictedForWhatItMayTake has a runner that has taken nothing yet of the memory that it may take.
+func TestARunnerIsEvictedForWhatItMayTake(t *testing.T) {
+	cache, _ := poolOf(t, 3, 0, func(o *Options) { o.Devices, o.LoadTimeout = devicesOf(t), 2*time.Second })
+	one := add(t, cache, "one", `{"memory":"1GiB","device_memory":"30GiB"}`)
+	two := add(t, cache, "two", `{"memory":"1GiB","device_memory":"20GiB"}`)
+	for _, model := range []Model{one, two} {
+		if _, err := cache.Ready(t.Context(), model, "3"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := inMemory(cache); got != "two" {
+		t.Errorf("in memory are %s", got)
+	}
+}
+
+// TestWhatFitsOnNoDeviceHoldsNobodyUp refuses at once what waiting does not help.
+func TestWhatFitsOnNoDeviceHoldsNobodyUp(t *testing.T) {
+	cache, _ := poolOf(t, 3, 0, func(o *Options) { o.Devices = devicesOf(t) })
+	large := add(t, cache, "large", `{"memory":"1GiB","device_memory":"41GiB"}`)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // load-timeout is a minute
+	defer cancel()
+	_, err := cache.Ready(ctx, large, "3")
+	expect.Fault(t, err, fault.Exhausted, "model large, version 1: it needs 41.0 GiB of a device's memory", "40960 MiB", "use another device, or set allow-cpu-fallback")
+}
+
+// TestADeviceThatOthersLoadOn waits for a device that another front has locked: the error is about that.
+func TestADeviceThatOthersLoadOn(t *testing.T) {
+	devices := devicesOf(t)
+	cache, models := poolOf(t, 3, 1, func(o *Options) { o.Devices, o.LoadTimeout = devices, 300*time.Millisecond })
+	other, err := devices.Place(t.Context(), devices.Devices()[3:4], 1<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = cache.Ready(t.Context(), models[0], "3")
+	expect.Fault(t, err, fault.Unavailable, "model a", "another model is being loaded there")
+	if err := other.Release(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPressedWhileClosing has a runner short of memory when the pool has closed: nobody waits for what it ends any more.
+func TestPressedWhileClosing(t *testing.T) {
+	cache, models := poolOf(t, 3, 2, func(o *Options) { o.Devices = devicesOf(t) })
+	for _, model := range models {
+		if _, err := cache.Ready(t.Context(), model, "3"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cache.mu.Lock()
+	cache.stop()
+	first, known := cache.slots[0], len(cache.slots)
+	cache.mu.Unlock()
+	cache.pressed(first)
+	cache.mu.Lock()
+	defer cache.mu.Unlock()
+	if len(cache.slots) != known {
+		t.Error("a runner is ended that Close does not wait for")
+	}
 }
