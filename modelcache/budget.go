@@ -27,10 +27,10 @@ const headroom = 8
 
 // claim is memory of the host that a runner has, or waits for. The Cache's mu guards it.
 type claim struct {
-	model    Model
-	bytes    int64
-	measured bool // bytes is what was measured before; else an estimate
-	ending   bool // the process is ending, and the memory comes back
+	model  Model
+	bytes  int64
+	least  int64 // bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an estimate
+	ending bool  // the process is ending, and the memory comes back
 
 	wish        wish
 	need        int64          // bytes of a device that it is placed with, and may take
@@ -42,7 +42,8 @@ type claim struct {
 
 // newClaim returns what a runner of a model is counted with before it is measured now.
 func newClaim(model Model, known Profile) *claim {
-	c := &claim{model: model, bytes: max(estimate(model), int64(model.Settings.Memory))}
+	least := int64(model.Settings.Memory)
+	c := &claim{model: model, bytes: max(estimate(model), least), least: least}
 	if known.HostBytes > 0 {
 		c.measure(known.HostBytes)
 	}
@@ -54,7 +55,15 @@ func (c *claim) ofDevice() int64 { return max(c.need, c.deviceBytes) }
 
 // measure sets the claim to the most that was seen, with some headroom, or to what the settings say.
 func (c *claim) measure(most int64) {
-	c.bytes, c.measured = max(most+most/headroom, int64(c.model.Settings.Memory)), true
+	c.least = max(most, int64(c.model.Settings.Memory))
+	c.bytes = max(most+most/headroom, c.least)
+}
+
+// capLocked takes off a claim what is not certain where it is more than all the memory: alone, it is measured.
+func (b *budget) capLocked(c *claim) {
+	if b.total > 0 {
+		c.bytes = max(min(c.bytes, b.total), c.least)
+	}
 }
 
 // budget shares the host's memory among claims. The Cache's mu guards it.
@@ -86,11 +95,9 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	defer cancel()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.memory.capLocked(want)
 	if total := c.memory.total; total > 0 && want.bytes > total {
-		if want.measured || int64(want.model.Settings.Memory) > total {
-			return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; set memory to more", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
-		}
-		want.bytes = total // an estimate may be wrong: alone, it is measured
+		return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; set memory to more", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
 	}
 	c.memory.waiting = append(c.memory.waiting, want)
 	defer func() {

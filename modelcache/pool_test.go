@@ -437,3 +437,45 @@ func TestAmounts(t *testing.T) {
 		}
 	}
 }
+
+// TestTheHeadroomAloneRefusesNothing loads a model once more that ran and was measured at nearly all of the memory.
+func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
+	cache, model := newCache(t, "good", func(o *Options) { o.Memory, o.CacheDir = modelMemory, t.TempDir() })
+	digest, err := cache.digest(t.Context(), model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	measured := func(bytes int64) {
+		t.Helper()
+		if err := cache.profiles.change(digest, func(p *Profile) { p.HostBytes = bytes }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	measured(modelMemory - 1<<20)
+	if _, err := cache.Ready(t.Context(), model, ""); err != nil {
+		t.Fatal(err)
+	}
+	cache.measure()
+	if held := cache.Memory(); held.Reserved != held.Budget {
+		t.Errorf("%d bytes are reserved of %d", held.Reserved, held.Budget)
+	}
+	if _, err := cache.Unload(t.Context(), "m", ""); err != nil {
+		t.Fatal(err)
+	}
+	measured(modelMemory + 100<<20)
+	_, err = cache.Ready(t.Context(), model, "")
+	expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "set memory to more")
+}
+
+// TestWhatIsIdleGoesFirstAboveTheBudget has runners in use that alone are more than the budget.
+func TestWhatIsIdleGoesFirstAboveTheBudget(t *testing.T) {
+	cache, models := poolOf(t, 2, 2, nil)
+	leaseOf(t, cache, models[0], "l")
+	if _, err := cache.Ready(t.Context(), models[1], ""); err != nil {
+		t.Fatal(err)
+	}
+	cache.mu.Lock()
+	cache.memory.total = modelMemory / 2
+	cache.mu.Unlock()
+	expect.Eventually(t, "the idle one has ended", func() bool { return inMemory(cache) == "a" })
+}

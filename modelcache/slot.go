@@ -125,9 +125,14 @@ func (c *Cache) measure() {
 			s.profile.HostBytes = most
 		}
 		s.claim.measure(most)
+		c.memory.capLocked(s.claim)
 		c.memory.wakeLocked()
 		if short := c.memory.held() - c.memory.total; c.memory.total > 0 && short > 0 {
-			c.evictLocked(short, time.Now())
+			now, idle := time.Now(), int64(0)
+			for _, other := range c.idleLocked(now) {
+				idle += other.claim.bytes
+			}
+			c.evictLocked(min(short, idle), now) // as much as can be had
 		}
 		c.mu.Unlock()
 		if grown {
