@@ -252,6 +252,42 @@ func TestPadding(t *testing.T) {
 	}
 }
 
+// TestPaddingKeepsToTheBytes has rows of 8 bytes, of which 4 are a run's, and sizes of which the largest has more.
+func TestPaddingKeepsToTheBytes(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads, o.MaxBatchBytes, o.AllowedBatchSizes, o.MaxBatchSize = 1, 32, []int{1, 3, 100}, 100
+	})
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1)
+	start(t, s, m, &working, Limits{}, 2)
+	start(t, s, m, &working, Limits{}, 3)
+	start(t, s, m, &working, Limits{}, 4) // would be padded to 100
+	start(t, s, m, &working, Limits{Off: true}, 5, 6, 7, 8)
+	release()
+	working.Wait()
+	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 3] [5 6 7] [4] [8]]" && got != "[[1 2 3] [4] [5 6 7] [8]]" {
+		t.Errorf("the runs were %s", got)
+	}
+}
+
+// TestPaddingIsFilled joins what fits into the padding that a row larger than all bounds has anyway.
+func TestPaddingIsFilled(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads, o.MaxBatchBytes, o.AllowedBatchSizes, o.MaxBatchSize = 1, 8, []int{2, 4}, 4
+	})
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1)
+	start(t, s, m, &working, Limits{}, 2)
+	start(t, s, m, &working, Limits{}, 3)
+	release()
+	working.Wait()
+	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2] [3 3]]" {
+		t.Errorf("the runs were %s", got)
+	}
+}
+
 // TestTooLargeForTheDevice finds by halving how many rows fit, and remembers it.
 func TestTooLargeForTheDevice(t *testing.T) {
 	var told []int

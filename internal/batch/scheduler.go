@@ -35,7 +35,7 @@ type Outputs interface {
 // Options are what a Scheduler needs. The numbers are limits that a stream may only lower.
 type Options struct {
 	MaxBatchSize       int           // rows of one run
-	MaxBatchBytes      int64         // bytes of the inputs of one run, unless a single row has more
+	MaxBatchBytes      int64         // bytes of the inputs of one run with its padding, unless a single row, or the smallest allowed size, has more
 	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
 	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
 	NumBatchThreads    int           // runs at once
@@ -219,7 +219,7 @@ type Call struct {
 // Limits are what a stream asks of batching. Numbers may only lower the scheduler's; 0 leaves
 // them, but a stream waits for others only if it says so.
 type Limits struct {
-	Off          bool // each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory
+	Off          bool // each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory, or its padding too large
 	Alone        bool // record batches are cut, but not joined with other streams'
 	MaxBatchSize int
 	BatchTimeout time.Duration
@@ -458,7 +458,9 @@ func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
 		if st == first || t.key != seed.key {
 			continue
 		}
-		if rows+t.rows > most || bytes+t.bytes > s.options.MaxBatchBytes {
+		// What fits into the padding costs nothing.
+		more := s.padded(rows + t.rows)
+		if rows+t.rows > most || more > s.padded(rows) && int64(more)*((bytes+t.bytes)/int64(rows+t.rows)) > s.options.MaxBatchBytes {
 			ready = true // waiting would not make it fuller, only those that follow wait longer
 			continue
 		}

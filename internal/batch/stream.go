@@ -76,14 +76,18 @@ type part struct{ lo, result int }
 // where batch sizes are prescribed, so that little is padded.
 func (st *Stream) cut(all piece, rowBytes int64) []piece {
 	rows, most := all.hi-all.lo, st.most()
-	if !st.call.Limits.Off && rowBytes > 0 {
-		most = st.scheduler.allowed(min(most, int(max(st.scheduler.options.MaxBatchBytes/rowBytes, 1))))
+	s := st.scheduler
+	switch padded := s.padded(rows); {
+	case !st.call.Limits.Off && rowBytes > 0:
+		most = s.allowed(min(most, int(max(s.options.MaxBatchBytes/rowBytes, 1))))
+	case padded > rows && int64(padded)*rowBytes > s.options.MaxBatchBytes:
+		most = min(most, s.allowed(rows))
 	}
 	count := (rows-1)/most + 1
 	pieces := make([]piece, count)
 	for i := range pieces {
 		pieces[i] = piece{lo: all.lo + i*rows/count, hi: all.lo + (i+1)*rows/count}
-		if len(st.scheduler.options.AllowedBatchSizes) > 0 {
+		if len(s.options.AllowedBatchSizes) > 0 {
 			pieces[i] = piece{lo: all.lo + i*most, hi: min(all.lo+(i+1)*most, all.hi)}
 		}
 	}
