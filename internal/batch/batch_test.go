@@ -320,6 +320,28 @@ func TestTooLargeForTheDevice(t *testing.T) {
 	}
 }
 
+// TestLimitFallsBeforeAJoinedRun lets another thread find that the device holds fewer rows than were just taken together.
+func TestLimitFallsBeforeAJoinedRun(t *testing.T) {
+	s, m := newScheduler(t, func(o *Options) {
+		o.NumBatchThreads = 1
+		o.Shrink = &Shrink{Fits: func(int) {}, Pressed: func() { t.Error("pressed, with room for each of the two") }}
+	})
+	release := busy(t, s, m)
+	var working sync.WaitGroup
+	start(t, s, m, &working, Limits{}, 1)
+	start(t, s, m, &working, Limits{}, 2)
+	s.mu.Lock()
+	tasks := s.take(time.Now())
+	s.mu.Unlock()
+	s.shrink(2)
+	s.serve(tasks)
+	release()
+	working.Wait()
+	if got := fmt.Sprint(m.runs[1:]); len(tasks) != 2 || len(m.runs) != 3 {
+		t.Errorf("the runs of %d tasks were %s", len(tasks), got)
+	}
+}
+
 // TestNoRoomForOneRow asks others to make room, once.
 func TestNoRoomForOneRow(t *testing.T) {
 	pressed, lasting := 0, false

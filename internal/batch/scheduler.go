@@ -478,8 +478,12 @@ func (s *Scheduler) serve(tasks []*task) {
 		return
 	}
 	total := rowsOf(tasks)
-	if int64(total) > s.most.Load() { // since it was queued; its stream cuts it again
-		s.deliver(tasks, started, nil, errTooLarge)
+	if int64(total) > s.most.Load() { // since it was queued
+		if len(tasks) > 1 {
+			s.part(tasks)
+		} else { // its stream cuts it again
+			s.deliver(tasks, started, nil, errTooLarge)
+		}
 		return
 	}
 	outputs, err := s.run(tasks, under)
