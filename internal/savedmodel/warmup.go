@@ -232,7 +232,7 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 	}
 	raw := content.GetTensorContent()
 	if c.DType == String {
-		return c, c.addStrings(content.GetStringVal(), raw, int(n))
+		return c, c.addStrings(content.GetStringVal(), raw, int(n), room)
 	}
 	if len(raw) > 0 {
 		if int64(len(raw)) != n*size {
@@ -260,9 +260,15 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 const maxRank = 254
 
 // addStrings takes strings from string_val, or from tensor_content: the lengths of all as varints, then their bytes.
-func (c *Constant) addStrings(values [][]byte, raw []byte, n int) error {
+// A value that is repeated counts each time, since TensorFlow copies it.
+func (c *Constant) addStrings(values [][]byte, raw []byte, n int, room *int64) error {
 	if len(values) > n {
 		return fmt.Errorf("it has %d values for the shape %v", len(values), c.Shape)
+	}
+	if len(raw) == 0 && len(values) > 0 {
+		if *room -= int64(n-len(values)) * int64(len(values[len(values)-1])); *room < 0 {
+			return errLarge
+		}
 	}
 	c.Strings = make([][]byte, n)
 	if len(raw) == 0 {

@@ -163,6 +163,13 @@ func TestReadWarmupsRefuses(t *testing.T) {
 	if records, err := readAll(frame(predict(t, text, content("\x01\x02abc"), 2))); err != nil || string(records[0].Inputs["x"].Strings[1]) != "bc" {
 		t.Errorf("strings in tensor_content: %v", err)
 	}
+	lying := frame(predict(t, text, func(c *tensorpb.TensorProto) { c.StringVal = [][]byte{make([]byte, 1000)} }, 100))
+	if _, err := readMost(lying, 50_000); err == nil || !strings.Contains(err.Error(), "MiB of tensors") {
+		t.Errorf("a string of 1,000 bytes, 100 times, in 50,000: %v", err)
+	}
+	if _, err := readMost(lying, 102_400); err != nil {
+		t.Error(err)
+	}
 	if records, err := readAll(bytes.Repeat(good, MaxWarmups)); err != nil || len(records) != MaxWarmups {
 		t.Errorf("%d records, %v", len(records), err)
 	}
