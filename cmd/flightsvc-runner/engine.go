@@ -80,14 +80,15 @@ func loadError(setup modelcache.Setup, err error) error {
 }
 
 // noMemory reports whether TensorFlow found no memory. Its allocators say ResourceExhausted; what CUDA itself says comes
-// with other codes.
+// with other codes, but not with InvalidArgument, which may quote a row.
 func noMemory(err error) bool {
 	var native *tensorflow.Error
 	if !errors.As(err, &native) {
 		return false
 	}
 	text := strings.ToLower(native.Message)
-	return native.Code == tensorflow.ResourceExhausted || strings.Contains(text, "out of memory") || strings.Contains(text, "out_of_memory")
+	said := strings.Contains(text, "out of memory") || strings.Contains(text, "out_of_memory")
+	return native.Code == tensorflow.ResourceExhausted || said && native.Code != tensorflow.InvalidArgument
 }
 
 // Model returns what the SavedModel says about itself.

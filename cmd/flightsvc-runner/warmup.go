@@ -19,12 +19,8 @@ import (
 	"flightsvc/modelcache"
 )
 
-// What a model is run with where it brings no requests: for zerosTime at most in all, since a loop may not end on zeros,
-// and nothing that has larger inputs.
-const (
-	zerosTime  = 10 * time.Second
-	zerosBytes = 256 << 20
-)
+// zerosTime is how long a model that brings no requests is run with zeros at most, in all: a loop may not end on them.
+const zerosTime = 10 * time.Second
 
 // warmUp runs the model before it counts as ready, so that no stream waits for what TensorFlow does in its first runs:
 // with the Predict requests in TF Serving's file, as they are written there, whose failure is a fault that names the
@@ -136,13 +132,13 @@ func (e *loaded) warmUpWithZeros(setup modelcache.Setup, mem memory.Allocator, l
 }
 
 // zeros returns a feed for each input of a signature, where the size of unknown dimensions is 1, and that of the first
-// is rows; or why there is none.
+// is rows; or why there is none. They have no more bytes than a run of several rows may have.
 func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]tensor.Feed, error) {
 	if signature.Assigns != "" {
 		return nil, fmt.Errorf("it assigns variables (%s)", signature.Assigns)
 	}
 	feeds := make([]tensor.Feed, 0, len(signature.Inputs))
-	room := int64(zerosBytes)
+	room := int64(maxBatchBytes)
 	for _, spec := range signature.Inputs {
 		size := int64(spec.DType.Size())
 		if size == 0 || spec.UnknownRank {
@@ -159,7 +155,7 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 			}
 			if shape[i] > 0 && size > room/shape[i] {
 				tensor.ReleaseFeeds(feeds)
-				return nil, fmt.Errorf("its inputs have more than %d MiB", zerosBytes>>20)
+				return nil, fmt.Errorf("its inputs have more than %d MiB", maxBatchBytes>>20)
 			}
 			size *= shape[i]
 		}

@@ -189,11 +189,20 @@ func TestWarmUpWithZeros(t *testing.T) {
 			}
 		})
 	}
+	// No run that serving would not have: a padded one has no more bytes than max_batch_bytes.
+	signature := savedmodel.Signature{Inputs: []savedmodel.Spec{{Name: "x", DType: savedmodel.Float32, Shape: []int64{-1, 1 << 20}}}}
+	for rows, refused := range map[int64]bool{16: false, 17: true} {
+		mem := &offheap.Allocator{}
+		feeds, err := zeros(signature, rows, mem)
+		if tensor.ReleaseFeeds(feeds); (err != nil) != refused || mem.Live() != 0 {
+			t.Errorf("%d rows of 4 MiB: %v, %d bytes were not freed", rows, err, mem.Live())
+		}
+	}
 	// A run that does not end in its time is left.
 	e, mem := loadModel(t, "slow"), &offheap.Allocator{}
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
 	feeds := []tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}
-	signature := e.saved.Signatures[savedmodel.DefaultSignature]
+	signature = e.saved.Signatures[savedmodel.DefaultSignature]
 	if err := e.runUntil(time.Now().Add(100*time.Millisecond), feeds, signature); err == nil || !strings.Contains(err.Error(), "did not finish") {
 		t.Errorf("the loop ended with %v", err)
 	}
@@ -251,6 +260,10 @@ func TestNoDeviceMemory(t *testing.T) {
 	expect.Fault(t, run(), fault.Exhausted, "the device GPU-1 has no memory", `device "cpu"`, "OOM when")
 	cuda.Store(true)
 	expect.Fault(t, run(), fault.Exhausted, "the device GPU-1 has no memory", "CUDA_ERROR_OUT_OF_MEMORY")
+	watch(e).full = func(int64) error {
+		return &tensorflow.Error{Code: tensorflow.InvalidArgument, Message: "StringToNumberOp could not correctly convert string: out of memory"}
+	}
+	expect.Fault(t, run(), fault.BadRequest, "TensorFlow refused it", "convert string")
 	setup := modelcache.Setup{Model: "m", Device: "GPU-1"}
 	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}), fault.Exhausted, "model m does not fit", "GPU-1")
 	setup.Device = ""
