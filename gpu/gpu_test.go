@@ -18,6 +18,7 @@ import (
 	"github.com/NVIDIA/go-nvml/pkg/nvml/mock/dgxa100"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
@@ -544,6 +545,51 @@ func TestLockFolder(t *testing.T) {
 }
 
 // watch starts Watch and returns the devices that it drains.
+// TestLockFolderOfOthers has what other users may put into a folder of all users.
+func TestLockFolderOfOthers(t *testing.T) {
+	h := newHost(t, 0)
+	home := t.TempDir()
+	link := filepath.Join(t.TempDir(), "locks")
+	if err := os.Symlink(home, link); err != nil {
+		t.Fatal(err)
+	}
+	i := h.front(link)
+	_, err := i.Place(t.Context(), choose(t, i, "0"), gib)
+	expect.Fault(t, err, fault.Precondition, "lock of device", "locks")
+	if made, err := os.ReadDir(home); err != nil || len(made) > 0 {
+		t.Errorf("behind a link, %v were made: %v", made, err)
+	}
+
+	dir := t.TempDir()
+	i = h.front(dir)
+	place(t, i, "0", gib).Settle(0)
+	pipe := filepath.Join(dir, i.devices[0].UUID, "front-pipe")
+	if err := unix.Mkfifo(pipe, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(pipe, pipe+"-link"); err != nil {
+		t.Fatal(err)
+	}
+	placed := make(chan error, 1)
+	go func() {
+		p, err := i.Place(t.Context(), choose(t, i, "0"), gib)
+		p.Settle(0)
+		placed <- err
+	}()
+	select {
+	case err := <-placed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("a pipe keeps the device locked")
+		if writer, err := os.OpenFile(pipe, os.O_WRONLY, 0); err == nil {
+			_ = writer.Close()
+		}
+		<-placed
+	}
+}
+
 func watch(t *testing.T, i *Inventory) chan string {
 	drained := make(chan string, 100)
 	ctx, cancel := context.WithCancel(context.Background())

@@ -62,27 +62,38 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 }
 
 // folder opens the folder of a memory. It and the lock folder are made for all users, as /tmp is; one that
-// is there stays as it is.
+// is there stays as it is, but is never a link.
 func (i *Inventory) folder(m *memory) (*os.File, error) {
-	path := filepath.Join(i.lockDir, m.name)
-	for {
-		file, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-		if !errors.Is(err, fs.ErrNotExist) {
-			return file, err
-		}
-		if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
+	if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
+		return nil, err
+	}
+	locks, err := openFolder(unix.AT_FDCWD, i.lockDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = locks.Close() }()
+	return openFolder(int(locks.Fd()), m.name)
+}
+
+// openFolder opens a folder by its name in another, and makes it for all users if it is not there. What it changes is
+// what it has opened: names below a folder of all users may be others' a moment later.
+func openFolder(at int, name string) (*os.File, error) {
+	made := unix.Mkdirat(at, name, 0o700)
+	if made != nil && made != unix.EEXIST {
+		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: made}
+	}
+	fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	file := os.NewFile(uintptr(fd), name)
+	if made == nil {
+		if err := file.Chmod(0o777 | fs.ModeSticky); err != nil { // whatever the umask
+			_ = file.Close()
 			return nil, err
 		}
-		for _, dir := range []string{i.lockDir, path} {
-			err := os.Mkdir(dir, 0o700)
-			if err == nil {
-				err = os.Chmod(dir, 0o777|fs.ModeSticky) // whatever the umask
-			}
-			if err != nil && !errors.Is(err, fs.ErrExist) {
-				return nil, err
-			}
-		}
 	}
+	return file, nil
 }
 
 // promised returns the bytes of a memory that placed processes may still take: ours and those of other fronts. The
@@ -101,7 +112,7 @@ func (i *Inventory) promised(m *memory) (int64, error) {
 	}
 	for _, entry := range entries {
 		path := filepath.Join(i.lockDir, m.name, entry.Name())
-		if path == own {
+		if path == own || !entry.Type().IsRegular() { // a front makes files; what else is there could not be waited for
 			continue
 		}
 		others, err := readHeld(path)
@@ -115,7 +126,7 @@ func (i *Inventory) promised(m *memory) (int64, error) {
 
 // readHeld reads the file of another front, and removes it if that front has ended.
 func readHeld(path string) (int64, error) {
-	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
