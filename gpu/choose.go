@@ -21,9 +21,11 @@ import (
 // Unavailable where all that it may choose from are drained.
 func (i *Inventory) Choose(want string) ([]Device, error) {
 	var chosen []*device
-	switch want = strings.TrimSpace(want); want {
-	case "cpu":
+	if want = strings.TrimSpace(want); want == "cpu" {
 		return nil, nil
+	}
+	i.wait()
+	switch want {
 	case "", "auto":
 		if len(i.devices) == 0 {
 			return nil, nil

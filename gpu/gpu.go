@@ -54,7 +54,8 @@ type Inventory struct {
 	log     *zap.Logger
 	lockDir string
 	why     string
-	devices []*device // in the order of the indexes, or of CUDA_VISIBLE_DEVICES; fixed by Open
+	devices []*device     // in the order of the indexes, or of CUDA_VISIBLE_DEVICES; fixed, like why, once found is closed
+	found   chan struct{} // nil for the zero Inventory
 
 	limit    time.Duration // of one question to NVML
 	retry    time.Duration // between two looks at a lock that somebody has
@@ -80,7 +81,8 @@ type device struct {
 // none is the id of the instance of an event that concerns a whole GPU, see nvmlEventData_t.
 const none = 0xFFFFFFFF
 
-// Open looks for NVIDIA's library and its devices. Where there is none it returns an Inventory that has no device;
+// Open begins to look for NVIDIA's library and its devices, and does not wait: a driver takes seconds to wake up. Methods
+// that need the devices wait, 30 s at most. Where there is none the Inventory has no device;
 // Why says why, and the log says so once. CUDA_VISIBLE_DEVICES limits and orders what there is, as it does for a
 // program that uses CUDA. Close frees it.
 func Open(options Options) *Inventory {
@@ -97,6 +99,14 @@ func Open(options Options) *Inventory {
 	if i.lockDir == "" {
 		i.lockDir = DefaultLockDir()
 	}
+	i.found = make(chan struct{})
+	go i.look() // ends within openLimit
+	return i
+}
+
+// look finds the devices.
+func (i *Inventory) look() {
+	defer close(i.found)
 	found, err := ask(i, openLimit, i.discover)
 	if err != nil {
 		i.why = err.Error()
@@ -113,11 +123,18 @@ func Open(options Options) *Inventory {
 	for _, d := range found {
 		i.log.Info("device", zap.Stringer("device", d.Device), zap.Int64("memory", d.Memory), zap.String("compute", d.Compute))
 	}
-	return i
+}
+
+// wait waits until the devices are known.
+func (i *Inventory) wait() {
+	if i.found != nil {
+		<-i.found
+	}
 }
 
 // Why says why there is no device, "" where there is one.
 func (i *Inventory) Why() string {
+	i.wait()
 	if i.why == "" && len(i.devices) == 0 {
 		return "nobody has looked for devices"
 	}
@@ -125,8 +142,13 @@ func (i *Inventory) Why() string {
 }
 
 // Close lets go of the library and of what this process has in the lock folder. Placements must not be used
-// afterwards, and Watch must have returned.
+// afterwards, and Watch must have returned. It does not wait for devices that were not found yet.
 func (i *Inventory) Close() {
+	select {
+	case <-i.found:
+	default:
+		return
+	}
 	i.mu.Lock()
 	for _, d := range i.devices {
 		d.memory.forget()
@@ -311,6 +333,7 @@ func describe(handle nvml.Device, index string) (*device, error) {
 
 // Devices reads the devices and returns them. Where numbers cannot be read the last ones stay, and Reason says so.
 func (i *Inventory) Devices() []Device {
+	i.wait()
 	i.refresh()
 	i.mu.Lock()
 	defer i.mu.Unlock()

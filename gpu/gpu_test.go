@@ -710,6 +710,26 @@ func TestSilentDriver(t *testing.T) {
 	place(t, i, "0", gib)
 }
 
+// TestDriverThatWakesUp has a front that starts, offers the processor and ends while the driver is silent.
+func TestDriverThatWakesUp(t *testing.T) {
+	awake := make(chan struct{})
+	h := newHost(t, 0)
+	h.InitFunc = func() nvml.Return { <-awake; return nvml.SUCCESS }
+	i := Open(Options{NVML: h, LockDir: t.TempDir()})
+	defer i.Close()
+	if p := place(t, i, "cpu", gib); p != nil {
+		t.Errorf("placed on %v", p.Device())
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	i.Watch(ctx, func(Device, string) { t.Error("drained") })
+	i.Close()
+	close(awake)
+	if got := indexes(choose(t, i, "auto")); got != "0 1 2 3 4 5 6 7 " {
+		t.Errorf("there is %q", got)
+	}
+}
+
 func TestProcessor(t *testing.T) {
 	i := newHost(t, 0).front(t.TempDir())
 	p := place(t, i, "cpu", gib)

@@ -178,6 +178,7 @@ func (h *host) end(uuid string, pid int, late time.Duration) {
 func (h *host) front(lockDir string) *Inventory {
 	h.t.Helper()
 	i := Open(Options{NVML: h, LockDir: lockDir})
+	i.wait()
 	i.retry, i.poll, i.patience = time.Millisecond, time.Millisecond, 200*time.Millisecond
 	h.t.Cleanup(i.Close)
 	return i

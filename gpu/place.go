@@ -60,6 +60,7 @@ func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Plac
 	if len(want) == 0 {
 		return nil, nil
 	}
+	i.wait()
 	candidates, err := i.candidates(want)
 	if err != nil {
 		return nil, err

@@ -32,6 +32,13 @@ const (
 // lost it. A drained device gets no further placement; it stays so until the front starts again, since it has to
 // be reset first. Numbers that cannot be read drain nothing.
 func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reason string)) {
+	if i.found != nil {
+		select {
+		case <-i.found:
+		case <-ctx.Done():
+			return
+		}
+	}
 	if len(i.devices) == 0 {
 		<-ctx.Done()
 		return
@@ -48,7 +55,7 @@ func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reaso
 			i.refresh()
 			continue
 		}
-		if events == nil || !i.wait(&events) {
+		if events == nil || !i.hear(&events) {
 			select {
 			case <-ctx.Done():
 			case <-time.After(eventWait):
@@ -83,9 +90,9 @@ func (i *Inventory) register() (nvml.EventSet, error) {
 	return events, nil
 }
 
-// wait waits for an event and takes it to heart. It returns false if it could not wait. A driver that does not come
+// hear waits for an event and takes it to heart. It returns false if it could not wait. A driver that does not come
 // back from the wait is not asked again.
-func (i *Inventory) wait(set *nvml.EventSet) bool {
+func (i *Inventory) hear(set *nvml.EventSet) bool {
 	type event struct {
 		xid    uint64
 		gpu    string
