@@ -80,6 +80,9 @@ func run(stdin io.Reader, reports *reporter) error {
 		}
 		os.Exit(0)
 	}()
+	if len(setup.OpLibraries) > 0 { // one that ends the process has been named
+		log.Info("loading op_libraries", zap.String("model", setup.Model), zap.Strings("libraries", setup.OpLibraries))
+	}
 	memory := &offheap.Allocator{}
 	engine, err := open(setup)
 	if saved, ok := engine.(*loaded); ok && err == nil && setup.WarmUp {

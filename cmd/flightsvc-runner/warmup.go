@@ -30,6 +30,7 @@ func (e *loaded) warmUp(setup modelcache.Setup, mem memory.Allocator, log *zap.L
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := os.Open(path) //nolint:gosec // of the model
 	if errors.Is(err, fs.ErrNotExist) {
+		log.Info("warming up with zeros", zap.String("instead", `requests in the model, or warm_up "off" in its settings`)) // zeros may end the process
 		runs := e.warmUpWithZeros(setup, mem, log)
 		log.Info("warmed up with zeros", zap.Int("runs", runs), zap.Duration("took", time.Since(started)))
 		return nil
