@@ -73,6 +73,9 @@ func (c *predictCommand) Validate() error {
 
 // Run is called by kong.
 func (c *predictCommand) Run(line *cli) error {
+	if c.Out == tablefile.Standard { // there is nothing to clear away
+		return c.run(context.Background(), string(line.Config))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
@@ -84,7 +87,7 @@ func (c *predictCommand) Run(line *cli) error {
 }
 
 func (c *predictCommand) run(ctx context.Context, config string) error {
-	in, err := tablefile.Open(c.In, c.BatchRows)
+	in, err := tablefile.Open(ctx, c.In, c.BatchRows)
 	if err != nil {
 		return err
 	}

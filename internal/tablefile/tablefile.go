@@ -5,12 +5,16 @@
 package tablefile
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/util"
@@ -52,8 +56,9 @@ type Reader struct {
 	path  string
 	rows  int64 // of each record batch, at most
 	rest  arrow.Record
-	from  int64 // rows of rest that were handed out
-	read  int64 // rows
+	from  int64        // rows of rest that were handed out
+	read  int64        // rows
+	about atomic.Int64 // what Rows returns
 	files []io.Closer
 }
 
@@ -71,19 +76,19 @@ type source interface {
 // Open opens the table at path, or on standard input for Standard, to be read in record batches of at most so many rows, and of
 // about pieceBytes at most unless rows are larger.
 // CSV has no types: its columns are texts. Errors are sentences that name the file.
-func Open(path string, rows int64) (reader *Reader, err error) {
+// The end of ctx ends reads that wait for a pipe.
+func Open(ctx context.Context, path string, rows int64) (reader *Reader, err error) {
 	format, err := Format(path)
 	if err != nil {
 		return nil, err
 	}
 	r := &Reader{path: path, rows: rows}
-	file := os.Stdin
-	if path != Standard {
-		if file, err = os.Open(path); err != nil { //nolint:gosec // the user's own file
-			return nil, err
-		}
-		r.files = append(r.files, file)
+	file, err := open(path)
+	if err != nil {
+		return nil, err
 	}
+	r.files = append(r.files, file)
+	context.AfterFunc(ctx, func() { _ = file.SetReadDeadline(time.Unix(1, 0)) }) // files of other kinds do not wait, and have none
 	defer func() {
 		if err != nil {
 			_ = r.Close()
@@ -100,6 +105,19 @@ func Open(path string, rows int64) (reader *Reader, err error) {
 		r.source, err = openArrow(file)
 	}
 	return r, err
+}
+
+// open opens a file. Standard input, where it is a pipe, is opened again: as it was given to us no read of it could be ended.
+func open(path string) (*os.File, error) {
+	if path != Standard {
+		return os.Open(path) //nolint:gosec // the user's own file
+	}
+	if info, err := os.Stdin.Stat(); err == nil && info.Mode()&os.ModeNamedPipe != 0 {
+		if file, err := os.OpenFile("/dev/stdin", os.O_RDONLY|syscall.O_NONBLOCK, 0); err == nil {
+			return file, nil
+		}
+	}
+	return os.Stdin, nil
 }
 
 // recovered turns a panic into an error: Arrow's readers throw them at files that are not what they seem.
@@ -136,6 +154,7 @@ func (r *Reader) Read() (rec arrow.Record, err error) {
 		r.rest.Release()
 		r.rest = nil
 	}
+	r.about.Store(r.estimate())
 	return rec, nil
 }
 
@@ -154,8 +173,11 @@ func (r *Reader) fill() (err error) {
 	return nil
 }
 
-// Rows returns how many rows the table has, as far as is known by now; 0 is unknown.
-func (r *Reader) Rows() int64 {
+// Rows returns how many rows the table has, as far as is known since the last Read; 0 is unknown. It may be called
+// while Read runs.
+func (r *Reader) Rows() int64 { return r.about.Load() }
+
+func (r *Reader) estimate() int64 {
 	if n := r.total(); n >= 0 {
 		return n
 	}

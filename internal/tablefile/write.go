@@ -54,6 +54,9 @@ func Create(path string, schema *arrow.Schema) (*Writer, error) {
 			}
 		}
 	}
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		return nil, fmt.Errorf("%s is a folder; name a file", path)
+	}
 	w := &Writer{schema: schema, path: path}
 	out := os.Stdout
 	if path != Standard {
