@@ -38,7 +38,7 @@ type frontFlags struct {
 type errNone struct{ folder string }
 
 func (e errNone) Error() string {
-	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load and predict start one, --endpoint asks another", e.folder)
+	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load, devices, predict and tune start one, --endpoint asks another", e.folder)
 }
 
 // running returns a client of the front, which must run already.
@@ -130,7 +130,8 @@ func startFront(ctx context.Context, runDir, folder, config string) (string, err
 	out, err := exec.CommandContext(ctx, self, args...).Output() //nolint:gosec // ourselves
 	var failed *exec.ExitError
 	if errors.As(err, &failed) {
-		return "", fmt.Errorf("no front could be started: %s", strings.TrimPrefix(strings.TrimSpace(string(failed.Stderr)), "flightsvc: "))
+		said := strings.TrimPrefix(strings.TrimSpace(string(failed.Stderr)), "flightsvc: ")
+		return "", fmt.Errorf("no front could be started: %s", strings.TrimPrefix(said, "error: "))
 	}
 	if err != nil {
 		return "", err

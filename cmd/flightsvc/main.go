@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/alecthomas/kong"
@@ -94,7 +95,11 @@ func (f settingsFile) Resolve(ctx *kong.Context, parent *kong.Path, flag *kong.F
 			return nil, nil
 		}
 	}
-	return f.Resolver.Resolve(ctx, parent, flag)
+	value, err := f.Resolver.Resolve(ctx, parent, flag)
+	if number, ok := value.(float64); ok { // as it would be on the command line
+		return strconv.FormatFloat(number, 'f', -1, 64), err
+	}
+	return value, err
 }
 
 // Validate is part of kong.Resolver.

@@ -190,7 +190,7 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		LogLevel:       settings.LogLevel,
 		Memory:         cmp.Or(int64(settings.Memory), defaultMemory()),
 		Devices:        devices,
-		CPUFallback:    settings.CPUFallback,
+		CPUFallback:    settings.AllowCPUFallback,
 		OpLibraries:    settings.OpLibraries,
 		KeepAlive:      settings.KeepAlive,
 		TuneWhenIdle:   settings.Tune == config.TuneQuick,

@@ -17,25 +17,25 @@ const TuneQuick = "quick"
 
 // Serve are the settings of `flightsvc serve`.
 type Serve struct {
-	Endpoint       string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
-	ModelRoot      string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder or URI (file, s3, gs, azblob) in which model names are looked up."`
-	PollInterval   time.Duration `env:"FLIGHTSVC_POLL_INTERVAL" default:"2s" help:"How often models in use are looked up again for a newer version; 0 is never."`
-	CacheDir       string        `env:"FLIGHTSVC_CACHE_DIR" placeholder:"DIR" help:"Folder that keeps fetched and pushed models, and what was measured of models. Default: $$XDG_CACHE_HOME/flightsvc, else ~/.cache/flightsvc."`
-	CacheSize      Bytes         `env:"FLIGHTSVC_CACHE_SIZE" default:"20GiB" help:"Most bytes of fetched and pushed models in the cache-dir; those used longest ago go first, those in use never. 0 is no bound."`
-	OpLibraries    []string      `env:"FLIGHTSVC_OP_LIBRARIES" placeholder:"PATH" help:"Files with custom operations, or folders of them, that models may load. Default: none."`
-	Libtensorflow  string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
-	RunDir         string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
-	IdleTimeout    time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`
-	Cores          int           `env:"FLIGHTSVC_CORES" default:"0" help:"Threads for each model. Default: the cores that this process may use."`
-	Memory         Bytes         `env:"FLIGHTSVC_MEMORY" default:"0" help:"Memory of this host for all models together. Default: half of what the control group, or the machine, has."`
-	KeepAlive      time.Duration `env:"FLIGHTSVC_KEEP_ALIVE" default:"5m" help:"How long a model stays in memory without a stream; 0 is for ever."`
-	CPUFallback    bool          `name:"allow-cpu-fallback" env:"FLIGHTSVC_ALLOW_CPU_FALLBACK" help:"Run a model on the processor where no GPU has room for it, or the one that was asked for is gone."`
-	Tune           string        `env:"FLIGHTSVC_TUNE" default:"off" enum:"off,quick" help:"quick: when idle, measure which configuration runs a model fastest, and use that from its next load."`
-	MaxImagePixels int64         `env:"FLIGHTSVC_MAX_IMAGE_PIXELS" default:"178956970" help:"Most pixels of a picture; a larger one is refused before it is decoded. Default: 178956970, twice Pillow's limit for a warning."`
-	MaxImageBytes  int64         `env:"FLIGHTSVC_MAX_IMAGE_BYTES" default:"67108864" help:"Most bytes of a picture's file; a larger one is refused before it is decoded. Default: 64 MiB."`
-	LogLevel       string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Least level to log: debug, info, warn, error."`
-	LoadTimeout    time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
-	DrainTimeout   time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
+	Endpoint         string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder of the run-dir."`
+	ModelRoot        string        `env:"FLIGHTSVC_MODEL_ROOT" placeholder:"DIR" help:"Folder or URI (file, s3, gs, azblob) in which model names are looked up."`
+	PollInterval     time.Duration `env:"FLIGHTSVC_POLL_INTERVAL" default:"2s" help:"How often models in use are looked up again for a newer version; 0 is never."`
+	CacheDir         string        `env:"FLIGHTSVC_CACHE_DIR" placeholder:"DIR" help:"Folder that keeps fetched and pushed models, and what was measured of models. Default: $$XDG_CACHE_HOME/flightsvc, else ~/.cache/flightsvc."`
+	CacheSize        Bytes         `env:"FLIGHTSVC_CACHE_SIZE" default:"20GiB" help:"Most bytes of fetched and pushed models in the cache-dir; those used longest ago go first, those in use never. 0 is no bound."`
+	OpLibraries      []string      `env:"FLIGHTSVC_OP_LIBRARIES" placeholder:"PATH" help:"Files with custom operations, or folders of them, that models may load. Default: none."`
+	Libtensorflow    string        `env:"FLIGHTSVC_LIBTENSORFLOW" placeholder:"DIR" help:"Folder that holds libtensorflow_cc.so.2. Default: that of the tensorflow package of $$VIRTUAL_ENV or python3, asked at the first load."`
+	RunDir           string        `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
+	IdleTimeout      time.Duration `env:"FLIGHTSVC_IDLE_TIMEOUT" default:"5m" help:"A detached front ends after this long without a call, a stream or a loading model; 0 is never."`
+	Cores            int           `env:"FLIGHTSVC_CORES" default:"0" help:"Threads for each model. Default: the cores that this process may use."`
+	Memory           Bytes         `env:"FLIGHTSVC_MEMORY" default:"0" help:"Memory of this host for all models together. Default: half of what the control group, or the machine, has."`
+	KeepAlive        time.Duration `env:"FLIGHTSVC_KEEP_ALIVE" default:"5m" help:"How long a model stays in memory without a stream; 0 is for ever."`
+	AllowCPUFallback bool          `name:"allow-cpu-fallback" env:"FLIGHTSVC_ALLOW_CPU_FALLBACK" help:"Run a model on the processor where no GPU has room for it, or the one that was asked for is gone."`
+	Tune             string        `env:"FLIGHTSVC_TUNE" default:"off" enum:"off,quick" help:"quick: when idle, measure which configuration runs a model fastest, and use that from its next load."`
+	MaxImagePixels   int64         `env:"FLIGHTSVC_MAX_IMAGE_PIXELS" default:"178956970" help:"Most pixels of a picture; a larger one is refused before it is decoded. Default: 178956970, twice Pillow's limit for a warning."`
+	MaxImageBytes    int64         `env:"FLIGHTSVC_MAX_IMAGE_BYTES" default:"67108864" help:"Most bytes of a picture's file; a larger one is refused before it is decoded. Default: 64 MiB."`
+	LogLevel         string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Least level to log: debug, info, warn, error."`
+	LoadTimeout      time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
+	DrainTimeout     time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
 
 	Detach  bool   `help:"Start in the background, in a session of its own with a clean environment; print its handshake line and return."`
 	Owner   string `placeholder:"PID:START" help:"End with this process; START is its start time in clock ticks, field 22 of /proc/PID/stat."`
@@ -50,15 +50,12 @@ func (s *Serve) Validate() error {
 			faults = append(faults, fmt.Errorf("%s is %s; want more than 0", name, value))
 		}
 	}
-	if s.IdleTimeout < 0 {
-		faults = append(faults, fmt.Errorf("idle-timeout is %s; want 0 for never, or more", s.IdleTimeout))
-	}
 	if s.Cores < 0 {
 		faults = append(faults, fmt.Errorf("cores is %d; want 0 for all, or more", s.Cores))
 	}
-	for name, value := range map[string]int64{"memory": int64(s.Memory), "cache-size": int64(s.CacheSize), "keep-alive": int64(s.KeepAlive), "poll-interval": int64(s.PollInterval)} {
+	for name, value := range map[string]time.Duration{"idle-timeout": s.IdleTimeout, "keep-alive": s.KeepAlive, "poll-interval": s.PollInterval} {
 		if value < 0 {
-			faults = append(faults, fmt.Errorf("%s is negative", name))
+			faults = append(faults, fmt.Errorf("%s is %s; want 0 or more", name, value))
 		}
 	}
 	for name, value := range map[string]int64{"max-image-pixels": s.MaxImagePixels, "max-image-bytes": s.MaxImageBytes} {
