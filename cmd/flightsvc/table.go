@@ -44,7 +44,7 @@ func size(bytes int64) string {
 	}
 	const unit = 1024
 	value, units := float64(bytes), []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	for len(units) > 1 && value >= unit {
+	for len(units) > 1 && value >= 999.5 { // four digits would be too many
 		value, units = value/unit, units[1:]
 	}
 	return fmt.Sprintf("%.3g %s", value, units[0])
