@@ -46,8 +46,11 @@ def surroundings() -> Iterator[Path]:
 def models() -> Path:
     """The folder of the small SavedModels."""
     folder = ROOT / "build" / "models"
+    script, done = Path(__file__).with_name("make_models.py"), folder / ".done"
+    if done.exists() and done.stat().st_mtime > script.stat().st_mtime:  # by make, of this script
+        return folder
     made = subprocess.run(
-        [sys.executable, Path(__file__).with_name("make_models.py"), folder],
+        [sys.executable, script, folder],
         capture_output=True,
         text=True,
         check=False,
