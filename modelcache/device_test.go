@@ -119,7 +119,7 @@ func TestBatchSizeIsRemembered(t *testing.T) {
 func TestASecondTryIsInThePool(t *testing.T) {
 	devices := devicesOf(t)
 	cache, models := poolOf(t, 1, 1, func(o *Options) { o.Devices = devices })
-	t.Setenv(fakeVariable, "no memory")
+	behave(t, cache.options.Binary, "no memory")
 	runner, err := cache.Ready(t.Context(), models[0], "3")
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestADeviceThatIsLostWhileAModelLoads(t *testing.T) {
 	lost := new(atomic.Bool)
 	devices := losing(t, lost)
 	cache, models := poolOf(t, 1, 1, func(o *Options) { o.Devices = devices })
-	t.Setenv(fakeVariable, "gated")
+	behave(t, cache.options.Binary, "gated")
 	loaded := make(chan *Runner, 1)
 	go func() {
 		runner, err := cache.Ready(context.Background(), models[0], "3")
