@@ -149,7 +149,7 @@ func (c *Cache) Ready(ctx context.Context, model Model, device string) (*Runner,
 			continue // the load was given up for want of callers when this one came
 		case err != nil:
 			return nil, err
-		case runner == nil: // not loaded: the caller has left
+		case ctx.Err() != nil: // the caller has left, perhaps before it was loaded
 			return nil, ctx.Err()
 		case runner.Alive():
 			return runner, nil

@@ -479,3 +479,16 @@ func TestWhatIsIdleGoesFirstAboveTheBudget(t *testing.T) {
 	cache.mu.Unlock()
 	expect.Eventually(t, "the idle one has ended", func() bool { return inMemory(cache) == "a" })
 }
+
+// TestWhoHasLeftGetsNoRunner comes for a model in memory and has left already: a lease would keep it there for nobody.
+func TestWhoHasLeftGetsNoRunner(t *testing.T) {
+	cache, models := poolOf(t, 1, 1, nil)
+	ctx, leave := context.WithCancel(t.Context())
+	if _, err := cache.Ready(ctx, models[0], ""); err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	if runner, err := cache.Ready(ctx, models[0], ""); runner != nil || err != context.Canceled {
+		t.Errorf("%v, %v", runner, err)
+	}
+}
