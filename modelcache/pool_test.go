@@ -130,7 +130,9 @@ func TestWhatDoesNotFitWaitsItsTurn(t *testing.T) {
 			order <- model.Ref
 		}()
 		expect.Eventually(t, model.Ref+" waits", func() bool {
-			return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Model == model.Ref && m.State == StateQueued })
+			cache.mu.Lock()
+			defer cache.mu.Unlock()
+			return slices.ContainsFunc(cache.memory.waiting, func(c *claim) bool { return c.model.Dir == model.Dir })
 		})
 	}
 	if !runner.Alive() {
@@ -490,5 +492,22 @@ func TestWhoHasLeftGetsNoRunner(t *testing.T) {
 	leave()
 	if runner, err := cache.Ready(ctx, models[0], ""); runner != nil || err != context.Canceled {
 		t.Errorf("%v, %v", runner, err)
+	}
+}
+
+// TestASwapWithoutMemoryStepsAside lets a newer version find no memory beside the old one.
+func TestASwapWithoutMemoryStepsAside(t *testing.T) {
+	cache, models := poolOf(t, 1, 1, func(o *Options) { o.PollInterval = 50 * time.Millisecond })
+	runner := leaseOf(t, cache, models[0], "s")
+	tell(t, runner, "open s")
+	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
+	saved(t, filepath.Join(cache.options.ModelRoot, "a", "2"))
+	expect.Eventually(t, "the newer version rests", func() bool {
+		cache.mu.Lock()
+		defer cache.mu.Unlock()
+		return !cache.serving["a"].rests.IsZero() && !cache.serving["a"].moving && len(cache.memory.waiting) == 0 && len(cache.slots) == 1
+	})
+	if got, err := cache.Resolve(t.Context(), "a", ""); err != nil || got.Version != "1" || !runner.Alive() {
+		t.Errorf("version %s serves, %v", got.Version, err)
 	}
 }

@@ -17,7 +17,8 @@ import (
 // serving is which version a reference means by "latest". The Cache's mu guards it.
 type serving struct {
 	model  Model
-	moving bool // another version is being looked for, or loaded to take over
+	moving bool      // another version is being looked for, or loaded to take over
+	rests  time.Time // no other version is loaded before, since one found no memory
 }
 
 // Resolve finds the SavedModel of a reference: a file, s3, gs or azblob URI or an absolute path of a SavedModel or of
@@ -107,7 +108,7 @@ func (c *Cache) poll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for ref, s := range c.serving {
-		if s.moving || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
+		if s.moving || time.Now().Before(s.rests) || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
 			continue
 		}
 		s.moving = true
@@ -119,6 +120,12 @@ func (c *Cache) poll() {
 		})
 	}
 }
+
+// A newer version that finds no memory beside the old one must not stand in the way of other models that wait.
+const (
+	swapPatience = 2 * time.Second
+	swapRest     = 30 * time.Second
+)
 
 // advance loads and warms a newer version on the devices of the one that serves, and lets it take over. If it cannot
 // be loaded, the old one goes on.
@@ -144,8 +151,20 @@ func (c *Cache) advance(ref string, s *serving) {
 	if newer.Dir == old.Dir {
 		return
 	}
+	ctx, cancel := context.WithTimeout(c.ctx, swapPatience)
+	defer cancel()
 	for device := range devices {
-		if _, err := c.Ready(c.ctx, newer, device); err != nil {
+		_, err := c.Ready(ctx, newer, device)
+		if err != nil && ctx.Err() != nil { // a load that has begun goes on, and the next poll finds it
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if !slices.ContainsFunc(c.slots, func(slot *slot) bool { return slot.model.Dir == newer.Dir && slot.state != StateQueued }) {
+				s.rests = time.Now().Add(swapRest)
+				c.options.Log.Warn("there is no memory for a newer version beside the old one", zap.String("model", ref), zap.String("version", newer.Version), zap.String("serving", old.Version))
+			}
+			return
+		}
+		if err != nil {
 			c.options.Log.Warn("a newer version cannot be loaded, the old one goes on serving", zap.String("model", ref),
 				zap.String("version", newer.Version), zap.String("serving", old.Version), zap.Error(err))
 			return

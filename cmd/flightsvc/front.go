@@ -38,7 +38,7 @@ type frontFlags struct {
 type errNone struct{ folder string }
 
 func (e errNone) Error() string {
-	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load, devices and predict start one, --endpoint asks another", e.folder)
+	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load, devices, predict and tune start one, --endpoint asks another", e.folder)
 }
 
 // running returns a client of the front, which must run already.

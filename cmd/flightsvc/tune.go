@@ -2,100 +2,67 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
 
-	"github.com/apache/arrow/go/v15/arrow/flight"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/status"
-
 	"flightsvc/handlers"
+	"flightsvc/internal/client"
 	"flightsvc/modelcache"
 )
 
 // tuneCommand asks a front to tune a model.
 type tuneCommand struct {
-	Model     string `arg:"" help:"Name, path, URI or digest of the model."`
-	Version   string `name:"model-version" default:"latest" help:"Version, or latest."`
+	frontFlags
+	modelArgument
 	Signature string `default:"serving_default" help:"Signature to measure."`
 	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
 	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
-	Endpoint  string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Front that serves the model."`
 }
 
 // Run is called by kong.
-func (c *tuneCommand) Run() error {
-	if _, err := os.Stat(c.Model); err == nil && strings.ContainsRune(c.Model, filepath.Separator) {
-		if c.Model, err = filepath.Abs(c.Model); err != nil {
-			return err
-		}
-	}
+func (c *tuneCommand) Run(about *cli) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	tried := 0
-	tuning, err := c.ask(ctx, func(candidate modelcache.Candidate) {
-		if tried++; !c.JSON {
-			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(candidate))
-		}
-	})
+	front, err := c.started(ctx, string(about.Config))
 	if err != nil {
 		return err
 	}
-	if c.JSON {
-		return json.NewEncoder(os.Stdout).Encode(tuning)
+	defer func() { _ = front.Close() }()
+	model, err := c.body()
+	if err != nil {
+		return err
+	}
+	body := struct {
+		modelBody
+		Signature string `json:"signature"`
+		Quick     bool   `json:"quick"`
+	}{model, c.Signature, c.Quick}
+	tried := 0
+	var tuning *modelcache.Tuning
+	err = client.Action(ctx, front, "model.tune", body, func(told handlers.TuneResult) error {
+		tuning = told.Tuning
+		if tried++; told.Candidate != nil && !c.JSON {
+			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(*told.Candidate))
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return err
+	case tuning == nil:
+		return errors.New("the front ended without an answer")
+	case c.JSON:
+		return printJSON(tuning)
 	}
 	return show(os.Stdout, tuning)
-}
-
-// ask runs the action and returns its last result.
-func (c *tuneCommand) ask(ctx context.Context, progress func(modelcache.Candidate)) (*modelcache.Tuning, error) {
-	socket, err := handlers.SocketPath(c.Endpoint)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = conn.Close() }()
-	body, err := json.Marshal(map[string]any{"model": c.Model, "version": c.Version, "signature": c.Signature, "quick": c.Quick})
-	if err != nil {
-		return nil, err
-	}
-	stream, err := flight.NewFlightServiceClient(conn).DoAction(ctx, &flight.Action{Type: "model.tune", Body: body})
-	if err != nil {
-		return nil, errors.New(status.Convert(err).Message())
-	}
-	for {
-		result, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil, errors.New("the front ended without an answer")
-		}
-		if err != nil {
-			return nil, errors.New(status.Convert(err).Message())
-		}
-		var told handlers.TuneResult
-		if err := json.Unmarshal(result.GetBody(), &told); err != nil {
-			return nil, err
-		}
-		if told.Tuning != nil {
-			return told.Tuning, nil
-		}
-		if told.Candidate != nil {
-			progress(*told.Candidate)
-		}
-	}
 }
 
 // line describes a candidate while the search goes on.
