@@ -21,9 +21,9 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+from figures import PROVE
 
 import flightsvc
-from figures import PROVE
 from flightsvc import Model, spark
 from flightsvc.model import Request
 
