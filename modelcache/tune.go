@@ -280,7 +280,7 @@ func (t *tuner) threads() [][2]int {
 
 // try measures one configuration with several batch sizes, unless that has been done.
 func (t *tuner) try(ctx context.Context, choice Choice, sizes []int) error {
-	if slices.ContainsFunc(t.tried, func(c Candidate) bool { return c.configuration() == choice }) {
+	if slices.ContainsFunc(t.tried, func(c Candidate) bool { return c.configuration() == choice.configuration() }) {
 		return nil
 	}
 	found, answers, err := t.run(ctx, choice, sizes, tuneWindows)

@@ -171,7 +171,7 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(folder) })
 	binary := filepath.Join(folder, "runner")
-	if text, err := exec.Command("go", "build", "-tags", "simulated_device", "-o", binary, ".").CombinedOutput(); err != nil {
+	if text, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "simulated_device", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
 	state := t.TempDir()

@@ -25,7 +25,7 @@ func TestTune(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, told)
 	}
-	for _, part := range []string{"model " + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "processor: ", modelcache.Machine()} {
+	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "processor: ", modelcache.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}
