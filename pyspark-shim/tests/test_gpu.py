@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from figures import report
+from figures import PROVE, report
 from fronts import BIN, Front, front, make_scaled
 from processes import until
 
@@ -200,3 +200,13 @@ def test_the_processor_stands_in_only_if_allowed(
             with pytest.raises(flightsvc.InvalidArgumentError, match=r"of a device's memory and has waited"):
                 predict(it, scaled[3])
             assert not it.logged("model ready")
+
+
+@pytest.mark.skipif(not PROVE, reason="make test runs it at a smaller count, with the other Go tests")
+def test_ten_thousand_placements() -> None:
+    """The placements that are promised, on 8 GPUs and on a host in MIG mode, without over-commit."""
+    command = ["go", "test", "-count=1", "-timeout", "10m", "-v", "-run", "^TestNoOvercommit", "./gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("--- PASS: TestNoOvercommit") == 3
+    report(placements=20_000, placement_hosts="8 GPUs; 8 GPUs in MIG mode")
