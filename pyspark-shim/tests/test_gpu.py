@@ -27,6 +27,8 @@ from flightsvc.connection import Connection
 from flightsvc.settings import Settings
 from flightsvc.stream import Exchange
 
+pytestmark = pytest.mark.skipif(not PROVE, reason="make prove runs it; make test has the parts, in Go")
+
 ROOT = BIN.parent
 GIB, MIB = 1 << 30, 1 << 20
 FIRST, SECOND = "GPU-1", "GPU-2"
@@ -80,7 +82,7 @@ class Host:
 
     def front(self, *flags: str, row_bytes: int = MIB) -> contextlib.AbstractContextManager[Front]:
         environ = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
             "LD_LIBRARY_PATH": f"{self.simulated}:{os.environ.get('LD_LIBRARY_PATH', '')}",
             "FAKENVML_STATE": str(self.state),
             "SIMULATED_MODEL_BYTES": str(MODEL_BYTES),
@@ -202,7 +204,6 @@ def test_the_processor_stands_in_only_if_allowed(
             assert not it.logged("model ready")
 
 
-@pytest.mark.skipif(not PROVE, reason="make test runs it at a smaller count, with the other Go tests")
 def test_ten_thousand_placements() -> None:
     """The placements that are promised, on 8 GPUs and on a host in MIG mode, without over-commit."""
     command = ["go", "test", "-count=1", "-timeout", "10m", "-v", "-run", "^TestNoOvercommit", "./gpu"]

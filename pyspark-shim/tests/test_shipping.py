@@ -92,6 +92,9 @@ def test_a_front_that_is_lost_and_a_cache_that_is_lost(spark: Any, folder: Path,
     assert pushes(surroundings / "state", digest) == 1  # it was still on the disk
     shutil.rmtree(surroundings / "cache" / "models" / digest.removeprefix("sha256:"))
     assert totals(frame) == list(range(1, 21))
+    assert pushes(surroundings / "state", digest) == 1  # it was still in memory
+    os.kill(executor_front(surroundings, digest)["pid"], signal.SIGKILL)
+    assert totals(frame) == list(range(1, 21))
     assert pushes(surroundings / "state", digest) == 2
 
 
