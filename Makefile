@@ -19,10 +19,11 @@ COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
 SOURCES := $(shell find cmd handlers gpu modelcache internal -name '*.go' -o -name '*.c' -o -name '*.h') go.mod go.sum VERSION
 
-# One flag for all go commands, so that each package is compiled once for vetting, testing and building.
+# The compiler finds TensorFlow by variables of its own, and all go commands have the same flags: what Go compiles
+# then depends neither on the command nor on where this folder lies, and is compiled once.
 export GOFLAGS         := -trimpath
-export CGO_CFLAGS      := -O2 -g -I$(CURDIR)/$(TF)/include
-export CGO_LDFLAGS     := -L$(CURDIR)/$(TF) -ltensorflow -ltensorflow_framework
+export CPATH           := $(CURDIR)/$(TF)/include
+export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
@@ -102,7 +103,7 @@ clean: ## remove what was built, but not .venv
 # Front and runner check that they are of one build, so they are always built together.
 bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF)
 	@echo "building bin/flightsvc and bin/flightsvc-runner (a few minutes the first time)"
-	@CGO_CFLAGS='-O2 -g' CGO_LDFLAGS='-Wl,-z,lazy' go build -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
+	@go build -ldflags '$(LDFLAGS) -extldflags=-Wl,-z,lazy' -o bin/flightsvc ./cmd/flightsvc
 	@go build -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner
 
 $(UV):

@@ -72,14 +72,9 @@ func prepare(m *testing.M) (int, error) {
 		return 0, err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	for name, env := range map[string][]string{ // with the flags of the Makefile, so that little is compiled again
-		"flightsvc": {"CGO_CFLAGS=-O2 -g", "CGO_LDFLAGS=-Wl,-z,lazy"},
-		"flightsvc-runner": {
-			"CGO_CFLAGS=-O2 -g -I" + filepath.Join(libs, "include"), "CGO_LDFLAGS=-L" + libs + " -ltensorflow -ltensorflow_framework",
-		},
-	} {
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, name), "flightsvc/cmd/"+name)
-		cmd.Env = append(os.Environ(), env...)
+	for _, name := range []string{"flightsvc", "flightsvc-runner"} { // with the flags of the Makefile, so that little is compiled again
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -extldflags=-Wl,-z,lazy", "-o", filepath.Join(dir, name), "flightsvc/cmd/"+name)
+		cmd.Env = append(os.Environ(), "CPATH="+filepath.Join(libs, "include"), "LIBRARY_PATH="+libs)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return 0, fmt.Errorf("build %s: %w: %s", name, err, out)
 		}

@@ -51,8 +51,8 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensorflow = ROOT / "build" / "libtensorflow"
     environ = {
         **os.environ,
-        "CGO_CFLAGS": f"-O2 -g -I{tensorflow}/include",
-        "CGO_LDFLAGS": f"-L{tensorflow} -ltensorflow -ltensorflow_framework",
+        "CPATH": f"{tensorflow}/include",
+        "LIBRARY_PATH": str(tensorflow),
     }
     command = ["go", "build", "-trimpath", "-tags", "simulated_device", "-ldflags", of]
     command += ["-o", str(folder / "flightsvc-runner"), "./cmd/flightsvc-runner"]

@@ -226,9 +226,7 @@ def ends_right_or_says_who(collect: Any, wanted: list[float], one: Path, other: 
     return ended
 
 
-@pytest.mark.skipif(
-    not PROVE, reason="make prove runs it; make test has streams that rest, in Go and in the workload"
-)
+@pytest.mark.skipif(not PROVE, reason="make prove runs it; streams that rest are in make test, too")
 def test_two_models_in_one_select_with_room_for_one(spark: Any, small: Front, scaled: list[Path]):
     one, other = scaled[1], scaled[2]
     frame = spark.range(SELECT_ROWS).selectExpr("cast(id AS float) AS x").repartition(2)
