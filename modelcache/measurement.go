@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
 )
 
 // Measurement asks a runner to measure itself: it loads the model as its Setup says, runs one signature on
@@ -132,11 +133,9 @@ func numbersOf(o MeasuredOutput) ([]float64, bool) {
 	case savedmodel.Float64:
 		at = func(b []byte) float64 { return math.Float64frombits(binary.LittleEndian.Uint64(b)) }
 	case savedmodel.Bfloat16:
-		at = func(b []byte) float64 {
-			return float64(math.Float32frombits(uint32(binary.LittleEndian.Uint16(b)) << 16))
-		}
+		at = func(b []byte) float64 { return float64(tensor.FromBfloat(binary.LittleEndian.Uint16(b))) }
 	case savedmodel.Float16:
-		at = func(b []byte) float64 { return half(binary.LittleEndian.Uint16(b)) }
+		at = func(b []byte) float64 { return float64(tensor.FromHalf(binary.LittleEndian.Uint16(b))) }
 	default:
 		return nil, false
 	}
@@ -145,22 +144,4 @@ func numbersOf(o MeasuredOutput) ([]float64, bool) {
 		list[i] = at(o.Data[i*size:])
 	}
 	return list, true
-}
-
-// half returns the value of an IEEE 754 binary16.
-func half(bits uint16) float64 {
-	sign, exponent, fraction := 1.0, int(bits>>10&31), float64(bits&1023)
-	if bits>>15 != 0 {
-		sign = -1
-	}
-	switch exponent {
-	case 0:
-		return sign * math.Ldexp(fraction, -24)
-	case 31:
-		if fraction != 0 {
-			return math.NaN()
-		}
-		return math.Inf(int(sign))
-	}
-	return sign * math.Ldexp(1024+fraction, exponent-25)
 }

@@ -18,6 +18,7 @@ import (
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
 )
 
 // fakeMeasure reports speeds by a law: oneDNN makes a model 1.5 times as fast, freezing 1.3 times, one run at a time 1.2 times.
@@ -324,7 +325,7 @@ func TestDifference(t *testing.T) {
 		t.Error("whole numbers must be equal")
 	}
 	for bits, want := range map[uint16]float64{0: 0, 0x3c00: 1, 0xc000: -2, 0x3555: 0.333251953125, 1: math.Ldexp(1, -24), 0x7c00: math.Inf(1)} {
-		if got := half(bits); got != want {
+		if got := float64(tensor.FromHalf(bits)); got != want {
 			t.Errorf("%#x is %g, want %g", bits, got, want)
 		}
 	}

@@ -26,8 +26,8 @@ func toHalf(x float32) uint16 {
 	return sign | uint16(math.Float32bits(math.Float32frombits(b)+0.5)-math.Float32bits(0.5))
 }
 
-// fromHalf converts a float16, exactly.
-func fromHalf(h uint16) float32 {
+// FromHalf converts a float16, exactly.
+func FromHalf(h uint16) float32 {
 	sign, b := uint32(h&0x8000)<<16, uint32(h&0x7fff)
 	switch {
 	case b >= infHalf:
@@ -49,5 +49,5 @@ func toBfloat(x float32) uint16 {
 	return uint16((b + 0x7fff + b>>16&1) >> 16)
 }
 
-// fromBfloat converts a bfloat16, exactly.
-func fromBfloat(h uint16) float32 { return math.Float32frombits(uint32(h) << 16) }
+// FromBfloat converts a bfloat16, exactly.
+func FromBfloat(h uint16) float32 { return math.Float32frombits(uint32(h) << 16) }

@@ -15,8 +15,8 @@ func TestHalves(t *testing.T) {
 		bias     int
 		inf      uint16
 	}{
-		"float16":  {toHalf, fromHalf, 10, 15, infHalf},
-		"bfloat16": {toBfloat, fromBfloat, 7, 127, infBfloat},
+		"float16":  {toHalf, FromHalf, 10, 15, infHalf},
+		"bfloat16": {toBfloat, FromBfloat, 7, 127, infBfloat},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for bits := range uint16(0x8000) {

@@ -72,7 +72,7 @@ var conversions = map[arrow.Type]map[savedmodel.DType]conversion{
 		savedmodel.Uint8: fromDecimal[uint8](), savedmodel.Uint16: fromDecimal[uint16](), savedmodel.Uint32: fromDecimal[uint32](), savedmodel.Uint64: fromDecimal[uint64](),
 	},
 	arrow.FLOAT16: {
-		savedmodel.Float16: {}, savedmodel.Float32: {convert: expand[float32](fromHalf)}, savedmodel.Float64: {convert: expand[float64](fromHalf)},
+		savedmodel.Float16: {}, savedmodel.Float32: {convert: expand[float32](FromHalf)}, savedmodel.Float64: {convert: expand[float64](FromHalf)},
 	},
 	arrow.FLOAT32: {
 		savedmodel.Float32: {}, savedmodel.Float64: widened[float32, float64](),

@@ -44,8 +44,8 @@ type leafOut struct {
 // leafOuts is the layout "list": only types that Spark reads, so small unsigned integers and
 // 16-bit floats widen.
 var leafOuts = map[savedmodel.DType]leafOut{
-	savedmodel.Float16:  {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](fromHalf)},
-	savedmodel.Bfloat16: {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](fromBfloat)},
+	savedmodel.Float16:  {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](FromHalf)},
+	savedmodel.Bfloat16: {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](FromBfloat)},
 	savedmodel.Float32:  {column: arrow.PrimitiveTypes.Float32},
 	savedmodel.Float64:  {column: arrow.PrimitiveTypes.Float64},
 	savedmodel.Int8:     {column: arrow.PrimitiveTypes.Int8},

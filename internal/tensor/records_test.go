@@ -61,10 +61,10 @@ func outElement(r *rand.Rand, dtype savedmodel.DType) (data []byte, want any) {
 		return []byte(s), s
 	case savedmodel.Float16: // neither infinite nor NaN
 		bits[1] &= 0xbf
-		return bits, fromHalf(uint16(wide & 0xbfff))
+		return bits, FromHalf(uint16(wide & 0xbfff))
 	case savedmodel.Bfloat16:
 		bits[1] &= 0xbf
-		return bits, fromBfloat(uint16(wide & 0xbfff))
+		return bits, FromBfloat(uint16(wide & 0xbfff))
 	case savedmodel.Uint64:
 		return bits, decimal128.FromU64(wide)
 	case savedmodel.Int8:
@@ -116,7 +116,7 @@ func read(column arrow.Array, row int) any {
 	case *array.Decimal128:
 		return c.Value(row)
 	case *array.Float16:
-		return fromHalf(c.Value(row).Uint16())
+		return FromHalf(c.Value(row).Uint16())
 	case *array.Boolean:
 		return c.Value(row)
 	case *array.Binary:

@@ -337,9 +337,9 @@ func appendTensor(data []byte, texts [][]byte, v any, dtype savedmodel.DType) ([
 	le := binary.LittleEndian
 	switch dtype {
 	case savedmodel.Float16:
-		data = le.AppendUint16(data, nearest(float, fromHalf))
+		data = le.AppendUint16(data, nearest(float, FromHalf))
 	case savedmodel.Bfloat16:
-		data = le.AppendUint16(data, nearest(float, fromBfloat))
+		data = le.AppendUint16(data, nearest(float, FromBfloat))
 	case savedmodel.Float32:
 		data = le.AppendUint32(data, math.Float32bits(float32(float)))
 	case savedmodel.Float64:
