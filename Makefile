@@ -7,16 +7,20 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 SITE    := $(VENV)/lib/python3.11/site-packages
 TF      := build/libtensorflow
+GLIBC   := build/glibc-2.28
 
 MAVEN        := build/maven/bin/mvn
 MAVEN_URL    := https://repo.maven.apache.org/maven2/org/apache/maven/apache-maven/3.9.16/apache-maven-3.9.16-bin.tar.gz
 MAVEN_SHA512 := 831a8591fe20c8243b1dbe7d71e3244f31d1665b0804b2e825e38cbbe5ce0cafb8338851f90780735568773e0a6cd07bbec107cda0b896b008b861075358b6f6
+PLUGIN       := build/spark-plugin/flightsvc-spark-plugin.jar
 JAVA_CLIENT  := build/java-client/flightsvc-java-client.jar
 S3           := build/s3/versitygw
 
 VERSION := $(shell cat VERSION)
+WHEEL   := dist/flightsvc-$(VERSION)-py3-none-manylinux_2_28_x86_64.whl
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-LDFLAGS := -s -w -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT)
+LDFLAGS := -s -w -X flightsvc/internal/build.Version=$(VERSION) -X flightsvc/internal/build.Commit=$(COMMIT) \
+           -extldflags "-B$(CURDIR)/$(GLIBC) -Wl,-z,lazy -Wl,--allow-shlib-undefined"
 SOURCES := $(shell find cmd handlers gpu modelcache internal -name '*.go' -o -name '*.c' -o -name '*.h') go.mod go.sum VERSION
 
 # The compiler finds TensorFlow by variables of its own, and all go commands have the same flags: what Go compiles
@@ -27,13 +31,15 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 lock clean
+.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bin/, the Python package into .venv
+
+wheel: $(WHEEL) ## the package with both programs and the Spark plugin, for pip, into dist/
 
 demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
 	@$(PY) examples/demo.py
@@ -96,14 +102,14 @@ lock: $(UV) ## renew pyspark-shim/requirements.lock from requirements.in
 		pyspark-shim/requirements.in -o pyspark-shim/requirements.lock
 
 clean: ## remove what was built, but not .venv
-	rm -rf bin build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin
+	rm -rf bin dist build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin pyspark-shim/src/flightsvc/_jars
 
 # How it is made.
 
 # Front and runner check that they are of one build, so they are always built together.
-bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF)
+bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF) $(GLIBC)
 	@echo "building bin/flightsvc and bin/flightsvc-runner (a few minutes the first time)"
-	@go build -ldflags '$(LDFLAGS) -extldflags=-Wl,-z,lazy' -o bin/flightsvc ./cmd/flightsvc
+	@go build -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
 	@go build -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner
 
 $(UV):
@@ -124,6 +130,12 @@ $(VENV)/.shim: $(VENV)/.locked pyspark-shim/pyproject.toml VERSION bin/flightsvc
 	@VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable pyspark-shim
 	@touch $@
 
+$(WHEEL): $(VENV)/.shim $(PLUGIN) pyspark-shim/setup.py tools/wheel.py $(shell find pyspark-shim/src pyspark-shim/scripts -name '*.py' -o -name flightsvc -type f)
+	@echo "making $@"
+	@mkdir -p pyspark-shim/src/flightsvc/_jars
+	@ln -sfn $(CURDIR)/$(PLUGIN) pyspark-shim/src/flightsvc/_jars/
+	@$(PY) tools/wheel.py dist $(SITE)/tensorflow
+
 # The library and the headers lie in the tensorflow wheel; the linker wants them under other names.
 $(TF): $(VENV)/.locked
 	@mkdir -p $(TF)
@@ -133,6 +145,14 @@ $(TF): $(VENV)/.locked
 	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_framework.so.2 $(TF)/libtensorflow_framework.so.2
 	@ln -sfn $(CURDIR)/$(SITE)/tensorflow/libtensorflow_framework.so.2 $(TF)/libtensorflow_framework.so
 	@touch $(TF)
+
+# Both programs run on every glibc since 2.28, whatever glibc this machine has. zig goes when the folder is made.
+$(GLIBC): tools/glibc.sh | $(UV)
+	@echo "making what gcc needs to link for glibc 2.28 (20 s; downloads zig, 100 MB)"
+	@$(UV) pip install --quiet --no-cache --no-deps --python $(PYTHON) --target build/zig ziglang==0.17.1
+	@tools/glibc.sh build/zig/ziglang/zig $@
+	@rm -rf build/zig
+	@touch $@
 
 build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked
 	@echo "making the models for the tests"

@@ -20,6 +20,7 @@ from flightsvc.errors import (
 )
 from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec
 from flightsvc.model import Model
+from flightsvc.plugin import spark_conf
 from flightsvc.sql import register_udf
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "connect",
     "image",
     "register_udf",
+    "spark_conf",
 ]

@@ -1,0 +1,30 @@
+"""The Spark plugin, which lies in this package: it runs a server in each executor for as long as that lives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flightsvc.errors import NotFoundError
+
+_CLASS = "io.flightsvc.spark.FlightsvcPlugin"
+_JAR = Path(__file__).parent / "_jars" / "flightsvc-spark-plugin.jar"
+
+
+def spark_conf() -> dict[str, str]:
+    """Return the configuration that has Spark load the plugin, in the driver and in each executor.
+
+        SparkSession.builder.config(map=flightsvc.spark_conf()).getOrCreate()
+
+    ``python -m flightsvc`` prints the same as lines of a ``spark-defaults.conf``. Where your own configuration
+    has a ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join the two: with a comma, and
+    the class path with a colon.
+
+    Raises:
+        NotFoundError: This installation has no jar.
+    """
+    if not _JAR.is_file():
+        raise NotFoundError(
+            f"the Spark plugin is not in this installation: {_JAR} is missing; install the wheel, which "
+            "`make wheel` writes into dist"
+        )
+    return {"spark.plugins": _CLASS, "spark.jars": str(_JAR), "spark.driver.extraClassPath": str(_JAR)}
