@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -510,6 +511,32 @@ func TestRunnerEnvironment(t *testing.T) {
 	cmd.Env = runnerEnv([]string{"TF_CPP_MIN_LOG_LEVEL=0"}, "/lib", nil, nil)
 	if out, err := cmd.Output(); err != nil || string(out) != "0 1\n" {
 		t.Errorf("a runner's environment says %q, %v", out, err)
+	}
+}
+
+func TestLibraryFolders(t *testing.T) {
+	site := t.TempDir() // another environment's site-packages
+	for _, folder := range []string{"tensorflow", "nvidia/cudnn/lib", "nvidia/cublas/lib", "nvidia/cuda_nvcc/bin"} {
+		if err := os.MkdirAll(filepath.Join(site, folder), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	library := filepath.Join(site, "tensorflow")
+	if err := os.WriteFile(filepath.Join(library, LibraryFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	links := t.TempDir()
+	if err := os.Symlink(filepath.Join(library, LibraryFile), filepath.Join(links, LibraryFile)); err != nil {
+		t.Fatal(err)
+	}
+	for _, folder := range []string{library, links} {
+		want := []string{folder, filepath.Join(site, "nvidia/cublas/lib"), filepath.Join(site, "nvidia/cudnn/lib")}
+		if got := libraryFolders(folder); !slices.Equal(got, want) {
+			t.Errorf("for %s: %q, want %q", folder, got, want)
+		}
+	}
+	if got := libraryFolders("/nowhere"); !slices.Equal(got, []string{"/nowhere"}) {
+		t.Error(got)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -193,7 +194,7 @@ func (r *Runner) run(ctx context.Context, options Options, tuned, device []strin
 	return handshake, nil
 }
 
-// runnerEnv passes the environment on with the library's folder in front of the search path, and
+// runnerEnv passes the environment on with the library's folders in front of the search path, and
 // with TensorFlow's settings that are ours: for all models, and as this one was tuned. What the environment says of them
 // goes over that, since the last of two entries counts. Which device there is, the front alone says.
 func runnerEnv(environ []string, library string, tuned, device []string) []string {
@@ -206,12 +207,31 @@ func runnerEnv(environ []string, library string, tuned, device []string) []strin
 	env = slices.DeleteFunc(env, func(entry string) bool {
 		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") || strings.HasPrefix(entry, "AZURE_")
 	})
+	search := libraryFolders(library)
 	for _, entry := range environ {
 		if path, ok := strings.CutPrefix(entry, "LD_LIBRARY_PATH="); ok {
-			library += ":" + path
+			search = append(search, path)
 		}
 	}
-	return append(env, "LD_LIBRARY_PATH="+library)
+	return append(env, "LD_LIBRARY_PATH="+strings.Join(search, ":"))
+}
+
+// LibraryFile is what makes a folder TensorFlow's: the library that the C API is in.
+const LibraryFile = "libtensorflow_cc.so.2"
+
+// libraryFolders returns where a runner finds the libraries that it is linked with and those that these open: the
+// folder of libtensorflow, and those of NVIDIA's packages that were installed beside it (tensorflow[and-cuda] brings
+// them: nvidia/cudnn/lib and others). The folder may hold links; what they lead to says which installation it is.
+func libraryFolders(library string) []string {
+	folders := []string{library}
+	if file, err := filepath.EvalSymlinks(filepath.Join(library, LibraryFile)); err == nil {
+		site := filepath.Dir(filepath.Dir(file))
+		beside, _ := fs.Glob(os.DirFS(site), "nvidia/*/lib")
+		for _, folder := range beside {
+			folders = append(folders, filepath.Join(site, folder))
+		}
+	}
+	return folders
 }
 
 // greet checks the handshake.

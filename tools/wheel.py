@@ -1,9 +1,9 @@
-"""Makes the wheel, and checks that its tag is true: that no program in it needs a newer glibc than the tag says.
+"""Makes the wheel, and checks that its tag is true: no program in it needs a newer glibc than the tag says.
 
     python tools/wheel.py DIST TENSORFLOW
 
-DIST is the folder that the wheel is written to. TENSORFLOW is that of the libraries which the runner is linked
-with; they come from another wheel, and have to run where ours does.
+DIST is the folder that the wheel is written to. TENSORFLOW is that of the libraries which the runner is
+linked with; they come from another wheel, and have to run where ours does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pyspark-shim"
 PROGRAMS = ("flightsvc", "flightsvc-runner")
 
 ELSEWHERE = re.compile(r"nvml|TF_|__gmon_start__$")
-"""What a program finds in libraries that are no part of glibc: NVIDIA's, opened when it is there, and TensorFlow."""
+"""What a program finds in other libraries: NVIDIA's, which it opens when there is one, and TensorFlow."""
 
 
 def main(dist: Path, tensorflow: Path) -> None:
@@ -54,24 +54,20 @@ def tagged(wheel: Path) -> tuple[int, int]:
 
 
 def check(file: Path, allowed: tuple[int, int]) -> None:
-    """Check what a program or library wants of the system: nothing of a glibc newer than allowed, nothing unknown."""
-    needed = max(glibc(file), default=(0, 0))
+    """Check that a program or library wants nothing of a newer glibc, and a program nothing unknown."""
+    tag = "glibc {}.{}".format(*allowed)
+    needed = max(glibc(file))
     if needed > allowed:
-        sys.exit(
-            f"wheel: {file.name} needs glibc {needed[0]}.{needed[1]}, the tag says {allowed[0]}.{allowed[1]}"
-        )
+        sys.exit(f"wheel: {file.name} needs glibc {needed[0]}.{needed[1]}, the tag says {tag}")
     if file.name in PROGRAMS and (unknown := unversioned(file)):
-        sys.exit(
-            f"wheel: {file.name} has functions that no library of glibc {allowed[0]}.{allowed[1]} has: {unknown}"
-        )
+        sys.exit(f"wheel: {file.name} has functions that no library of {tag} has: {unknown}")
     print(f"{file.name} needs glibc {needed[0]}.{needed[1]}")
 
 
 def glibc(file: Path) -> set[tuple[int, int]]:
     """Return the versions of glibc's functions that a file names."""
-    return {
-        (int(major), int(minor)) for major, minor in re.findall(r"\bGLIBC_(\d+)\.(\d+)", readelf("-V", file))
-    }
+    found = re.findall(r"\bGLIBC_(\d+)\.(\d+)", readelf("-V", file))
+    return {(int(major), int(minor)) for major, minor in found}
 
 
 def unversioned(file: Path) -> list[str]:

@@ -24,6 +24,9 @@ type engine interface {
 
 // open loads the model of a setup.
 func open(setup modelcache.Setup) (engine, error) {
+	if version := tensorflow.Version(); tensorflow.TooOld(version) {
+		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken from (setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
+	}
 	if setup.Dir == "" {
 		return newImageEngine(setup), nil
 	}

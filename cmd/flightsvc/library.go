@@ -8,10 +8,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-)
 
-// libraryFile is what makes a folder TensorFlow's: the library that the C API is in.
-const libraryFile = "libtensorflow_cc.so.2"
+	"flightsvc/modelcache"
+)
 
 // findPackage is asked of a Python interpreter; it finds the package without importing it.
 const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow"); print(s.submodule_search_locations[0] if s else "")`
@@ -22,8 +21,8 @@ const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow"); 
 func library(setting string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
 		if setting != "" {
-			if _, err := os.Stat(filepath.Join(setting, libraryFile)); err != nil {
-				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and leave the setting away, or point it at a folder that holds the file", setting, libraryFile, install)
+			if _, err := os.Stat(filepath.Join(setting, modelcache.LibraryFile)); err != nil {
+				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and leave the setting away, or point it at a folder that holds the file", setting, modelcache.LibraryFile, install)
 			}
 			return setting, nil
 		}
@@ -37,7 +36,7 @@ func library(setting string) func(context.Context) (string, error) {
 			if err != nil || folder == "" {
 				continue
 			}
-			if _, err := os.Stat(filepath.Join(folder, libraryFile)); err == nil {
+			if _, err := os.Stat(filepath.Join(folder, modelcache.LibraryFile)); err == nil {
 				return folder, nil
 			}
 		}
@@ -48,7 +47,7 @@ func library(setting string) func(context.Context) (string, error) {
 // install is how a person gets the library.
 const install = "pip install tensorflow-cpu==2.21.0"
 
-var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + libraryFile)
+var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + modelcache.LibraryFile)
 
 // findFreezing is asked of a Python interpreter; it finds the packages without importing them.
 const findFreezing = `import importlib.util as u, sys; sys.exit(not (u.find_spec("tensorflow") and u.find_spec("flightsvc")))`

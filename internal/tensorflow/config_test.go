@@ -23,3 +23,11 @@ func TestConfig(t *testing.T) {
 		}
 	}
 }
+
+func TestTooOld(t *testing.T) {
+	for version, want := range map[string]bool{"1.15.5": true, "2.18.1": true, "2.19.0": false, "2.19.0-rc1": false, "2.21.0": false, "3.0.0": false, "dev": false, Version(): false} {
+		if TooOld(version) != want {
+			t.Errorf("TooOld(%q) is not %v", version, want)
+		}
+	}
+}

@@ -27,7 +27,10 @@ package tensorflow
 // #include "door.h"
 import "C"
 
-import "sync/atomic"
+import (
+	"fmt"
+	"sync/atomic"
+)
 
 // live counts open tensors, and buffers lent to TensorFlow.
 var live atomic.Int64
@@ -39,3 +42,14 @@ func Live() int64 { return live.Load() }
 
 // Version returns the version of the loaded libtensorflow, for instance "2.21.0".
 func Version() string { return C.GoString(C.TF_Version()) }
+
+// Oldest is the oldest version that answers are compared on (see pyspark-shim/tests/test_wheel.py).
+const Oldest = "2.19"
+
+// TooOld says whether a version, as Version gives it, comes before Oldest.
+func TooOld(version string) bool {
+	var major, minor, oldestMajor, oldestMinor int
+	_, _ = fmt.Sscanf(Oldest, "%d.%d", &oldestMajor, &oldestMinor)
+	_, err := fmt.Sscanf(version, "%d.%d", &major, &minor)
+	return err == nil && (major < oldestMajor || major == oldestMajor && minor < oldestMinor)
+}

@@ -1,8 +1,4 @@
-"""Prints the configuration of the Spark plugin, as lines of a ``spark-defaults.conf``.
-
-python -m flightsvc > flightsvc.conf
-spark-submit --properties-file flightsvc.conf ...
-"""
+"""Prints the configuration of the Spark plugin, as lines of ``spark-defaults.conf``: ``python -m flightsvc``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Spark plugin, which lies in this package: it runs a server in each executor for as long as that lives."""
+"""The Spark plugin, which lies in this package: it runs a server in each executor while that lives."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def spark_conf() -> dict[str, str]:
 
         SparkSession.builder.config(map=flightsvc.spark_conf()).getOrCreate()
 
-    ``python -m flightsvc`` prints the same as lines of a ``spark-defaults.conf``. Where your own configuration
-    has a ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join the two: with a comma, and
-    the class path with a colon.
+    ``python -m flightsvc`` prints the same as lines of a ``spark-defaults.conf``. Where your own
+    configuration has a ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join the two:
+    with a comma, and the class path with a colon.
 
     Raises:
         NotFoundError: This installation has no jar.
