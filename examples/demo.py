@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
 
 ROOT = Path(__file__).resolve().parent.parent
-BINARIES = (ROOT / "bin" / "flightsvc", ROOT / "bin" / "flightsvc-runner")
+PROGRAMS = Path(flightsvc.__file__).parent / "_bin"
 BUILD = ROOT / "build" / "demo"
 SHEET = ROOT / "build" / "demo.png"
 
@@ -105,9 +105,9 @@ def main() -> None:
 
 def check_toolchain() -> None:
     """Leaves with one sentence when the demo cannot run here."""
-    for binary in BINARIES:
-        if not os.access(binary, os.X_OK):
-            sys.exit(f"demo: {binary.relative_to(ROOT)} is missing; run `make build` first")
+    for name in ("flightsvc", "flightsvc-runner"):
+        if not os.access(PROGRAMS / name, os.X_OK):
+            sys.exit(f"demo: {PROGRAMS / name} is missing; run `make build` first")
     home = os.environ.get("JAVA_HOME")
     if shutil.which(Path(home, "bin", "java") if home else "java") is None:
         place = f"JAVA_HOME, which is {home}," if home else "PATH"
@@ -144,7 +144,7 @@ def make_model(progress: Callable[[str], None]) -> Path:
 
 def classify_in_client(model: Path, photos: list[Path], progress: Callable[[str], None]) -> list[Answer]:
     """Starts a server and asks it through ``standalone_client.py``, which imports nothing but pyarrow."""
-    progress("starting bin/flightsvc serve")
+    progress("starting flightsvc serve")
     with served(BUILD / "flightsvc.log") as endpoint:
         progress(f"asking it through examples/standalone_client.py: {endpoint}")
         client = [sys.executable, str(ROOT / "examples" / "standalone_client.py"), endpoint, str(model)]
@@ -162,7 +162,7 @@ def served(log: Path) -> Iterator[str]:
     """Runs ``flightsvc serve`` and gives its endpoint; it ends with the block, or with this process."""
     # Field 22 of stat is the process's start time; a command name before it may hold blanks and brackets.
     start_time = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    command = [str(BINARIES[0]), "serve", "--owner", f"{os.getpid()}:{start_time}"]
+    command = [str(PROGRAMS / "flightsvc"), "serve", "--owner", f"{os.getpid()}:{start_time}"]
     command += ["--libtensorflow", str(package_folder("tensorflow"))]
     with log.open("w") as file:
         front = subprocess.Popen(

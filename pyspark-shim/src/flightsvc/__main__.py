@@ -1,4 +1,4 @@
-"""Prints the configuration of the Spark plugin, as lines of ``spark-defaults.conf``: ``python -m flightsvc``."""
+"""Prints the configuration of the Spark plugin, as lines of a ``spark-defaults.conf``."""
 
 from __future__ import annotations
 
