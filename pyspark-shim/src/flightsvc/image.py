@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flightsvc import columns as functions
 from flightsvc import sql
 from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
@@ -281,7 +282,6 @@ def _function(
     name: str, preprocess: ImageInput | None, on_error: str, error_column: str
 ) -> Callable[..., Column]:
     """Return the function of columns that runs a :class:`_Decoder`."""
-    from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
     from pyspark.sql.types import StringType, StructType
 
     if on_error not in _POLICIES:
@@ -294,14 +294,10 @@ def _function(
         request.answer_schema({"image": _COLUMN})
     decoder = _Decoder(request, on_error, error_column, settings_of(active_conf()))
 
-    def pictures(columns: Iterator[pa.Array]) -> Iterator[pa.Array]:
-        return decoder(columns)
-
-    pictures.__name__ = name  # as plans and errors call it
     struct = schema()
     if on_error == "column":
         struct = StructType().add("image", struct).add(error_column, StringType())
-    function = arrow_udf(pictures, returnType=struct)
+    function, call = functions.iterator(decoder, name, struct)
 
     @functools.wraps(function)  # with what Spark needs to register it
     def checked(*columns: Column | str) -> Column:
@@ -313,8 +309,7 @@ def _function(
         given += [
             sql.of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]
         ]
-        made: Column = function(*given)
-        return made
+        return call(*given)
 
     return checked
 

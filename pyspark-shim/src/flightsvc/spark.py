@@ -196,7 +196,12 @@ def active_session() -> SparkSession | None:
 
 def conf_of(session: SparkSession | None) -> dict[str, str]:
     """Return the configuration of a session; empty without one."""
-    return dict(session.conf.getAll) if session is not None else {}
+    if session is None:
+        return {}
+    conf = session.conf
+    if hasattr(conf, "getAll"):
+        return dict(conf.getAll)
+    return {row.key: row.value for row in session.sql("SET").collect()}  # Spark 3.5
 
 
 def settings_of(conf: dict[str, str]) -> dict[str, str]:

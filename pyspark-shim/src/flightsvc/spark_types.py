@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -130,8 +131,11 @@ def check_sendable(field: StructField) -> None:
     from pyspark.errors import PySparkException
     from pyspark.sql.pandas.types import to_arrow_type
 
+    told: dict[str, Any] = (
+        {"timezone": "UTC"} if "timezone" in inspect.signature(to_arrow_type).parameters else {}
+    )
     try:
-        to_arrow_type(field.dataType, timezone="UTC")
+        to_arrow_type(field.dataType, **told)
     except (PySparkException, ValueError) as error:  # pyarrow's, for array<void> that has no null
         raise InvalidArgumentError(
             f"column {field.name!r} is {field.dataType.simpleString()}, which Spark cannot send through "

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import pyarrow as pa
 
+from flightsvc import columns
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.mapping import Input, Options, TensorSpec
 from flightsvc.model import Model, Request, same_name
@@ -77,6 +78,9 @@ def register_udf(
     Spark casts the argument. A function that has the name is replaced, once the new one is known to be in
     order; ``DROP TEMPORARY FUNCTION`` drops it.
 
+    Spark 3.5 has no SQL functions: there the name is that of the Python function, which takes its arguments
+    by position and as they are, and refuses types that do not fit when the query runs.
+
     Args:
         spark: The session that gets the function, classic or Connect.
         name: The function's name.
@@ -87,7 +91,7 @@ def register_udf(
 
     Raises:
         InvalidArgumentError: A type does not feed its input, a parameter needs to be given one, two outputs
-            have one name, or the name is that of a function of Spark's own.
+            have one name, the name is that of a function of Spark's own, or ``types`` is given to Spark 3.5.
         NotFoundError: No such model, signature, input or output.
     """
     from pyspark.errors import AnalysisException
@@ -100,6 +104,14 @@ def register_udf(
         )
     with acting_for(spark):
         function = _function(name, model, model.request(**options))
+        if int(spark.version.split(".")[0]) < 4:
+            if types:
+                raise InvalidArgumentError(
+                    f"types needs Spark 4, this is Spark {spark.version}, whose functions take their "
+                    f"arguments as they are; leave it out and cast in the query: {name}(CAST(... AS ...))"
+                )
+            spark.udf.register(name, function.arrow)
+            return
         given = dict(types or {})
         for parameter in given:
             if parameter not in function.parameters:
@@ -176,14 +188,17 @@ class Function:
     @functools.cached_property
     def arrow(self) -> Any:
         """The function as Spark takes it, by position; it checks nothing."""
-        from pyspark.sql.pandas.functions import arrow_udf
         from pyspark.sql.types import StructType
 
         struct = isinstance(self.returns, StructType)
         worker = _Worker(
             self.name, uuid.uuid4().hex, self.request, self.parameters, self.positions, struct, self.conf
         )
-        return arrow_udf(worker, self.returns)  # type: ignore[call-overload]  # its stubs know functions only
+        integers = tuple(
+            all(spec.dtype.lstrip("u").startswith("int") for _, spec, _ in self.feeds(parameter))
+            for parameter in self.parameters
+        )
+        return columns.scalar(worker, self.returns, integers)
 
     @property
     def title(self) -> str:
@@ -484,8 +499,9 @@ class _Worker:
 
     def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
         batch = pa.RecordBatch.from_arrays(list(columns), names=self.parameters)
+        here = dataclasses.replace(self, request=on_task_device(self.request))
         with self.request.model.naming():
-            outputs = _calls(self, batch.schema).outputs(batch)
+            outputs = _calls(here, batch.schema).outputs(batch)
         if not self.struct:
             return outputs.column(0)
         return pa.StructArray.from_arrays(outputs.columns, fields=list(outputs.schema))
@@ -493,14 +509,12 @@ class _Worker:
     def answers(self, batches: Iterator[pa.RecordBatch]) -> Generator[Answer, None, None]:
         """Yield the answers to ``batches``, each of which is asked for once the last is answered."""
         connection = worker_connection(self.request, self.conf)
-        exchange = on_task_device(self.request).exchange(
-            connection, self.parameters, self.positions, f"function {self.name}"
-        )
+        exchange = self.request.exchange(connection, self.parameters, self.positions, f"function {self.name}")
         return exchange.answers(batches, ahead=1)
 
 
 class _Calls:
-    """The calls of a function with one schema in this process: a stream, from the first until it is idle."""
+    """Calls of one function, schema and device in this process: a stream, from the first until it is idle."""
 
     def __init__(self, worker: _Worker):
         self._worker = worker
@@ -547,11 +561,12 @@ class _Calls:
 
 
 # gRPC does not survive a fork: a stream opened before it is never used after it.
-_all_calls: dict[tuple[int, str, pa.Schema], _Calls] = {}
+_all_calls: dict[tuple[int, str, str, pa.Schema], _Calls] = {}
 _all_calls_mutex = threading.Lock()
 
 
 def _calls(worker: _Worker, schema: pa.Schema) -> _Calls:
-    """Return this process's calls of a function with columns of ``schema``."""
+    """Return this process's calls of a function with columns of ``schema``, on the device of its request."""
     with _all_calls_mutex:
-        return _all_calls.setdefault((os.getpid(), worker.key, schema), _Calls(worker))
+        key = (os.getpid(), worker.key, worker.request.device, schema)
+        return _all_calls.setdefault(key, _Calls(worker))

@@ -1,0 +1,244 @@
+"""Functions of Arrow columns as Spark takes them, also where Spark hands out pandas only.
+
+``arrow_udf`` is of Spark 4.1 and later. Before that a function gets pandas columns: Spark has made them from
+Arrow, and here they become Arrow again. What pandas cannot tell apart stays so: a null number is NaN to it,
+so NaN in a column of numbers is taken for a null there, and a null among the floats of an array for NaN.
+What is returned is handed over as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flightsvc.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pyspark.sql import Column
+    from pyspark.sql.types import DataType, StructType
+
+_EXACT = 1 << 53  # double holds all integers below
+_INTEGER = pa.decimal128(20, 0)  # what Spark makes of uint64, and integers of no other type
+# The numbers in Spark's image struct and in its vector: doubles to pandas where one of them is null.
+_COUNTS = {
+    **dict.fromkeys(("height", "width", "nChannels", "mode", "size"), pa.int32()),
+    "type": pa.int8(),
+}
+
+
+def scalar(function: Callable[..., pa.Array], returns: DataType, integers: tuple[bool, ...]) -> Any:
+    """Return ``function`` as a function of Spark's, called once per record batch.
+
+    Args:
+        function: Takes one Arrow array for each column, returns one of Arrow's type for ``returns``.
+        returns: Spark's type of the result.
+        integers: Which columns feed nothing but integers: pandas has those as doubles where one is null.
+    """
+    try:
+        from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
+    except ImportError:
+        return _pandas_udf(_OfSeries(function, integers, _arrow_type(returns)), returns, "SCALAR")
+    return arrow_udf(function, returns)
+
+
+def iterator(
+    function: Callable[[Iterator[Any]], Iterator[pa.Array]], name: str, returns: StructType
+) -> tuple[Any, Callable[..., Column]]:
+    """Return ``function`` as a function of Spark's, called once per partition, and what calls it.
+
+    The first is what Spark registers. By pandas it returns no null, but a struct of nulls: what calls it puts
+    that right.
+
+    Args:
+        function: Takes arrays, or tuples of them where it is called with several columns, and yields arrays
+            with as many rows in all.
+        name: What plans and errors call it.
+        returns: Spark's type of the result.
+    """
+    try:
+        from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
+    except ImportError:
+        return _pandas_iterator(function, name, returns)
+
+    def arrays(columns: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        return function(columns)
+
+    arrays.__name__ = name
+    made = arrow_udf(arrays, returnType=returns)
+    return made, made
+
+
+def _pandas_iterator(
+    function: Callable[[Iterator[Any]], Iterator[pa.Array]], name: str, returns: StructType
+) -> tuple[Any, Callable[..., Column]]:
+    from pyspark.sql.types import StructType
+
+    def udf(returns: StructType, held: bool) -> Any:
+        return _pandas_udf(
+            _OfSeriesIterator(function, name, _arrow_type(returns), held), returns, "SCALAR_ITER"
+        )
+
+    holding = udf(StructType().add("held", returns), True)
+
+    def call(*columns: Column) -> Column:
+        held: Column = holding(*columns)["held"]
+        return held
+
+    return udf(returns, False), call
+
+
+def _pandas_udf(function: Any, returns: DataType, kind: str) -> Any:
+    from pyspark.sql.pandas.functions import PandasUDFType, pandas_udf
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Spark would rather have type hints, which name pandas
+        make: Any = pandas_udf  # its stubs know functions only
+        return make(function, returns, getattr(PandasUDFType, kind))
+
+
+def _arrow_type(returns: DataType) -> pa.DataType:
+    from pyspark.sql.pandas.types import to_arrow_type
+
+    return to_arrow_type(returns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfSeries:
+    """A function of arrays as one of pandas columns; attributes as :func:`scalar` has them."""
+
+    function: Callable[..., pa.Array]
+    integers: tuple[bool, ...]
+    returns: pa.DataType
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
+        # In SQL a call may have more columns than there are parameters; what is called says so.
+        integers = [*self.integers, *[False] * len(columns)]
+        arrays = [to_arrow(column, integer) for column, integer in zip(columns, integers, strict=False)]
+        return to_pandas(self.function(*arrays).cast(self.returns))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfSeriesIterator:
+    """A function of arrays, one after the other, as one of pandas columns.
+
+    Attributes:
+        function: As :func:`iterator` has it.
+        name: As there.
+        returns: Arrow's type of the result.
+        held: Whether the result is the only field of a struct, and may be null.
+    """
+
+    function: Callable[[Iterator[Any]], Iterator[pa.Array]]
+    name: str
+    returns: pa.DataType
+    held: bool
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(self, columns):  # type: ignore[no-untyped-def]  # as above
+        arrays = (
+            tuple(map(to_arrow, column)) if isinstance(column, tuple) else to_arrow(column)
+            for column in columns
+        )
+        for array in self.function(arrays):
+            result = pa.StructArray.from_arrays([array], names=["held"]) if self.held else array
+            yield to_pandas(result.cast(self.returns))
+
+
+def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa.Array:
+    """Return a column that Spark hands to a function of pandas columns, a struct being a DataFrame.
+
+    Args:
+        column: The column.
+        integer: Whether nothing but integers is meant: a row with NaN becomes null.
+
+    Raises:
+        InvalidArgumentError: Its values have no type in common, or an integer is no longer exact.
+    """
+    if column.ndim == 2:
+        fields = [
+            to_arrow(column[name], name in _COUNTS).cast(_COUNTS[name])
+            if name in _COUNTS
+            else to_arrow(column[name])
+            for name in column.columns
+        ]
+        missing = pa.repeat(True, len(column))
+        for field in fields:
+            missing = pc.and_(missing, field.is_null())
+        return pa.StructArray.from_arrays(fields, names=list(column.columns), mask=missing)
+    if column.dtype.kind == "f" and integer:
+        if (column.abs() >= _EXACT).any():
+            raise InvalidArgumentError(
+                "a column has nulls beside integers of 2^53 or more, and pandas, by which this version of "
+                "Spark hands it over, has no such integers; use Model.transform, or fill the nulls"
+            )
+    cells = column
+    if column.dtype == object:
+        cells = [None if integer and _has_nan(cell) else _one_dimensional(cell) for cell in column]
+    found = next((cell for cell in cells if cell is not None), None)
+    kind = _INTEGER if isinstance(found, decimal.Decimal) and integer else None
+    try:
+        if integer and column.dtype.kind == "f":
+            return pa.array(column, from_pandas=True).cast(pa.int64())
+        # NaN is a value among the elements of an array, which is what from_pandas would not leave it.
+        return pa.array(cells, kind, from_pandas=column.dtype != object)
+    except pa.ArrowException as error:
+        raise InvalidArgumentError(
+            f"a column of {type(found).__name__} cannot be sent to the server: {error}; "
+            "Model.transform sends columns as they are"
+        ) from error
+
+
+def _has_nan(cell: Any) -> bool:
+    """Tell whether an array of integers holds a null: pandas then has it as doubles, that one as NaN."""
+    if getattr(cell, "dtype", None) is None:
+        return False
+    if cell.dtype.kind == "f":
+        return bool((cell != cell).any())
+    return cell.dtype == object and any(element is None or _has_nan(element) for element in cell)
+
+
+def _one_dimensional(cell: Any) -> Any:
+    """Return a cell that Arrow reads: arrays of one dimension in lists; an empty one tells no type."""
+    if getattr(cell, "ndim", 0) == 0 or (cell.ndim == 1 and cell.size and cell.dtype != object):
+        return cell
+    return [_one_dimensional(element) for element in cell]
+
+
+def to_pandas(array: pa.Array) -> pd.Series[Any] | pd.DataFrame:
+    """Return an array as Spark takes it from a function of pandas columns: a struct as a DataFrame.
+
+    Nothing is copied.
+    """
+    import pandas as pd
+
+    if not pa.types.is_struct(array.type):
+        return pd.Series(_as_it_is()(pa.chunked_array([array])))
+    fields = zip(array.type, array.flatten(), strict=True)
+    return pd.DataFrame({field.name: _as_it_is()(pa.chunked_array([values])) for field, values in fields})
+
+
+@functools.cache
+def _as_it_is() -> Any:
+    """Return the class of Arrow arrays in pandas which Spark does not turn into Python objects, and back."""
+    import pandas as pd
+
+    class AsItIs(pd.arrays.ArrowExtensionArray):  # type: ignore[misc]  # pandas has no stubs here
+        def map(self, mapper: Any, na_action: Any = None) -> AsItIs:
+            return self
+
+    return AsItIs
