@@ -31,7 +31,7 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 lock clean
+.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 spark-3.5 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,7 +74,7 @@ format: build ## rewrite Go and Python in the house format
 fuzz: build ## every parser of bytes off the wire, 1,000,000 executions each
 	@$(PY) tools/fuzz.py
 
-prove: build build/models/.done $(JAVA_CLIENT) ## the full counts of every promise, into build/prove.json; resumes where it stopped
+prove: build build/models/.done $(JAVA_CLIENT) build/spark-3.5/.locked ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py
 
 bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
@@ -97,9 +97,11 @@ s3: $(S3) ## an S3-compatible server for trying things, on port 9000 of this hos
 	@echo 's3://models/NAME?endpoint=http://127.0.0.1:9000&use_path_style=true&region=us-east-1'
 	@$(S3) --access flightsvc --secret flightsvc --port 127.0.0.1:9000 posix --sidecar build/s3/about build/s3/data
 
-lock: $(UV) ## renew pyspark-shim/requirements.lock from requirements.in
-	$(UV) pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11 \
-		pyspark-shim/requirements.in -o pyspark-shim/requirements.lock
+spark-3.5: build/spark-3.5/.locked ## an environment with Spark 3.5, into build/spark-3.5
+
+lock: $(UV) ## renew the locked requirements in pyspark-shim from the files .in beside them
+	@for name in requirements requirements-3.5; do $(UV) pip compile --quiet --generate-hashes --no-header \
+		--no-emit-index-url --python-version 3.11 pyspark-shim/$$name.in -o pyspark-shim/$$name.lock || exit 1; done
 
 clean: ## remove what was built, but not .venv
 	rm -rf bin dist build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin pyspark-shim/src/flightsvc/_jars
@@ -152,6 +154,13 @@ $(GLIBC): tools/glibc.sh | $(UV)
 	@$(UV) pip install --quiet --no-cache --no-deps --python $(PYTHON) --target build/zig ziglang==0.17.1
 	@tools/glibc.sh build/zig/ziglang/zig $@
 	@rm -rf build/zig
+	@touch $@
+
+# Two Sparks cannot live in one environment; the tests start this one's Python.
+build/spark-3.5/.locked: pyspark-shim/requirements-3.5.lock | $(UV)
+	@echo "installing Spark 3.5 into build/spark-3.5 (about 600 MB)"
+	@test -x build/spark-3.5/bin/python || $(UV) venv --quiet --python $(PYTHON) build/spark-3.5
+	@VIRTUAL_ENV=build/spark-3.5 $(UV) pip sync --quiet --require-hashes pyspark-shim/requirements-3.5.lock
 	@touch $@
 
 build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked

@@ -1,6 +1,6 @@
 """A program that runs the same checks on any Spark and prints what came out, as one line of JSON.
 
-    python cluster_script.py MODELS --master local[2] [--conf KEY=VALUE ...] [CHECK ...]
+    python cluster_script.py MODELS [CHECK ...] --master local[2] [--conf KEY=VALUE ...]
     python cluster_script.py MODELS --remote sc://127.0.0.1:15002
 
 MODELS is the folder that make_models.py has written. Nothing is asserted here: a test compares the answers
@@ -190,6 +190,98 @@ def sidecars(spark: Any, models: Path) -> Any:
     return said
 
 
+def elastic(spark: Any, models: Path) -> Any:
+    """Executors come for a job, go when they are idle, and come again; their sidecars with them."""
+    import psutil
+
+    import flightsvc
+
+    frame = flightsvc.Model(models / "ints").transform(ints(spark, 40, 8), sidecar="who")
+    said: dict[str, Any] = {"totals": [], "sidecars": [], "left": []}
+    for _ in range(2):
+        rows = frame.collect()
+        said["totals"].append(sum(row.total for row in rows))
+        pids = sorted({int(row.who.rpartition(":")[2]) for row in rows})
+        said["sidecars"].append(pids)
+        end = time.monotonic() + 60
+        while spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() > 1:  # the driver is one
+            assert time.monotonic() < end, "executors do not go"
+            time.sleep(0.1)
+        end = time.monotonic() + 5
+        while any(map(psutil.pid_exists, pids)) and time.monotonic() < end:
+            time.sleep(0.1)
+        said["left"].append([pid for pid in pids if psutil.pid_exists(pid)])
+    return said
+
+
+def gpus(spark: Any, models: Path) -> Any:
+    """A stage has executors with a GPU that Spark was told of and that is not there."""
+    from pyspark.resource import ExecutorResourceRequests, ResourceProfileBuilder, TaskResourceRequests
+
+    import flightsvc
+
+    frame = ints(spark, 40)
+    model = flightsvc.Model(models / "ints")
+    schema = model.output_schema(frame.schema, outputs={"total": "t"})
+
+    def run() -> Any:
+        executor = ExecutorResourceRequests().cores(1).memory("512m").resource("gpu", 1)
+        task = TaskResourceRequests().cpus(1).resource("gpu", 1)
+        profile = ResourceProfileBuilder().require(executor).require(task).build
+        mapper = model.mapper(inputs={"i": "i"}, outputs={"total": "t"})
+        return sorted([r.id, r.t] for r in frame.mapInArrow(mapper, schema, profile=profile).collect())
+
+    said: dict[str, Any] = {"refused": "", "plain": model.transform(frame).count()}
+    try:
+        run()
+    except Exception as error:
+        said["refused"] = str(error)
+    spark.conf.set("spark.flightsvc.allowCpuFallback", "true")  # for the sidecars of the next executors
+    said["fallback"] = run()
+    return said
+
+
+def speculation(spark: Any, models: Path) -> Any:
+    """Partition 0 goes on only when another attempt at it has begun."""
+    import flightsvc
+
+    frame = ints(spark, 40, 8)
+    model = flightsvc.Model(models / "ints")
+    mapper = model.mapper(inputs={"i": "i"}, outputs={"total": "t"})
+    schema = model.output_schema(frame.schema, outputs={"total": "t"})
+    with tempfile.TemporaryDirectory() as folder:
+
+        def slow(batches: Any) -> Any:
+            import time
+            from pathlib import Path
+
+            from pyspark import TaskContext
+
+            context = TaskContext.get()
+            Path(folder, f"{context.partitionId()}-{context.attemptNumber()}").touch()
+            end = time.monotonic() + 60
+            if context.partitionId() == 0:
+                while not Path(folder, "0-1").exists() and time.monotonic() < end:
+                    time.sleep(0.05)
+            yield from mapper(batches)
+
+        frame.mapInArrow(slow, schema).write.parquet(f"{folder}/out")
+        attempts = sorted(path.name for path in Path(folder).glob("?-?"))
+        rows = sorted([row.id, row.t] for row in spark.read.parquet(f"{folder}/out").collect())
+    return {"attempts": attempts, "rows": rows}
+
+
+EVERYWHERE = (
+    "transform",
+    "columns",
+    "sql",
+    "pictures",
+    "policies",
+    "shipped",
+    "streaming",
+    "barrier",
+    "sidecars",
+)
 CHECKS: dict[str, Callable[[Any, Path], Any]] = {
     check.__name__: check
     for check in (
@@ -202,6 +294,9 @@ CHECKS: dict[str, Callable[[Any, Path], Any]] = {
         streaming,
         barrier,
         sidecars,
+        elastic,
+        gpus,
+        speculation,
     )
 }
 
@@ -226,7 +321,7 @@ def main() -> None:
     where.add_argument("--master")
     where.add_argument("--remote")
     parser.add_argument("--conf", action="append", default=[])
-    parser.add_argument("checks", nargs="*", default=list(CHECKS))
+    parser.add_argument("checks", nargs="*", default=EVERYWHERE)
     given = parser.parse_args()
     spark = session(given.master, given.remote, dict(pair.split("=", 1) for pair in given.conf))
     if not given.remote:

@@ -180,12 +180,11 @@ def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa
         for field in fields:
             missing = pc.and_(missing, field.is_null())
         return pa.StructArray.from_arrays(fields, names=list(column.columns), mask=missing)
-    if column.dtype.kind == "f" and integer:
-        if (column.abs() >= _EXACT).any():
-            raise InvalidArgumentError(
-                "a column has nulls beside integers of 2^53 or more, and pandas, by which this version of "
-                "Spark hands it over, has no such integers; use Model.transform, or fill the nulls"
-            )
+    if integer and column.dtype.kind == "f" and (column.abs() >= _EXACT).any():
+        raise InvalidArgumentError(
+            "a column has nulls beside integers of 2^53 or more, and pandas, by which this version of Spark "
+            "hands it over, has no such integers; use Model.transform, or fill the nulls"
+        )
     cells = column
     if column.dtype == object:
         cells = [None if integer and _has_nan(cell) else _one_dimensional(cell) for cell in column]
