@@ -33,6 +33,7 @@ func (d Device) String() string { return fmt.Sprintf("%s (%s, index %s)", d.UUID
 
 // Options say how to look for devices.
 type Options struct {
+	Visible string         // indexes or UUIDs, with commas between, in place of CUDA_VISIBLE_DEVICES; "" is that variable
 	LockDir string         // where the fronts of a host lock devices; "" is DefaultLockDir
 	Log     *zap.Logger    // nil for none
 	NVML    nvml.Interface // nil for NVIDIA's library
@@ -53,6 +54,7 @@ type Inventory struct {
 	nvml    nvml.Interface
 	log     *zap.Logger
 	lockDir string
+	visible string // see Options
 	why     string
 	devices []*device     // in the order of the indexes, or of CUDA_VISIBLE_DEVICES; fixed, like why, once found is closed
 	found   chan struct{} // nil for the zero Inventory
@@ -87,7 +89,7 @@ const none = 0xFFFFFFFF
 // program that uses CUDA. Close frees it.
 func Open(options Options) *Inventory {
 	i := &Inventory{
-		nvml: options.NVML, log: options.Log, lockDir: options.LockDir, asking: make(chan struct{}, 1),
+		nvml: options.NVML, visible: options.Visible, log: options.Log, lockDir: options.LockDir, asking: make(chan struct{}, 1),
 		limit: callLimit, retry: 50 * time.Millisecond, poll: recoveryPoll, patience: recoveryLimit,
 	}
 	if i.nvml == nil {
@@ -111,9 +113,13 @@ func (i *Inventory) look() {
 	if err != nil {
 		i.why = err.Error()
 	}
-	if spec, set := os.LookupEnv("CUDA_VISIBLE_DEVICES"); set && len(found) > 0 {
+	spec, limited := i.visible, i.visible != ""
+	if !limited {
+		spec, limited = os.LookupEnv("CUDA_VISIBLE_DEVICES")
+	}
+	if limited && len(found) > 0 {
 		if found = visible(found, spec); len(found) == 0 {
-			i.why = fmt.Sprintf("CUDA_VISIBLE_DEVICES=%q hides all GPUs", spec)
+			i.why = fmt.Sprintf("CUDA_VISIBLE_DEVICES=%q, or the executor's GPUs, hides all GPUs", spec)
 		}
 	}
 	i.devices = found

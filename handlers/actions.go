@@ -276,14 +276,16 @@ type Status struct {
 	V         int                      `json:"v"` // of descriptors
 	Features  []string                 `json:"features"`
 	Server    string                   `json:"server"`
+	Executor  string                   `json:"executor,omitempty"` // Spark's id of the executor that the front belongs to
 	PID       int                      `json:"pid"`
 	Models    []modelcache.ModelStatus `json:"models"`
 	Memory    modelcache.Memory        `json:"memory"` // of the host
 	Devices   []gpu.Device             `json:"devices"`
+	Totals    modelcache.Totals        `json:"totals"`
 }
 
 func (f *Front) status(_ context.Context, body []byte) (any, error) {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices()}, nothing(body)
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, Executor: f.options.Executor, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices(), Totals: f.options.Cache.Totals()}, nothing(body)
 }
 
 // Metadata is the answer of the action model.metadata.

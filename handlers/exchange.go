@@ -40,9 +40,10 @@ type exchange struct {
 	whole      bool // a record batch is one run, whatever its pictures take
 	writer     *answerWriter
 	pulse      *pulse
-	answered   func() // called after each answered record batch
+	answered   func(rows, refused int64) // called after each answered record batch
 
 	rows, batches int64
+	refused       int64 // rows of the record batch that is being answered
 	runTime       time.Duration
 }
 
@@ -76,10 +77,12 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	}
 	x.writer = writer
 	for arrived := range arrivals.list {
+		before := x.rows
 		if err := x.answer(stream.Context(), arrived, arrivals); err != nil {
 			return err
 		}
-		x.answered()
+		x.answered(x.rows-before, x.refused)
+		x.refused = 0
 	}
 	if arrivals.err != nil {
 		return streamError(arrivals.err, "record batch %d cannot be read: %w", x.batches, arrivals.err)
@@ -155,6 +158,7 @@ func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, 
 	if err := x.refuse(rows, lo); err != nil {
 		return err
 	}
+	x.refused += rows.Refused()
 	err = x.plan.Records(values, rows, answerMemory, func(rec arrow.Record, last bool) error {
 		meta.Last = last && final
 		meta.TotalUS = time.Since(arrivedAt).Microseconds()

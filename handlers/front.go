@@ -20,7 +20,8 @@ type FrontOptions struct {
 	Cache    *modelcache.Cache
 	Version  string
 	Build    string
-	Server   string // "host:pid"
+	Server   string // "host:pid", after "executor ID " where there is one
+	Executor string // Spark's id of the executor that this front belongs to; "" for none
 	Shutdown func() // asked for by the action server.shutdown
 	Log      *zap.Logger
 }

@@ -37,7 +37,7 @@ type StreamEvents interface {
 	// queued or under way, no answer was taken. StreamStirring says that one of these has happened since.
 	StreamResting(lease string)
 	StreamStirring(lease string)
-	StreamClosed(lease string, counts batch.Counts) // with what the runner has run so far
+	StreamClosed(lease string)
 	// Answered is called once, when the first record batch of the runner's life has been answered.
 	Answered()
 }
@@ -66,6 +66,8 @@ type Runner struct {
 	leases  leases
 	ahead   *ahead
 	streams atomic.Int64
+	rows    atomic.Int64   // answered
+	errors  atomic.Int64   // rows refused, streams failed
 	readers sync.WaitGroup // one for each stream's reading goroutine
 	first   sync.Once      // tells of the first answer
 }
@@ -77,7 +79,12 @@ func NewRunner(options RunnerOptions) *Runner {
 }
 
 // DoExchange serves one stream of inference.
-func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error {
+func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err error) {
+	defer func() {
+		if err != nil && stream.Context().Err() == nil { // else its client has left
+			r.errors.Add(1)
+		}
+	}()
 	mem := newReadMemory(r.options.Memory, maxStreamMemory)
 	reader, descriptor, err := openReader(stream, mem)
 	if err != nil {
@@ -96,7 +103,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 		return err
 	}
 	r.options.Events.StreamOpened(d.Lease.ID)
-	defer func() { r.options.Events.StreamClosed(d.Lease.ID, r.options.Batches.Counts()) }()
+	defer r.options.Events.StreamClosed(d.Lease.ID)
 	p.start(d.Lease.ID, r.options.Events)
 	defer p.stop() // before it is closed
 	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model), zap.String("signature", d.Signature))
@@ -114,11 +121,24 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) error 
 	if err != nil {
 		return err
 	}
-	exchange.pulse, exchange.answered = p, func() { r.first.Do(r.options.Events.Answered) }
+	exchange.pulse, exchange.answered = p, func(rows, refused int64) {
+		r.rows.Add(rows)
+		r.errors.Add(refused)
+		r.first.Do(r.options.Events.Answered)
+	}
 	started := time.Now()
 	err = exchange.serve(stream, arrivals)
 	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), cause(err))
 	return err
+}
+
+// Counts returns what the runner has done so far, and what waits.
+func (r *Runner) Counts() modelcache.Counts {
+	c := r.options.Batches.Counts()
+	return modelcache.Counts{
+		Rows: r.rows.Load(), Errors: r.errors.Load(), Runs: c.Runs, JoinedRuns: c.JoinedRuns, Queued: c.Queued,
+		QueueSeconds: c.QueueTime.Seconds(), RunSeconds: c.RunTime.Seconds(),
+	}
 }
 
 // retryAfterHeader is the trailing metadata that says in milliseconds when to ask again.

@@ -124,7 +124,7 @@ func (e *events) StreamOpened(lease string) {
 	e.opened = append(e.opened, lease)
 }
 
-func (e *events) StreamClosed(lease string, _ batch.Counts) {
+func (e *events) StreamClosed(lease string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.closed = append(e.closed, lease)
@@ -144,6 +144,7 @@ type service struct {
 	key    []byte
 	mem    *offheap.Allocator // of the server
 	logs   *observer.ObservedLogs
+	runner *Runner
 	client flight.FlightServiceClient
 }
 
@@ -168,6 +169,7 @@ func newService(t *testing.T, before func(call int) error) *service {
 		Run: s.engine.Run, Memory: s.mem, Log: log,
 	})
 	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, StreamRest: streamRest, Log: log})
+	s.runner = runner
 	server := NewServer(runner, log)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -339,6 +341,7 @@ func TestRowContract(t *testing.T) {
 		want = append(want, rows)
 		batches = append(batches, rowsOf(3, rows...))
 	}
+	const batches5 = 2 // rows less
 	batches[5] = batches[5].NewSlice(1, 4)
 	want[5] = want[5][1:4]
 	answers, schema, err := s.exchange(t, encode(t, s.ticket(t, `,"outputs":{"y":"twice","n":"sum"},"on_error":"column"`), listSchema, batches...))
@@ -378,6 +381,9 @@ func TestRowContract(t *testing.T) {
 		if m := a.meta; m.Batch != int64(i) || !m.Last || m.Server != server || m.TFRows != kept || m.TotalUS < m.RunUS {
 			t.Errorf("batch %d has metadata %+v with %d rows run", i, m, kept)
 		}
+	}
+	if c := s.runner.Counts(); c.Rows != int64(next)-1-batches5 || c.Errors != 0 || c.Runs == 0 || c.RunSeconds <= 0 || c.Queued != 0 {
+		t.Errorf("of %v rows, one stream, the counts are %+v", next-1-batches5, c)
 	}
 }
 
@@ -474,6 +480,9 @@ func TestRefusedStreams(t *testing.T) {
 				t.Errorf("the error column is %v", got)
 			}
 		}
+	}
+	if c := s.runner.Counts(); c.Errors != 10+2 { // streams and rows
+		t.Errorf("the counts are %+v", c)
 	}
 }
 

@@ -58,6 +58,7 @@ type Cache struct {
 	memory  budget
 	healths map[string]*health  // by folder
 	serving map[string]*serving // by reference: which version "latest" is
+	counts  Counts              // of all runners, those that have ended included
 
 	profiles  profiles
 	read      readings
@@ -436,6 +437,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	runner, err := start(ctx, c.options, setup, tuned, want.placement.Env(), events{
 		warming:  func() { c.setState(s, StateWarming) },
 		moved:    c.wake,
+		counted:  c.counted,
 		pressed:  func() { c.pressed(s) },
 		shrunk:   func(rows int) { c.shrunk(s, rows) },
 		answered: func() { c.healthOf(s.model, (*health).answered) },

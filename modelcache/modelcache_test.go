@@ -124,7 +124,7 @@ func fakeRunner(mode string) {
 		case "open":
 			say(Report{Opened: lease})
 		case "close":
-			say(Report{Closed: lease, Runs: 7, JoinedRuns: 3})
+			say(Report{Closed: lease, Counts: &Counts{Rows: 70, Runs: 7, JoinedRuns: 3, Queued: 5}})
 		case "rest":
 			say(Report{Resting: lease})
 		case "stir":
@@ -574,8 +574,14 @@ func TestUnload(t *testing.T) {
 	if s := cache.Status()[0]; s.Runs != 7 || s.JoinedRuns != 3 {
 		t.Errorf("the runner reported 7 runs, 3 of them joined; the status is %+v", s)
 	}
+	if total := cache.Totals(); total.Rows != 70 || total.Batches != 7 || total.Queued != 5 || total.Models != 1 || total.Memory == 0 {
+		t.Errorf("the runner reported 70 rows, 7 runs and 5 rows that wait; the totals are %+v", total)
+	}
 	if err := unload(); err != nil || runner.Alive() || len(cache.Status()) != 0 {
 		t.Errorf("%v; the status is %+v", err, cache.Status())
+	}
+	if total := cache.Totals(); total.Rows != 70 || total.Batches != 7 || total.Queued != 0 || total.Models != 0 {
+		t.Errorf("what was done stays done when the runner has ended, and nothing waits; the totals are %+v", total)
 	}
 	if runner.Leased("b", "", time.Now().Add(time.Hour)) {
 		t.Error("a runner that has ended takes a lease")

@@ -71,12 +71,30 @@ type Report struct {
 	// fewer than asked for. Pressed says that not even one row did: the front may make room by ending others.
 	DeviceBatch int  `json:"device_batch,omitempty"`
 	Pressed     bool `json:"pressed,omitempty"`
-	// Runs and JoinedRuns come with Closed: TensorFlow runs since the runner's start, and those that
-	// served more than one stream.
-	Runs       int64 `json:"runs,omitempty"`
-	JoinedRuns int64 `json:"joined_runs,omitempty"`
+	// Counts come with any other report, and once a second, while they change.
+	Counts *Counts `json:"counts,omitempty"`
 
 	Measured []Measured `json:"measured,omitempty"` // what Setup.Measure asked for, in place of Ready
+}
+
+// Counts are what a runner has done since its start, and what waits.
+type Counts struct {
+	Rows         int64   `json:"rows"`          // answered, those that were refused included
+	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
+	Runs         int64   `json:"runs"`          // of TensorFlow, a batch each
+	JoinedRuns   int64   `json:"joined_runs"`   // those that served more than one stream
+	Queued       int64   `json:"queued"`        // rows that wait for a run now
+	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited; those that wait at once count each
+	RunSeconds   float64 `json:"run_seconds"`   // of all runs; those at once count each
+}
+
+// plus returns the sum of two counts, or with sign -1 their difference.
+func (c Counts) plus(other Counts, sign int64) Counts {
+	return Counts{
+		Rows: c.Rows + sign*other.Rows, Errors: c.Errors + sign*other.Errors, Runs: c.Runs + sign*other.Runs,
+		JoinedRuns: c.JoinedRuns + sign*other.JoinedRuns, Queued: c.Queued + sign*other.Queued,
+		QueueSeconds: c.QueueSeconds + float64(sign)*other.QueueSeconds, RunSeconds: c.RunSeconds + float64(sign)*other.RunSeconds,
+	}
 }
 
 // StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops
@@ -102,8 +120,7 @@ type Runner struct {
 	retired bool               // takes no lease any more
 	closing bool               // the front ends it
 	ready   bool
-	runs    int64 // as last reported
-	joined  int64 // as last reported
+	counts  Counts // as last reported
 }
 
 // lease may still open a stream.
@@ -121,10 +138,11 @@ type stream struct {
 // events are what a runner tells the Cache. They are called without a lock held, one after the other.
 type events struct {
 	warming  func()
-	moved    func()         // a stream or a lease ended, or rests: others may get its memory
-	answered func()         // the first record batch was answered
-	pressed  func()         // the device has no memory for one row
-	shrunk   func(rows int) // the most rows of a run that fit into the device's memory
+	counted  func(more Counts) // what was done since the last such call; Queued may be negative
+	moved    func()            // a stream or a lease ended, or rests: others may get its memory
+	answered func()            // the first record batch was answered
+	pressed  func()            // the device has no memory for one row
+	shrunk   func(rows int)    // the most rows of a run that fit into the device's memory
 	ended    func(end)
 }
 
@@ -289,7 +307,9 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- Report) {
 	clear(r.leases)
 	clear(r.streams)
 	r.retired = true
+	queued := r.counts.Queued
 	r.mu.Unlock()
+	r.events.counted(Counts{Queued: -queued})
 	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
 	r.events.ended(by)
 	close(r.ended)
@@ -305,7 +325,10 @@ func (r *Runner) note(report Report) {
 	}
 	if report.Closed != "" {
 		delete(r.streams, report.Closed)
-		r.runs, r.joined = max(r.runs, report.Runs), max(r.joined, report.JoinedRuns) // reports may overtake one another
+	}
+	var more Counts
+	if report.Counts != nil {
+		more, r.counts = report.Counts.plus(r.counts, -1), *report.Counts
 	}
 	if s, ok := r.streams[report.Resting]; ok {
 		s.resting = true
@@ -314,6 +337,9 @@ func (r *Runner) note(report Report) {
 		s.resting = false
 	}
 	r.mu.Unlock()
+	if more != (Counts{}) {
+		r.events.counted(more)
+	}
 	switch {
 	case report.Warming:
 		r.events.warming()
@@ -382,9 +408,8 @@ func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
 	return streams, len(r.leases)
 }
 
-// counts returns how many streams are open and how many of them rest; and how many TensorFlow runs there were, and how
-// many of those served more than one stream, as of the last stream that closed.
-func (r *Runner) counts() (open, resting int, runs, joined int64) {
+// tally returns how many streams are open and how many of them rest, and what the runner last said of its work.
+func (r *Runner) tally() (open, resting int, counts Counts) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.streams {
@@ -392,7 +417,7 @@ func (r *Runner) counts() (open, resting int, runs, joined int64) {
 			resting++
 		}
 	}
-	return len(r.streams), resting, r.runs, r.joined
+	return len(r.streams), resting, r.counts
 }
 
 // Alive reports whether the process has not ended.

@@ -2,6 +2,7 @@ package modelcache
 
 import (
 	"cmp"
+	"os"
 	"slices"
 	"time"
 )
@@ -26,8 +27,7 @@ type ModelStatus struct {
 	Reserved     int64 `json:"reserved"`                // bytes of the host that it is counted with
 	DeviceMemory int64 `json:"device_memory,omitempty"` // bytes of the device that the process has
 
-	Runs       int64   `json:"runs"`                 // TensorFlow runs of the streams that have closed
-	JoinedRuns int64   `json:"joined_runs"`          // those of them that served more than one stream
+	Counts             // of its runner, a second ago at most
 	Tuned      *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
 	NotFrozen  string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
 	Superseded bool    `json:"superseded,omitempty"` // a newer version serves
@@ -58,6 +58,49 @@ func (c *Cache) Status() []ModelStatus {
 	return list
 }
 
+// Totals are what the front and all its runners have done since the front's start, and what they have now. What only
+// grows goes on growing when a runner ends; of one that was killed its last second may be missing.
+type Totals struct {
+	Rows         int64   `json:"rows"`          // answered, those that were refused included
+	Batches      int64   `json:"batches"`       // runs of TensorFlow
+	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
+	Queued       int64   `json:"queued"`        // rows that wait for a run now
+	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited
+	RunSeconds   float64 `json:"run_seconds"`   // that TensorFlow has run
+	Streams      int     `json:"streams"`       // open now
+	Models       int     `json:"models"`        // ready now
+	Memory       int64   `json:"memory"`        // bytes of the host that the front and its runners have for themselves
+	DeviceMemory int64   `json:"device_memory"` // bytes of devices that the runners have
+}
+
+// Totals sums up all runners, those that have ended included.
+func (c *Cache) Totals() Totals {
+	own, _ := ownMemory(os.Getpid()) // 0 where /proc cannot be read
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := Totals{
+		Rows: c.counts.Rows, Batches: c.counts.Runs, Errors: c.counts.Errors, Queued: c.counts.Queued,
+		QueueSeconds: c.counts.QueueSeconds, RunSeconds: c.counts.RunSeconds, Memory: own,
+	}
+	for _, s := range c.slots {
+		t.Memory += s.bytes
+		t.DeviceMemory += s.deviceBytes
+		if s.state == StateReady {
+			t.Models++
+			streams, _, _ := s.runner.tally()
+			t.Streams += streams
+		}
+	}
+	return t
+}
+
+// counted adds what a runner has done since it last said so.
+func (c *Cache) counted(more Counts) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.counts = c.counts.plus(more, 1)
+}
+
 func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
 	status := ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, Digest: s.digest, State: s.state, Device: s.uuid, Memory: s.bytes, DeviceMemory: s.deviceBytes, Superseded: s.superseded}
 	if h, ok := c.healths[s.model.Dir]; ok {
@@ -73,7 +116,7 @@ func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
 	if s.runner != nil {
 		status.PID = s.runner.PID()
 		_, status.Leases = s.runner.Pins(now)
-		status.Streams, status.Resting, status.Runs, status.JoinedRuns = s.runner.counts()
+		status.Streams, status.Resting, status.Counts = s.runner.tally()
 		if s.superseded && s.state == StateReady {
 			status.State = StateDraining
 		}

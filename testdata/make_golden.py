@@ -276,8 +276,13 @@ def status() -> dict[str, Any]:
         "leases": 1,
         "memory": 314572800,
         "reserved": 353894400,
+        "rows": 40_000,
+        "errors": 3,
         "runs": 310,
         "joined_runs": 12,
+        "queued": 0,
+        "queue_seconds": 0.5,
+        "run_seconds": 2.25,
     }
     return {
         "flightsvc": "0.1.0",
@@ -289,6 +294,18 @@ def status() -> dict[str, Any]:
         "models": [model],
         "memory": {"budget": 4294967296, "reserved": 353894400},
         "devices": [],
+        "totals": {
+            "rows": 40_000,
+            "batches": 310,
+            "errors": 3,
+            "queued": 0,
+            "queue_seconds": 0.5,
+            "run_seconds": 2.25,
+            "streams": 2,
+            "models": 1,
+            "memory": 345_000_000,
+            "device_memory": 0,
+        },
     }
 
 

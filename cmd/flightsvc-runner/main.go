@@ -34,6 +34,7 @@ func main() {
 	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the
 	// front drains first.
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
+	signal.Ignore(syscall.SIGPIPE) // what the log goes to may be gone first
 	control, err := controlPipe()
 	if err == nil {
 		err = run(os.Stdin, &reporter{out: json.NewEncoder(control)})
@@ -131,6 +132,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
 	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
+	reports.count(service.Counts)
 	serving <- server
 	return server.Serve(listener)
 }
@@ -168,13 +170,52 @@ const memoryWait = 7 * time.Second
 
 // reporter writes reports to the front, a line each.
 type reporter struct {
-	mu  sync.Mutex // guards out
-	out *json.Encoder
+	mu     sync.Mutex // guards the fields below
+	out    *json.Encoder
+	counts func() modelcache.Counts // nil before the model serves
+	told   modelcache.Counts
+}
+
+// countInterval is how often the front is told what the runner has done, while that changes.
+const countInterval = time.Second
+
+// count tells the front what the runner has done from now on, for as long as the process lives.
+func (r *reporter) count(counts func() modelcache.Counts) {
+	r.mu.Lock()
+	r.counts = counts
+	r.mu.Unlock()
+	go func() {
+		for range time.Tick(countInterval) {
+			r.recount()
+		}
+	}()
+}
+
+func (r *reporter) recount() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if counts := r.newsLocked(); counts != nil {
+		_ = r.out.Encode(modelcache.Report{Counts: counts})
+	}
+}
+
+// newsLocked returns what the runner has done, nil if that has not changed since it was last told.
+func (r *reporter) newsLocked() *modelcache.Counts {
+	if r.counts == nil {
+		return nil
+	}
+	now := r.counts()
+	if now == r.told {
+		return nil
+	}
+	r.told = now
+	return &now
 }
 
 func (r *reporter) write(report modelcache.Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	report.Counts = r.newsLocked()
 	_ = r.out.Encode(report) // a front that does not read is gone, and so are we soon
 }
 
@@ -182,9 +223,7 @@ func (r *reporter) write(report modelcache.Report) {
 func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened: lease}) }
 
 // StreamClosed tells the front that a stream is over.
-func (r *reporter) StreamClosed(lease string, counts batch.Counts) {
-	r.write(modelcache.Report{Closed: lease, Runs: counts.Runs, JoinedRuns: counts.JoinedRuns})
-}
+func (r *reporter) StreamClosed(lease string) { r.write(modelcache.Report{Closed: lease}) }
 
 // StreamResting tells the front that nothing moves on a stream.
 func (r *reporter) StreamResting(lease string) { r.write(modelcache.Report{Resting: lease}) }

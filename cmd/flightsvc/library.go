@@ -16,9 +16,9 @@ import (
 const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow"); print(s.submodule_search_locations[0] if s else "")`
 
 // library returns how the cache finds libtensorflow: the folder that was set, else that of the
-// tensorflow package of the active virtual environment or of python3. Its errors say what
-// to install.
-func library(setting string) func(context.Context) (string, error) {
+// tensorflow package of the Python that was set, or of the active virtual environment, or of python3. Its errors say
+// what to install.
+func library(setting, interpreter string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
 		if setting != "" {
 			if _, err := os.Stat(filepath.Join(setting, modelcache.LibraryFile)); err != nil {
@@ -26,11 +26,7 @@ func library(setting string) func(context.Context) (string, error) {
 			}
 			return setting, nil
 		}
-		pythons := []string{"python3"}
-		if env := os.Getenv("VIRTUAL_ENV"); env != "" {
-			pythons = []string{filepath.Join(env, "bin", "python"), "python3"}
-		}
-		for _, python := range pythons {
+		for _, python := range pythons(interpreter) {
 			out, err := exec.CommandContext(ctx, python, "-c", findPackage).Output() //nolint:gosec // the user's own interpreter
 			folder := strings.TrimSpace(string(out))
 			if err != nil || folder == "" {
@@ -44,6 +40,18 @@ func library(setting string) func(context.Context) (string, error) {
 	}
 }
 
+// pythons returns the interpreters to ask: the one that was set alone, else that of the active virtual environment, and
+// python3.
+func pythons(interpreter string) []string {
+	if interpreter != "" {
+		return []string{interpreter}
+	}
+	if env := os.Getenv("VIRTUAL_ENV"); env != "" {
+		return []string{filepath.Join(env, "bin", "python"), "python3"}
+	}
+	return []string{"python3"}
+}
+
 // install is how a person gets the library.
 const install = "pip install tensorflow-cpu==2.21.0"
 
@@ -52,17 +60,16 @@ var errNoLibrary = errors.New("libtensorflow is not installed here; run " + inst
 // findFreezing is asked of a Python interpreter; it finds the packages without importing them.
 const findFreezing = `import importlib.util as u, sys; sys.exit(not (u.find_spec("tensorflow") and u.find_spec("flightsvc")))`
 
-// python finds an interpreter that has both TensorFlow and flightsvc: that of the environment which the folder of
-// libtensorflow belongs to, else as library does.
-func python(ctx context.Context, library string) (string, error) {
-	pythons := []string{filepath.Join(library, "..", "..", "..", "..", "bin", "python")} // of ENV/lib/python3.X/site-packages/tensorflow
-	if env := os.Getenv("VIRTUAL_ENV"); env != "" {
-		pythons = append(pythons, filepath.Join(env, "bin", "python"))
-	}
-	for _, python := range append(pythons, "python3") {
-		if exec.CommandContext(ctx, python, "-c", findFreezing).Run() == nil { //nolint:gosec // the user's own interpreter
-			return python, nil
+// freezer returns how the cache finds an interpreter that has both TensorFlow and flightsvc: that of the environment which
+// the folder of libtensorflow belongs to, else as library does.
+func freezer(interpreter string) func(context.Context, string) (string, error) {
+	return func(ctx context.Context, library string) (string, error) {
+		own := filepath.Join(library, "..", "..", "..", "..", "bin", "python") // of ENV/lib/python3.X/site-packages/tensorflow
+		for _, python := range append([]string{own}, pythons(interpreter)...) {
+			if exec.CommandContext(ctx, python, "-c", findFreezing).Run() == nil { //nolint:gosec // the user's own interpreter
+				return python, nil
+			}
 		}
+		return "", errors.New("no Python here has both TensorFlow and flightsvc, which freezing needs; install both into one environment and set --python (FLIGHTSVC_PYTHON) to it")
 	}
-	return "", errors.New("no Python here has both TensorFlow and flightsvc, which freezing needs; install both into one environment and set VIRTUAL_ENV to it")
 }

@@ -63,7 +63,7 @@ func main() {
 		kong.Exit(func(code int) { os.Exit(code * exitUsage) }), // called after help, with 0, and for a wrong command line, with 1
 		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
 	if err := ctx.Run(&line); err != nil {
-		report(err)
+		complain(err)
 		os.Exit(exitFailed)
 	}
 }
@@ -120,9 +120,9 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	return nil
 }
 
-// report says why the command failed: one sentence, to the terminal or, from a detached
+// complain says why the command failed: one sentence, to the terminal or, from a detached
 // front, to the command that started it.
-func report(err error) {
+func complain(err error) {
 	if os.Getenv(detachedVariable) != "" {
 		_ = hello{Error: err.Error()}.print()
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"debug/elf"
 	"math"
 	"os"
 	"path/filepath"
@@ -37,6 +38,25 @@ func defaultMemory() int64 {
 	}
 	most = min(most, limitOf("/sys/fs/cgroup/memory/memory.limit_in_bytes")) // version 1
 	return most / 2
+}
+
+// letGo lets go of the pages of this program's own file that only its start has needed: the tables of the stores' and
+// protocols' libraries, some 50 MB. They are read-only and come back from the file when they are needed again. Of the file's
+// segments only those that nobody can write are looked at.
+func letGo() {
+	file, err := elf.Open("/proc/self/exe")
+	if err != nil || file.Type != elf.ET_EXEC { // of another type, it may lie anywhere
+		return
+	}
+	defer func() { _ = file.Close() }()
+	page := uint64(os.Getpagesize())
+	for _, segment := range file.Progs {
+		if segment.Type != elf.PT_LOAD || segment.Flags&elf.PF_W != 0 {
+			continue
+		}
+		start := segment.Vaddr &^ (page - 1)
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(start), uintptr(segment.Vaddr+segment.Memsz-start), unix.MADV_DONTNEED) // else they stay
+	}
 }
 
 // limitOf reads a limit on memory; without one, or with "max", there is none.

@@ -5,7 +5,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -53,6 +55,10 @@ func serve(settings config.Serve) (err error) {
 			return err
 		}
 	}
+	if settings.Child {
+		signal.Ignore(syscall.SIGPIPE)                       // whoever read our output may be gone, and there is still to clear up
+		go untilEOF(os.Stdin, func() { end(errOwnerEnded) }) // reads for as long as this process lives
+	}
 	place, socket, err := claim(&settings)
 	if err != nil {
 		return err
@@ -62,7 +68,7 @@ func serve(settings config.Serve) (err error) {
 			err = fmt.Errorf("clear up: %w", rmErr)
 		}
 	}()
-	devices := gpu.Open(gpu.Options{Log: log})
+	devices := gpu.Open(gpu.Options{Visible: strings.Join(settings.GPUs, ","), Log: log})
 	defer devices.Close()
 	cache, err := newCache(settings, place.Path, devices, log)
 	if err != nil {
@@ -76,7 +82,7 @@ func serve(settings config.Serve) (err error) {
 	}
 	activity := &activity{}
 	front := handlers.NewFront(handlers.FrontOptions{
-		Cache: cache, Version: build.Version, Build: build.ID(), Server: serverName(),
+		Cache: cache, Version: build.Version, Build: build.ID(), Server: serverName(settings.Executor), Executor: settings.Executor,
 		Shutdown: func() { end(errAsked) }, Log: log,
 	})
 	server := handlers.NewServer(front, log, grpc.StatsHandler(activity))
@@ -96,8 +102,13 @@ func serve(settings config.Serve) (err error) {
 	if err := greeting.print(); err != nil {
 		return fmt.Errorf("write handshake: %w", err)
 	}
+	if settings.Child {
+		go report(ctx, cache, func() { end(errOwnerEnded) })
+	}
 	log.Info("serving", zap.String("endpoint", greeting.Endpoint), zap.String("version", greeting.Flightsvc), zap.String("build", greeting.Build),
 		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner", settings.Owner))
+
+	letGo()
 
 	select {
 	case err := <-served:
@@ -183,7 +194,7 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		Folder:         folder,
 		Binary:         filepath.Join(filepath.Dir(self), "flightsvc-runner"),
 		Build:          build.ID(),
-		Server:         serverName(),
+		Server:         serverName(settings.Executor),
 		Cores:          cmp.Or(settings.Cores, runtime.GOMAXPROCS(0)),
 		MaxImagePixels: settings.MaxImagePixels,
 		MaxImageBytes:  settings.MaxImageBytes,
@@ -197,19 +208,50 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
 		CacheBytes:     int64(settings.CacheSize),
-		Library:        library(settings.Libtensorflow),
-		Python:         python,
+		Library:        library(settings.Libtensorflow, settings.Python),
+		Python:         freezer(settings.Python),
 		Log:            log,
 	}), nil
 }
 
-// serverName says who answers: this host and this process.
-func serverName() string {
+// serverName says who answers: Spark's executor, if there is one, this host and this process.
+func serverName(executor string) string {
 	host, err := os.Hostname()
 	if err != nil {
 		host = "localhost"
 	}
-	return fmt.Sprintf("%s:%d", host, os.Getpid())
+	name := fmt.Sprintf("%s:%d", host, os.Getpid())
+	if executor != "" {
+		return "executor " + executor + " " + name
+	}
+	return name
+}
+
+// untilEOF calls gone when the other end of a pipe has been closed, as it is when its process ends.
+func untilEOF(pipe io.Reader, gone func()) {
+	_, _ = io.Copy(io.Discard, pipe)
+	gone()
+}
+
+// reportInterval is how often a child says what was done.
+const reportInterval = time.Second
+
+// report writes what was done as lines of JSON until ctx ends. gone is called if nobody can read them any more.
+func report(ctx context.Context, cache *modelcache.Cache, gone func()) {
+	tick := time.NewTicker(reportInterval)
+	defer tick.Stop()
+	lines := json.NewEncoder(os.Stdout)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := lines.Encode(cache.Totals()); err != nil {
+			gone()
+			return
+		}
+	}
 }
 
 // drain lets open streams end, at most for the bound or until a second signal, and stops the

@@ -35,6 +35,7 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/rundir"
+	"flightsvc/modelcache"
 )
 
 // These tests run the real programs: a front that is built here without cgo, as for a release, and a runner on the
@@ -522,6 +523,76 @@ func TestFrontEndsWithItsOwner(t *testing.T) {
 				return !front.Alive() && !runner.Alive() && p.empty()
 			})
 		})
+	}
+}
+
+// TestChild is a front as Spark's plugin starts it: it says what was done, and ends with its standard input.
+func TestChild(t *testing.T) {
+	p := newPlace(t)
+	cmd := p.command("serve", "--child", "--executor", "3")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill() }()
+	lines := bufio.NewScanner(stdout)
+	lines.Scan()
+	f := &process{place: p, cmd: cmd, stderr: &stderr}
+	f.greet(t, lines.Bytes())
+	s := open(t, f.client, descriptor(modelOf("ints"), "").Cmd)
+	s.run(1, 2, 3)
+	s.run(4)
+	s.end()
+	about := f.status(t)
+	if about.Executor != "3" || !strings.HasPrefix(about.Server, "executor 3 ") {
+		t.Errorf("the status is %+v", about)
+	}
+	runner, err := rundir.Of(about.Models[0].PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var total modelcache.Totals
+	for total.Rows < 4 && lines.Scan() {
+		if err := json.Unmarshal(lines.Bytes(), &total); err != nil {
+			t.Fatalf("%s: %v", lines.Bytes(), err)
+		}
+	}
+	if total.Rows != 4 || total.Batches != 2 || total.Errors != 0 || total.Models != 1 || total.RunSeconds <= 0 || total.Memory < 1<<20 {
+		t.Errorf("after 4 rows in 2 record batches it says %+v", total)
+	}
+	_ = stdin.Close()
+	for lines.Scan() { // until it ends
+	}
+	if err := cmd.Wait(); err != nil || runner.Alive() || !p.empty() {
+		t.Errorf("%v: the front has left something", err)
+	}
+}
+
+// TestWithoutModelsIsSmall holds a front to 64 MB, of which a proportional part is counted of what it shares.
+func TestWithoutModelsIsSmall(t *testing.T) {
+	f := newPlace(t).serve(t)
+	f.status(t)
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", f.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var kib int
+	for line := range strings.Lines(string(text)) {
+		if _, err := fmt.Sscanf(line, "Pss: %d kB", &kib); err == nil {
+			break
+		}
+	}
+	if t.Logf("%d KiB", kib); kib == 0 || kib > 64_000_000>>10 {
+		t.Errorf("the front has %d KiB", kib)
 	}
 }
 

@@ -88,13 +88,13 @@ func TestFreezingPython(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	t.Setenv("VIRTUAL_ENV", "")
 	library := env + "/lib/python3.11/site-packages/tensorflow"
-	if _, err := python(t.Context(), library); err == nil || !strings.Contains(err.Error(), "both TensorFlow and flightsvc") {
+	if _, err := freezer("")(t.Context(), library); err == nil || !strings.Contains(err.Error(), "both TensorFlow and flightsvc") {
 		t.Errorf("without one: %v", err)
 	}
 	if err := os.WriteFile(env+"/bin/python", []byte("#!/bin/sh\n"), 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
-	found, err := python(t.Context(), library)
+	found, err := freezer("")(t.Context(), library)
 	if err != nil || found != env+"/bin/python" {
 		t.Errorf("found %s, %v", found, err)
 	}

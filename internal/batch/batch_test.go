@@ -444,7 +444,7 @@ func TestWaitingStreamsAreJoined(t *testing.T) {
 	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 4 5 6 11] [3] [7 8 9 10]]" {
 		t.Errorf("the runs were %s", got)
 	}
-	if c := s.Counts(); c != (Counts{Runs: 4, JoinedRuns: 1}) {
+	if c := s.Counts(); c.Runs != 4 || c.JoinedRuns != 1 {
 		t.Errorf("counted %+v", c)
 	}
 }

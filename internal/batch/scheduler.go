@@ -69,8 +69,11 @@ type Shrink struct {
 
 // Counts are what a scheduler has done so far.
 type Counts struct {
-	Runs       int64 `json:"runs"`
-	JoinedRuns int64 `json:"joined_runs"` // that served more than one stream
+	Runs       int64
+	JoinedRuns int64         // that served more than one stream
+	RunTime    time.Duration // of all runs; those at once count each
+	QueueTime  time.Duration // that tasks have waited
+	Queued     int64         // rows that wait now
 }
 
 // Scheduler runs the tasks of all streams of one model. It is safe for concurrent use.
@@ -78,10 +81,11 @@ type Scheduler struct {
 	options Options
 	threads sync.WaitGroup
 
-	runs, joined atomic.Int64
-	recent       atomic.Int64 // how long the last run took, in nanoseconds
-	most         atomic.Int64 // rows of one run, also where a stream is not to be cut; lowered by Shrink
-	told         atomic.Int64 // what Fits was called with, or most at the start
+	runs, joined       atomic.Int64
+	runTime, queueTime atomic.Int64 // nanoseconds
+	recent             atomic.Int64 // how long the last run took, in nanoseconds
+	most               atomic.Int64 // rows of one run, also where a stream is not to be cut; lowered by Shrink
+	told               atomic.Int64 // what Fits was called with, or most at the start
 
 	mu      sync.Mutex // guards the fields below, and those of tasks and streams
 	work    *sync.Cond // there may be a batch to run
@@ -111,9 +115,15 @@ func New(options Options) *Scheduler {
 	return s
 }
 
-// Counts returns what was done so far.
+// Counts returns what was done so far, and what waits.
 func (s *Scheduler) Counts() Counts {
-	return Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load()}
+	c := Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load(), RunTime: time.Duration(s.runTime.Load()), QueueTime: time.Duration(s.queueTime.Load())}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, stream := range s.turns {
+		c.Queued += int64(rowsOf(stream.tasks))
+	}
+	return c
 }
 
 // Full reports whether max_enqueued_batches record batches are waiting, each of its stream, and for
@@ -427,6 +437,7 @@ func (s *Scheduler) take(now time.Time) []*task {
 		for _, t := range tasks {
 			t.taken = true
 			s.remove(t)
+			s.queueTime.Add(int64(now.Sub(t.queued)))
 		}
 		for _, t := range tasks { // behind all others, if they have more
 			if at := slices.Index(s.turns, t.stream); at >= 0 {
@@ -617,7 +628,9 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 	}
 	select {
 	case o := <-done:
-		s.recent.Store(int64(time.Since(started)))
+		took := int64(time.Since(started))
+		s.recent.Store(took)
+		s.runTime.Add(took)
 		return o.outputs, o.err
 	case <-under.gone:
 		// The last who left have been told; deliver gives the tasks back.
@@ -628,6 +641,7 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 	s.threads.Go(func() { // ends with the run, or with the process
 		select {
 		case o := <-done:
+			s.runTime.Add(int64(time.Since(started)))
 			if o.outputs != nil {
 				o.outputs.Close()
 			}

@@ -37,6 +37,12 @@ type Serve struct {
 	LoadTimeout      time.Duration `env:"FLIGHTSVC_LOAD_TIMEOUT" default:"5m" help:"Bound on starting a runner and loading its model."`
 	DrainTimeout     time.Duration `env:"FLIGHTSVC_DRAIN_TIMEOUT" default:"10s" help:"Bound on waiting for open streams when asked to end."`
 
+	Python string `env:"FLIGHTSVC_PYTHON" placeholder:"PROGRAM" help:"Python that is asked where its tensorflow package is. Default: that of $$VIRTUAL_ENV, else python3."`
+
+	Child    bool     `help:"Serve the process that started this one: end when standard input does, and write what was done as a line of JSON on standard output each second."`
+	Executor string   `placeholder:"ID" help:"Spark's id of the executor that this server belongs to; status has it."`
+	GPUs     []string `name:"gpus" placeholder:"ADDRESS" help:"Spark's addresses of the executor's GPUs; no other is used."`
+
 	Detach  bool   `help:"Start in the background, in a session of its own with a clean environment; print its handshake line and return."`
 	Owner   string `placeholder:"PID:START" help:"End with this process; START is its start time in clock ticks, field 22 of /proc/PID/stat."`
 	OwnerFD int    `name:"owner-fd" default:"-1" placeholder:"N" help:"An open pidfd of the owner."`

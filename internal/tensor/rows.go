@@ -67,6 +67,20 @@ func (r *Rows) FirstRefused() (row int, reason string, ok bool) {
 	return 0, "", false
 }
 
+// Refused returns how many rows were refused.
+func (r *Rows) Refused() int64 {
+	if r.texts == nil {
+		return 0
+	}
+	n := int64(0)
+	for _, state := range r.state {
+		if state == rowRefused {
+			n++
+		}
+	}
+	return n
+}
+
 // Positions returns the rows that take part, ascending.
 func (r *Rows) Positions() []int {
 	positions := make([]int, 0, r.kept)

@@ -36,6 +36,7 @@ class Settings:
         cache_size: Most bytes of models in it.
         op_libraries: Files or folders of custom operations that models may load, with commas between.
         libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
+        python: Python that the front asks where tensorflow is.
         run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
         idle_timeout: A front without work ends after this time.
         cores: Threads for each model.
@@ -49,6 +50,7 @@ class Settings:
         load_timeout: How long loading a model may take.
         drain_timeout: How long a front that ends waits for its streams.
         retry_timeout: How long the shim tries to open a stream before it gives up.
+        fail_on_start: For the Spark plugin alone: ``true`` ends an executor whose front does not start.
     """
 
     endpoint: str | None = None
@@ -59,6 +61,7 @@ class Settings:
     cache_size: str | None = None
     op_libraries: str | None = None
     libtensorflow: str | None = None
+    python: str | None = None
     run_dir: str | None = None
     idle_timeout: str | None = None
     cores: str | None = None
@@ -72,6 +75,7 @@ class Settings:
     load_timeout: str | None = None
     drain_timeout: str | None = None
     retry_timeout: str | None = None
+    fail_on_start: str | None = None
 
     @classmethod
     def read(cls, conf: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
@@ -134,7 +138,7 @@ class Settings:
 
     def serve_flags(self) -> list[str]:
         """Return the flags for ``flightsvc serve`` that hand on what is set here."""
-        mine = {"endpoint", "binary", "retry_timeout"}
+        mine = {"endpoint", "binary", "retry_timeout", "fail_on_start"}
         return [
             f"--{name.replace('_', '-')}={value}"
             for name, value in dataclasses.asdict(self).items()
