@@ -8,6 +8,7 @@ PY      := $(VENV)/bin/python
 SITE    := $(VENV)/lib/python3.11/site-packages
 TF      := build/libtensorflow
 GLIBC   := build/glibc-2.28
+OLDER   := build/tensorflow-2.19
 
 MAVEN        := build/maven/bin/mvn
 MAVEN_URL    := https://repo.maven.apache.org/maven2/org/apache/maven/apache-maven/3.9.16/apache-maven-3.9.16-bin.tar.gz
@@ -132,11 +133,22 @@ $(VENV)/.shim: $(VENV)/.locked pyspark-shim/pyproject.toml VERSION bin/flightsvc
 	@VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable pyspark-shim
 	@touch $@
 
+test test-python prove: $(WHEEL)
+prove: $(OLDER)
+
 $(WHEEL): $(VENV)/.shim $(PLUGIN) pyspark-shim/setup.py tools/wheel.py $(shell find pyspark-shim/src pyspark-shim/scripts -name '*.py' -o -name flightsvc -type f)
 	@echo "making $@"
 	@mkdir -p pyspark-shim/src/flightsvc/_jars
 	@ln -sfn $(CURDIR)/$(PLUGIN) pyspark-shim/src/flightsvc/_jars/
 	@$(PY) tools/wheel.py dist $(SITE)/tensorflow
+
+# The oldest TensorFlow that answers are compared on; of the package only its libraries.
+$(OLDER): | $(UV)
+	@echo "installing the libraries of TensorFlow 2.19.1 into $@ (downloads 250 MB, keeps 750 MB)"
+	@rm -rf $@ $@.all
+	@$(UV) pip install --quiet --no-cache --no-deps --python $(PYTHON) --target $@.all tensorflow-cpu==2.19.1
+	@mkdir -p $@/tensorflow && mv $@.all/tensorflow/libtensorflow*.so.2 $@/tensorflow/
+	@rm -rf $@.all
 
 # The library and the headers lie in the tensorflow wheel; the linker wants them under other names.
 $(TF): $(VENV)/.locked
