@@ -22,7 +22,7 @@ from conftest import ROOT
 from flightsvc import sidecar
 
 _START_SECONDS = 120
-_SCRIPT_SECONDS = 600
+_SCRIPT_SECONDS = 300
 _JAVA = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
 SMALL = {
     "spark.driver.memory": "512m",
@@ -48,6 +48,13 @@ class Spark:
     def home(self) -> Path:
         """The folder of its package, which is what Spark calls SPARK_HOME."""
         return self.python.parents[1] / "lib" / "python3.11" / "site-packages" / "pyspark"
+
+    def elsewhere(self, folder: Path) -> dict[str, str]:
+        """The environment with SPARK_HOME in a folder, below which ``local-cluster`` leaves its work."""
+        folder.mkdir()
+        for name in ("bin", "jars"):
+            (folder / name).symlink_to(self.home / name)
+        return self.environ(SPARK_HOME=str(folder))
 
     def environ(self, **more: str) -> dict[str, str]:
         """The environment of its processes: the package of this folder, TensorFlow from where it is."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import threading
@@ -429,6 +430,20 @@ def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, wo
         assert worker(lists([1, 1, n])).to_pylist() == [n + 2]
     assert streams(client)[0] == 2
     assert sum(t.name == "flightsvc-idle" for t in threading.enumerate()) == 2
+
+
+def test_a_stream_is_of_the_device_that_its_task_was_given(
+    client: flightsvc.Client, worker: sql._Worker, monkeypatch: pytest.MonkeyPatch
+):
+    given = iter(["auto", "cpu", "auto", "cpu"])
+    monkeypatch.setattr(
+        sql, "on_task_device", lambda request: dataclasses.replace(request, device=next(given))
+    )
+    for n in range(4):
+        assert worker(lists([n, 1, 0])).to_pylist() == [n + 1]
+    kept = [key for key in sql._all_calls if key[1] == worker.key]
+    assert sorted(device for _, _, device, _ in kept) == ["auto", "cpu"]
+    assert streams(client)[0] == 2
 
 
 def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql._Worker):
