@@ -433,7 +433,7 @@ def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, wo
 
 
 def test_a_stream_is_of_the_device_that_its_task_was_given(
-    client: flightsvc.Client, worker: sql._Worker, monkeypatch: pytest.MonkeyPatch
+    worker: sql._Worker, monkeypatch: pytest.MonkeyPatch
 ):
     given = iter(["auto", "cpu", "auto", "cpu"])
     monkeypatch.setattr(
@@ -441,9 +441,9 @@ def test_a_stream_is_of_the_device_that_its_task_was_given(
     )
     for n in range(4):
         assert worker(lists([n, 1, 0])).to_pylist() == [n + 1]
-    kept = [key for key in sql._all_calls if key[1] == worker.key]
-    assert sorted(device for _, _, device, _ in kept) == ["auto", "cpu"]
-    assert streams(client)[0] == 2
+    kept = {key[2]: calls for key, calls in sql._all_calls.items() if key[1] == worker.key}
+    assert sorted(kept) == ["auto", "cpu"]
+    assert all(kept[device]._worker.request.device == device for device in kept)
 
 
 def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql._Worker):
