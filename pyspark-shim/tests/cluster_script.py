@@ -88,7 +88,14 @@ def sql(spark: Any, models: Path) -> Any:
     spark.createDataFrame(list(enumerate(TEXTS)), "id int, text string").createOrReplaceTempView("texts")
     grouped = "SELECT total(i) % 3 AS k, count(*), sum(total(i)) FROM numbers WHERE total(i) > 10 GROUP BY 1"
     upper = "SELECT id, r.length, CAST(r.upper AS STRING) FROM (SELECT id, upper_of(text) AS r FROM texts)"
+    typed = ""
+    try:
+        model = flightsvc.Model(models / "ints")
+        flightsvc.register_udf(spark, "typed", model, outputs={"total": "t"}, types={"i": "array<int>"})
+    except flightsvc.InvalidArgumentError as error:
+        typed = str(error)
     return {
+        "typed": typed,
         "grouped": sorted(map(list, spark.sql(grouped).collect())),
         "upper": sorted(map(list, spark.sql(upper).collect())),
         "null": spark.sql("SELECT total(CAST(NULL AS ARRAY<BIGINT>))").first()[0],

@@ -16,6 +16,8 @@ from cluster_script import EVERYWHERE, ROWS, STRICT, TEXTS, pixels, vectors
 from clusters import HERE, OLDER, SMALL, Spark, connect_server, standalone, two_networks
 from figures import PROVE, report
 
+import flightsvc
+
 QUICK = ("transform", "sql", "shipped", "sidecars")
 only_proved = pytest.mark.skipif(not PROVE, reason="make prove runs it")
 
@@ -57,6 +59,7 @@ def same_sql(answer: Any, oracle: Callable[..., dict[str, Any]]) -> None:
         )
     ]
     assert answer["null"] is None
+    assert not answer["typed"] or "types needs Spark 4, this is Spark 3.5." in answer["typed"]
 
 
 def same_pictures(answer: Any, oracle: Callable[..., dict[str, Any]]) -> None:
@@ -235,3 +238,15 @@ def test_spark_3_5_standalone(older: Spark, models: Path, agree: Check, tmp_path
         said = older.script(models, ("--master", master))
     agree(said)
     assert len(said["answers"]["sidecars"]["answered"]) == 2
+
+
+@only_proved
+@pytest.mark.parametrize("version", ["4.3", "3.5"])
+def test_standalone_with_the_plugin(version: str, models: Path, agree: Check, tmp_path: Path, request: Any):
+    spark = HERE if version == "4.3" else request.getfixturevalue("older")
+    with standalone(spark, tmp_path / version) as master:
+        said = spark.script(models, ("--master", master), conf={**SMALL, **flightsvc.spark_conf()})
+    assert said["spark"].startswith(version)
+    agree(said)
+    answered = said["answers"]["sidecars"]["answered"]
+    assert [who.split()[:2] for who in answered] == [["executor", "0"], ["executor", "1"]]
