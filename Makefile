@@ -32,7 +32,7 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning java-client s3 spark-3.5 lock clean
+.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning spark-plugin java-client s3 spark-3.5 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,7 +45,7 @@ wheel: $(WHEEL) ## the package with both programs and the Spark plugin, for pip,
 demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
 	@$(PY) examples/demo.py
 
-test: build build/models/.done $(JAVA_CLIENT) $(S3) ## everything that CI runs: lint, Go, Python, Spark
+test: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(S3) ## everything that CI runs: lint, Go, Python, Spark
 	@$(PY) tools/suites.py lint test-go test-fuzz test-python
 
 # What cmd/flightsvc tests is done by programs that it starts, so it is spared compiling the stores' libraries once more.
@@ -56,7 +56,7 @@ test-go: build build/models/.done $(S3) ## Go tests under the race detector
 test-fuzz: build ## every parser of bytes off the wire, briefly
 	@$(PY) tools/fuzz.py --executions 2000
 
-test-python: build build/models/.done $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
+test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests
 
 lint: build ## gofmt, go vet, staticcheck, ruff, mypy
@@ -75,7 +75,7 @@ format: build ## rewrite Go and Python in the house format
 fuzz: build ## every parser of bytes off the wire, 1,000,000 executions each
 	@$(PY) tools/fuzz.py
 
-prove: build build/models/.done $(JAVA_CLIENT) build/spark-3.5/.locked ## the full counts of every promise, into build/prove.json; resumes where it stopped
+prove: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) build/spark-3.5/.locked ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py
 
 bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
@@ -89,6 +89,8 @@ bench-pictures: build ## decode and resize beside the same kernels in tf.data, i
 
 bench-tuning: build ## what tuning chooses for two networks, beside the best there is and a raw session, into build/bench/
 	@$(PY) benchmarks/tuning.py
+
+spark-plugin: $(PLUGIN) ## the Spark plugin, a jar, into build/spark-plugin/ and the Python package
 
 java-client: $(JAVA_CLIENT) ## the client in Java, an example, into build/java-client/
 
@@ -105,7 +107,8 @@ lock: $(UV) ## renew the locked requirements in pyspark-shim from the files .in 
 		--no-emit-index-url --python-version 3.11 pyspark-shim/$$name.in -o pyspark-shim/$$name.lock || exit 1; done
 
 clean: ## remove what was built, but not .venv
-	rm -rf bin dist build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json pyspark-shim/src/flightsvc/_bin pyspark-shim/src/flightsvc/_jars
+	rm -rf bin dist build/bench build/java-client build/demo build/demo.png build/models build/prove build/prove.json build/spark-plugin \
+		pyspark-shim/src/flightsvc/_bin pyspark-shim/src/flightsvc/_jars
 
 # How it is made.
 
@@ -193,6 +196,13 @@ $(MAVEN):
 $(S3): tools/s3/go.mod tools/s3/go.sum
 	@echo "building the S3-compatible server for the tests (a minute)"
 	@cd tools/s3 && CGO_ENABLED=0 go build -o $(CURDIR)/$(S3) github.com/versity/versitygw/cmd/versitygw
+
+$(PLUGIN): spark-plugin/pom.xml $(shell find spark-plugin/src -name '*.java') | $(MAVEN)
+	@echo "building the Spark plugin"
+	@$(MAVEN) --batch-mode --quiet --no-transfer-progress -Dmaven.repo.local=$(CURDIR)/build/m2 -f spark-plugin package
+	@mkdir -p pyspark-shim/src/flightsvc/_jars
+	@ln -sfn $(CURDIR)/$(PLUGIN) pyspark-shim/src/flightsvc/_jars/
+	@touch $@
 
 $(JAVA_CLIENT): examples/java-client/pom.xml $(shell find examples/java-client/src -name '*.java') | $(MAVEN)
 	@echo "building the Java client"

@@ -22,6 +22,7 @@ from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec
 from flightsvc.model import Model
 from flightsvc.plugin import spark_conf
 from flightsvc.sql import register_udf
+from flightsvc.status import status
 
 __all__ = [
     "Client",
@@ -42,4 +43,5 @@ __all__ = [
     "image",
     "register_udf",
     "spark_conf",
+    "status",
 ]

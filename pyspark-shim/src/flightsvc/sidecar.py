@@ -139,9 +139,19 @@ def for_worker(settings: Settings, environ: Mapping[str, str] | None = None) -> 
     The order: the worker's own environment, the endpoint in ``settings``, the file ``flightsvc.endpoint``
     in the executor's first local folder, a front owned by the executor's JVM.
     """
-    environ = os.environ if environ is None else environ
-    given = environ.get(variable("endpoint")) or settings.endpoint or _written(environ)
-    return address(given) if given else start(settings, executor())
+    given = _given_to_worker(settings, environ)
+    return given or start(settings, executor())
+
+
+def running_for_worker(settings: Settings, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the location that :func:`for_worker` would, if a front answers there; none is started."""
+    location = _given_to_worker(settings, environ)
+    if location is None:
+        try:
+            location = _SCHEME + os.path.join(_run_dir(settings), executor().folder, _SOCKET)
+        except SidecarError:  # no java above: none was ever started for us
+            return None
+    return location if _ready(location.removeprefix(_SCHEME)) else None
 
 
 def for_driver(settings: Settings) -> str:
@@ -152,6 +162,13 @@ def for_driver(settings: Settings) -> str:
 def for_user(settings: Settings) -> str:
     """Return the location of the endpoint in ``settings``, else of this user's own front."""
     return address(settings.endpoint) if settings.endpoint else start(settings, None)
+
+
+def _given_to_worker(settings: Settings, environ: Mapping[str, str] | None) -> str | None:
+    """Return the location that somebody has told this worker, in the order of :func:`for_worker`."""
+    environ = os.environ if environ is None else environ
+    given = environ.get(variable("endpoint")) or settings.endpoint or _written(environ)
+    return address(given) if given else None
 
 
 def _written(environ: Mapping[str, str]) -> str | None:
