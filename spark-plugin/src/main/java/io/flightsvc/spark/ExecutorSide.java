@@ -85,15 +85,15 @@ final class ExecutorSide implements ExecutorPlugin {
 
   @Override
   public void shutdown() {
-    if (clock != null) {
-      clock.shutdownNow();
-    }
     if (sidecar != null) {
       try {
         sidecar.close();
       } catch (InterruptedException e) {
         Thread.currentThread().interrupt();
       }
+    }
+    if (clock != null) {
+      clock.shutdownNow();
     }
   }
 
