@@ -51,7 +51,7 @@ BARS = {
     "pool": [f"{TESTS}/test_pool.py"],
     "swap": [f"{TESTS}/test_swap.py"],
     "gpu": [f"{TESTS}/test_gpu.py"],
-    "wheel": [f"{TESTS}/test_wheel.py"],
+    "wheel": [f"{TESTS}/test_wheel.py", f"{TESTS}/test_deploy.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
     "bench-tuning": ["benchmarks/tuning.py"],

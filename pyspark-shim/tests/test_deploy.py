@@ -62,6 +62,24 @@ def test_the_sidecar_of_the_pod_serves(models):
         assert not list((sockets / "sidecar").iterdir())
 
 
+def test_spark_takes_the_template(spark):
+    """Spark's own reader, without a cluster, finds the executor's container and the sidecar's."""
+    java = spark._jvm
+    client = java.io.fabric8.kubernetes.client.KubernetesClientBuilder().build()
+    try:
+        found = java.org.apache.spark.deploy.k8s.KubernetesUtils.loadPodFromTemplate(
+            client,
+            (DEPLOY / "kubernetes.yaml").as_uri(),
+            java.scala.Option.apply("spark-kubernetes-executor"),
+            spark.sparkContext._jsc.sc().conf(),
+        )
+    finally:
+        client.close()
+    assert [mount.getName() for mount in found.container().getVolumeMounts()] == ["sockets"]
+    (beside,) = found.pod().getSpec().getInitContainers()
+    assert (beside.getName(), beside.getRestartPolicy()) == ("flightsvc", "Always")
+
+
 @pytest.mark.parametrize("script", ["kubernetes.sh", "yarn.sh"])
 def test_scripts_are_bash(script):
     subprocess.run(["bash", "-n", DEPLOY / script], check=True)
