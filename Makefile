@@ -48,13 +48,15 @@ demo: build ## Spark labels photographs through flightsvc; ends with a table and
 test: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(S3) ## everything that CI runs: lint, Go, Python, Spark
 	@$(PY) tools/suites.py lint test-go test-fuzz test-python
 
-# What cmd/flightsvc tests is done by programs that it starts, so it is spared compiling the stores' libraries once more.
+# What cmd/flightsvc tests is done by programs that it starts, so it is spared compiling the stores' libraries once more;
+# and it waits for them most of the time, so it runs beside the others.
 test-go: build build/models/.done $(S3) ## Go tests under the race detector
-	@go test -race -timeout 10m $$(go list ./... | grep -v /cmd/flightsvc$$)
-	@go test -timeout 10m ./cmd/flightsvc
+	@go test -timeout 10m ./cmd/flightsvc & commands=$$!; \
+		go test -race -timeout 10m $$(go list ./... | grep -v /cmd/flightsvc$$); others=$$?; \
+		wait $$commands && exit $$others
 
 test-fuzz: build ## every parser of bytes off the wire, briefly
-	@$(PY) tools/fuzz.py --executions 2000
+	@$(PY) tools/fuzz.py --executions 2000 --parallel 1
 
 test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q --durations=5 pyspark-shim/tests

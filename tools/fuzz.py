@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,15 +178,25 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="names; all if there is none")
     parser.add_argument("--executions", type=int, default=1_000_000, help="of each target")
     parser.add_argument("--seconds", type=float, default=0, help="for each target at most; 0 for no limit")
-    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="processes of a target")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=cores,
+        help="processes of a target; with fewer than cores, targets at once",
+    )
     asked = parser.parse_args()
     wanted = asked.executions
     head = f"{'target':<28} {'executions':>11} {'seconds':>8} {'a second':>9} {'resident MiB':>13}  result"
     print(head, flush=True)
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="flightsvc-fuzz-") as build:
-        for target in targets(asked.targets, Path(build)):
-            outcome = fuzz(target, wanted, asked.seconds, asked.parallel)
+    with (
+        tempfile.TemporaryDirectory(prefix="flightsvc-fuzz-") as build,
+        ThreadPoolExecutor(max(1, cores // asked.parallel)) as pool,
+    ):
+        found = targets(asked.targets, Path(build))
+        outcomes = pool.map(lambda target: fuzz(target, wanted, asked.seconds, asked.parallel), found)
+        for target, outcome in zip(found, outcomes, strict=True):
             early = f"stopped early, of {wanted}" if outcome.executions < wanted else "ok"
             failed += bool(outcome.fault)
             label = f"{target.folder.name}.{target.name}"

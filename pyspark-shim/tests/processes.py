@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+import leftovers
 
 T = TypeVar("T")
 
@@ -31,19 +34,10 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def left(home: Path, run_dir: Path) -> list[str]:
-    """All that there is of ours: processes whose environment names ``home``, and what is in ``run_dir``."""
-    ours = str(home).encode()
-    found = []
-    for process in psutil.process_iter(["name"]):
-        with contextlib.suppress(OSError):
-            if (
-                process.info["name"].startswith("flightsvc")
-                and ours in Path(f"/proc/{process.pid}/environ").read_bytes()
-                and not is_gone(process)
-            ):
-                found.append(f"{process.info['name']} {process.pid}")
-    return found + [str(path) for path in run_dir.glob("**/*")]
+def left(run_dir: Path, cache_dir: Path, temporary: Path, used: bool = True) -> list[str]:
+    """All that there is of ours in these folders, or only what nobody has: see tools/leftovers.py."""
+    found = leftovers.find(run_dir, cache_dir, temporary)
+    return [str(one) for one in found if used or not one.used]
 
 
 def until_clean(left: Callable[[], list[str]]) -> float:

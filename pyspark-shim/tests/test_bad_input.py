@@ -28,13 +28,13 @@ from flightsvc import InvalidArgumentError, NotFoundError, SidecarError
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM_STREAMS = 20
-KILLED_CLIENTS = count(4, 80)
-SETTLED_CLIENTS = count(2, 50)  # the C library keeps freed memory, up to some high-water mark
+KILLED_CLIENTS = count(2, 80)
+SETTLED_CLIENTS = count(1, 50)  # the C library keeps freed memory, up to some high-water mark
 REFUSALS = count(300, 3_000)
 GROWTH_MB = 100
 MUTATIONS = count(200, 3_000)
 STREAMS = 1_000
-DEAF_SECONDS = count(3, 20)
+DEAF_SECONDS = count(2, 20)
 cases = 0
 
 

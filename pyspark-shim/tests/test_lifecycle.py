@@ -89,6 +89,7 @@ class Application:
         environ = {
             **os.environ,
             "FLIGHTSVC_RUN_DIR": str(self.run_dir),
+            "FLIGHTSVC_CACHE_DIR": str(self.folder / "cache"),
             "XDG_STATE_HOME": str(self.folder / "state"),
             "SPARK_LOCAL_IP": "127.0.0.1",
         }
@@ -157,7 +158,7 @@ class Application:
 
     def left(self) -> list[str]:
         """All that there is of ours."""
-        return left(self.folder, self.run_dir)
+        return left(self.run_dir, self.folder / "cache", self.folder)
 
     def until_clean(self, left: Callable[[], list[str]] | None = None) -> float:
         """Return after how many seconds nothing is left; the JVM is gone now."""
@@ -176,7 +177,7 @@ class Application:
                 process.kill()
         self.driver.stdin.close()
         self.driver.wait(20)
-        self.until_clean(lambda: [found for found in self.left() if not found.startswith("/")])
+        self.until_clean(lambda: [found for found in self.left() if " process " in found])
         shutil.rmtree(self.folder)
 
 

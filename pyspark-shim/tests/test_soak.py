@@ -7,7 +7,7 @@ import pyarrow as pa
 from figures import PROVE, count, report
 
 ROWS, WIDTH = 2048, 512  # float32: 4 MiB a record batch
-RUNS, SETTLED = count(600, 20_000), count(200, 1_000)
+RUNS, SETTLED = count(400, 20_000), count(200, 1_000)
 GROWTH_MB = 100
 
 

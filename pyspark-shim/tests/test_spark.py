@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from figures import count
 from PIL import Image
 from processes import is_gone, until
 
@@ -65,7 +66,7 @@ def test_all_outputs_by_name(spark: Any, models: Path):
 
 def test_limit_then_another_job_in_the_same_worker(spark: Any, models: Path):
     model = flightsvc.Model(models / "ints")
-    for _ in range(3):
+    for _ in range(count(1, 3)):
         assert len(model.transform(ints(spark, 20_000)).limit(3).collect()) == 3
         assert len(model.transform(ints(spark, 20_000)).take(2)) == 2
         assert model.transform(ints(spark, 500)).selectExpr("sum(total - id)").first()[0] == 500
@@ -78,7 +79,7 @@ def test_a_consumer_that_stops_early(spark: Any, models: Path):
         yield next(mapper(batches))
 
     schema = "id bigint, i array<bigint>, t bigint"
-    for _ in range(3):
+    for _ in range(count(1, 3)):
         assert ints(spark, 5000).mapInArrow(first_only, schema).count() == 200  # 100 rows of each partition
     assert ints(spark, 300).mapInArrow(mapper, schema).count() == 300
 

@@ -1,7 +1,7 @@
 """Many at once on one host: Spark classic and Connect, two executors, two users; all run one script.
 
 The script is ``together_job.py``. Each application has a home of its own; all have answered before the first
-one ends. At the small count there are two applications: the cluster, and the other user's with Connect.
+one ends. At the small count there are two applications: ours, and the other user's with Connect.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Job:
         return [child for process in alive for child in process.children(recursive=True)] + alive
 
     def left(self) -> list[str]:
-        return left(self.home, self.run_dir) + [str(path) for path in self.spool.glob("flightsvc*")]
+        return left(self.run_dir, self.home / ".cache" / "flightsvc", self.spool)
 
     def end(self) -> float:
         """End the application and return the seconds from then until nothing is left."""
@@ -161,7 +161,7 @@ class Job:
         for process in self.processes:
             process.stdin.close()
             process.wait(20)
-        until_clean(lambda: [found for found in self.left() if not found.startswith("/")])
+        until_clean(lambda: [found for found in self.left() if " process " in found])
         shutil.rmtree(self.home)
 
 
@@ -244,11 +244,11 @@ def jobs(place: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Job]
 
         python = Path(sys.executable)
         theirs = python_of(STRANGER, place) if os.getuid() == 0 else None
-        start("cluster", "master", "local-cluster[2,1,1024]", python)
+        if PROVE:
+            start("cluster", "master", "local-cluster[2,1,1024]", python)
         if PROVE or not theirs:
             start("connect", "remote", "local[2]", python)
-        if PROVE:
-            start("classic", "master", "local[2]", python)
+        start("classic", "master", "local[2]", python)
         if theirs:  # small: the other user is the one with Connect
             start("stranger", "master" if PROVE else "remote", "local[2]", theirs, STRANGER)
         yield jobs
@@ -337,7 +337,7 @@ def test_two_users(jobs: dict[str, Job]):
         pytest.skip(f"skipped: {STRANGER.pw_name} may not read Python's packages or our binary here")
     for job in jobs.values():
         _ = job.answer
-    for name in ("cluster", "stranger"):
+    for name in ("classic", "stranger"):
         job = jobs[name]
         fronts = job.fronts()
         processes = [*fronts, *(runner for front in fronts for runner in front.children())]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from figures import PROVE, count
 
 import flightsvc
 from flightsvc import Input, InvalidArgumentError, Model, Output, TensorSpec
@@ -599,7 +600,8 @@ def test_vectors_from_spark(spark: Any, made: Path, tf_run: Callable[..., dict[s
     schema = StructType([StructField("id", IntegerType()), StructField("v", VectorUDT())])
     frame = spark.createDataFrame(rows, schema).repartition(2)
     arrays = np.array([vector.toArray() for _, vector in rows if vector is not None])
-    for signature, dtype in (("vectors64", "float64"), ("vectors32", "float32"), ("vectors3", "float64")):
+    kinds = (("vectors32", "float32"), ("vectors64", "float64"), ("vectors3", "float64"))
+    for signature, dtype in kinds[: count(1, 3)]:
         expected = tf_run("special", signature, x=tensor(arrays, dtype))["y"].tolist()
         result = Model(made / "special", signature=signature).transform(
             frame, inputs={"x": "v"}, outputs={"y": "y"}
@@ -764,7 +766,7 @@ SPARK_EDGES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES if PROVE else ("int8", "uint64", "bfloat16", "bool", "string"))
 def test_spark_both_ways(spark: Any, made: Path, tf_run: Callable[..., dict[str, Any]], dtype: str):
     """Each tensor from each type that it takes, as a value and in an array."""
     from pyspark.sql.types import StructType
