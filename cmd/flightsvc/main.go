@@ -1,5 +1,5 @@
 // Command flightsvc is the front: the Flight server that callers find, and the command line.
-// It never links TensorFlow, so it starts in milliseconds and outlives every model.
+// It never links TensorFlow, so it starts in some tens of milliseconds and outlives every model.
 package main
 
 import (
