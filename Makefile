@@ -143,8 +143,6 @@ prove: $(OLDER)
 
 $(WHEEL): $(VENV)/.shim $(PLUGIN) pyspark-shim/setup.py tools/wheel.py $(shell find pyspark-shim/src pyspark-shim/scripts -name '*.py' -o -name flightsvc -type f)
 	@echo "making $@"
-	@mkdir -p pyspark-shim/src/flightsvc/_jars
-	@ln -sfn $(CURDIR)/$(PLUGIN) pyspark-shim/src/flightsvc/_jars/
 	@$(PY) tools/wheel.py dist $(SITE)/tensorflow
 
 # The oldest TensorFlow that answers are compared on; of the package only its libraries.

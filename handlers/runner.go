@@ -81,7 +81,8 @@ func NewRunner(options RunnerOptions) *Runner {
 // DoExchange serves one stream of inference.
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err error) {
 	defer func() {
-		if err != nil && stream.Context().Err() == nil { // else its client has left
+		kind, _ := fault.KindOf(err)
+		if err != nil && kind != fault.Unavailable && stream.Context().Err() == nil { // else its client comes again, or has left
 			r.errors.Add(1)
 		}
 	}()

@@ -355,7 +355,11 @@ func (c *Cache) load(s *slot) {
 		if errors.As(err, &refused) {
 			err = refused.error
 		}
-		c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.Error(err))
+		if errors.Is(err, context.Canceled) {
+			c.options.Log.Info("model not loaded", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.String("why", "nobody waits for it any more"))
+		} else {
+			c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.Error(err))
+		}
 	}
 	c.mu.Lock()
 	s.runner, s.err, s.used = runner, err, time.Now()

@@ -56,6 +56,9 @@ func (s *Serve) Validate() error {
 			faults = append(faults, fmt.Errorf("%s is %s; want more than 0", name, value))
 		}
 	}
+	if s.Child && s.Detach {
+		faults = append(faults, errors.New("child and detach exclude one another: a child runs in the foreground"))
+	}
 	if s.Cores < 0 {
 		faults = append(faults, fmt.Errorf("cores is %d; want 0 for all, or more", s.Cores))
 	}

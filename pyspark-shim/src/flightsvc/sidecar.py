@@ -338,7 +338,7 @@ def _serve(settings: Settings, owner: Owner | None, endpoint: str) -> str:
             "inherit that limit; start flightsvc outside the worker and set "
             f"{spark_key('endpoint')}, or leave spark.executor.pyspark.memory unset"
         )
-    if settings.libtensorflow is None:
+    if settings.libtensorflow is None and settings.python is None:
         settings = dataclasses.replace(settings, libtensorflow=_tensorflow())
     command = [_binary(settings), "serve", f"--endpoint={endpoint}", "--detach", *settings.serve_flags()]
     with contextlib.ExitStack() as stack:
