@@ -103,7 +103,7 @@ class Application:
 
     def left(self) -> list[str]:
         files = [str(path) for path in (self.folder / "local").rglob("flightsvc.endpoint*")]
-        return files + left(self.folder, self.run_dir)
+        return files + left(self.run_dir, self.folder / "cache", self.folder)
 
     def end(self) -> float:
         """End the application as its user does, and return how long until nothing was left."""
@@ -120,7 +120,7 @@ class Application:
         self.driver.stdin.close()
         self.driver.wait(20)
         self.driver.stdout.close()
-        until_clean(lambda: [found for found in self.left() if not found.startswith("/")])
+        until_clean(lambda: [found for found in self.left() if " process " in found])
         shutil.rmtree(self.folder)
         if self.id:
             shutil.rmtree(work(self.id), ignore_errors=True)
@@ -390,7 +390,7 @@ def test_status_without_the_plugin(spark: Any, models: Path):
             for socket in Path(folder, "run").glob("*/front.sock"):
                 with flightsvc.connect(str(socket)) as client:
                     client.shutdown()
-            until(lambda: not left(Path(folder), Path(folder, "run")), 20, "the end of both")
+            until(lambda: not left(Path(folder, "run"), Path(folder, "cache"), Path(folder)), 20, "the end of both")
     assert {answer.who for answer in answers} == {row.server}
     assert row.executor is None
     assert (row.rows, row.queued) == (10, 0)
