@@ -51,6 +51,7 @@ BARS = {
     "pool": [f"{TESTS}/test_pool.py"],
     "swap": [f"{TESTS}/test_swap.py"],
     "gpu": [f"{TESTS}/test_gpu.py"],
+    "plugin": [f"{TESTS}/test_plugin.py"],
     "wheel": [f"{TESTS}/test_wheel.py", f"{TESTS}/test_deploy.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],

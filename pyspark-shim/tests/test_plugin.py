@@ -68,6 +68,8 @@ class Application:
                 env={
                     **inherited,
                     "FLIGHTSVC_RUN_DIR": str(self.run_dir),
+                    "FLIGHTSVC_CACHE_DIR": str(self.folder / "cache"),
+                    "TMPDIR": str(self.folder),
                     "XDG_STATE_HOME": str(self.folder / "state"),
                     "SPARK_LOCAL_IP": "127.0.0.1",
                     **environ,
@@ -298,7 +300,7 @@ def test_the_plugin_costs_little_at_the_start_of_an_executor(app: Application):
     took = [int(re.search(r"sidecar of executor .*: init took (\d+) ms", log)[1]) for log in logs]
     report(plugin_init_ms=took)
     assert len(took) == app.size
-    assert min(took) < INIT_MILLISECONDS  # the two start at once, and the other may wait for a core
+    assert max(took) < INIT_MILLISECONDS
 
 
 def test_the_end_leaves_nothing(app: Application):
@@ -390,7 +392,8 @@ def test_status_without_the_plugin(spark: Any, models: Path):
             for socket in Path(folder, "run").glob("*/front.sock"):
                 with flightsvc.connect(str(socket)) as client:
                     client.shutdown()
-            until(lambda: not left(Path(folder, "run"), Path(folder, "cache"), Path(folder)), 20, "the end of both")
+            place = Path(folder)
+            until(lambda: not left(place / "run", place / "cache", place), 20, "the end of both")
     assert {answer.who for answer in answers} == {row.server}
     assert row.executor is None
     assert (row.rows, row.queued) == (10, 0)
