@@ -52,6 +52,13 @@ BARS = {
     "swap": [f"{TESTS}/test_swap.py"],
     "gpu": [f"{TESTS}/test_gpu.py"],
     "plugin": [f"{TESTS}/test_plugin.py"],
+    "clusters": [f"{TESTS}/test_clusters.py", "-k", "not 3_5 and not plugin"],
+    "clusters-3.5": [
+        f"{TESTS}/test_columns.py",
+        f"{TESTS}/test_clusters.py",
+        "-k",
+        "columns or 3_5 or plugin",
+    ],
     "wheel": [f"{TESTS}/test_wheel.py", f"{TESTS}/test_deploy.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],
