@@ -199,9 +199,9 @@ class Application:
         """The fronts of all executors."""
         return [front for executor in self.executors() if (front := self.front(executor))]
 
-    def everything(self) -> list[str]:
-        """All that there is of ours."""
-        return left(self.run_dir, self.cache_dir, self.folder / "tmp")
+    def everything(self, kind: str = "") -> list[str]:
+        """All that there is of ours, or all of one kind."""
+        return left(self.run_dir, self.cache_dir, self.folder / "tmp", kind=kind)
 
     def leftovers(self) -> list[str]:
         """What there is of ours that nobody has any more."""
@@ -221,7 +221,7 @@ class Application:
         with contextlib.suppress(BrokenPipeError):
             self.driver.stdin.close()
         self.driver.wait(20)
-        until_clean(lambda: [found for found in self.everything() if " process " in found])
+        until_clean(lambda: self.everything("process"))
         shutil.rmtree(self.folder)
         # A local cluster writes its executors' folders into the installation.
         spark = importlib.util.find_spec("pyspark")

@@ -34,10 +34,10 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
-def left(run_dir: Path, cache_dir: Path, temporary: Path, used: bool = True) -> list[str]:
-    """All that there is of ours in these folders, or only what nobody has: see tools/leftovers.py."""
+def left(run_dir: Path, cache_dir: Path, temporary: Path, used: bool = True, kind: str = "") -> list[str]:
+    """All that there is of ours in these folders, or what nobody has, or one kind: see tools/leftovers.py."""
     found = leftovers.find(run_dir, cache_dir, temporary)
-    return [str(one) for one in found if used or not one.used]
+    return [str(one) for one in found if (used or not one.used) and kind in ("", one.kind)]
 
 
 def until_clean(left: Callable[[], list[str]]) -> float:

@@ -138,8 +138,8 @@ class Job:
         alive = [process for process in self.processes if not is_gone(process)]
         return [child for process in alive for child in process.children(recursive=True)] + alive
 
-    def left(self) -> list[str]:
-        return left(self.run_dir, self.home / ".cache" / "flightsvc", self.spool)
+    def left(self, kind: str = "") -> list[str]:
+        return left(self.run_dir, self.home / ".cache" / "flightsvc", self.spool, kind=kind)
 
     def end(self) -> float:
         """End the application and return the seconds from then until nothing is left."""
@@ -161,7 +161,7 @@ class Job:
         for process in self.processes:
             process.stdin.close()
             process.wait(20)
-        until_clean(lambda: [found for found in self.left() if " process " in found])
+        until_clean(lambda: self.left("process"))
         shutil.rmtree(self.home)
 
 
