@@ -27,7 +27,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from conftest import ROOT
-from figures import count, report
+from figures import PROVE, count, report
 from processes import is_gone, left, until, until_clean
 
 import flightsvc
@@ -148,7 +148,7 @@ def application(models: Path, **environ: str) -> Iterator[Application]:
         it.close()
 
 
-@pytest.fixture(scope="module", params=["local[2]", "local-cluster[2,1,768]"])
+@pytest.fixture(scope="module", params=[*(["local[2]"] if PROVE else []), "local-cluster[2,1,768]"])
 def app(models: Path, request: pytest.FixtureRequest) -> Iterator[Application]:
     """An application whose plugin finds the program beside its jar, or among the files that Spark ships."""
     with application(models, PATH=f"{ROOT / 'bin'}:{os.environ['PATH']}") as it:
