@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -51,6 +52,11 @@ func serve(settings config.Serve) (err error) {
 		if err != nil {
 			return err
 		}
+		defer func() {
+			if context.Cause(ctx) == errOwnerEnded {
+				removeDriver(os.TempDir(), owner)
+			}
+		}()
 		if err := owner.Watch(ctx, settings.OwnerFD, func() { end(errOwnerEnded) }); err != nil {
 			return err
 		}
@@ -169,8 +175,25 @@ func folderName() string {
 	if err != nil {
 		self.PID = os.Getpid() // /proc cannot be read; Claim will say so
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%d %d", self.PID, self.Start))
+	return nameOf(self)
+}
+
+// nameOf is the name of a process in folders: 8 hex digits.
+func nameOf(process rundir.Process) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d %d", process.PID, process.Start))
 	return hex.EncodeToString(sum[:4])
+}
+
+// removeDriver removes the private folder of a driver that has ended (private_folder in shipping.py). It does so itself
+// unless it was killed.
+func removeDriver(temporary string, driver rundir.Process) {
+	folders, _ := filepath.Glob(filepath.Join(temporary, "flightsvc-driver-"+nameOf(driver)+"-*")) // the pattern is sound
+	for _, folder := range folders {
+		var about unix.Stat_t
+		if err := unix.Lstat(folder, &about); err == nil && about.Uid == uint32(os.Geteuid()) && about.Mode&unix.S_IFMT == unix.S_IFDIR {
+			_ = os.RemoveAll(folder) // what stays, the next driver removes
+		}
+	}
 }
 
 func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log *zap.Logger) (*modelcache.Cache, error) {

@@ -518,9 +518,15 @@ func TestFrontEndsWithItsOwner(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			temporary := os.TempDir()
+			private, err := os.MkdirTemp(temporary, "flightsvc-driver-"+nameOf(named)+"-")
+			if err != nil {
+				t.Fatal(err)
+			}
 			_ = owner.Process.Kill()
 			eventually(t, 5*time.Second, "front and runner are gone with the owner and have left nothing", func() bool {
-				return !front.Alive() && !runner.Alive() && p.empty()
+				_, err := os.Stat(private)
+				return !front.Alive() && !runner.Alive() && p.empty() && os.IsNotExist(err)
 			})
 		})
 	}

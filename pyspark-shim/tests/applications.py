@@ -173,14 +173,17 @@ class Application:
         return []
 
     def front(self, owner: psutil.Process) -> Front | None:
-        """The front that belongs to a process, if there is one."""
-        with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
-            stat = sidecar._process(owner.pid)
-            folder = self.run_dir / sidecar.Owner(stat.pid, stat.start).folder
-            named = json.loads((folder / "front").read_text())
-            if sidecar._process(named["pid"]).start == named["start"]:
+        """The front that belongs to a process, if there is one: an executor's child, or the driver's own."""
+        for path in self.run_dir.glob("*/front"):
+            with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+                named = json.loads(path.read_text())
                 process = psutil.Process(named["pid"])
-                return Front(folder, process, self.folder / "answered" / str(process.pid))
+                if sidecar._process(named["pid"]).start != named["start"]:
+                    continue
+                stat = sidecar._process(owner.pid)
+                own = path.parent.name == sidecar.Owner(stat.pid, stat.start).folder
+                if own or process.ppid() == owner.pid:
+                    return Front(path.parent, process, self.folder / "answered" / str(process.pid))
         return None
 
     def working(self, before: dict[int, int]) -> tuple[psutil.Process, Front]:
@@ -289,7 +292,7 @@ class Driver:
         from pyspark.sql import SparkSession
 
         builder = SparkSession.builder.master(f"local-cluster[{EXECUTORS},1,640]")
-        for key, value in CONF.items():
+        for key, value in {**CONF, **flightsvc.spark_conf()}.items():
             builder = builder.config(key, value)
         self.spark = (
             builder.config("spark.local.dir", str(self.folder / "local"))

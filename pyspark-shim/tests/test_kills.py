@@ -321,15 +321,7 @@ def test_a_session_ends(cluster: Cluster):
 
 @pytest.mark.parametrize("victim", ["exit", "python", "jvm"] if PROVE else ["jvm"])
 def test_a_driver_ends(cluster: Cluster, victim: str):
-    """It exits without a stop when its job is done, or is killed in the middle of one.
-
-    A killed Python process leaves its folder of archives, unlocked: the next driver removes it.
-    """
-
-    def left(it: Application) -> list[str]:
-        kept = it.everything("driver") if victim == "python" else []
-        return [found for found in it.everything() if found not in kept]
-
+    """It exits without a stop when its job is done, or is killed in the middle of one."""
     seconds = []
     for _ in range(TIMES):
         it = cluster.get()
@@ -348,7 +340,7 @@ def test_a_driver_ends(cluster: Cluster, victim: str):
             it.driver.stdin.close()  # a script that fails for want of its JVM ends, too
         for process in processes:
             until(lambda: is_gone(process), 60, f"end of {process}")  # noqa: B023
-        seconds.append(until_clean(lambda: left(it)))  # noqa: B023
+        seconds.append(until_clean(it.everything))
         cluster.ended()
     report(
         **{

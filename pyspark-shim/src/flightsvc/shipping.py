@@ -27,7 +27,7 @@ import pyarrow.flight as flight
 from flightsvc import archive
 from flightsvc.connection import Connection
 from flightsvc.errors import FLIGHT_ERRORS, InvalidArgumentError, NotFoundError
-from flightsvc.sidecar import locked
+from flightsvc.sidecar import locked, this_process
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -251,15 +251,17 @@ def _archive(folder: Path, digest: str) -> Path:
 def private_folder() -> Path:
     """Return a folder that only this user can open; it goes with this process.
 
-    It lies among the temporary files, since the run-dir may be memory. Its process holds its lock, so that
-    the next one finds, and removes, the folders of those that were killed.
+    It lies among the temporary files, since the run-dir may be memory. Of a process that was killed the front
+    that it owns removes it, which knows it by its name. Its process holds its lock, so that the next one
+    finds, and removes, what is left where that front had ended before.
     """
     for old in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         if (descriptor := _lock(old)) is not None:
             shutil.rmtree(old, ignore_errors=True)
             os.close(descriptor)
     while True:
-        folder, pid = Path(tempfile.mkdtemp(prefix=_FOLDER)), os.getpid()
+        folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{this_process().folder}-"))
+        pid = os.getpid()
         if _lock(folder) is not None:  # else another process took it for an old one
             break
 
