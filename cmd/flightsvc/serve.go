@@ -62,7 +62,9 @@ func serve(settings config.Serve) (err error) {
 		}
 	}
 	if settings.Child {
-		signal.Ignore(syscall.SIGPIPE)                       // whoever read our output may be gone, and there is still to clear up
+		// Whoever read our output may be gone, and there is still to clear up. And a Ctrl-C in a notebook, which cancels a
+		// job there, reaches this process, too.
+		signal.Ignore(syscall.SIGPIPE, syscall.SIGINT, syscall.SIGHUP)
 		go untilEOF(os.Stdin, func() { end(errOwnerEnded) }) // reads for as long as this process lives
 	}
 	place, socket, err := claim(&settings)
@@ -98,7 +100,10 @@ func serve(settings config.Serve) (err error) {
 	go func() { served <- server.Serve(listener) }()
 
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	signal.Notify(signals, syscall.SIGTERM)
+	if !settings.Child {
+		signal.Notify(signals, syscall.SIGINT)
+	}
 	defer signal.Stop(signals)
 	if os.Getenv(detachedVariable) != "" && settings.IdleTimeout > 0 {
 		go watchIdle(ctx, settings.IdleTimeout, activity, cache, func() { end(errIdle) })

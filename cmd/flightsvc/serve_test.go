@@ -556,6 +556,7 @@ func TestChild(t *testing.T) {
 	f.greet(t, lines.Bytes())
 	s := open(t, f.client, descriptor(modelOf("ints"), "").Cmd)
 	s.run(1, 2, 3)
+	f.signal(t, syscall.SIGINT) // its parent's affair
 	s.run(4)
 	s.end()
 	about := f.status(t)
