@@ -268,6 +268,7 @@ def status() -> dict[str, Any]:
         "model": MODEL,
         "version": "7",
         "dir": "/models/m/7",
+        "digest": "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
         "state": "ready",
         "pid": 1235,
         "device": "",
