@@ -28,8 +28,9 @@ from processes import is_gone, until, until_clean
 
 from flightsvc import archive
 
-TIMES = count(1, 20)  # each kill
 WANTED = 20
+TIMES = count(1, WANTED)  # each kill
+FEWER = count(1, 10)  # where executors or an application have to start anew: all kills are to take an hour
 
 in_full = pytest.mark.skipif(not PROVE, reason="skipped: with make prove alone")
 
@@ -112,7 +113,7 @@ def test_an_executor_is_killed(cluster: Cluster):
 def test_executors_are_replaced(cluster: Cluster):
     """All are killed at once, so those that Spark starts in their place end the job."""
     seconds = []
-    for _ in range(TIMES):
+    for _ in range(FEWER):
         it = cluster.get()
         it.working(it.begin())
         killed = it.executors()
@@ -124,7 +125,7 @@ def test_executors_are_replaced(cluster: Cluster):
         it.finish()
         assert not set(it.executors()) & set(killed)
     report(
-        executors_replaced=TIMES,
+        executors_replaced=FEWER,
         executors_replaced_wanted=WANTED,
         seconds_until_clean_after_replaced_executors_killed=seconds,
     )
@@ -157,7 +158,7 @@ def test_an_executor_is_lost(cluster: Cluster):
 def test_an_executor_is_decommissioned(cluster: Cluster):
     """It ends its tasks first, and no task fails."""
     seconds = []
-    for _ in range(TIMES):
+    for _ in range(FEWER):
         it = cluster.get()
         executor, front = it.working(it.begin())
         assert not it.is_done()
@@ -166,7 +167,7 @@ def test_an_executor_is_decommissioned(cluster: Cluster):
         result = it.finish()
         assert result["failed_tasks"] == 0, it.complaints()
     report(
-        executors_decommissioned=TIMES,
+        executors_decommissioned=FEWER,
         executors_decommissioned_wanted=WANTED,
         seconds_until_clean_after_executor_decommissioned=seconds,
     )
@@ -300,7 +301,7 @@ def test_stopping_early(cluster: Cluster):
 def test_a_session_ends(cluster: Cluster):
     """In the middle of its job; the driver lives on, and its next session works."""
     seconds = []
-    for _ in range(TIMES):
+    for _ in range(FEWER):
         it = cluster.get()
         it.working(it.begin())
         executors = it.executors()
@@ -313,14 +314,14 @@ def test_a_session_ends(cluster: Cluster):
         it.start()
         it.begin()
         it.finish()
-    report(sessions_ended=TIMES, sessions_ended_wanted=WANTED, seconds_until_clean_after_session_end=seconds)
+    report(sessions_ended=FEWER, sessions_ended_wanted=WANTED, seconds_until_clean_after_session_end=seconds)
 
 
 @pytest.mark.parametrize("victim", ["exit", "python", "jvm"] if PROVE else ["jvm"])
 def test_a_driver_ends(cluster: Cluster, victim: str):
     """It exits without a stop when its job is done, or is killed in the middle of one."""
     seconds = []
-    for _ in range(TIMES):
+    for _ in range(FEWER):
         it = cluster.get()
         if victim != "exit":
             it.working(it.begin())
@@ -341,7 +342,7 @@ def test_a_driver_ends(cluster: Cluster, victim: str):
         cluster.ended()
     report(
         **{
-            f"driver_{victim}_ends": TIMES,
+            f"driver_{victim}_ends": FEWER,
             f"driver_{victim}_ends_wanted": WANTED,
             f"seconds_until_clean_after_driver_{victim}_end": seconds,
         }
