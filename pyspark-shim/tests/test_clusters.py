@@ -18,7 +18,7 @@ from figures import PROVE, report
 
 import flightsvc
 
-QUICK = ("transform", "sql", "shipped", "sidecars")
+QUICK = ("transform", "sql", "sidecars")
 only_proved = pytest.mark.skipif(not PROVE, reason="make prove runs it")
 
 Check = Callable[[dict[str, Any]], None]
@@ -129,6 +129,7 @@ def older() -> Spark:
     return OLDER
 
 
+@only_proved
 def test_local(models: Path, agree: Check):
     agree(HERE.script(models, ("--master", "local[2]"), *checks()))
 

@@ -280,6 +280,7 @@ def test_a_job_is_cancelled(cluster: Cluster):
     )
 
 
+@in_full
 def test_stopping_early(cluster: Cluster):
     """LIMIT, take and a consumer that stops: no error, and the same worker works afterwards."""
     times = count(1, 5)

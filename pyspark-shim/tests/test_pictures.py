@@ -22,7 +22,7 @@ from PIL import Image
 import flightsvc
 from flightsvc import image
 
-COUNT = count(150, 1000)
+COUNT = count(100, 1000)
 SHARE = 0.07  # of the files are no pictures
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ MIB = 1 << 20
 # tensors and its answer; all beyond what the runner holds once it has answered its first picture.
 WORKING, PER_TASK, TASKS = 512 * MIB, 3 * 64 * MIB, 2
 RUNNER_GROWTH = WORKING + TASKS * PER_TASK
-FRONT_LIMIT = 100 * MIB  # no picture passes through it
+FRONT_LIMIT = 64 * MIB  # no picture passes through it
 
 
 class Corpus:
@@ -121,7 +121,8 @@ class Memory:
         while not self._end.wait(0.02):
             try:
                 for front in self._fronts():
-                    self.front = max(self.front, front.memory_info().rss)
+                    about = front.memory_info()
+                    self.front = max(self.front, about.rss - about.shared)  # its program's file is shared
                     for runner in front.children():
                         held = runner.memory_info().rss
                         self.runners[runner.pid] = max(held, self.runners.get(runner.pid, 0))
