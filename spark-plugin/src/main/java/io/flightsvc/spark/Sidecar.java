@@ -41,7 +41,7 @@ final class Sidecar {
 
   private static final long START_SECONDS = 10;
   private static final long FIRST_PAUSE = 100; // ms before it is started again; doubles
-  private static final long LAST_PAUSE = 5_000;
+  private static final long LAST_PAUSE = 2_000; // what a dead front has left is taken over by the next: within 5 s in all
   private static final long HEALTHY_SECONDS = 60; // after as long the pauses start over
   private static final long END_SECONDS = 2;
 
