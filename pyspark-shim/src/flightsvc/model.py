@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -100,6 +101,13 @@ class Model:
         """Return this model for servers that do not see its folder."""
         model = Model(digest, signature=self.signature, preprocess=self.preprocess)
         model.name = self.name
+        return model
+
+    def with_signature(self, signature: str) -> Model:
+        """Return this model with another signature."""
+        model = copy.copy(self)
+        model.__dict__.pop("_signature", None)
+        model.signature = signature
         return model
 
     @contextlib.contextmanager

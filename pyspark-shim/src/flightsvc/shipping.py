@@ -119,6 +119,32 @@ def add(session: SparkSession, folder: Path) -> str:
     return sent
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The function for ``mapInArrow`` that yields the archive of a model which :func:`add` handed to Spark.
+
+    Its rows are ``index`` and ``piece``, ``archive.PIECE_BYTES`` each, once for a partition that has rows.
+
+    Attributes:
+        digest: The model's.
+    """
+
+    digest: str
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Run in a worker, in a record batch for each piece."""
+        from pyspark import SparkFiles
+
+        if not any(len(batch) for batch in batches):
+            return
+        with open(SparkFiles.get(_file_name(self.digest)), "rb") as archived:
+            index = 0
+            while piece := archived.read(archive.PIECE_BYTES):
+                columns = [pa.array([index], pa.int64()), pa.array([piece], pa.binary())]
+                yield pa.record_batch(columns, names=["index", "piece"])
+                index += 1
+
+
 def send(connection: Connection, folder: Path) -> str:
     """Push the model in ``folder`` to a front that does not know it, and return its digest.
 

@@ -122,6 +122,26 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
     raise InvalidArgumentError(f"{head} needs {nested(accepted[0], wanted_depth)}{advice}")
 
 
+def widened(kind: DataType, spec: TensorSpec) -> DataType | None:
+    """Return what a column of numbers is cast to for an input, ``None`` where it need not or must not be.
+
+    Any number feeds a floating input: it may lose digits, but nothing else. Whole inputs take what fits.
+    """
+    from pyspark.sql import types as spark
+
+    found, depth = _element(kind)
+    if spec.dtype not in ("float16", "bfloat16", "float32", "float64") or found in ACCEPTED[spec.dtype]:
+        return None
+    if found not in (*_INTEGERS, "float", "double") and not found.startswith("decimal"):
+        return None
+    if spec.shape is not None and depth != len(spec.shape) - 1:
+        return None
+    to: DataType = spark.DoubleType() if spec.dtype == "float64" else spark.FloatType()
+    for _ in range(depth):
+        to = spark.ArrayType(to)
+    return to
+
+
 def check_sendable(field: StructField) -> None:
     """Refuse a column that Spark cannot hand to Python.
 

@@ -1,0 +1,168 @@
+"""The Params that several stages have, with what they take."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+from pyspark.ml.param import Param, Params, TypeConverters, shared
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.model import Model
+
+
+def to_choice(name: str, *choices: str) -> Callable[[Any], str]:
+    """Return a converter that takes one of ``choices`` and says which there are."""
+
+    def convert(value: Any) -> str:
+        if value not in choices:
+            raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
+        return str(value)
+
+    return convert
+
+
+def to_positive(value: Any) -> int:
+    """Return a whole number above 0.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    number = operator.index(value)
+    if number < 1:
+        raise InvalidArgumentError(f"batchSize is {number}; it is at least 1 row")
+    return number
+
+
+def to_mapping(value: Any) -> dict[str, str]:
+    """Return a dict of text to text; a list of pairs is taken, too.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    try:
+        pairs = list(value.items() if isinstance(value, Mapping) else value)
+        mapping = dict(pairs)
+    except (TypeError, ValueError):
+        raise TypeError(f"want a dict or pairs of names, not {type(value).__name__}") from None
+    for name in (*mapping, *mapping.values()):
+        if not isinstance(name, str):
+            raise TypeError(f"names are text, {name!r} is {type(name).__name__}")
+    if len(mapping) < len(pairs) or len(set(mapping.values())) < len(mapping):
+        raise InvalidArgumentError(f"a name occurs twice in {dict(pairs)}; each one has one partner")
+    return mapping
+
+
+def to_model(value: Any) -> Model:
+    """Return a :class:`flightsvc.Model`; text, a path or a Keras model becomes one.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    try:
+        return value if isinstance(value, Model) else Model(value)
+    except TypeError:
+        raise TypeError(
+            f"a model is a flightsvc.Model, a folder, a URI, a name, a Keras model or its file, "
+            f"not {type(value).__name__}"
+        ) from None
+
+
+def to_function(value: Any) -> Callable[..., Any]:
+    """Return a function as it is.
+
+    Raises:
+        TypeError: It cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"want a function, not {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+class HasInputCol(shared.HasInputCol):
+    """The Param ``inputCol``: the column that is read."""
+
+    def setInputCol(self, value: str) -> Self:
+        """Set the column that is read."""
+        return self._set(inputCol=value)
+
+
+class HasOutputCol(shared.HasOutputCol):
+    """The Param ``outputCol``: the column that is added; absent: ``<uid>__output``."""
+
+    def setOutputCol(self, value: str) -> Self:
+        """Set the column that is added."""
+        return self._set(outputCol=value)
+
+
+class HasModel(Params):
+    """The Param ``model``."""
+
+    model: Param[Any] = Param(
+        Params._dummy(),
+        "model",
+        "a flightsvc.Model, a SavedModel's folder, a URI, a name, a Keras model or its file",
+        typeConverter=to_model,
+    )
+
+    def getModel(self) -> Any:
+        """Return the model."""
+        return self.getOrDefault(self.model)
+
+    def setModel(self, value: Any) -> Self:
+        """Set the model."""
+        return self._set(model=value)
+
+
+class HasModelFile(Params):
+    """The Param ``modelFile``."""
+
+    modelFile: Param[str] = Param(
+        Params._dummy(),
+        "modelFile",
+        "a file that Keras saved, .keras or .h5, or a SavedModel's folder",
+        typeConverter=TypeConverters.toString,
+    )
+
+    def getModelFile(self) -> str:
+        """Return the file of the model."""
+        return self.getOrDefault(self.modelFile)
+
+    def setModelFile(self, value: str) -> Self:
+        """Set the file of the model."""
+        return self._set(modelFile=value)
+
+
+class HasOutputMode(Params):
+    """The Param ``outputMode``."""
+
+    outputMode: Param[str] = Param(
+        Params._dummy(),
+        "outputMode",
+        "vector: the output flattened, as Spark ML's Vector; image: Spark's image struct of float32",
+        typeConverter=to_choice("outputMode", "vector", "image"),
+    )
+
+    def getOutputMode(self) -> str:
+        """Return what the output becomes."""
+        return self.getOrDefault(self.outputMode)
+
+    def setOutputMode(self, value: str) -> Self:
+        """Set what the output becomes: ``vector`` or ``image``."""
+        return self._set(outputMode=value)
+
+
+def first_set(stage: Params, names: Iterable[str]) -> Any:
+    """Return the value of the only one of these Params that is set.
+
+    Raises:
+        InvalidArgumentError: None is set, or several are.
+    """
+    names = list(names)
+    found = [name for name in names if stage.isSet(name)]
+    if len(found) != 1:
+        raise InvalidArgumentError(
+            f"{' and '.join(found) or 'nothing'} is set; set one of {', '.join(names)}"
+        )
+    return stage.getOrDefault(found[0])

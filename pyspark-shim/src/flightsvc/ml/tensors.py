@@ -1,0 +1,167 @@
+"""Stages for columns of numbers and text: any SavedModel, any model of Keras."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pyspark.ml.param import Param, Params, TypeConverters
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.ml.params import HasInputCol, HasModel, HasModelFile, HasOutputCol, first_set, to_mapping
+from flightsvc.ml.stage import Asked, Stage
+from flightsvc.model import Model
+
+
+class TFTransformer(Stage, HasModel):
+    """Runs a model of TensorFlow on columns.
+
+    Args:
+        model: A :class:`flightsvc.Model`, or what makes one: the folder of a SavedModel, a URI, a name, a
+            Keras model or its file.
+        inputMapping: Column to input tensor. Absent: columns of the inputs' names, or the only column.
+        outputMapping: Output tensor to column, in the wanted order. Absent: all, by tensor name.
+        signature: Which signature to run. Absent: the model's own, else ``serving_default``.
+        batchSize: The most rows of one run.
+        onError: ``fail``, ``null`` or ``column``.
+        errorCol: The column for the reason.
+    """
+
+    inputMapping: Param[dict[str, str]] = Param(
+        Params._dummy(),
+        "inputMapping",
+        "column to input tensor",
+        typeConverter=to_mapping,
+    )
+    outputMapping: Param[dict[str, str]] = Param(
+        Params._dummy(),
+        "outputMapping",
+        "output tensor to column",
+        typeConverter=to_mapping,
+    )
+    signature: Param[str] = Param(
+        Params._dummy(),
+        "signature",
+        "which signature of the model to run",
+        typeConverter=TypeConverters.toString,
+    )
+
+    _sources = ("model", "signature")
+
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        inputMapping: dict[str, str] | None = None,
+        outputMapping: dict[str, str] | None = None,
+        signature: str | None = None,
+        batchSize: int | None = None,
+        onError: str | None = None,
+        errorCol: str | None = None,
+    ):
+        super().__init__()
+        self.setParams(
+            model=model,
+            inputMapping=inputMapping,
+            outputMapping=outputMapping,
+            signature=signature,
+            batchSize=batchSize,
+            onError=onError,
+            errorCol=errorCol,
+        )
+
+    def getInputMapping(self) -> dict[str, str]:
+        """Return column to input tensor; empty when absent."""
+        return self.getOrDefault(self.inputMapping) if self.isDefined(self.inputMapping) else {}
+
+    def setInputMapping(self, value: dict[str, str]) -> Self:
+        """Set column to input tensor."""
+        return self._set(inputMapping=value)
+
+    def getOutputMapping(self) -> dict[str, str]:
+        """Return output tensor to column; empty when absent."""
+        return self.getOrDefault(self.outputMapping) if self.isDefined(self.outputMapping) else {}
+
+    def setOutputMapping(self, value: dict[str, str]) -> Self:
+        """Set output tensor to column."""
+        return self._set(outputMapping=value)
+
+    def getSignature(self) -> str:
+        """Return which signature is run."""
+        return self._model().signature
+
+    def setSignature(self, value: str) -> Self:
+        """Set which signature to run."""
+        return self._set(signature=value)
+
+    def _build(self) -> Model:
+        model: Model = first_set(self, ["model"])
+        return model.with_signature(self.getOrDefault(self.signature)) if self.isSet("signature") else model
+
+    def _asked(self) -> Asked:
+        inputs = {tensor: column for column, tensor in self.getInputMapping().items()}
+        return Asked(self._model(), inputs, self.getOutputMapping())
+
+
+class KerasTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
+    """Runs a model of Keras with one input and one output on a column of numbers.
+
+    The column holds numbers, arrays or nested arrays, or Spark ML's Vectors; so deep is the result.
+
+    Args:
+        inputCol: The column that is read.
+        outputCol: The column that is added.
+        modelFile: A file that Keras saved, ``.keras`` or ``.h5``.
+        model: Instead of it a Keras model, or all that :class:`TFTransformer` takes.
+        batchSize: The most rows of one run.
+        onError: ``fail``, ``null`` or ``column``.
+        errorCol: The column for the reason.
+    """
+
+    _sources = ("model", "modelFile")
+    _beside = ("model", "modelFile")
+
+    def __init__(
+        self,
+        *,
+        inputCol: str | None = None,
+        outputCol: str | None = None,
+        modelFile: str | None = None,
+        model: Any = None,
+        batchSize: int | None = None,
+        onError: str | None = None,
+        errorCol: str | None = None,
+    ):
+        super().__init__()
+        self.setParams(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelFile=modelFile,
+            model=model,
+            batchSize=batchSize,
+            onError=onError,
+            errorCol=errorCol,
+        )
+
+    def _build(self) -> Model:
+        found = first_set(self, ["modelFile", "model"])
+        return found if isinstance(found, Model) else Model(found)
+
+    def _asked(self) -> Asked:
+        model = self._model()
+        [source], [output] = only(model, "inputs"), only(model, "outputs")
+        return Asked(model, {source: self._column("inputCol")}, {output: self.getOutputCol()})
+
+
+def only(model: Model, side: str) -> list[str]:
+    """Return the names on the one ``side`` of a signature, which is one.
+
+    Raises:
+        InvalidArgumentError: There are several.
+    """
+    names = list(getattr(model, side))
+    if len(names) != 1:
+        raise InvalidArgumentError(
+            f"model {model.name}, signature {model.signature}: it has {len(names)} {side}, "
+            f"{', '.join(names)}; use TFTransformer, which maps each to a column"
+        )
+    return names
