@@ -14,7 +14,7 @@ from pyspark.ml.util import MLReadable, MLWritable
 
 from flightsvc import spark
 from flightsvc.connection import IMAGE_MODEL
-from flightsvc.errors import FlightsvcError, InvalidArgumentError
+from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.mapping import Input, Options, Output, column_of
 from flightsvc.ml import saving
 from flightsvc.ml.params import to_choice, to_positive
@@ -288,6 +288,38 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
             if str(error).startswith(f"{self.uid}: "):
                 raise
             raise type(error)(f"{self.uid}: {error}") from error
+
+
+def as_vector(model: Model, output: str) -> tuple[DataType, Callable[[Column], Column]]:
+    """Return how an output becomes Spark ML's Vector, flattened in C order; for ``finish`` of :class:`Asked`.
+
+    A null stays one.
+
+    Raises:
+        InvalidArgumentError: The output is no number, or its rank is not known.
+        NotFoundError: The model has no such output.
+    """
+    from pyspark.ml.functions import array_to_vector
+    from pyspark.ml.linalg import VectorUDT
+    from pyspark.sql import functions as F
+
+    where = f"model {model.name}, signature {model.signature}"
+    if output not in model.outputs:
+        raise NotFoundError(f"{where}: there is no output {output!r}; outputs: {', '.join(model.outputs)}")
+    spec = model.outputs[output]
+    if spec.dtype in ("string", "bool") or not spec.shape:
+        raise InvalidArgumentError(
+            f"{where}: output {output!r} is {spec}; a vector is made of numbers of a known rank"
+        )
+    depth = len(spec.shape) - 1
+
+    def column(found: Column) -> Column:
+        flat = found if depth else F.array(found)
+        for _ in range(depth - 1):
+            flat = F.flatten(flat)
+        return F.when(found.isNotNull(), array_to_vector(flat.cast("array<double>")))
+
+    return VectorUDT(), column
 
 
 def _cast(name: str, to: DataType) -> Callable[[], Column]:
