@@ -2,41 +2,93 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from clusters import HERE, connect_server
+from ml_script import COLUMN, answers
 
+import flightsvc
+
+SCRIPT = Path(__file__).with_name("ml_script.py")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+ROWS = 60
+
+
+def numbers() -> np.ndarray[Any, Any]:
+    return np.random.default_rng(8).normal(size=(ROWS, 4)).round(3)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of Keras as files."""
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of Keras as files, and pictures."""
     import keras
 
     keras.utils.set_random_seed(8)
     folder = tmp_path_factory.mktemp("ml")
-    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "relu"), keras.layers.Dense(2)]).save(
-        folder / "dense.keras"
+    layers = keras.layers
+    dense = keras.Sequential(
+        [keras.Input((4,), name="x"), layers.Dense(3, "relu"), layers.Dense(2, name="dense_1")]
     )
+    dense.save(folder / "dense.keras")
     return folder
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[list[float]]:
-    return np.random.default_rng(8).normal(size=(60, 4)).round(3).tolist()
+def doubles(spark: Any) -> Any:
+    """The numbers, and a label, as columns of several types."""
+    rows = [(i, row.tolist(), float(row[0] > 0)) for i, row in enumerate(numbers())]
+    frame = spark.createDataFrame(rows, "id bigint, x array<double>, label double").coalesce(2)
+    return frame.cache()
 
 
-@pytest.fixture(scope="module")
-def dense(made: Path, rows: list[list[float]]) -> Any:
+def cases(spark: Any, files: Path) -> dict[str, tuple[Any, Any, Any]]:
+    """Each kind of stage: itself, rows for it, and what TensorFlow says in their order."""
+    from flightsvc.ml import KerasTransformer, TFTransformer
+
+    doubles = spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>")
+    dense = files / "dense.keras"
+    dense_wanted = of_keras(dense, numbers())
+    return {
+        "keras": (
+            KerasTransformer(inputCol="x", outputCol=COLUMN, modelFile=str(dense)),
+            doubles,
+            dense_wanted,
+        ),
+        "tensorflow": (
+            TFTransformer(
+                model=flightsvc.Model(dense),
+                inputMapping={"x": "x"},
+                outputMapping={"dense_1": COLUMN},
+                batchSize=16,
+            ),
+            doubles,
+            dense_wanted,
+        ),
+    }
+
+
+def of_keras(file: Path, rows: np.ndarray[Any, Any]) -> Any:
+    """What Keras says on the driver."""
     import keras
 
-    return keras.saving.load_model(made / "dense.keras").predict(np.array(rows, np.float32), verbose=0)
+    return keras.saving.load_model(file, compile=False).predict(np.float32(rows), verbose=0)
 
 
-def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any, tmp_path: Path) -> None:
+def check(frame: Any, wanted: Any, column: str = COLUMN) -> None:
+    found = answers(frame, column)
+    assert [i for i, _ in found] == list(range(len(wanted)))
+    np.testing.assert_allclose([value for _, value in found], wanted, **CLOSE)
+
+
+def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any) -> None:
     from flightsvc.ml import TFTransformer
 
     random = np.random.default_rng(1)
@@ -53,19 +105,210 @@ def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any, tmp_p
     result = stage.transform(frame)
     assert result.columns == ["id", "x", "y", "s", "l"]
     assert stage.transformSchema(frame.schema).simpleString() == result.schema.simpleString()
-    found = result.orderBy("id").collect()
-    np.testing.assert_allclose([row.l for row in found], wanted["logits"], **CLOSE)
-    np.testing.assert_allclose([row.s for row in found], wanted["sum"], **CLOSE)
-    assert [row.x for row in found] == a.tolist()
-    stage.save(f"{tmp_path}/stage")
-    with pytest.raises(Exception, match="exists"):
-        stage.save(f"{tmp_path}/stage")
-    stage.setBatchSize(5).write().overwrite().save(f"{tmp_path}/stage")
-    loaded = TFTransformer.load(f"{tmp_path}/stage")
-    assert (loaded.uid, loaded.getBatchSize(), loaded.getInputMapping()) == (
-        stage.uid,
-        5,
-        {"x": "a", "y": "b"},
+    check(result, wanted["logits"], "l")
+    check(result, wanted["sum"], "s")
+    assert [row.x for row in result.orderBy("id").collect()] == a.tolist()
+
+
+@pytest.mark.parametrize(
+    "kind", ["array<int>", "array<bigint>", "array<decimal(9,3)>", "array<float>", "vector"]
+)
+def test_numbers_are_cast_for_the_input_alone(spark: Any, doubles: Any, files: Path, kind: str) -> None:
+    from pyspark.ml.functions import array_to_vector
+
+    from flightsvc.ml import KerasTransformer
+
+    given = numbers().astype(int) if "int" in kind else numbers()
+    column = array_to_vector("x") if kind == "vector" else doubles.x.cast(kind)
+    frame = doubles.select("id", column.alias("X"), doubles.label.alias("x "))
+    stage = KerasTransformer(inputCol="X", outputCol=COLUMN, modelFile=str(files / "dense.keras"))
+    result = stage.transform(frame)
+    assert result.schema[1] == frame.schema[1]
+    check(result, of_keras(files / "dense.keras", given))
+
+
+def test_columns_of_one_name_and_nulls_stay(spark: Any, files: Path) -> None:
+    from flightsvc.ml import KerasTransformer
+
+    rows = [(0, 1, [1, 2, 3, 4]), (2, 3, None)]
+    frame = spark.createDataFrame(rows, "a int, b int, x array<int>").toDF("a", "A", "x")
+    spark.conf.set("spark.sql.caseSensitive", "false")
+    result = KerasTransformer(inputCol="x", outputCol="y", modelFile=str(files / "dense.keras")).transform(
+        frame
     )
-    again = loaded.transform(frame).orderBy("id").collect()
-    np.testing.assert_allclose([row.l for row in again], wanted["logits"], **CLOSE)
+    assert result.columns == ["a", "A", "x", "y"]
+    first, second = sorted(map(tuple, result.collect()))
+    assert first[:3] == (0, 1, [1, 2, 3, 4]) and len(first[3]) == 2
+    assert second == (2, 3, None, None)
+
+
+def test_mistakes_are_told_before_a_job(spark: Any, doubles: Any, models: Path, files: Path) -> None:
+    from flightsvc.ml import KerasTransformer, TFTransformer
+
+    def of(**params: Any) -> Any:
+        given = {"inputCol": "x", "outputCol": "y", "modelFile": str(files / "dense.keras")} | params
+        return KerasTransformer(**{name: value for name, value in given.items() if value is not None})
+
+    several = TFTransformer(model=models / "two", inputMapping={"x": "a", "label": "b"})
+    wrong = [
+        (of(inputCol="nothing"), "there is no column 'nothing'"),
+        (of(inputCol="label"), "column 'label' is double.*float32.*array<float>"),
+        (of(outputCol="x"), "there is a column 'x' already"),
+        (of(onError="column", errorCol="ID"), "there is a column 'ID' already"),
+        (of(outputCol="error", onError="column"), "error"),
+        (of(inputCol=None), "inputCol is not set"),
+        (of(modelFile=None), "nothing is set; set one of modelFile, model"),
+        (of(model="other"), "modelFile and model is set|modelFile and model"),
+        (of(modelFile=None, model=models / "two"), "2 inputs, a, b; use TFTransformer"),
+        (of(modelFile=str(files / "none.keras")), "No such file"),
+        (several, "column 'label' is double"),
+        (TFTransformer(model=models / "two", signature="none"), "no signature 'none'"),
+        (TFTransformer(), "nothing is set"),
+    ]
+    for stage, text in wrong:
+        for call in (lambda s=stage: s.transformSchema(doubles.schema), lambda s=stage: s.transform(doubles)):
+            with pytest.raises(flightsvc.FlightsvcError, match=f"(?s)^{stage.uid}: .*({text})") as raised:
+                call()
+            assert str(raised.value).count(stage.uid) == 1
+
+
+def test_params(models: Path) -> None:
+    from pyspark.ml.param import Param
+
+    from flightsvc.ml import KerasTransformer, TFTransformer
+
+    stage = TFTransformer(inputMapping=[("x", "a")], outputMapping={"sum": "s"})
+    assert (stage.getInputMapping(), stage.getOutputMapping()) == ({"x": "a"}, {"sum": "s"})
+    assert (stage.getBatchSize(), stage.getOnError(), stage.getErrorCol()) == (None, "fail", "error")
+    assert stage.setBatchSize(3).setOnError("null").setErrorCol("e").copy().getBatchSize() == 3
+    for name in ("setBatchSize", "setOnError", "setInputMapping"):
+        assert getattr(stage, name)
+    assert all(param.doc for param in stage.params if isinstance(param, Param))
+    for error, call in (
+        (TypeError, lambda: KerasTransformer("x", "y")),
+        (TypeError, lambda: stage.setParams(inputCol="x")),
+        (TypeError, lambda: stage.setBatchSize("many")),
+        (flightsvc.InvalidArgumentError, lambda: stage.setBatchSize(0)),
+        (flightsvc.InvalidArgumentError, lambda: stage.setOnError("skip")),
+        (TypeError, lambda: stage.setInputMapping("x")),
+        (TypeError, lambda: stage.setInputMapping({"x": 1})),
+        (flightsvc.InvalidArgumentError, lambda: stage.setInputMapping({"x": "a", "y": "a"})),
+        (TypeError, lambda: stage.setModel(1.5)),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) -> None:
+    from flightsvc import shipping
+    from flightsvc.ml import Stage, TFTransformer
+
+    copy = shutil.copytree(models / "two", tmp_path / "two")
+    (copy / "weights.txt").write_bytes(os.urandom(9 << 20))  # three pieces, of which no process knows
+    TFTransformer(model=copy).save(f"{tmp_path}/stage")
+    rows = spark.read.parquet(f"{tmp_path}/stage/model")
+    assert rows.count() == 3
+    rows.where("index != 1").write.parquet(f"{tmp_path}/less")
+    rows.selectExpr(
+        "index", "if(index = 1, overlay(piece PLACING X'00' FROM 99), piece) AS piece"
+    ).write.parquet(f"{tmp_path}/other")
+    for damaged in ("less", "other"):
+        shutil.rmtree(tmp_path / "stage" / "model")
+        shutil.copytree(tmp_path / damaged, tmp_path / "stage" / "model")
+        with pytest.raises(
+            flightsvc.InvalidArgumentError, match="is damaged: . pieces make .*save the stage again"
+        ):
+            Stage.load(f"{tmp_path}/stage")
+    shutil.rmtree(tmp_path / "stage" / "model")
+    rows_before = [path for path in shipping.private_folder().iterdir() if path.name.startswith("tmp")]
+    assert not [path for path in rows_before if (path / "model.tar").exists()]
+
+
+@pytest.fixture(scope="module")
+def saved(spark: Any, doubles: Any, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Stages as ``ml_script.py`` wants them, and the right answers; what they were made of is gone."""
+    from pyspark.ml import Pipeline, PipelineModel
+    from pyspark.ml.classification import LogisticRegression
+    from pyspark.ml.evaluation import BinaryClassificationEvaluator
+    from pyspark.ml.feature import SQLTransformer, VectorAssembler
+    from pyspark.ml.tuning import CrossValidator, ParamGridBuilder
+
+    from flightsvc.ml import KerasTransformer
+
+    folder = tmp_path_factory.mktemp("saved")
+    gone = shutil.copytree(files, folder / "files")
+    wanted: dict[str, Any] = {}
+    for case, (stage, frame, wanted[case]) in cases(spark, gone).items():
+        stage.save(f"{folder}/stages/{case}")
+        PipelineModel([stage]).save(f"{folder}/pipelines/{case}")
+        frame.write.parquet(f"{folder}/data/{case}")
+    doubles.write.parquet(f"{folder}/data/labelled")
+    stage = KerasTransformer(inputCol="x", outputCol="y", modelFile=str(gone / "dense.keras"))
+    apart = SQLTransformer(statement="SELECT *, y[0] AS y0, y[1] AS y1 FROM __THIS__")
+    together = VectorAssembler(inputCols=["y0", "y1"], outputCol="features")
+    regression = LogisticRegression(maxIter=5)
+    pipeline = Pipeline(stages=[stage, apart, together, regression])
+    grid = ParamGridBuilder().addGrid(regression.regParam, [0.01, 0.5]).build()
+    validator = CrossValidator(
+        estimator=pipeline,
+        estimatorParamMaps=grid,
+        evaluator=BinaryClassificationEvaluator(),
+        numFolds=2,
+        seed=1,
+    )
+    validator.save(f"{folder}/estimator")
+    fitted = validator.fit(doubles)
+    fitted.save(f"{folder}/validated")
+    wanted["validated"] = [value for _, value in answers(fitted.transform(doubles), "probability")]
+    wanted["metrics"] = fitted.avgMetrics
+    shutil.rmtree(gone)
+    return folder, wanted
+
+
+def elsewhere(folder: Path, *where: str) -> dict[str, Any]:
+    """What the script says in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), *where],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def agree(said: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert said["modules"] == []
+    for how in ("stage", "pipeline", "stream"):
+        for case, found in said[how].items():
+            assert [i for i, _ in found] == list(range(len(found))), (how, case)
+            same([value for _, value in found], wanted[case])
+    same([value for _, value in said["validated"]], wanted["validated"])
+
+
+def same(found: Any, wanted: Any) -> None:
+    """Compare cells: null where null is wanted, pictures by their fields, numbers nearly."""
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if isinstance(other, dict):
+            pixels = [np.frombuffer(bytes.fromhex(picture["data"]), np.float32) for picture in (one, other)]
+            np.testing.assert_allclose(*pixels, **CLOSE)
+            assert {**one, "data": ""} == {**other, "data": ""}
+        elif other is not None:
+            np.testing.assert_allclose(one, other, **CLOSE)
+
+
+def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
+    folder, wanted = saved
+    agree(elsewhere(folder, "--master", "local[2]"), wanted)
+
+
+def test_connect(saved: Any, tmp_path: Path) -> None:
+    folder, wanted = saved
+    with connect_server(HERE, tmp_path / "connect") as remote:
+        said = elsewhere(folder, "--remote", remote)
+    agree(said, wanted)
+    same([value for _, value in said["fitted"]], wanted["validated"])
+    np.testing.assert_allclose(said["metrics"], wanted["metrics"], **CLOSE)

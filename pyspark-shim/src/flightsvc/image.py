@@ -228,6 +228,50 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     return np.frombuffer(data, dtype).reshape(height, width, wanted)
 
 
+def of_tensor(tensor: Column, source: Column) -> Column:
+    """Return a column of tensors as pictures of float32; channels keep their order.
+
+    Args:
+        tensor: A column of numbers, ``[height, width, channels]`` as nested arrays.
+        source: A column of pictures or of paths, which has the ``origin``; of others none is known.
+    """
+    from pyspark.sql import functions as F
+
+    # By pandas a null struct is one of nulls.
+    return F.when(tensor.isNotNull(), functions.scalar(_of_tensor, schema(), ())(tensor, source))
+
+
+def _of_tensor(tensors: pa.Array, source: pa.Array) -> pa.Array:
+    origins: list[str | None] = [""] * len(tensors)
+    if pa.types.is_struct(source.type) and "origin" in {field.name for field in source.type}:
+        origins = source.field("origin").to_pylist()
+    elif pa.types.is_string(source.type) or pa.types.is_large_string(source.type):
+        origins = source.to_pylist()
+    pictures: list[dict[str, Any] | None] = []
+    for i, origin in enumerate(origins):
+        if not tensors[i].is_valid:
+            pictures.append(None)
+            continue
+        lines = tensors.slice(i, 1).flatten()
+        pixels = lines.flatten()
+        values = pixels.flatten().cast(pa.float32())
+        at = values.offset * 4
+        pictures.append(
+            {
+                "origin": origin,
+                "height": len(lines),
+                "width": len(pixels) // max(1, len(lines)),
+                "nChannels": len(values) // max(1, len(pixels)),
+                "mode": _DTYPES["float32"] + 8 * (len(values) // max(1, len(pixels)) - 1),
+                "data": values.buffers()[1].slice(at, 4 * len(values)).to_pybytes(),
+            }
+        )
+    numbers = [pa.field(name, pa.int32()) for name in ("height", "width", "nChannels", "mode")]
+    return pa.array(
+        pictures, pa.struct([pa.field("origin", pa.string()), *numbers, pa.field("data", pa.binary())])
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
     """What :func:`decode` and :func:`resize` do in the workers.

@@ -103,11 +103,16 @@ class Model:
         model.name = self.name
         return model
 
-    def with_signature(self, signature: str) -> Model:
-        """Return this model with another signature."""
+    def but(
+        self, *, signature: str | None = None, preprocess: Mapping[str, ImageInput] | None = None
+    ) -> Model:
+        """Return this model with another signature, or with other inputs that are made from pictures."""
         model = copy.copy(self)
-        model.__dict__.pop("_signature", None)
-        model.signature = signature
+        if signature is not None:
+            model.__dict__.pop("_signature", None)
+            model.signature = signature
+        if preprocess is not None:
+            model.preprocess = dict(preprocess)
         return model
 
     @contextlib.contextmanager

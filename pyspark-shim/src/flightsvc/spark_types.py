@@ -87,7 +87,7 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
         f"{field.dataType.simpleString()}, input {name!r} ({spec})"
     )
     if name in model.preprocess or model.reference == IMAGE_MODEL:
-        if (found != "binary" and not _is_image(field.dataType)) or depth:
+        if (found != "binary" and not is_image(field.dataType)) or depth:
             raise InvalidArgumentError(
                 f"{head} is made from pictures and needs binary (files) or Spark's image struct"
             )
@@ -163,7 +163,7 @@ def check_sendable(field: StructField) -> None:
         ) from error
 
 
-def _is_image(kind: DataType) -> bool:
+def is_image(kind: DataType) -> bool:
     """Tell whether a type is Spark's image struct; its origin may be missing."""
     from pyspark.sql.types import StructType
 

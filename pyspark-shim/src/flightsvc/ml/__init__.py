@@ -8,11 +8,14 @@
 A saved stage holds its model: whoever loads it needs neither TensorFlow nor the folder that it came from.
 """
 
+from flightsvc.ml.images import KerasImageFileTransformer, TFImageTransformer
 from flightsvc.ml.stage import Stage
 from flightsvc.ml.tensors import KerasTransformer, TFTransformer
 
 __all__ = [
+    "KerasImageFileTransformer",
     "KerasTransformer",
     "Stage",
+    "TFImageTransformer",
     "TFTransformer",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters, shared
@@ -54,12 +55,18 @@ def to_mapping(value: Any) -> dict[str, str]:
     return mapping
 
 
-def to_model(value: Any) -> Model:
+def to_model(value: Any) -> Any:
     """Return a :class:`flightsvc.Model`; text, a path or a Keras model becomes one.
+
+    A graph of TensorFlow 1 stays one, the file of a GraphDef becomes a path: they say no inputs and outputs.
 
     Raises:
         TypeError: It is something else.
     """
+    if isinstance(value, str | Path) and str(value).endswith(".pb") and "://" not in str(value):
+        return Path(value)
+    if type(value).__name__ in ("TFInputGraph", "GraphDef", "Graph", "FuncGraph"):
+        return value
     try:
         return value if isinstance(value, Model) else Model(value)
     except TypeError:

@@ -48,6 +48,7 @@ class Asked:
         inputs: Input tensor to column, to :class:`Input` or to :class:`Made`; empty: see :class:`Options`.
         outputs: Output tensor to column or to :class:`Output`, in the wanted order; empty: all.
         finish: What becomes of an output afterwards, by column: its type, and the expression for it.
+        hidden: Columns of outputs that the expressions of ``finish`` use and the result does not have.
     """
 
     model: Model
@@ -56,6 +57,7 @@ class Asked:
     finish: Mapping[str, tuple[DataType, Callable[[Column], Column]]] = dataclasses.field(
         default_factory=dict
     )
+    hidden: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +226,8 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
             if plain == names and not plan.made and not plan.asked.finish:
                 return result
             columns: list[Column] = []
-            for source, field in zip(
-                [*plain, *plan.schema.names[len(names) :]], plan.schema.fields, strict=True
-            ):
+            sources = [*plain, *plan.schema.names[len(names) :]]
+            for source, field in zip(sources, plan.schema.fields, strict=True):
                 column = F.col(spark.quoted(source))
                 if len(columns) >= len(names) and field.name in plan.asked.finish:
                     column = plan.asked.finish[field.name][1](column)
@@ -262,7 +263,11 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
             field = schema.fields[position]
             entry = inputs[tensor] = request.input(tensor, field.name)
             pictures = tensor in asked.model.preprocess or asked.model.reference == IMAGE_MODEL
-            to = None if pictures or entry.encoding else widened(field.dataType, known[tensor])
+            to = (
+                None
+                if pictures or entry.encoding or getattr(entry, "load", None)
+                else widened(field.dataType, known[tensor])
+            )
             if to is not None:
                 name = f"{self.uid}__{tensor}"
                 made[name] = Made(to, _cast(field.name, to))
@@ -274,9 +279,11 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
             options["batching"] = {"max_batch_size": rows}
         sent = StructType([*schema.fields, *(StructField(name, entry.type) for name, entry in made.items())])
         further = asked.model.output_schema(sent, **options).fields[len(sent) :]
-        for i, field in enumerate(further):
-            if field.name in asked.finish:
-                further[i] = StructField(field.name, asked.finish[field.name][0])
+        further = [
+            StructField(field.name, asked.finish[field.name][0]) if field.name in asked.finish else field
+            for field in further
+            if field.name not in asked.hidden
+        ]
         return _Plan(asked, made, options, StructType([*schema.fields, *further]))
 
     @contextlib.contextmanager

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
-from flightsvc.errors import InvalidArgumentError
+from flightsvc.errors import InvalidArgumentError, NotFoundError
 from flightsvc.ml.params import HasInputCol, HasModel, HasModelFile, HasOutputCol, first_set, to_mapping
 from flightsvc.ml.stage import Asked, Stage
 from flightsvc.model import Model
+
+if TYPE_CHECKING:
+    from flightsvc.graph import TFInputGraph
 
 
 class TFTransformer(Stage, HasModel):
@@ -17,7 +22,8 @@ class TFTransformer(Stage, HasModel):
 
     Args:
         model: A :class:`flightsvc.Model`, or what makes one: the folder of a SavedModel, a URI, a name, a
-            Keras model or its file.
+            Keras model or its file. Or a graph of TensorFlow 1: a :class:`flightsvc.graph.TFInputGraph`, a
+            ``tf.Graph``, a ``GraphDef`` or its file ``.pb``.
         inputMapping: Column to input tensor. Absent: columns of the inputs' names, or the only column.
         outputMapping: Output tensor to column, in the wanted order. Absent: all, by tensor name.
         signature: Which signature to run. Absent: the model's own, else ``serving_default``.
@@ -93,9 +99,22 @@ class TFTransformer(Stage, HasModel):
         """Set which signature to run."""
         return self._set(signature=value)
 
+    def _model(self) -> Model:
+        given = self.getOrDefault(self.model) if self.isSet(self.model) else None
+        if given is None or isinstance(given, Model):
+            return super()._model()
+        inputs, outputs = self.getInputMapping(), self.getOutputMapping()
+        if not inputs or not outputs:
+            raise InvalidArgumentError(
+                "a graph has no signature; set inputMapping, column to input tensor, and outputMapping, "
+                "output tensor to column"
+            )
+        tensors = [*inputs.values()], [*outputs]
+        return Model(as_graph(given, *tensors).saved_model(*tensors))
+
     def _build(self) -> Model:
         model: Model = first_set(self, ["model"])
-        return model.with_signature(self.getOrDefault(self.signature)) if self.isSet("signature") else model
+        return model.but(signature=self.getOrDefault(self.signature)) if self.isSet("signature") else model
 
     def _asked(self) -> Asked:
         inputs = {tensor: column for column, tensor in self.getInputMapping().items()}
@@ -150,6 +169,46 @@ class KerasTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol)
         model = self._model()
         [source], [output] = only(model, "inputs"), only(model, "outputs")
         return Asked(model, {source: self._column("inputCol")}, {output: self.getOutputCol()})
+
+
+def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInputGraph:
+    """Return a graph of TensorFlow 1: a TFInputGraph as it is, a ``tf.Graph``, a ``GraphDef`` or its file.
+
+    The variables of a ``tf.Graph`` are those of the session that is the default one.
+
+    Args:
+        given: The graph.
+        inputs: The tensors that are fed.
+        outputs: The tensors that are asked for.
+
+    Raises:
+        InvalidArgumentError: It is something else, or the file holds none.
+    """
+    from flightsvc.graph import TFInputGraph
+
+    if isinstance(given, TFInputGraph):
+        return given
+    import tensorflow as tf
+
+    if isinstance(given, Path):
+        definition = tf.compat.v1.GraphDef()
+        try:
+            definition.ParseFromString(given.read_bytes())
+        except OSError as error:
+            raise NotFoundError(f"model {given}: {error.strerror}") from None
+        except Exception as error:  # of protobuf
+            raise InvalidArgumentError(f"model {given}: it holds no GraphDef: {error}") from error
+        given = definition
+    if isinstance(given, tf.Graph):
+        session = tf.compat.v1.get_default_session()
+        if session is not None and session.graph is given:
+            return TFInputGraph.fromGraph(given, session, inputs, outputs)
+        given = given.as_graph_def()
+    if not isinstance(given, tf.compat.v1.GraphDef):
+        raise InvalidArgumentError(
+            f"a graph is a tf.Graph, a GraphDef or a TFInputGraph, not {type(given).__name__}"
+        )
+    return TFInputGraph.fromGraphDef(given, inputs, outputs)
 
 
 def only(model: Model, side: str) -> list[str]:
