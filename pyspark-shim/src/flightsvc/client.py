@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 
 import pyarrow as pa
 
-from flightsvc import shipping, sidecar
+from flightsvc import loading, shipping, sidecar
 from flightsvc.connection import Connection
 from flightsvc.errors import UnavailableError
 from flightsvc.mapping import Options, check_device
@@ -70,10 +70,11 @@ class Client:
         if not isinstance(model, Model):
             model = Model(model)
         request = model.request(**options, layout=layout)
+        request = request.knowing(lambda: read_signature(model, self._connection)["inputs"])
         known = () if request.inputs else tuple(read_signature(model, self._connection)["inputs"])
         positions = request.columns(data.schema.names, known, case_sensitive=True)
-        exchange = request.exchange(self._connection, data.schema.names, positions)
-        return pa.Table.from_batches([answer.beside() for answer in exchange.answers(_batches(data))])
+        answers = loading.answers(request, self._connection, data.schema, positions, _batches(data))
+        return pa.Table.from_batches([answer.beside() for answer in answers])
 
     def metadata(self, model: Model | str | os.PathLike[str]) -> dict[str, Any]:
         """Return the model's version and all its signatures, read without loading it.

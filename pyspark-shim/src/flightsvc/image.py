@@ -20,6 +20,7 @@ from flightsvc import columns as functions
 from flightsvc import sql
 from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
+from flightsvc.loading import DEPTHS, image_fields
 from flightsvc.mapping import ImageInput
 from flightsvc.model import Model, Request, same_name
 from flightsvc.spark import acting_for, active_conf, place, quoted, settings_of, worker_connection
@@ -39,7 +40,6 @@ _POLICIES = ("fail", "null", "column")
 _FILE_COLUMNS = {"path": "string", "modificationTime": "timestamp", "length": "bigint", "content": "binary"}
 _PICTURES = "pictures are binary (files) or Spark's image struct"
 _ORIGINS = "the origin of pictures is text; leave it out, or use CAST(... AS STRING)"
-_DTYPES = {"uint8": 0, "float32": 5}  # OpenCV's depths; a mode is depth + 8 * (channels - 1)
 
 
 def schema() -> StructType:
@@ -183,18 +183,7 @@ def to_struct(array: np.ndarray[Any, Any], origin: str = "") -> Row:
     """
     from pyspark.sql import Row
 
-    shape = (*array.shape, 1) if array.ndim == 2 else array.shape
-    if array.dtype.name not in _DTYPES:
-        raise InvalidArgumentError(f"a picture is of uint8 or float32, this array is of {array.dtype.name}")
-    if len(shape) != 3 or shape[2] not in (1, 3, 4) or 0 in shape:
-        raise InvalidArgumentError(
-            "a picture is [height, width] or [height, width, channels] with 1, 3 or 4 channels, "
-            f"this array is {list(array.shape)}"
-        )
-    height, width, channels = shape
-    mode = _DTYPES[array.dtype.name] + 8 * (channels - 1)
-    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-    return Row(origin=origin, height=height, width=width, nChannels=channels, mode=mode, data=data)
+    return Row(origin=origin, **image_fields(array))
 
 
 def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
@@ -215,7 +204,7 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     mode, data = picture["mode"], picture["data"]
     if mode == -1:
         raise InvalidArgumentError("the picture has mode -1: Spark could not read it")
-    dtypes = {depth + 8 * (n - 1): (name, n) for name, depth in _DTYPES.items() for n in (1, 3, 4)}
+    dtypes = {depth + 8 * (n - 1): (name, n) for name, depth in DEPTHS.items() for n in (1, 3, 4)}
     if mode not in dtypes:
         raise InvalidArgumentError(f"the picture has mode {mode}; modes are {sorted(dtypes)}")
     name, wanted = dtypes[mode]
@@ -262,7 +251,7 @@ def _of_tensor(tensors: pa.Array, source: pa.Array) -> pa.Array:
                 "height": len(lines),
                 "width": len(pixels) // max(1, len(lines)),
                 "nChannels": len(values) // max(1, len(pixels)),
-                "mode": _DTYPES["float32"] + 8 * (len(values) // max(1, len(pixels)) - 1),
+                "mode": DEPTHS["float32"] + 8 * (len(values) // max(1, len(pixels)) - 1),
                 "data": values.buffers()[1].slice(at, 4 * len(values)).to_pybytes(),
             }
         )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from flightsvc.errors import InvalidArgumentError
@@ -33,7 +33,8 @@ class TensorSpec:
 class ImageInput:
     """How pictures become one input tensor ``[batch, height, width, channels]``, in the sidecar.
 
-    The column holds encoded files (JPEG, PNG, GIF, BMP) or Spark's image struct. A picture is turned upright,
+    The column holds encoded files (JPEG, PNG, GIF, BMP; binary), their paths or URIs (string), which the
+    worker reads, or Spark's image struct. A picture is turned upright,
     fitted, resized, brought to its channels; each value ``v`` of 0..255 then becomes ``v * scale + offset``.
 
     Attributes:
@@ -121,23 +122,41 @@ class Input:
             An unknown dimension gets the longest length of the record batch, a known one its own.
         lengths: Name of another input tensor, integer and of rank 1, that receives the true length of each
             row's list; it has no column of its own.
+        load: Makes what is sent of each value of the column that is not null. It is called in the worker, a
+            few rows at a time, and travels there by cloudpickle. For an input that is made of pictures it
+            returns the bytes of a file, or an array ``[height, width]`` or ``[height, width, channels]`` of
+            uint8 or float, 0 to 255, in the order RGB(A). For any other input it returns a NumPy array that
+            is one row of the tensor, with or without a leading dimension of 1, whose values the input's
+            dtype can hold (floats are rounded to it); for an input of strings bytes. A row whose value it
+            cannot load is one that cannot be run, and what it raised is the reason. ``None``: the values are
+            sent as they are, but paths of pictures, which the worker reads.
 
     Raises:
-        InvalidArgumentError: ``pad`` is not finite.
+        InvalidArgumentError: ``pad`` is not finite, ``load`` cannot be called or has an ``encoding`` beside.
     """
 
     column: str
     encoding: str | None = dataclasses.field(default=None, kw_only=True)
     pad: bool | int | float | str | None = dataclasses.field(default=None, kw_only=True)
     lengths: str | None = dataclasses.field(default=None, kw_only=True)
+    load: Callable[[Any], Any] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.pad, float) and not math.isfinite(self.pad):
             raise InvalidArgumentError(f"pad of column {self.column!r} is {self.pad}; it must be finite")
+        if self.load is not None and not callable(self.load):
+            raise InvalidArgumentError(
+                f"load of column {self.column!r} is {self.load!r}; it is a function of one value"
+            )
+        if self.load is not None and self.encoding is not None:
+            raise InvalidArgumentError(
+                f"column {self.column!r} has load, which makes the tensor's rows, and the encoding "
+                f"{self.encoding!r}; leave out one"
+            )
 
     def wire(self) -> dict[str, Any]:
-        """Return the entry of the descriptor's ``inputs``; defaults are left out."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Return the entry of the descriptor's ``inputs``; what is the worker's and defaults are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None and name != "load"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +187,8 @@ class Options(TypedDict, total=False):
 
     Attributes:
         inputs: Input tensor to column, or to :class:`Input`. Absent: columns of the same names, or the only
-            column for the only input.
+            column for the only input. A column of strings that feeds an input made of pictures holds paths
+            or URIs of files, which the workers read.
         outputs: Output tensor to column, or to :class:`Output`, in the wanted order. Absent: all, by tensor
             name.
         on_error: What a row that cannot be run does: ``fail`` all, make its outputs ``null``, or null with

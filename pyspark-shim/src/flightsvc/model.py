@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -50,7 +50,7 @@ class Model:
             that decodes and resizes pictures, ``./image`` a folder.
         signature: Which signature to run.
         version: A version's number, or ``latest``.
-        preprocess: Inputs that are made from encoded pictures.
+        preprocess: Inputs that are made from pictures.
     """
 
     def __init__(
@@ -114,6 +114,10 @@ class Model:
         if preprocess is not None:
             model.preprocess = dict(preprocess)
         return model
+
+    def is_picture(self, name: str) -> bool:
+        """Tell whether the input ``name`` is made from pictures."""
+        return name in self.preprocess or self.reference == IMAGE_MODEL
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
@@ -271,7 +275,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules."""
+    """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules.
+
+    ``specs`` has the types of the inputs whose rows a function of the user makes; see :meth:`knowing`.
+    """
 
     model: Model
     inputs: dict[str, str | Input]
@@ -283,6 +290,19 @@ class Request:
     batching: str | dict[str, int] | None
     layout: str
     device: str = "auto"
+    specs: dict[str, TensorSpec] = dataclasses.field(default_factory=dict)
+
+    def knowing(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
+        """Return this request with ``specs`` out of ``inputs()``, which is asked only if there are any."""
+        loaded = [
+            name
+            for name, entry in self.inputs.items()
+            if isinstance(entry, Input) and entry.load is not None and not self.model.is_picture(name)
+        ]
+        if not loaded:
+            return self
+        known = inputs()
+        return dataclasses.replace(self, specs={name: known[name] for name in loaded if name in known})
 
     def input(self, name: str, column: str) -> Input:
         """Return how ``column`` feeds the input ``name``."""

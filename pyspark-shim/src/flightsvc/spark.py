@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from flightsvc import shipping
+from flightsvc import loading, shipping
 from flightsvc import sidecar as sidecars
 from flightsvc.connection import Connection, shared
 from flightsvc.errors import InvalidArgumentError
@@ -37,8 +37,8 @@ _session: ContextVar[SparkSession | None] = ContextVar("flightsvc_session", defa
 class Mapper:
     """The function for ``mapInArrow``: record batches in, the same with the model's outputs out.
 
-    One record batch is yielded for each one read, with the same rows in the same order; the caller's
-    columns are passed on as they are.
+    The same rows are yielded in the same order, and the caller's columns are passed on as they are: one
+    record batch for each one read, or several small ones where columns are loaded.
 
     Attributes:
         request: What is asked of the model.
@@ -63,8 +63,9 @@ class Mapper:
         with self.request.model.naming():
             positions = self.request.columns(names, self.known, self.case_sensitive)
             connection = worker_connection(self.request, self.conf)
-            exchange = on_task_device(self.request).exchange(connection, names, positions, place())
-            answers = exchange.answers(_chain(first, batches))
+            request = on_task_device(self.request)
+            every = _chain(first, batches)
+            answers = loading.answers(request, connection, first.schema, positions, every, place())
             try:
                 for answer in answers:
                     yield answer.beside(self.sidecar)
@@ -92,6 +93,8 @@ def on_task_device(request: Request) -> Request:
 def for_workers(request: Request, session: SparkSession | None) -> Request:
     """Return ``request`` as the workers of ``session`` send it: with a model of the driver shipped.
 
+    It then knows the types of the inputs that workers load, too.
+
     Without a session the model stays a folder of this machine, for a function that runs here.
 
     Raises:
@@ -99,6 +102,7 @@ def for_workers(request: Request, session: SparkSession | None) -> Request:
         InvalidArgumentError: It holds a link, or changed while it was read.
     """
     model = request.model
+    request = request.knowing(lambda: model.inputs)
     if session is None or model.folder is None:
         return request
     folder = shipping.version_folder(model.folder, model.version)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
+from flightsvc.loading import PICTURES
 from flightsvc.mapping import Input, TensorSpec
 from flightsvc.model import Model
 
@@ -86,16 +86,21 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
         f"model {model.name}, signature {model.signature}: column {field.name!r} is "
         f"{field.dataType.simpleString()}, input {name!r} ({spec})"
     )
-    if name in model.preprocess or model.reference == IMAGE_MODEL:
-        if (found != "binary" and not is_image(field.dataType)) or depth:
-            raise InvalidArgumentError(
-                f"{head} is made from pictures and needs binary (files) or Spark's image struct"
-            )
+    if model.is_picture(name):
+        fits = found in ("string", "binary", "void") and not depth
+        if entry.load is None and not fits and not is_image(field.dataType):
+            raise InvalidArgumentError(f"{head} is made from pictures and needs {PICTURES}")
         return
     if spec.dtype not in ACCEPTED:
         raise InvalidArgumentError(f"{head} has an element type that no column can feed")
     if spec.shape == ():
         raise InvalidArgumentError(f"{head} has no batch dimension; export the model with one")
+    if entry.load is not None:
+        if spec.shape is None:
+            raise InvalidArgumentError(f"{head} does not tell its rank, so no function can load it")
+        if spec.dtype == "string" and len(spec.shape) != 1:
+            raise InvalidArgumentError(f"{head} has lists of strings, which no function can load")
+        return
     if entry.encoding == "raw":
         if found != "binary" or depth:
             raise InvalidArgumentError(

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from flightsvc import columns
 from flightsvc.errors import InvalidArgumentError
+from flightsvc.loading import Loading
 from flightsvc.mapping import Input, Options, TensorSpec
 from flightsvc.model import Model, Request, same_name
 from flightsvc.spark import (
@@ -38,7 +39,7 @@ from flightsvc.spark import (
     worker_connection,
 )
 from flightsvc.spark_types import ACCEPTED, check_input, nested, spark_type
-from flightsvc.stream import Answer
+from flightsvc.stream import Answer, join
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, SparkSession
@@ -78,8 +79,12 @@ def register_udf(
     Spark casts the argument. A function that has the name is replaced, once the new one is known to be in
     order; ``DROP TEMPORARY FUNCTION`` drops it.
 
-    Spark 3.5 has no SQL functions: there the name is that of the Python function, which takes its arguments
-    by position and as they are, and refuses types that do not fit when the query runs.
+    A function whose only parameter is pictures takes them of each kind, unless ``types`` names one: paths or
+    URIs (string), files (binary) and Spark's image struct. A parameter of SQL has one type alone, so the name
+    is that of the Python function, which takes its argument as it is and refuses types that do not fit when
+    the query runs.
+
+    Spark 3.5 has no SQL functions: there all functions are such, and take their arguments by position.
 
     Args:
         spark: The session that gets the function, classic or Connect.
@@ -113,6 +118,9 @@ def register_udf(
             spark.udf.register(name, function.arrow)
             return
         given = dict(types or {})
+        if not given and function.takes_pictures:
+            spark.udf.register(name, function.arrow)
+            return
         for parameter in given:
             if parameter not in function.parameters:
                 known = ", ".join(function.parameters)
@@ -201,6 +209,14 @@ class Function:
         return columns.scalar(worker, self.returns, integers)
 
     @property
+    def takes_pictures(self) -> bool:
+        """Whether the only parameter is pictures, of any kind: paths, files or structs."""
+        return len(self.parameters) == 1 and all(
+            self.model.is_picture(name) and entry.load is None
+            for name, _, entry in self.feeds(self.parameters[0])
+        )
+
+    @property
     def title(self) -> str:
         """Which model and signature this is."""
         return f"model {self.model.name}, signature {self.model.signature}"
@@ -251,6 +267,8 @@ class Function:
         mark = F.concat(F.lit("|"), plain, F.lit("|"))  # a list as one text keeps the plan short
         for name, spec, entry in self.feeds(parameter):
             verdicts = _Verdicts.of(self.model, name, spec, entry, label)
+            if entry.load is not None:
+                continue  # it takes any type
             tail = F.lit(verdicts.otherwise)
             for advice, kinds in verdicts.refused.items():
                 tail = F.when(_list(kinds).contains(mark), F.lit(advice)).otherwise(tail)
@@ -367,6 +385,7 @@ class _Verdicts:
         accepted: list[str] = []
         refused: dict[str, list[str]] = {}
         depth = _DEPTH if spec.shape is None else len(spec.shape) + 2
+        head = tail = ""
         # The last is a type that feeds nothing and has no advice of its own.
         for kind in [*_near(depth), StructType()]:
             text = kind.simpleString()
@@ -383,7 +402,7 @@ class _Verdicts:
                 f"model {model.name}, signature {model.signature}: parameter {label!r}, input {tail}"
             )
         otherwise = f", input {tail}"
-        del refused[otherwise]  # said of all that are not listed
+        refused.pop(otherwise, None)  # said of all that are not listed
         return _Verdicts(accepted, head, refused, otherwise)
 
 
@@ -438,7 +457,9 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
     feeds = list(function.feeds(parameter))
     if given is None:
         name, spec, entry = feeds[0]
-        if name in function.model.preprocess or entry.encoding == "raw":
+        if entry.load is not None:
+            given = "string"  # most loaders take paths or URIs
+        elif function.model.is_picture(name) or entry.encoding == "raw":
             given = "binary"
         elif spec.shape is None:
             raise InvalidArgumentError(
@@ -497,19 +518,42 @@ class _Worker:
     def __name__(self) -> str:
         return self.name
 
-    def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
-        batch = pa.RecordBatch.from_arrays(list(columns), names=self.parameters)
+    def __call__(self, *columns, **named):  # type: ignore[no-untyped-def]  # Spark reads annotations
+        batch = pa.RecordBatch.from_arrays(self._bound(columns, named), names=self.parameters)
         here = dataclasses.replace(self, request=on_task_device(self.request))
         with self.request.model.naming():
-            outputs = _calls(here, batch.schema).outputs(batch)
+            loading = Loading.of(here.request, batch.schema, self.positions)
+            if loading is None:
+                outputs = _calls(here, batch.schema).outputs(batch)
+            else:
+                here = dataclasses.replace(here, request=loading.request, positions=loading.positions)
+                outputs = join(
+                    [
+                        loading.settled(rows, _calls(here, rows.schema).outputs(rows))
+                        for rows in loading.slices([batch])
+                    ]
+                )
         if not self.struct:
             return outputs.column(0)
         return pa.StructArray.from_arrays(outputs.columns, fields=list(outputs.schema))
 
-    def answers(self, batches: Iterator[pa.RecordBatch]) -> Generator[Answer, None, None]:
+    def _bound(self, columns: Sequence[pa.Array], named: Mapping[str, pa.Array]) -> list[pa.Array]:
+        """Return a column for each parameter: of a Python function Spark checks neither names nor number."""
+        bound = [*columns, *(named[p] for p in self.parameters[len(columns) :] if p in named)]
+        if len(bound) != len(self.parameters) or len(columns) + len(named) != len(bound):
+            found = [f"{len(columns)} by position", *named]
+            raise InvalidArgumentError(
+                f"{self.name}({', '.join(self.parameters)}) of model {self.request.model.name}, signature "
+                f"{self.request.model.signature}, was called with other arguments: {', '.join(found)}"
+            )
+        return bound
+
+    def answers(
+        self, names: Sequence[str], batches: Iterator[pa.RecordBatch]
+    ) -> Generator[Answer, None, None]:
         """Yield the answers to ``batches``, each of which is asked for once the last is answered."""
         connection = worker_connection(self.request, self.conf)
-        exchange = self.request.exchange(connection, self.parameters, self.positions, f"function {self.name}")
+        exchange = self.request.exchange(connection, names, self.positions, f"function {self.name}")
         return exchange.answers(batches, ahead=1)
 
 
@@ -532,7 +576,7 @@ class _Calls:
         with self._turn:
             answers = self._answers
             if answers is None:
-                answers = self._worker.answers(self._batches())
+                answers = self._worker.answers(batch.schema.names, self._batches())
                 threading.Thread(
                     target=self._watch, args=(answers,), name="flightsvc-idle", daemon=True
                 ).start()

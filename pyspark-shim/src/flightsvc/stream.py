@@ -171,7 +171,7 @@ class Exchange:
                     raise translate(error) from error
                 piece = window.popleft()
                 if piece.last:
-                    answer = Answer(piece.batch, _join(parts), server)
+                    answer = Answer(piece.batch, join(parts), server)
                     parts = []
                     yield answer
             if stream is not None:
@@ -341,7 +341,7 @@ def _cut(batch: pa.RecordBatch, number: int) -> Iterator[pa.RecordBatch]:
         )
 
 
-def _join(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
+def join(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the parts as one record batch; a single part is itself, without a copy."""
     if len(parts) == 1:
         return parts[0]
