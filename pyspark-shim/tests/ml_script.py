@@ -3,9 +3,9 @@
     python ml_script.py FOLDER --master local[2]
     python ml_script.py FOLDER --remote sc://127.0.0.1:15002
 
-FOLDER holds, for each case: ``stages/<case>``, a stage, ``pipelines/<case>``, a PipelineModel of it alone, and
-``data/<case>``, the rows with an ``id``. ``validated`` and ``estimator`` hold a CrossValidatorModel and its
-CrossValidator, ``data/labelled`` their rows. Nothing is asserted here but that TensorFlow is not needed.
+FOLDER holds, for each case: ``stages/<case>``, a stage, ``pipelines/<case>``, a PipelineModel of it alone,
+and ``data/<case>``, the rows with an ``id``. ``validated`` and ``estimator`` hold a CrossValidatorModel and
+its CrossValidator, ``data/labelled`` their rows. Nothing is asserted here.
 """
 
 from __future__ import annotations

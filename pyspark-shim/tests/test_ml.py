@@ -14,16 +14,35 @@ import numpy as np
 import pytest
 from clusters import HERE, connect_server
 from ml_script import COLUMN, answers
+from PIL import Image
 
 import flightsvc
 
 SCRIPT = Path(__file__).with_name("ml_script.py")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 ROWS = 60
+PICTURES = 5
 
 
 def numbers() -> np.ndarray[Any, Any]:
     return np.random.default_rng(8).normal(size=(ROWS, 4)).round(3)
+
+
+def pixels(i: int) -> np.ndarray[Any, Any]:
+    """A picture of the size that the models take."""
+    return np.random.default_rng(i).integers(0, 256, (8, 6, 3), np.uint8)
+
+
+def loader() -> Any:
+    """A loader as users have them: the file as one row, from -1 to 1. It is pickled by value."""
+
+    def load(path: str) -> Any:
+        import numpy
+        from PIL import Image
+
+        return numpy.asarray(Image.open(path).convert("RGB"), "float64")[None] / 127.5 - 1
+
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +57,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [keras.Input((4,), name="x"), layers.Dense(3, "relu"), layers.Dense(2, name="dense_1")]
     )
     dense.save(folder / "dense.keras")
+    mean = keras.Sequential(
+        [keras.Input((8, 6, 3)), layers.Conv2D(4, 3, activation="relu"), layers.GlobalAveragePooling2D()]
+    )
+    mean.save(folder / "mean.keras")
+    keras.Sequential([keras.Input((8, 6, 3)), layers.Conv2D(3, 1)]).save(folder / "picture.keras")
+    for i in range(PICTURES):
+        Image.fromarray(pixels(i)).save(folder / f"{i}.png")
+    Image.fromarray(pixels(0)[..., 0]).save(folder / "grey.png")
+    Image.fromarray(np.dstack([pixels(0), pixels(1)[..., 0]])).save(folder / "alpha.png")
+    (folder / "corrupt.png").write_bytes(b"no picture")
     return folder
 
 
@@ -49,13 +78,16 @@ def doubles(spark: Any) -> Any:
     return frame.cache()
 
 
-def cases(spark: Any, files: Path) -> dict[str, tuple[Any, Any, Any]]:
+def cases(spark: Any, files: Path, pictures: Path) -> dict[str, tuple[Any, Any, Any]]:
     """Each kind of stage: itself, rows for it, and what TensorFlow says in their order."""
     from flightsvc.ml import KerasTransformer, TFTransformer
 
     doubles = spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>")
     dense = files / "dense.keras"
     dense_wanted = of_keras(dense, numbers())
+
+    paths = [(i, str(files.parent / "files" / f"{i}.png")) for i in range(PICTURES)]
+    paths = [(i, str(SHARED / f"{i}.png")) for i in range(PICTURES)]
     return {
         "keras": (
             KerasTransformer(inputCol="x", outputCol=COLUMN, modelFile=str(dense)),
@@ -110,9 +142,7 @@ def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any) -> No
     assert [row.x for row in result.orderBy("id").collect()] == a.tolist()
 
 
-@pytest.mark.parametrize(
-    "kind", ["array<int>", "array<bigint>", "array<decimal(9,3)>", "array<float>", "vector"]
-)
+@pytest.mark.parametrize("kind", ["array<int>", "array<bigint>", "array<decimal(9,3)>", "vector"])
 def test_numbers_are_cast_for_the_input_alone(spark: Any, doubles: Any, files: Path, kind: str) -> None:
     from pyspark.ml.functions import array_to_vector
 
@@ -216,12 +246,50 @@ def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "stage" / "model")
         shutil.copytree(tmp_path / damaged, tmp_path / "stage" / "model")
         with pytest.raises(
-            flightsvc.InvalidArgumentError, match="is damaged: . pieces make .*save the stage again"
+            flightsvc.InvalidArgumentError, match=r"is damaged: [23] pieces make .*save the stage again"
         ):
             Stage.load(f"{tmp_path}/stage")
-    shutil.rmtree(tmp_path / "stage" / "model")
-    rows_before = [path for path in shipping.private_folder().iterdir() if path.name.startswith("tmp")]
-    assert not [path for path in rows_before if (path / "model.tar").exists()]
+    assert not list(shipping.private_folder().glob("*/model.tar"))
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_pictures_by_policy(spark: Any, files: Path, loads: bool) -> None:
+    from flightsvc.ml import KerasImageFileTransformer
+
+    names = ["0", "grey", "alpha", "corrupt", "missing", None]
+    rows = [(i, name and str(files / f"{name}.png")) for i, name in enumerate(names)]
+    frame = spark.createDataFrame(rows, "id bigint, path string").coalesce(1)
+    grey = np.repeat(pixels(0)[..., :1], 3, axis=2)
+    given = np.stack([pixels(0), grey, pixels(0)])
+    wanted = [*of_keras(files / "mean.keras", given / 127.5 - 1 if loads else given), None, None, None]
+    stage = KerasImageFileTransformer(inputCol="path", outputCol=COLUMN, modelFile=str(files / "mean.keras"))
+    if loads:
+        stage.setImageLoader(loader())
+    with pytest.raises(Exception, match=r"corrupt\.png|missing\.png"):
+        stage.transform(frame).collect()
+    same([value for _, value in answers(stage.setOnError("null").transform(frame))], wanted)
+    told = stage.setOnError("column").setErrorCol("why").transform(frame)
+    assert told.columns == ["id", "path", COLUMN, "why"]
+    assert told.schema == stage.transformSchema(frame.schema)
+    same([value for _, value in answers(told)], wanted)
+    reasons = [why for _, why in answers(told, "why")]
+    assert [why is not None for why in reasons] == [False, False, False, True, True, False]
+    assert "corrupt.png" in reasons[3] and "missing.png" in reasons[4]
+
+
+def test_wrong_columns_of_pictures(spark: Any, files: Path) -> None:
+    from flightsvc.ml import KerasImageFileTransformer
+
+    stage = KerasImageFileTransformer(inputCol="p", outputCol="y", modelFile=str(files / "mean.keras"))
+    for given, schema, text in (
+        ({}, "p int", "is int.*made from pictures"),
+        ({"imageLoader": loader()}, "p binary", "is binary; imageLoader takes paths"),
+        ({"outputMode": "image"}, "p string", "a picture is .rows, height, width"),
+        ({"modelFile": str(files / "dense.keras")}, "p string", "without an imageLoader"),
+    ):
+        frame = spark.createDataFrame([], schema)
+        with pytest.raises(flightsvc.InvalidArgumentError, match=text):
+            stage.copy().setParams(**given).transformSchema(frame.schema)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +306,7 @@ def saved(spark: Any, doubles: Any, files: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("saved")
     gone = shutil.copytree(files, folder / "files")
     wanted: dict[str, Any] = {}
-    for case, (stage, frame, wanted[case]) in cases(spark, gone).items():
+    for case, (stage, frame, wanted[case]) in cases(spark, gone, files).items():
         stage.save(f"{folder}/stages/{case}")
         PipelineModel([stage]).save(f"{folder}/pipelines/{case}")
         frame.write.parquet(f"{folder}/data/{case}")

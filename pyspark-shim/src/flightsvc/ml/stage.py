@@ -13,7 +13,6 @@ from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.util import MLReadable, MLWritable
 
 from flightsvc import spark
-from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.mapping import Input, Options, Output, column_of
 from flightsvc.ml import saving
@@ -262,13 +261,9 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
                 continue
             field = schema.fields[position]
             entry = inputs[tensor] = request.input(tensor, field.name)
-            pictures = tensor in asked.model.preprocess or asked.model.reference == IMAGE_MODEL
-            to = (
-                None
-                if pictures or entry.encoding or getattr(entry, "load", None)
-                else widened(field.dataType, known[tensor])
-            )
-            if to is not None:
+            if asked.model.is_picture(tensor) or entry.encoding or entry.load:
+                continue
+            if (to := widened(field.dataType, known[tensor])) is not None:
                 name = f"{self.uid}__{tensor}"
                 made[name] = Made(to, _cast(field.name, to))
                 inputs[tensor] = dataclasses.replace(entry, column=name)
