@@ -85,10 +85,30 @@ def cases(spark: Any, files: Path, pictures: Path) -> dict[str, tuple[Any, Any, 
     doubles = spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>")
     dense = files / "dense.keras"
     dense_wanted = of_keras(dense, numbers())
+    paths = [str(pictures / f"{i}.png") for i in range(PICTURES)]
+    uris = spark.createDataFrame(list(enumerate(paths)), "id bigint, path string")
+    every = np.stack([pixels(i) for i in range(PICTURES)])
+    fields = {"height": 8, "width": 6, "nChannels": 3, "mode": 21}
 
-    paths = [(i, str(files.parent / "files" / f"{i}.png")) for i in range(PICTURES)]
-    paths = [(i, str(SHARED / f"{i}.png")) for i in range(PICTURES)]
+    def of_files(model: str, **params: Any) -> Any:
+        file = str(files / f"{model}.keras")
+        return KerasImageFileTransformer(inputCol="path", outputCol=COLUMN, modelFile=file, **params)
+
     return {
+        "files": (of_files("mean"), uris, of_keras(files / "mean.keras", every)),
+        "loader": (
+            of_files("mean", imageLoader=loader(), batchSize=2),
+            uris,
+            of_keras(files / "mean.keras", every / 127.5 - 1),
+        ),
+        "pictures": (
+            of_files("picture", outputMode="image"),
+            uris,
+            [
+                {"origin": path, **fields, "data": data.tobytes().hex()}
+                for path, data in zip(paths, of_keras(files / "picture.keras", every), strict=True)
+            ],
+        ),
         "keras": (
             KerasTransformer(inputCol="x", outputCol=COLUMN, modelFile=str(dense)),
             doubles,
