@@ -80,7 +80,7 @@ def doubles(spark: Any) -> Any:
 
 def cases(spark: Any, files: Path, pictures: Path) -> dict[str, tuple[Any, Any, Any]]:
     """Each kind of stage: itself, rows for it, and what TensorFlow says in their order."""
-    from flightsvc.ml import KerasTransformer, TFTransformer
+    from flightsvc.ml import KerasImageFileTransformer, KerasTransformer, TFTransformer
 
     doubles = spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>")
     dense = files / "dense.keras"
