@@ -111,7 +111,7 @@ def freeze(
         fed = {_node(info.name) for name in kept for info in meta.signature_def[name].inputs.values()}
         try:
             loaded = graph.as_graph_def()
-            _split_gathers(loaded)
+            split_gathers(loaded)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(session, loaded, fetches)
             with tf.Graph().as_default():
                 tf.import_graph_def(frozen, name="")  # checks every type, function bodies included
@@ -251,7 +251,7 @@ def _writes(reach: _Reach) -> str:
     return ""
 
 
-def _split_gathers(graph: Any) -> None:
+def split_gathers(graph: Any) -> None:
     """Make each gather from a variable a read and a gather; the converter skips it inside a function."""
     for nodes, inside in [(graph.node, False), *((f.node_def, True) for f in graph.library.function)]:
         for node in [node for node in nodes if node.op == "ResourceGather"]:
