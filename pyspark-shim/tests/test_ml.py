@@ -105,7 +105,7 @@ def cases(spark: Any, files: Path, pictures: Path) -> dict[str, tuple[Any, Any, 
             of_files("picture", outputMode="image"),
             uris,
             [
-                {"origin": path, **fields, "data": data.tobytes().hex()}
+                {"origin": path, **fields, "data": data[..., ::-1].tobytes().hex()}
                 for path, data in zip(paths, of_keras(files / "picture.keras", every), strict=True)
             ],
         ),
@@ -295,6 +295,35 @@ def test_pictures_by_policy(spark: Any, files: Path, loads: bool) -> None:
     reasons = [why for _, why in answers(told, "why")]
     assert [why is not None for why in reasons] == [False, False, False, True, True, False]
     assert "corrupt.png" in reasons[3] and "missing.png" in reasons[4]
+
+
+@pytest.mark.parametrize("size", [None, (8, 6)])
+@pytest.mark.parametrize("mode", ["vector", "image"])
+def test_graph_on_pictures(spark: Any, size: Any, mode: str) -> None:
+    import tensorflow as tf
+
+    from flightsvc import image
+    from flightsvc.ml import TFImageTransformer
+
+    with tf.Graph().as_default() as graph:
+        given = tf.compat.v1.placeholder(tf.float32, [None, *(size or (None, None)), 3], "given")
+        tf.identity(given * [1.0, 2.0, 3.0] - 7.0, "result")
+    structs = [(i, image.to_struct(pixels(i)[..., ::-1].copy(), f"p{i}")) for i in range(PICTURES)]
+    structs = [*structs, (PICTURES, None)]
+    frame = spark.createDataFrame(structs, image.schema().simpleString().join(["id bigint, image ", ""]))
+    stage = TFImageTransformer(channelOrder="RGB", inputCol="image", outputCol=COLUMN, graph=graph)
+    stage.setInputTensor("given:0").setOutputTensor("result:0").setOutputMode(mode)
+    result = stage.transform(frame)
+    assert result.schema.simpleString() == stage.transformSchema(frame.schema).simpleString()
+    wanted = [np.float32(pixels(i) * [1.0, 2.0, 3.0] - 7.0) for i in range(PICTURES)]
+    if mode == "vector":
+        same([value for _, value in answers(result)], [*(one.ravel() for one in wanted), None])
+        return
+    fields = {"height": 8, "width": 6, "nChannels": 3, "mode": 21}
+    pictures = [
+        {"origin": f"p{i}", **fields, "data": one[..., ::-1].tobytes().hex()} for i, one in enumerate(wanted)
+    ]
+    same([value for _, value in answers(result)], [*pictures, None])
 
 
 def test_wrong_columns_of_pictures(spark: Any, files: Path) -> None:

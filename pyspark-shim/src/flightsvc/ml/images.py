@@ -48,7 +48,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         outputTensor: The output, ``name:0``.
         channelOrder: How the graph has colours: ``RGB``, ``BGR`` or ``L``, which is grey.
         outputMode: ``vector``: the output flattened, a Vector. ``image``: the output, ``[1, height, width,
-            channels]``, as an image struct of float32, its channels in the graph's order.
+            channels]``, as an image struct; its colours are blue, green, red again.
         batchSize: The most rows of one run.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
@@ -170,7 +170,9 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         column, result, model = self._column("inputCol"), self.getOutputCol(), self._model()
         if model.preprocess:
             source, output = self.getInputTensor(), self.getOutputTensor()
-            finish = as_vector if self.getOutputMode() == "vector" else _as_image(column)
+            finish = (
+                as_vector if self.getOutputMode() == "vector" else _as_image(column, self.getChannelOrder())
+            )
             return Asked(model, {source: column}, {output: result}, {result: finish(model, output)})
         from pyspark.sql import functions as F
 
@@ -180,8 +182,16 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         kinds = {name: kind.dataType for name, kind in zip(image.schema().names, image.schema(), strict=True)}
         inputs = {name: Made(kinds[name], part(name)) for name in _FIELDS}
         if self.getOutputMode() == "vector":
-            [output] = only(model, "outputs")
-            return Asked(model, inputs, {output: result}, {result: as_vector(model, output)})
+            kind, vector = as_vector(model, "vector")
+            if "length" not in model.outputs:
+                return Asked(model, inputs, {"vector": result}, {result: (kind, vector)})
+            length = f"{self.uid}_length"
+
+            def cut(found: Column) -> Column:
+                return vector(F.slice(found, F.lit(1), F.col(length)))
+
+            outputs = {"vector": result, "length": length}
+            return Asked(model, inputs, outputs, {result: (kind, cut)}, frozenset([length]))
         parts = {name: f"{self.uid}_{name}" for name in _FIELDS[:-1]}
 
         def joined(found: Column) -> Column:
@@ -210,7 +220,7 @@ class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasO
             channels]`` or with a leading dimension of 1. It goes to the workers, and into the saved stage, as
             a pickle. A row for which it raises is one that cannot be run.
         outputMode: ``vector``: the output flattened, a Vector. ``image``: the output, ``[rows, height, width,
-            channels]``, as image structs of float32, channels in the model's order.
+            channels]``, as image structs of float32; three channels are taken for RGB.
         batchSize: The most rows of one run.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
@@ -284,7 +294,7 @@ class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasO
         entry = column if loader is None else Input(column, load=loader)
         if loader is None and not model.preprocess:
             model = model.but(preprocess={source: _whole(model, source, model.inputs[source])})
-        finish = as_vector if self.getOutputMode() == "vector" else _as_image(column)
+        finish = as_vector if self.getOutputMode() == "vector" else _as_image(column, "RGB")
         return Asked(model, {source: entry}, {output: result}, {result: finish(model, output)})
 
 
@@ -303,7 +313,7 @@ def _whole(model: Model, source: str, spec: TensorSpec) -> ImageInput:
     return ImageInput(shape[1:3], fit="stretch", channels="RGB" if shape[3] == 3 else "L")
 
 
-def _as_image(column: str) -> Callable[[Model, str], tuple[DataType, Callable[[Column], Column]]]:
+def _as_image(column: str, order: str) -> Callable[[Model, str], tuple[DataType, Callable[[Column], Column]]]:
     """Return how an output becomes pictures, with the origin that ``column`` tells."""
     from pyspark.sql import functions as F
 
@@ -319,7 +329,13 @@ def _as_image(column: str) -> Callable[[Model, str], tuple[DataType, Callable[[C
                 f"model {model.name}: output {output!r} is {spec}; a picture is [rows, height, width, "
                 "channels] with 1, 3 or 4 channels; or use outputMode='vector'"
             )
-        return image.schema(), lambda found: image.of_tensor(found, F.col(quoted(column)))
+
+        def pictures(found: Column) -> Column:
+            if order == "RGB" and shape[3] == 3:  # in a struct they are blue, green, red
+                found = F.transform(found, lambda line: F.transform(line, F.reverse))
+            return image.of_tensor(found, F.col(quoted(column)))
+
+        return image.schema(), pictures
 
     return finish
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
-from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.errors import InvalidArgumentError
 from flightsvc.ml.params import HasInputCol, HasModel, HasModelFile, HasOutputCol, first_set, to_mapping
 from flightsvc.ml.stage import Asked, Stage
 from flightsvc.model import Model
@@ -183,22 +183,16 @@ def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInp
 
     Raises:
         InvalidArgumentError: It is something else, or the file holds none.
+        NotFoundError: There is no such file or tensor.
     """
     from flightsvc.graph import TFInputGraph
 
     if isinstance(given, TFInputGraph):
         return given
+    if isinstance(given, Path):
+        return TFInputGraph.fromFrozenFile(given)
     import tensorflow as tf
 
-    if isinstance(given, Path):
-        definition = tf.compat.v1.GraphDef()
-        try:
-            definition.ParseFromString(given.read_bytes())
-        except OSError as error:
-            raise NotFoundError(f"model {given}: {error.strerror}") from None
-        except Exception as error:  # of protobuf
-            raise InvalidArgumentError(f"model {given}: it holds no GraphDef: {error}") from error
-        given = definition
     if isinstance(given, tf.Graph):
         session = tf.compat.v1.get_default_session()
         if session is not None and session.graph is given:
