@@ -270,6 +270,6 @@ def test_a_driver_whose_front_has_left_starts_another(spark: Any, models: Path):
     assert model.driver()[1].action("status", {})["pid"] != front.pid
 
 
-def test_pictures_need_binary(spark: Any, pictures: flightsvc.Model):
+def test_pictures_need_paths_files_or_structs(spark: Any, pictures: flightsvc.Model):
     with pytest.raises(flightsvc.InvalidArgumentError, match=r"'image' .* is made from pictures and needs"):
-        pictures.transform(spark.createDataFrame([("x",)], "content string"), inputs={"image": "content"})
+        pictures.transform(spark.createDataFrame([(1,)], "content int"), inputs={"image": "content"})

@@ -387,11 +387,13 @@ def test_pictures(spark: Any, models: Path):
     ):
         other_frame = images.selectExpr(f"{other} AS o")
         text = refused(spark, lambda other_frame=other_frame: other_frame.select(mean("o")))
-        assert "column 'o' is " in text and "needs binary (files) or Spark's image struct" in text
+        assert "column 'o' is " in text and "binary (files) or Spark's image struct" in text
     beside = images.selectExpr(f"named_struct('a', array(1), {fields}, 'b', named_struct('c', 1)) AS o")
     assert beside.select(mean("o")).columns == ["predict(o)"]
-    text = refused(spark, lambda: frame.select(mean("path")).collect())
-    assert "column 'path' is string, input 'image'" in text and "needs binary" in text
+    numbers = frame.selectExpr("length(path) AS n")
+    text = refused(spark, lambda: numbers.select(mean("n")).collect())
+    assert "column 'n' is int, input 'image'" in text and "needs string (paths or URIs), binary" in text
+    flightsvc.register_udf(spark, "mean_of_file", model, types={"image": "binary"})
     text = refused(spark, lambda: spark.sql("SELECT mean_of_file(image) FROM images").collect())
     assert "cannot cast" in text and '"BINARY"' in text
 
