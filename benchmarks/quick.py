@@ -23,7 +23,8 @@ from record import ROOT, keep, machine, place
 
 sys.path.append(str(ROOT / "examples"))
 import crops
-import lite0
+
+from flightsvc.ml import lite0
 
 BENCH = ROOT / "build" / "bench"
 LOG = BENCH / "quick.log"
@@ -139,7 +140,7 @@ def measure(images: int, rounds: int) -> dict[str, Any]:
     LOG.unlink(missing_ok=True)
     folder = crops.crops(images)
     # TensorFlow leaves with the process that exports the model.
-    subprocess.run([sys.executable, lite0.__file__], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", lite0.__name__], stdout=subprocess.DEVNULL, check=True)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     answers: dict[str, np.ndarray] = {}
     began = time.monotonic()

@@ -21,8 +21,7 @@ from typing import Any
 
 from record import ROOT, keep, machine, place
 
-sys.path.insert(0, str(ROOT / "examples"))
-import lite0
+from flightsvc.ml import lite0
 
 CHOSEN_BOUND = 0.95
 """How fast the chosen configuration must be, as a part of the fastest one."""

@@ -22,12 +22,12 @@ from typing import IO
 
 try:
     import contact_sheet
-    import lite0
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
     from pyspark.sql import DataFrame, Row, SparkSession
 
     import flightsvc
+    from flightsvc.ml import lite0
 except ModuleNotFoundError as error:
     sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
 
@@ -131,7 +131,7 @@ def make_model(progress: Callable[[str], None]) -> Path:
         return lite0.folder()
     progress("making the model, once")
     export = subprocess.Popen(
-        [sys.executable, lite0.__file__], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", lite0.__name__], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     with export as process:
         line = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from figures import PROVE, count, report
 
 import flightsvc
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from flightsvc.ml import lite0
 
 RTOL, ATOL = 1e-4, 1e-6  # over batch sizes
 SAME_RTOL = 1e-5  # where the graph form and the batch size are the same
@@ -77,8 +75,6 @@ def test_two_inputs_and_two_outputs_over_partitions(spark, models, oracle, two_r
 
 @pytest.fixture(scope="module")
 def lite0_folder():
-    import lite0
-
     return lite0.cached()
 
 

