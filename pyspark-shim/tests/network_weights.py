@@ -1,0 +1,43 @@
+"""Weights of a network where there are none: random, but seeded, and such that its answers say something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def model(name: str, seed: int = 7) -> Any:
+    """Return the network of Keras; its features neither vanish nor explode, as untrained ones would."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    built = getattr(keras.applications, name)(weights=None)
+    rng = np.random.default_rng(seed)
+    norms = [x for x in built.layers if isinstance(x, keras.layers.BatchNormalization)]
+    for layer in built.layers:
+        if not isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([_value(weight, rng) for weight in layer.weights])
+    if norms:  # they take the statistics of what flows through the network
+        for layer in norms:
+            layer.momentum = 0.0
+        _, height, width, channels = built.input_shape
+        side = height or 224, width or 224
+        built(rng.uniform(-1, 1, (2, *side, channels)).astype(np.float32), training=True)
+    return built
+
+
+def file(name: str, folder: Path, suffix: str = ".weights.h5") -> Path:
+    """Save the network's weights and return the file."""
+    path = folder / f"{name}{suffix}"
+    model(name).save_weights(path)
+    return path
+
+
+def _value(weight: Any, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    shape = weight.shape
+    if len(shape) < 2:
+        return np.asarray(weight)
+    inputs = np.prod(shape[:-2]) if shape[-1] == 1 or "depthwise" in weight.path else np.prod(shape[:-1])
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(np.sqrt(2 / inputs))
