@@ -8,14 +8,21 @@
 A saved stage holds its model: whoever loads it needs neither TensorFlow nor the folder that it came from.
 """
 
+from flightsvc.ml.deep_image import DeepImageFeaturizer, DeepImagePredictor
 from flightsvc.ml.images import KerasImageFileTransformer, TFImageTransformer
+from flightsvc.ml.networks import network, networks, register_network
 from flightsvc.ml.stage import Stage
 from flightsvc.ml.tensors import KerasTransformer, TFTransformer
 
 __all__ = [
+    "DeepImageFeaturizer",
+    "DeepImagePredictor",
     "KerasImageFileTransformer",
     "KerasTransformer",
     "Stage",
     "TFImageTransformer",
     "TFTransformer",
+    "network",
+    "networks",
+    "register_network",
 ]

@@ -52,6 +52,7 @@ Labels = tuple[tuple[str, str], ...]
 _MODES = ("tf", "caffe", "torch", "none")
 _HOST = "https://storage.googleapis.com"  # of all that Keras fetches
 _REACH_SECONDS = 20
+_LABELS = Path("assets.extra", "labels.json")  # in a SavedModel, where TensorFlow reads nothing
 
 _KERNELS = "_weights_tf_dim_ordering_tf_kernels"
 _KERAS = (
@@ -184,7 +185,8 @@ class Network:
                 if asked not in _exported:
                     _exported[asked] = self._export(output, layer, pooling, file)
                 return _exported[asked]
-            key = hashlib.sha256(json.dumps([self.name, output, layer, pooling, _digest(file)]).encode())
+            asked_for = self.name, output, layer, pooling, _digest(file), self.labels
+            key = hashlib.sha256(json.dumps(asked_for).encode())
             known = _cache() / f"{self.name}-{output}-{key.hexdigest()[:32]}"
             return _kept(known) or self._keep(known, output, layer, pooling, file)
 
@@ -219,7 +221,11 @@ class Network:
             # each session, and those of the caller's next models do not change.
             with ThreadPoolExecutor(1) as pool:
                 model = pool.submit(lambda: _cut(self, self.build(file), output, layer, pooling)).result()
-        return keras_export.of_model(model)
+        folder = keras_export.of_model(model)
+        if output == PROBABILITIES:
+            (folder / _LABELS).parent.mkdir()
+            (folder / _LABELS).write_text(json.dumps(self.labels), "utf-8")
+        return folder
 
     def _keep(self, known: Path, output: str, layer: str | None, pooling: str, file: Path) -> Path:
         """Export the network into the cache folder, beside its place, and give it its place."""
@@ -333,6 +339,11 @@ def imagenet_labels() -> Labels:
     text = importlib.resources.files("flightsvc.ml").joinpath("imagenet.tsv").read_text("utf-8")
     rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
     return tuple((label, name) for label, name in rows)
+
+
+def labels_of(folder: Path) -> Labels:
+    """Return the labels in a SavedModel that :meth:`Network.classifier` has made; empty: it has none."""
+    return tuple((label, name) for label, name in json.loads((folder / _LABELS).read_text("utf-8")))
 
 
 LITE0 = "EfficientNetLite0"

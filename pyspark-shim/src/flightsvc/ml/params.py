@@ -24,16 +24,16 @@ def to_choice(name: str, *choices: str) -> Callable[[Any], str]:
     return convert
 
 
-def to_positive(value: Any) -> int:
-    """Return a whole number above 0.
+def to_positive(name: str) -> Callable[[Any], int]:
+    """Return a converter that takes whole numbers above 0."""
 
-    Raises:
-        TypeError: It is something else.
-    """
-    number = operator.index(value)
-    if number < 1:
-        raise InvalidArgumentError(f"batchSize is {number}; it is at least 1 row")
-    return number
+    def convert(value: Any) -> int:
+        number = operator.index(value)
+        if number < 1:
+            raise InvalidArgumentError(f"{name} is {number}; it is at least 1")
+        return number
+
+    return convert
 
 
 def to_mapping(value: Any) -> dict[str, str]:

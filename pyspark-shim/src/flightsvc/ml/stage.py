@@ -96,7 +96,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
         Params._dummy(),
         "batchSize",
         "the most rows of one run of the model, of one or several record batches; absent: the server's",
-        typeConverter=to_positive,
+        typeConverter=to_positive("batchSize"),
     )
     onError: Param[str] = Param(
         Params._dummy(),

@@ -1,0 +1,344 @@
+"""Stages of named networks: what a picture shows, and features to learn from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pyspark.ml.param import Param, Params, TypeConverters
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.ml.networks import (
+    FEATURES,
+    IMAGENET,
+    INPUT,
+    POOLINGS,
+    PROBABILITIES,
+    Labels,
+    labels_of,
+    network,
+)
+from flightsvc.ml.params import HasInputCol, HasOutputCol, to_choice, to_positive
+from flightsvc.ml.stage import Asked, Stage
+from flightsvc.model import Model
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column
+    from pyspark.sql.types import DataType
+
+_HINTS: dict[str, dict[str, Any]] = {
+    "SCALE_AREA_AVERAGING": {"resize": "area"},
+    "SCALE_DEFAULT": {"resize": "bilinear"},
+    "SCALE_FAST": {"resize": "nearest"},
+    "SCALE_REPLICATE": {"resize": "nearest"},
+    "SCALE_SMOOTH": {"resize": "bilinear", "antialias": True},
+}
+"""How the sidecar resizes for each hint; the names are those of java.awt."""
+
+
+def _path(value: Any) -> str:
+    return os.fspath(value)
+
+
+class _Named(Stage, HasInputCol, HasOutputCol):
+    """A stage that runs a network by its name on a column of pictures.
+
+    A saved one holds the network, with its labels and the way of its pictures: it loads where nobody has
+    registered the name.
+    """
+
+    modelName: Param[str] = Param(
+        Params._dummy(),
+        "modelName",
+        "the network; flightsvc.ml.networks() lists them",
+        typeConverter=TypeConverters.toString,
+    )
+    weights: Param[str] = Param(
+        Params._dummy(),
+        "weights",
+        "imagenet: those that the network comes with; or a file that Keras saved",
+        typeConverter=_path,
+    )
+
+    _sources: ClassVar[tuple[str, ...]] = ("modelName", "weights")
+    _beside: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(weights=IMAGENET)
+
+    def getModelName(self) -> str:
+        """Return the name of the network."""
+        return self.getOrDefault(self.modelName)
+
+    def setModelName(self, value: str) -> Self:
+        """Set the name of the network; one that nobody knows is refused."""
+        return self._set(modelName=value)
+
+    def getWeights(self) -> str:
+        """Return ``imagenet`` or the file of the weights."""
+        return self.getOrDefault(self.weights)
+
+    def setWeights(self, value: str | os.PathLike[str]) -> Self:
+        """Set ``imagenet`` or a file of weights."""
+        return self._set(weights=value)
+
+    def _set(self, **params: Any) -> Self:
+        # Not the Param's converter: a stage that is loaded need not know the network.
+        if isinstance(params.get("modelName"), str):
+            network(params["modelName"])
+        return super()._set(**params)
+
+    def _build(self) -> Model:
+        if not self.isDefined(self.modelName):
+            raise InvalidArgumentError("modelName is not set; give it a network: modelName='ResNet50'")
+        it = network(self.getModelName())
+        model = Model(self._export(), preprocess={INPUT: it.preprocess()})
+        model.name = it.name
+        return model
+
+    def _export(self) -> Path:
+        """Return the SavedModel."""
+        raise NotImplementedError
+
+    def _resizing(self, **how: Any) -> Model:
+        """Return the model with pictures that are resized otherwise."""
+        model = copy.copy(self._model())
+        model.preprocess = {INPUT: dataclasses.replace(model.preprocess[INPUT], **how)}
+        return model
+
+
+class DeepImagePredictor(_Named):
+    """Says what pictures show, by a network with its classes.
+
+    Pictures are Spark's image structs, encoded files (binary) or paths (string). Each is stretched to the
+    network's size by the sidecar, bilinear as ``tf.image.resize``. The result is Spark ML's Vector of the
+    probabilities of all classes; or, with ``decodePredictions``, the ``topK`` likeliest, the best first, as
+    ``array<struct<class:string,description:string,probability:float>>``.
+
+    Args:
+        inputCol: The column of pictures.
+        outputCol: The column that is added.
+        modelName: The network: see :func:`flightsvc.ml.networks`.
+        decodePredictions: Whether the likeliest classes are named.
+        topK: How many of them.
+        weights: ``imagenet``: those that the network comes with. Else a file that Keras saved.
+        batchSize: The most rows of one run.
+        onError: ``fail``, ``null`` or ``column``.
+        errorCol: The column for the reason.
+    """
+
+    decodePredictions: Param[bool] = Param(
+        Params._dummy(),
+        "decodePredictions",
+        "whether the likeliest classes are named, or the probabilities of all returned as a Vector",
+        typeConverter=TypeConverters.toBoolean,
+    )
+    topK: Param[int] = Param(
+        Params._dummy(),
+        "topK",
+        "how many classes are named",
+        typeConverter=to_positive("topK"),
+    )
+
+    def __init__(
+        self,
+        *,
+        inputCol: str | None = None,
+        outputCol: str | None = None,
+        modelName: str | None = None,
+        decodePredictions: bool | None = None,
+        topK: int | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        batchSize: int | None = None,
+        onError: str | None = None,
+        errorCol: str | None = None,
+    ):
+        super().__init__()
+        self._setDefault(decodePredictions=False, topK=5)
+        self.setParams(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelName=modelName,
+            decodePredictions=decodePredictions,
+            topK=topK,
+            weights=weights,
+            batchSize=batchSize,
+            onError=onError,
+            errorCol=errorCol,
+        )
+
+    def getDecodePredictions(self) -> bool:
+        """Return whether the likeliest classes are named."""
+        return self.getOrDefault(self.decodePredictions)
+
+    def setDecodePredictions(self, value: bool) -> Self:
+        """Set whether the likeliest classes are named."""
+        return self._set(decodePredictions=value)
+
+    def getTopK(self) -> int:
+        """Return how many classes are named."""
+        return self.getOrDefault(self.topK)
+
+    def setTopK(self, value: int) -> Self:
+        """Set how many classes are named."""
+        return self._set(topK=value)
+
+    def _export(self) -> Path:
+        return network(self.getModelName()).classifier(self.getWeights())
+
+    def _asked(self) -> Asked:
+        model, output = self._model(), self.getOutputCol()
+        finish = _vector()
+        if self.getDecodePredictions():
+            assert model.folder is not None
+            labels, shape = labels_of(model.folder), model.outputs[PROBABILITIES].shape or ()
+            if len(labels) != shape[-1]:
+                raise InvalidArgumentError(
+                    f"the network {model.name} has {len(labels) or 'no'} labels for {shape[-1]} classes; "
+                    "register it with labels=, or leave decodePredictions off"
+                )
+            finish = _decoded(labels, self.getTopK())
+        return Asked(model, {INPUT: self._column("inputCol")}, {PROBABILITIES: output}, {output: finish})
+
+
+class DeepImageFeaturizer(_Named):
+    """Makes features of pictures, by a network without its last layers.
+
+    Pictures are Spark's image structs, encoded files (binary) or paths (string). Each is stretched to the
+    network's size by the sidecar. The result is Spark ML's Vector.
+
+    Args:
+        inputCol: The column of pictures.
+        outputCol: The column that is added.
+        modelName: The network: see :func:`flightsvc.ml.networks`.
+        scaleHint: How pictures are resized, as ``tf.image.resize`` does it: ``SCALE_AREA_AVERAGING`` is
+            area, ``SCALE_DEFAULT`` bilinear, ``SCALE_FAST`` and ``SCALE_REPLICATE`` nearest,
+            ``SCALE_SMOOTH`` bilinear with antialias.
+        pooling: What becomes of the layer's map: ``avg`` or ``max`` over its height and width, or ``none``:
+            all of it, row by row, as sparkdl had it.
+        layer: Name of the layer whose output is taken. Absent: the last one whose map is higher and wider
+            than 1.
+        weights: ``imagenet``: those that the network comes with. Else a file that Keras saved.
+        batchSize: The most rows of one run.
+        onError: ``fail``, ``null`` or ``column``.
+        errorCol: The column for the reason.
+    """
+
+    scaleHint: Param[str] = Param(
+        Params._dummy(),
+        "scaleHint",
+        f"how pictures are resized: {', '.join(_HINTS)}",
+        typeConverter=to_choice("scaleHint", *_HINTS),
+    )
+    pooling: Param[str] = Param(
+        Params._dummy(),
+        "pooling",
+        "what becomes of the layer's map: avg, max, or none: all of it",
+        typeConverter=to_choice("pooling", *POOLINGS),
+    )
+    layer: Param[str] = Param(
+        Params._dummy(),
+        "layer",
+        "the layer whose output is taken; absent: the last one whose map is higher and wider than 1",
+        typeConverter=TypeConverters.toString,
+    )
+
+    _sources = ("modelName", "weights", "pooling", "layer")
+
+    def __init__(
+        self,
+        *,
+        inputCol: str | None = None,
+        outputCol: str | None = None,
+        modelName: str | None = None,
+        scaleHint: str | None = None,
+        pooling: str | None = None,
+        layer: str | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        batchSize: int | None = None,
+        onError: str | None = None,
+        errorCol: str | None = None,
+    ):
+        super().__init__()
+        self._setDefault(scaleHint="SCALE_AREA_AVERAGING", pooling="avg")
+        self.setParams(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelName=modelName,
+            scaleHint=scaleHint,
+            pooling=pooling,
+            layer=layer,
+            weights=weights,
+            batchSize=batchSize,
+            onError=onError,
+            errorCol=errorCol,
+        )
+
+    def getScaleHint(self) -> str:
+        """Return how pictures are resized."""
+        return self.getOrDefault(self.scaleHint)
+
+    def setScaleHint(self, value: str) -> Self:
+        """Set how pictures are resized."""
+        return self._set(scaleHint=value)
+
+    def getPooling(self) -> str:
+        """Return what becomes of the layer's map."""
+        return self.getOrDefault(self.pooling)
+
+    def setPooling(self, value: str) -> Self:
+        """Set what becomes of the layer's map: ``avg``, ``max`` or ``none``."""
+        return self._set(pooling=value)
+
+    def getLayer(self) -> str | None:
+        """Return the layer whose output is taken; ``None``: the last with a map."""
+        return self.getOrDefault(self.layer) if self.isDefined(self.layer) else None
+
+    def setLayer(self, value: str) -> Self:
+        """Set the layer whose output is taken."""
+        return self._set(layer=value)
+
+    def _export(self) -> Path:
+        it = network(self.getModelName())
+        return it.featurizer(self.getLayer(), self.getPooling(), self.getWeights())
+
+    def _asked(self) -> Asked:
+        model, output = self._resizing(**_HINTS[self.getScaleHint()]), self.getOutputCol()
+        return Asked(model, {INPUT: self._column("inputCol")}, {FEATURES: output}, {output: _vector()})
+
+
+def _vector() -> tuple[DataType, Callable[[Column], Column]]:
+    """Return the type of a Vector, and what makes one of an array."""
+    from pyspark.ml.functions import array_to_vector
+    from pyspark.ml.linalg import VectorUDT
+    from pyspark.sql import functions as F
+
+    return VectorUDT(), lambda column: F.when(column.isNotNull(), array_to_vector(column))
+
+
+def _decoded(labels: Labels, best: int) -> tuple[DataType, Callable[[Column], Column]]:
+    """Return the type of decoded predictions, and what makes them of probabilities, in Spark alone."""
+    from pyspark.sql import functions as F
+    from pyspark.sql.types import ArrayType, FloatType, StringType, StructType
+
+    def decode(column: Column) -> Column:
+        text = json.dumps([{"class": label, "description": name} for label, name in labels])
+        table = F.from_json(F.lit(text), "array<struct<class:string,description:string>>")
+        ranked = F.sort_array(
+            F.transform(column, lambda p, i: F.struct(p.alias("probability"), i.alias("index"))), asc=False
+        )
+
+        def named(entry: Column) -> Column:
+            label = F.element_at(table, entry["index"] + 1)
+            return F.struct(label["class"], label["description"], entry["probability"])
+
+        return F.transform(F.slice(ranked, 1, best), named)
+
+    struct = StructType().add("class", StringType()).add("description", StringType())
+    return ArrayType(struct.add("probability", FloatType())), decode
