@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from flightsvc.ml.networks import network
+
 
 def model(name: str, seed: int = 7) -> Any:
     """Return the network of Keras; its features neither vanish nor explode, as untrained ones would."""
@@ -23,9 +25,15 @@ def model(name: str, seed: int = 7) -> Any:
         for layer in norms:
             layer.momentum = 0.0
         _, height, width, channels = built.input_shape
-        side = height or 224, width or 224
-        built(rng.uniform(-1, 1, (2, *side, channels)).astype(np.float32), training=True)
+        built(pictures(name, (2, height or 224, width or 224, channels), rng), training=True)
     return built
+
+
+def pictures(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
+    """Return random pictures as the network takes them."""
+    mode = network(name).mode
+    low, high = {"tf": (-1, 1), "caffe": (-128, 128), "torch": (-2, 2), "none": (0, 255)}[str(mode)]
+    return rng.uniform(low, high, shape).astype(np.float32)
 
 
 def file(name: str, folder: Path, suffix: str = ".weights.h5") -> Path:

@@ -10,7 +10,7 @@ A saved stage holds its model: whoever loads it needs neither TensorFlow nor the
 
 from flightsvc.ml.deep_image import DeepImageFeaturizer, DeepImagePredictor
 from flightsvc.ml.images import KerasImageFileTransformer, TFImageTransformer
-from flightsvc.ml.networks import network, networks, register_network
+from flightsvc.ml.networks import register_network
 from flightsvc.ml.stage import Stage
 from flightsvc.ml.tensors import KerasTransformer, TFTransformer
 
@@ -22,7 +22,5 @@ __all__ = [
     "Stage",
     "TFImageTransformer",
     "TFTransformer",
-    "network",
-    "networks",
     "register_network",
 ]

@@ -24,7 +24,7 @@ from flightsvc.ml.networks import (
     network,
 )
 from flightsvc.ml.params import HasInputCol, HasOutputCol, to_choice, to_positive
-from flightsvc.ml.stage import Asked, Stage
+from flightsvc.ml.stage import Asked, Stage, as_vector
 from flightsvc.model import Model
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _HINTS: dict[str, dict[str, Any]] = {
 
 
 def _path(value: Any) -> str:
-    return os.fspath(value)
+    return str(os.fspath(value))
 
 
 class _Named(Stage, HasInputCol, HasOutputCol):
@@ -55,7 +55,7 @@ class _Named(Stage, HasInputCol, HasOutputCol):
     modelName: Param[str] = Param(
         Params._dummy(),
         "modelName",
-        "the network; flightsvc.ml.networks() lists them",
+        "the network; flightsvc.ml.networks.networks() lists them",
         typeConverter=TypeConverters.toString,
     )
     weights: Param[str] = Param(
@@ -124,7 +124,7 @@ class DeepImagePredictor(_Named):
     Args:
         inputCol: The column of pictures.
         outputCol: The column that is added.
-        modelName: The network: see :func:`flightsvc.ml.networks`.
+        modelName: The network: see :func:`flightsvc.ml.networks.networks`.
         decodePredictions: Whether the likeliest classes are named.
         topK: How many of them.
         weights: ``imagenet``: those that the network comes with. Else a file that Keras saved.
@@ -194,7 +194,7 @@ class DeepImagePredictor(_Named):
 
     def _asked(self) -> Asked:
         model, output = self._model(), self.getOutputCol()
-        finish = _vector()
+        finish = as_vector(model, PROBABILITIES)
         if self.getDecodePredictions():
             assert model.folder is not None
             labels, shape = labels_of(model.folder), model.outputs[PROBABILITIES].shape or ()
@@ -216,7 +216,7 @@ class DeepImageFeaturizer(_Named):
     Args:
         inputCol: The column of pictures.
         outputCol: The column that is added.
-        modelName: The network: see :func:`flightsvc.ml.networks`.
+        modelName: The network: see :func:`flightsvc.ml.networks.networks`.
         scaleHint: How pictures are resized, as ``tf.image.resize`` does it: ``SCALE_AREA_AVERAGING`` is
             area, ``SCALE_DEFAULT`` bilinear, ``SCALE_FAST`` and ``SCALE_REPLICATE`` nearest,
             ``SCALE_SMOOTH`` bilinear with antialias.
@@ -310,16 +310,8 @@ class DeepImageFeaturizer(_Named):
 
     def _asked(self) -> Asked:
         model, output = self._resizing(**_HINTS[self.getScaleHint()]), self.getOutputCol()
-        return Asked(model, {INPUT: self._column("inputCol")}, {FEATURES: output}, {output: _vector()})
-
-
-def _vector() -> tuple[DataType, Callable[[Column], Column]]:
-    """Return the type of a Vector, and what makes one of an array."""
-    from pyspark.ml.functions import array_to_vector
-    from pyspark.ml.linalg import VectorUDT
-    from pyspark.sql import functions as F
-
-    return VectorUDT(), lambda column: F.when(column.isNotNull(), array_to_vector(column))
+        finish = {output: as_vector(model, FEATURES)}
+        return Asked(model, {INPUT: self._column("inputCol")}, {FEATURES: output}, finish)
 
 
 def _decoded(labels: Labels, best: int) -> tuple[DataType, Callable[[Column], Column]]:

@@ -264,7 +264,7 @@ def network(name: str) -> Network:
     near = " or ".join(difflib.get_close_matches(str(name), known, 3, 0.5))
     raise InvalidArgumentError(
         f"there is no network {name!r}; {f'did you mean {near}? ' if near else ''}known are "
-        f"{', '.join(sorted(known))}; register_network makes others known"
+        f"{', '.join(sorted(known))}; flightsvc.ml.register_network makes others known"
     )
 
 
@@ -470,7 +470,9 @@ def _layer(where: str, model: keras.Model, name: str | None) -> Any:
         [tensor, *_] = keras.tree.flatten(operation.output)
         if len(tensor.shape) == 4 and all(side is None or side > 1 for side in tensor.shape[1:3]):
             return tensor
-    raise InvalidArgumentError(f"{where}: no layer of it makes a map; name one by layer")
+    raise InvalidArgumentError(
+        f"{where}: no layer of it makes a map higher and wider than 1; name one by layer"
+    )
 
 
 def _fetch(network: Network, file: Path) -> None:
