@@ -386,7 +386,7 @@ def test_a_network_of_ones_own_that_is_none():
             {"size": (8, 8), "preprocess": ImageInput((8, 6))},
             r"size is \(8, 8\), but preprocess makes \(8, 6\)",
         ),
-        ({"size": (8, 8), "build": own}, "it cannot be run on 8 x 8 pixels: "),
+        ({"size": (8, 8), "build": own}, r"its size is \(8, 8\), but its input's \(8, 6\)"),
         ({"size": (8, 8), "build": lambda: 3}, "build returned int, not a Keras model"),
         ({"size": (8, 8), "build": "own.h5"}, "build is a function without arguments"),
         (

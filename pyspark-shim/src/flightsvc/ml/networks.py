@@ -376,7 +376,7 @@ def _of_keras(name: str, file: str, weights: Path | None) -> keras.Model:
         model = build(weights=None)
         _load(name, model, weights)
         return model
-    with _getting(file, lambda *_: str(weights)):
+    with _getting(file, lambda *_, **__: str(weights)):
         try:
             return build(weights=IMAGENET)
         except Exception as error:  # h5py and Keras raise many
@@ -409,7 +409,10 @@ def _load(name: str, model: keras.Model, file: Path) -> None:
     except Exception as error:  # h5py and Keras raise many
         raise _wrong(name, file, error) from error
     for variable in model.weights:
-        if keras.backend.is_float_dtype(variable.dtype) and np.isnan(np.asarray(variable)).any():
+        if (
+            keras.backend.is_float_dtype(variable.dtype)
+            and np.isnan(keras.ops.convert_to_numpy(variable)).any()
+        ):
             raise _wrong(name, file, ValueError(f"it has none for {variable.path}"))
 
 
@@ -430,6 +433,9 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
             f"{where}: a network is a functional or Sequential model with one input, pictures as "
             "[batch, height, width, channels], and one output"
         )
+    sides = tuple(inputs[0].shape[1:3])
+    if any(side not in (None, size) for side, size in zip(sides, network.size, strict=True)):
+        raise InvalidArgumentError(f"{where}: its size is {network.size}, but its input's {sides}")
     model = keras.Model(inputs, model.outputs[0])  # which a Sequential is not
     image = keras.Input((*network.size, inputs[0].shape[-1]), name=INPUT)
     try:
