@@ -1,0 +1,1 @@
+"""Names of sparkdl for Keras on Horovod; see :mod:`flightsvc.sparkdl.removed`."""

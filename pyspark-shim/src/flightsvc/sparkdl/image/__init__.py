@@ -1,0 +1,1 @@
+"""Pictures in columns, by the names of sparkdl."""

@@ -1,0 +1,390 @@
+"""Pictures in columns, arrays and Pillow: the names of ``sparkdl.image.imageIO``, on :mod:`flightsvc.image`.
+
+A picture is Spark's image struct: ``origin``, ``height``, ``width``, ``nChannels``, ``mode``, ``data`` in
+this order, blue before green before red. What is named after Pillow needs it (``pip install pillow``), also
+in the workers where it is the ``decode_f`` of :func:`readImagesWithCustomFn`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from flightsvc import image
+from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
+from flightsvc.spark import active_session
+from flightsvc.sparkdl.removed import removed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from pyspark import SparkContext
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
+
+    Array = np.ndarray[Any, Any]
+
+__all__ = [
+    "PIL_decode",
+    "PIL_decode_and_resize",
+    "PIL_to_imageStruct",
+    "createResizeImageUDF",
+    "filesToDF",
+    "fixColorChannelOrdering",
+    "imageArrayToStruct",
+    "imageStructToArray",
+    "imageStructToPIL",
+    "imageTypeByName",
+    "imageTypeByOrdinal",
+    "readImagesWithCustomFn",
+]
+
+_SLICE_BYTES = 16 << 20  # so many bytes of pictures, or one picture, leave a worker together
+
+__getattr__ = removed(__name__, "SparkMode", "imageSchema", "imageType", "readImages", "resizeImage")
+
+
+class ImageType(NamedTuple):
+    """What a picture's ``mode`` says.
+
+    Attributes:
+        name: OpenCV's name.
+        ord: OpenCV's number, the struct's ``mode``.
+        nChannels: 1, 3 or 4.
+        dtype: ``uint8`` or ``float32``.
+    """
+
+    name: str
+    ord: int
+    nChannels: int
+    dtype: str
+
+
+_TYPES = [
+    ImageType(f"CV_{short}C{channels}", depth + 8 * (channels - 1), channels, dtype)
+    for short, depth, dtype in (("8U", 0, "uint8"), ("32F", 5, "float32"))
+    for channels in (1, 3, 4)
+]
+
+
+def imageTypeByOrdinal(ordinal: int) -> ImageType:
+    """Return what a picture's ``mode`` says.
+
+    Raises:
+        NotFoundError: There is no such mode; it is a KeyError.
+    """
+    for kind in _TYPES:
+        if kind.ord == ordinal:
+            return kind
+    known = ", ".join(str(kind.ord) for kind in _TYPES)
+    hint = "; Spark gives -1 to a picture that it cannot read" if ordinal == -1 else ""
+    raise NotFoundError(f"unsupported image type with ordinal {ordinal!r}; there are {known}{hint}")
+
+
+def imageTypeByName(name: str) -> ImageType:
+    """Return the mode that OpenCV calls ``name``, such as ``CV_8UC3``.
+
+    Raises:
+        NotFoundError: There is no such mode; it is a KeyError.
+    """
+    for kind in _TYPES:
+        if kind.name == name:
+            return kind
+    known = ", ".join(kind.name for kind in _TYPES)
+    raise NotFoundError(f"unsupported image type with name {name!r}; there are {known}")
+
+
+def imageArrayToStruct(imgArray: Array, origin: str = "") -> Row:
+    """Return an array as a picture for a column of type ``flightsvc.image.schema()``.
+
+    Args:
+        imgArray: uint8 or float32, ``[height, width, channels]`` with 1, 3 or 4 channels, whose order stays;
+            a batch of one, or ``[height, width]``, will do.
+        origin: Where the picture is from.
+
+    Raises:
+        InvalidArgumentError: The array has another type or shape; it is a ValueError.
+    """
+    if imgArray.ndim == 4:
+        if imgArray.shape[0] != 1:
+            raise InvalidArgumentError(
+                "The first dimension of a 4-d image array is expected to be 1, this array is "
+                f"{list(imgArray.shape)}"
+            )
+        imgArray = imgArray[0]
+    return image.to_struct(imgArray, origin)
+
+
+def imageStructToArray(imageRow: Row | Mapping[str, Any]) -> Array:
+    """Return a picture as an array ``[height, width, channels]`` of uint8 or float32, channels as they are.
+
+    It views the picture's bytes, without a copy.
+
+    Raises:
+        InvalidArgumentError: The picture is null, invalid, or its numbers do not agree; it is a ValueError.
+    """
+    return image.to_array(imageRow)
+
+
+def imageStructToPIL(imageRow: Row | Mapping[str, Any]) -> Image.Image:
+    """Return a picture of uint8 as one of Pillow: ``L``, ``RGB`` or ``RGBA``.
+
+    Raises:
+        InvalidArgumentError: It is of float32, null, invalid, or its numbers do not agree.
+    """
+    from PIL import Image
+
+    array = image.to_array(imageRow)
+    if array.dtype != "uint8":
+        raise InvalidArgumentError(
+            f"Can not convert image of type {array.dtype.name} to PIL, can only deal with 8U format"
+        )
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else _reversed(array))
+
+
+def PIL_to_imageStruct(img: Image.Image) -> Array:
+    """Return a picture of Pillow as an array ``[height, width, channels]``, uint8, blue first.
+
+    In spite of its name it returns no struct: give the array to :func:`imageArrayToStruct`. Grey pictures
+    have one channel, such with alpha or a transparent colour four, all others three: palettes, CMYK, YCbCr
+    and the like become colours. Of 16 bits the upper 8 are kept.
+
+    Raises:
+        InvalidArgumentError: The picture's mode is ``F``.
+    """
+    import numpy as np
+
+    array = np.asarray(_plain(img))
+    return array[..., None] if array.ndim == 2 else _reversed(array)
+
+
+def _plain(img: Image.Image) -> Image.Image:
+    """Return a picture of Pillow as one of mode ``L``, ``RGB`` or ``RGBA``."""
+    import numpy as np
+    from PIL import Image
+
+    if img.mode == "F":
+        raise InvalidArgumentError(
+            "a picture of Pillow's mode F has no range that is known; scale it and convert it to L"
+        )
+    if img.mode == "I" or img.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(img).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    if img.mode in ("RGBA", "RGB", "L") and ("transparency" not in img.info):
+        return img
+    if img.has_transparency_data:
+        return img.convert("RGBA")
+    return img.convert("L" if img.mode == "1" else "RGB")
+
+
+def fixColorChannelOrdering(currentOrder: str, imgAry: Array) -> Array:
+    """Return an array of channels in ``currentOrder`` with blue first, as columns have them, alpha last.
+
+    Args:
+        currentOrder: ``RGB``, ``BGR`` or ``L``, which is grey.
+        imgAry: Channels last; with ``L`` there is one, or no such dimension.
+
+    Raises:
+        InvalidArgumentError: There is no such order, or the array has other channels.
+    """
+    if currentOrder == "RGB":
+        return _reversed(imgAry)
+    if currentOrder == "BGR":
+        return imgAry
+    if currentOrder != "L":
+        raise InvalidArgumentError(
+            f"Unexpected channel order, expected one of L, RGB, BGR but got {currentOrder!r}"
+        )
+    if len(imgAry.shape) > 2 and imgAry.shape[-1] != 1:
+        raise InvalidArgumentError(f"Channel order L expects one channel, this array is {list(imgAry.shape)}")
+    return imgAry
+
+
+def _reversed(array: Array) -> Array:
+    """Return colours in the other order, alpha where it was."""
+    return array[..., [2, 1, 0, 3]] if array.shape[-1] == 4 else array[..., ::-1]
+
+
+def createResizeImageUDF(
+    size: tuple[int, int], *, onError: str = "fail", errorCol: str = "error"
+) -> Callable[..., Column]:
+    """Return a function of columns that stretches pictures to ``size``, in the sidecar.
+
+    ``df.select(createResizeImageUDF((224, 224))("image").alias("image"))``. The column holds pictures, or
+    encoded files. Numbers are those of ``bicubic`` with antialiasing, Pillow's default filter; a picture of
+    this size already stays as it is, a null stays null. :func:`flightsvc.image.resize` has more choices.
+
+    Args:
+        size: Height and width, in pixels.
+        onError: What becomes of a bad picture, as in :func:`flightsvc.image.decode`.
+        errorCol: With ``column``, the field with the reason.
+
+    Raises:
+        InvalidArgumentError: ``size`` is not two numbers, or ``onError`` none of its choices.
+    """
+    if len(size) != 2:
+        raise InvalidArgumentError(f"New image size should have format [height, width] but got {size}")
+    return image.resize(
+        (size[0], size[1]),
+        resize="bicubic",
+        antialias=True,
+        fit="stretch",
+        on_error=onError,
+        error_column=errorCol,
+    )
+
+
+def filesToDF(
+    sc: SparkContext | SparkSession | None, path: str, numPartitions: int | None = None
+) -> DataFrame:
+    """Return the files of a folder: ``filePath``, a string, and ``fileData``, binary.
+
+    They are read by Spark's file source ``binaryFile``, lazily; empty files are no rows.
+
+    Args:
+        sc: A session; with a context, or ``None``, it is the active one.
+        path: A folder, a file or a pattern.
+        numPartitions: Makes so many partitions, by a shuffle of the files; absent: as Spark reads them.
+
+    Raises:
+        InvalidArgumentError: There is no session.
+    """
+    from pyspark.sql.functions import col
+
+    session = _session(sc)
+    read = session.read.format("binaryFile").load(path)
+    files = read.select(col("path").alias("filePath"), col("content").alias("fileData"))
+    return files if numPartitions is None else files.repartition(numPartitions)
+
+
+def PIL_decode(raw_bytes: bytes) -> Array:
+    """Return an encoded file as an array ``[height, width, channels]``, uint8, blue first, by Pillow.
+
+    It is turned upright, as EXIF says; channels are those of :func:`PIL_to_imageStruct`.
+
+    Raises:
+        OSError: Pillow cannot read it.
+    """
+    return PIL_to_imageStruct(_opened(raw_bytes))
+
+
+def PIL_decode_and_resize(size: tuple[int, int]) -> Callable[[bytes], Array]:
+    """Return :func:`PIL_decode` with a resize to ``size``, by Pillow's ``bicubic``.
+
+    Args:
+        size: Width and height, in pixels: Pillow's order, unlike everywhere else here.
+    """
+
+    def decode(raw_bytes: bytes) -> Array:
+        from PIL import Image
+
+        return PIL_to_imageStruct(_plain(_opened(raw_bytes)).resize(size, Image.Resampling.BICUBIC))
+
+    return decode
+
+
+def _opened(raw_bytes: bytes) -> Image.Image:
+    import io
+
+    from PIL import Image, ImageOps
+
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(raw_bytes)))
+
+
+def readImagesWithCustomFn(
+    path: str,
+    decode_f: Callable[[bytes], Array],
+    numPartition: int | None = None,
+    *,
+    onError: str = "null",
+    errorCol: str = "error",
+) -> DataFrame:
+    """Return the files of a folder as the column ``image``, each decoded by a function of yours.
+
+    :func:`flightsvc.image.read_images` needs no function and no imaging library in the workers.
+
+    Args:
+        path: As in :func:`filesToDF`.
+        decode_f: Makes an array of a file's bytes, as :func:`imageArrayToStruct` takes it, blue first; it
+            runs in the workers, which need what it imports. :func:`PIL_decode` is one.
+        numPartition: As in :func:`filesToDF`.
+        onError: What a file that ``decode_f`` raises an error for, or makes no picture of, does: its
+            ``image`` is ``null``, as in sparkdl; null with its path and the reason in ``errorCol``
+            (``column``), the last column; or it fails the job, by name (``fail``).
+        errorCol: Name of the column for the reason.
+
+    Raises:
+        InvalidArgumentError: ``onError`` is none of its choices, ``errorCol`` is ``image``, or there is no
+            session.
+    """
+    from pyspark.sql.types import StringType, StructType
+
+    if onError not in ("fail", "null", "column"):
+        raise InvalidArgumentError(f"onError is {onError!r}; it is one of fail, null, column")
+    schema = StructType().add("image", image.schema())
+    if onError == "column":
+        if errorCol.lower() == "image":
+            raise InvalidArgumentError("errorCol is 'image', as the pictures are called; name it otherwise")
+        schema.add(errorCol, StringType())
+    files = filesToDF(None, path, numPartition)
+    return files.mapInArrow(_Reader(decode_f, onError, errorCol), schema)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What :func:`readImagesWithCustomFn` does in the workers; attributes are its arguments."""
+
+    decode_f: Callable[[bytes], Array]
+    onError: str
+    errorCol: str
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the pictures of files, few at a time."""
+        pictures: list[dict[str, Any] | None] = []
+        errors: list[str | None] = []
+        held = 0
+        for batch in batches:
+            for path, data in zip(batch.column(0), batch.column(1), strict=True):
+                picture, error = self._decoded(path.as_py(), data.as_py())
+                pictures.append(picture)
+                errors.append(error)
+                held += len(picture["data"]) if picture else 0
+                if held >= _SLICE_BYTES:
+                    yield self._batch(pictures, errors)
+                    pictures, errors, held = [], [], 0
+        yield self._batch(pictures, errors)
+
+    def _decoded(self, path: str, data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+        try:
+            array = self.decode_f(data)
+            if not hasattr(array, "ndim"):
+                raise InvalidArgumentError(f"decode_f returned a {type(array).__name__}, not an array")
+            return imageArrayToStruct(array, path).asDict(), None
+        except Exception as error:  # the function is the caller's
+            kind = "" if isinstance(error, FlightsvcError) else f"{type(error).__name__}: "
+            reason = f"{path}: {kind}{error}"
+            if self.onError == "fail":
+                raise InvalidArgumentError(
+                    f"{reason.rstrip('.')}. To go on without such files: onError='null' or onError='column'"
+                ) from error
+            return None, reason
+
+    def _batch(self, pictures: list[dict[str, Any] | None], errors: list[str | None]) -> pa.RecordBatch:
+        whole = ("height", "width", "nChannels", "mode")
+        struct = pa.struct(
+            [("origin", pa.string()), *((name, pa.int32()) for name in whole), ("data", pa.binary())]
+        )
+        columns = {"image": pa.array(pictures, struct)}
+        if self.onError == "column":
+            columns[self.errorCol] = pa.array(errors, pa.string())
+        return pa.RecordBatch.from_pydict(columns)
+
+
+def _session(given: SparkContext | SparkSession | None) -> SparkSession:
+    """Return the session that is given, else the active one."""
+    session: Any = given if hasattr(given, "read") else active_session()
+    if session is None:
+        raise InvalidArgumentError("there is no Spark session; make it first")
+    found: SparkSession = session
+    return found

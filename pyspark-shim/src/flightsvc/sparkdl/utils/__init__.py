@@ -1,0 +1,1 @@
+"""Names of sparkdl's own machinery; see :mod:`flightsvc.sparkdl.removed`."""
