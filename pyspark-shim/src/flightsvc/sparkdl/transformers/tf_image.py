@@ -1,0 +1,40 @@
+"""Graphs of TensorFlow on columns of pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyspark import keyword_only
+
+from flightsvc.ml import images
+from flightsvc.sparkdl.transformers.utils import IMAGE_INPUT_PLACEHOLDER_NAME
+
+
+class TFImageTransformer(images.TFImageTransformer):
+    """Runs a graph on pictures: :class:`flightsvc.ml.TFImageTransformer`.
+
+    Args:
+        channelOrder: Of the graph's input: ``RGB``, ``BGR`` or ``L``.
+        inputCol: The column of pictures.
+        outputCol: The column that is added.
+        graph: A graph of TensorFlow 1, its GraphDef, or a :class:`TFInputGraph`.
+        inputTensor: Takes float32 ``[batch, height, width, channels]``; absent: ``sparkdl_image_input:0``.
+        outputTensor: Name of the output.
+        outputMode: ``vector``, or ``image``: Spark's image struct of float32.
+        **params: Further Params: ``batchSize``, ``onError``, ``errorCol``.
+    """
+
+    @keyword_only
+    def __init__(
+        self,
+        channelOrder: str | None = None,
+        inputCol: str | None = None,
+        outputCol: str | None = None,
+        graph: Any = None,
+        inputTensor: Any = None,
+        outputTensor: Any = None,
+        outputMode: str = "vector",
+        **params: Any,
+    ):
+        super().__init__(**self._input_kwargs)
+        self._setDefault(inputTensor=f"{IMAGE_INPUT_PLACEHOLDER_NAME}:0")

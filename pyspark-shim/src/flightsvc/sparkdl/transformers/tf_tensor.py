@@ -1,0 +1,61 @@
+"""Models of TensorFlow on columns of numbers."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pyspark import keyword_only
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.ml import tensors
+
+
+class TFTransformer(tensors.TFTransformer):
+    """Runs a graph on columns: :class:`flightsvc.ml.TFTransformer` with the arguments of sparkdl.
+
+    Args:
+        tfInputGraph: A :class:`TFInputGraph`, or what else is a ``model`` to the stage of this package.
+        inputMapping: Column to input tensor: ``{"x": "x:0"}``.
+        outputMapping: Output tensor to column: ``{"z:0": "z"}``.
+        tfHParms: Nothing but ``None``: it never had an effect; use ``batchSize``.
+        **params: Further Params: ``batchSize``, ``onError``, ``errorCol``, ``signature``.
+    """
+
+    @keyword_only
+    def __init__(
+        self,
+        tfInputGraph: Any = None,
+        inputMapping: Any = None,
+        outputMapping: Any = None,
+        tfHParms: None = None,
+        **params: Any,
+    ):
+        super().__init__()
+        self.setParams(
+            tfInputGraph=tfInputGraph,
+            inputMapping=inputMapping,
+            outputMapping=outputMapping,
+            tfHParms=tfHParms,
+            **params,
+        )
+
+    def setParams(self, *, tfInputGraph: Any = None, tfHParms: None = None, **params: Any) -> Self:
+        """Set Params by name, as the constructor takes them.
+
+        Raises:
+            InvalidArgumentError: ``tfHParms`` is given, or a value is none of its choices.
+            TypeError: There is no such Param, or a value has another type.
+        """
+        if tfHParms is not None:
+            raise InvalidArgumentError("tfHParms never had an effect in sparkdl; use batchSize")
+        if tfInputGraph is not None:
+            params["model"] = tfInputGraph
+        return super().setParams(**params)
+
+    def getTFInputGraph(self) -> Any:
+        """Return the model."""
+        return self.getModel()
+
+    def setTFInputGraph(self, value: Any) -> Self:
+        """Set the model."""
+        return self.setModel(value)

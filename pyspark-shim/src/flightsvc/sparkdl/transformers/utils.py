@@ -1,0 +1,43 @@
+"""What graphs for pictures begin with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flightsvc.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+IMAGE_INPUT_PLACEHOLDER_NAME = "sparkdl_image_input"
+"""The placeholder that :class:`TFImageTransformer` feeds unless it is told of another."""
+
+
+class ImageNetConstants:
+    """What all networks of ImageNet have in common."""
+
+    NUM_CLASSES = 1000
+
+
+class InceptionV3Constants:
+    """What InceptionV3 takes and gives; :func:`flightsvc.ml.network` knows all networks."""
+
+    INPUT_SHAPE = (299, 299)
+    NUM_OUTPUT_FEATURES = 131072
+
+
+def imageInputPlaceholder(nChannels: int | None = None) -> tf.Tensor:
+    """Return a placeholder for pictures, float32 ``[batch, height, width, nChannels]``, of the usual name.
+
+    Raises:
+        InvalidArgumentError: There is no graph to put it into.
+    """
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "a placeholder belongs into a graph; make it in `with tf.Graph().as_default():`, or call "
+            "tf.compat.v1.disable_v2_behavior() first"
+        )
+    shape: list[Any] = [None, None, None, nChannels]
+    return tf.compat.v1.placeholder(tf.float32, shape, name=IMAGE_INPUT_PLACEHOLDER_NAME)
