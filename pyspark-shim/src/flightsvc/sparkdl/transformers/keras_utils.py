@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def KSessionWrap(graph: tf.Graph | None = None) -> Iterator[tuple[tf.compat.v1.Session, tf.Graph]]:
-    """Make ``graph``, or a new one, the default one, and give it a session for the block: ``(session, graph)``.
+    """Make ``graph``, or a new one, the default one, with a session of its own: ``(session, graph)``.
 
     Keras 3 has no session: models of Keras are not built in it, operations of TensorFlow are.
     """
