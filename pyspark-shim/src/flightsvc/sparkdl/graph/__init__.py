@@ -1,0 +1,1 @@
+"""Graphs of TensorFlow 1, by the names of sparkdl."""
