@@ -25,6 +25,8 @@ class DeepImagePredictor(deep_image.DeepImagePredictor):
         **params: Further Params: ``weights``, ``batchSize``, ``onError``, ``errorCol``.
     """
 
+    _input_kwargs: dict[str, Any]
+
     @keyword_only
     def __init__(
         self,
@@ -52,6 +54,8 @@ class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
         **params: Further Params: ``pooling``, ``layer``, ``weights``, ``batchSize``, ``onError`` and
             ``errorCol``.
     """
+
+    _input_kwargs: dict[str, Any]
 
     @keyword_only
     def __init__(
