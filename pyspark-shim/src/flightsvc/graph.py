@@ -238,7 +238,7 @@ class TFInputGraph:
         """
         tf = _tensorflow()
 
-        def build() -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+        def build() -> tuple[dict[str, Any], dict[str, Any]]:
             part = _Part(self, inputs, outputs)
             if not per_row:
                 fed = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in part.feeds]
@@ -249,8 +249,8 @@ class TFInputGraph:
             ]
             specs = [tf.TensorSpec(t.shape, t.dtype) for t in part.fetches]
 
-            @tf.function(autograph=False)
-            def rows(*tensors: tf.Tensor) -> Any:
+            @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+            def rows(*tensors: Any) -> Any:
                 return tf.map_fn(part, list(tensors), fn_output_signature=specs)
 
             return dict(zip(inputs, fed, strict=True)), dict(zip(outputs, rows(*fed), strict=True))
@@ -304,7 +304,7 @@ class _Part:
         self.fetches = [_tensor(whole, name, "output") for name in fetches]
         fed = {tensor.name for tensor in self.feeds}
         fed_ops = {tensor.op.name for tensor in self.feeds}
-        reached: dict[str, tf.Operation] = {}
+        reached: dict[str, Any] = {}
         used: set[str] = set()
         waiting = [tensor for tensor in self.fetches if tensor.name not in fed]
         operations = [tensor.op for tensor in waiting]
@@ -411,7 +411,7 @@ def picture_model(
             raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(known)}")
     tf = _tensorflow()
 
-    def build() -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+    def build() -> tuple[dict[str, Any], dict[str, Any]]:
         part = _Part(graph, [inputTensor], [outputTensor])
         [feed], [fetch] = part.feeds, part.fetches
         channels = _channels(feed, channelOrder)
@@ -421,7 +421,7 @@ def picture_model(
                 "channels]; or set outputMode to 'vector'"
             )
 
-        def row(fields: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        def row(fields: dict[str, Any]) -> dict[str, Any]:
             picture = tf.cast(_in_order(_pixels(**fields), channelOrder, channels), feed.dtype)[None]
             picture.set_shape([1, None, None, channels])
             [made] = part([picture])
@@ -439,9 +439,9 @@ def picture_model(
         if outputMode == "image":
             specs |= {name: tf.TensorSpec([], tf.int32) for name in names}
 
-        @tf.function(autograph=False)
-        def rows(fields: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            made: dict[str, tf.Tensor] = tf.map_fn(row, fields, fn_output_signature=specs)
+        @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+        def rows(fields: dict[str, Any]) -> dict[str, Any]:
+            made: dict[str, Any] = tf.map_fn(row, fields, fn_output_signature=specs)
             if outputMode == "image":
                 return made
             sizes = tf.strings.length(made["data"])
@@ -458,12 +458,12 @@ def picture_model(
 
 def _channels(feed: tf.Tensor, channelOrder: str) -> int | None:
     """Return how many channels the graph takes; ``None``: it does not say."""
-    shape = feed.shape
-    if shape.rank not in (None, 4) or (shape.rank == 4 and shape[0] not in (None, 1)):
+    shape = None if feed.shape.rank is None else feed.shape.as_list()
+    if shape is not None and (len(shape) != 4 or shape[0] not in (None, 1)):
         raise InvalidArgumentError(
-            f"input {feed.name!r} is {shape}; for pictures it must be [None, height, width, channels]"
+            f"input {feed.name!r} is {feed.shape}; for pictures it must be [None, height, width, channels]"
         )
-    channels: int | None = shape[3] if shape.rank == 4 else None
+    channels: int | None = shape[3] if shape else None
     if channelOrder == "L":
         channels = channels or 1
     if channels not in (None, 1, 3) or (channelOrder == "L" and channels != 1):
