@@ -1,0 +1,79 @@
+"""The module ``sparkdl.graph.tensorframes_udf``: a graph as a function of SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.graph import GraphError, TFInputGraph, strip_and_freeze
+from flightsvc.model import Model
+from flightsvc.sparkdl.graph import utils as tfx
+from flightsvc.sql import Function, register_udf
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+__all__ = ["makeGraphUDF"]
+
+
+def makeGraphUDF(
+    graph: tf.Graph,
+    udf_name: str,
+    fetches: Sequence[Any],
+    feeds_to_fields_map: Mapping[Any, str] | None = None,
+    blocked: bool = False,
+    register: bool = True,
+) -> Function:
+    """Make a graph of TensorFlow 1 a function of the active session: ``SELECT name(x, y) FROM points``.
+
+    Each placeholder that the fetches need is a parameter, named after it and ordered by name; with one
+    parameter ``SELECT name(x)`` takes any column. One fetch gives its value, several a struct of them, fields
+    ordered by name. Variables have the values of the default session, or must be constants.
+
+    Args:
+        graph: The graph.
+        udf_name: The function's name.
+        fetches: What is computed: tensors, operations or names.
+        feeds_to_fields_map: Placeholder to the name of its parameter, where that is another.
+        blocked: The graph takes many rows at once, first dimension unknown; else one row, without a batch
+            dimension.
+        register: Give it its name in SQL.
+
+    Returns:
+        The function of columns: ``df.select(f("x", "y"))``. sparkdl returned a handle of the JVM.
+
+    Raises:
+        TypeError: ``graph`` is no ``tf.Graph``, or a fetch is no tensor.
+        AssertionError: A fetch is one of another graph, or the map names what is no placeholder.
+        NotFoundError: The graph has no such tensor.
+        InvalidArgumentError: There is no session, no fetch or no placeholder, or a variable without a value.
+    """
+    import tensorflow as tf
+
+    from flightsvc.spark import active_session
+
+    names = sorted(tfx.tensor_name(fetch, graph) for fetch in fetches)
+    session = tf.compat.v1.get_default_session()
+    frozen = TFInputGraph(
+        strip_and_freeze(graph, session if session and session.graph is graph else None, names)
+    )
+    feeds = sorted(frozen.placeholders())
+    if not names or not feeds:
+        raise InvalidArgumentError(
+            f"function {udf_name!r} has no {'placeholder that its fetches need' if names else 'fetch'}"
+        )
+    parameters = {feed: feed.removesuffix(":0") for feed in feeds}
+    for feed, field in (feeds_to_fields_map or {}).items():
+        name = tfx.tensor_name(feed, graph)
+        if name not in parameters:
+            raise GraphError(
+                f"{name!r} is no placeholder that {', '.join(names)} need; {', '.join(feeds)} are"
+            )
+        parameters[name] = field
+    model = Model(frozen.saved_model(feeds, names, per_row=not blocked))
+    columns = {name: name.removesuffix(":0") for name in names}
+    spark: Any = active_session()
+    if register and spark is not None:
+        register_udf(spark, udf_name, model, inputs=parameters, outputs=columns)
+    return model.udf(inputs=parameters, outputs=columns)

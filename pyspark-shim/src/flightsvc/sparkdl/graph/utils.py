@@ -1,0 +1,199 @@
+"""The module ``sparkdl.graph.utils``, mostly imported as ``tfx``: names, tensors and operations of graphs.
+
+Objects are tensors, operations, or names: ``op`` or ``op:0``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flightsvc.errors import NotFoundError
+from flightsvc.graph import GraphError, strip_and_freeze
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+__all__ = [
+    "add_scope_to_name",
+    "get_op",
+    "get_shape",
+    "get_tensor",
+    "op_name",
+    "strip_and_freeze_until",
+    "tensor_name",
+    "validated_graph",
+    "validated_input",
+    "validated_output",
+]
+
+_NAME = re.compile(r"(?P<op>[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*)(:(?P<index>[0-9]+))?")
+
+
+def validated_graph(graph: tf.Graph) -> tf.Graph:
+    """Return ``graph``.
+
+    Raises:
+        TypeError: It is no ``tf.Graph``.
+    """
+    import tensorflow as tf
+
+    if not isinstance(graph, tf.Graph):
+        raise TypeError(f"a graph is a tf.Graph, not {type(graph).__name__}")
+    return graph
+
+
+def get_shape(tfobj_or_name: Any, graph: tf.Graph) -> list[int]:
+    """Return the shape of a tensor, -1 for each size that is not known.
+
+    Raises:
+        ValueError: Its rank is not known.
+        TypeError, NotFoundError, AssertionError: As :func:`get_tensor`.
+    """
+    shape = get_tensor(tfobj_or_name, graph).shape
+    if shape.rank is None:
+        raise ValueError(f"the rank of {tensor_name(tfobj_or_name)!r} is not known")
+    return [-1 if size is None else size for size in shape.as_list()]
+
+
+def get_op(tfobj_or_name: Any, graph: tf.Graph) -> tf.Operation:
+    """Return an operation of ``graph``.
+
+    Raises:
+        TypeError: It is no name, tensor or operation, or no graph.
+        NotFoundError: The graph has no operation of that name.
+        AssertionError: It is one of another graph.
+    """
+    graph = validated_graph(graph)
+    _of(tfobj_or_name, graph)
+    name = op_name(tfobj_or_name)
+    try:
+        return graph.get_operation_by_name(name)
+    except (KeyError, ValueError):
+        raise NotFoundError(f"the graph has no operation {name!r}") from None
+
+
+def get_tensor(tfobj_or_name: Any, graph: tf.Graph) -> tf.Tensor:
+    """Return a tensor of ``graph``; of an operation the first.
+
+    Raises:
+        TypeError: It is no name, tensor or operation, or no graph.
+        NotFoundError: The graph has no tensor of that name.
+        AssertionError: It is one of another graph.
+    """
+    graph = validated_graph(graph)
+    _of(tfobj_or_name, graph)
+    name = tensor_name(tfobj_or_name)
+    try:
+        return graph.get_tensor_by_name(name)
+    except (KeyError, ValueError):
+        raise NotFoundError(f"the graph has no tensor {name!r}") from None
+
+
+def tensor_name(tfobj_or_name: Any, graph: tf.Graph | None = None) -> str:
+    """Return the name of a tensor, ``op:0`` for that of an operation; looked up in ``graph`` if it is given.
+
+    Raises:
+        TypeError: It is no name, tensor or operation.
+        NotFoundError, AssertionError: As :func:`get_tensor`.
+    """
+    if graph is not None:
+        return str(get_tensor(tfobj_or_name, graph).name)
+    operation, index = _parts(tfobj_or_name)
+    return f"{operation}:{index or 0}"
+
+
+def op_name(tfobj_or_name: Any, graph: tf.Graph | None = None) -> str:
+    """Return the name of an operation, or of that which makes a tensor; looked up in ``graph`` if given.
+
+    Raises:
+        TypeError: It is no name, tensor or operation.
+        NotFoundError, AssertionError: As :func:`get_op`.
+    """
+    if graph is not None:
+        return str(get_op(tfobj_or_name, graph).name)
+    return _parts(tfobj_or_name)[0]
+
+
+def add_scope_to_name(scope: str, name: str) -> str:
+    """Return ``name`` in the scope ``scope``, which may be empty.
+
+    Raises:
+        TypeError: One is no text.
+    """
+    for text in (scope, name):
+        if not isinstance(text, str):
+            raise TypeError(f"a name is a str, not {type(text).__name__}")
+    return f"{scope}/{name}" if scope else name
+
+
+def validated_output(tfobj_or_name: Any, graph: tf.Graph) -> str:
+    """Return the operation's name of an output of ``graph``; raises as :func:`get_op`."""
+    return op_name(tfobj_or_name, graph)
+
+
+def validated_input(tfobj_or_name: Any, graph: tf.Graph) -> str:
+    """Return the operation's name of a placeholder of ``graph``; raises as :func:`get_op`.
+
+    Raises:
+        AssertionError: It is something else than a placeholder.
+    """
+    operation = get_op(tfobj_or_name, graph)
+    if not operation.type.startswith("Placeholder"):
+        raise GraphError(f"{operation.name!r} is a {operation.type}, an input must be a Placeholder")
+    return str(operation.name)
+
+
+def strip_and_freeze_until(
+    fetches: Sequence[Any],
+    graph: tf.Graph,
+    sess: tf.compat.v1.Session | None = None,
+    return_graph: bool = False,
+) -> tf.compat.v1.GraphDef | tf.Graph:
+    """Return the part of ``graph`` that computes ``fetches``, with constants for its variables.
+
+    Args:
+        fetches: Tensors, operations or names.
+        graph: The graph.
+        sess: Has the values of the variables; ``None``: the default session, if it is one of this graph.
+        return_graph: Return a ``tf.Graph`` instead of a ``GraphDef``.
+
+    Raises:
+        TypeError, NotFoundError, AssertionError: As :func:`get_tensor`.
+        InvalidArgumentError: A variable is not initialised.
+    """
+    import tensorflow as tf
+
+    names = [tensor_name(fetch, graph) for fetch in fetches]
+    session = sess or tf.compat.v1.get_default_session()
+    if sess is None and session is not None and session.graph is not graph:
+        session = None
+    graph_def = strip_and_freeze(graph, session, names)
+    if not return_graph:
+        return graph_def
+    with tf.Graph().as_default() as stripped:
+        tf.import_graph_def(graph_def, name="")
+    return stripped
+
+
+def _parts(found: Any) -> tuple[str, str | None]:
+    """Return the operation and the number of the tensor, if it is one, or says so."""
+    import tensorflow as tf
+
+    if isinstance(found, tf.Operation):
+        return found.name, None
+    if not isinstance(found, str) and tf.is_tensor(found) and hasattr(found, "graph"):
+        found = found.name
+    if not isinstance(found, str):
+        raise TypeError(f"want a tensor, an operation or a name, not {type(found).__name__}")
+    match = _NAME.fullmatch(found)
+    if match is None:
+        raise TypeError(f"{found!r} is no name of a tensor or an operation; such are 'x' and 'x:0'")
+    return match["op"], match["index"]
+
+
+def _of(found: Any, graph: tf.Graph) -> None:
+    """Refuse an object of another graph."""
+    if not isinstance(found, str) and getattr(found, "graph", graph) is not graph:
+        raise GraphError(f"{op_name(found)!r} is one of another graph")

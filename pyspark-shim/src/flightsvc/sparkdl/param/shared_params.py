@@ -1,0 +1,279 @@
+"""The module ``sparkdl.param.shared_params``: Params that stages share, to mix into one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from pyspark.ml.param import Param, Params, TypeConverters
+
+from flightsvc.graph import TFInputGraph
+from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
+
+__all__ = [
+    "OUTPUT_MODES",
+    "CanLoadImage",
+    "HasInputCol",
+    "HasInputMapping",
+    "HasKerasLoss",
+    "HasKerasModel",
+    "HasKerasOptimizer",
+    "HasLabelCol",
+    "HasOutputCol",
+    "HasOutputMapping",
+    "HasOutputMode",
+    "HasTFHParams",
+    "HasTFInputGraph",
+]
+
+OUTPUT_MODES = ("vector", "image")
+"""What ``outputMode`` may be."""
+
+
+def _to_dict(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"want a dict, not {type(value).__name__}")
+    return value
+
+
+def _to_function(value: Any) -> Callable[[str], Any]:
+    if not callable(value):
+        raise TypeError(f"want a function, not {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+class HasInputCol(Params):
+    """The column that is read."""
+
+    inputCol: Param[str] = Param(
+        Params._dummy(), "inputCol", "the column that is read", typeConverter=TypeConverters.toString
+    )
+
+    def setInputCol(self, value: str) -> Self:
+        """Set the column that is read."""
+        return self._set(inputCol=value)
+
+    def getInputCol(self) -> str:
+        """Return the column that is read."""
+        return self.getOrDefault(self.inputCol)
+
+
+class HasOutputCol(Params):
+    """The column that is added; ``<uid>__output`` unless it is set."""
+
+    outputCol: Param[str] = Param(
+        Params._dummy(), "outputCol", "the column that is added", typeConverter=TypeConverters.toString
+    )
+
+    def setOutputCol(self, value: str) -> Self:
+        """Set the column that is added."""
+        return self._set(outputCol=value)
+
+    def getOutputCol(self) -> str:
+        """Return the column that is added."""
+        return self.getOrDefault(self.outputCol)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(outputCol=f"{self.uid}__output")
+
+
+class HasLabelCol(Params):
+    """The column of labels."""
+
+    labelCol: Param[str] = Param(
+        Params._dummy(), "labelCol", "the column of labels", typeConverter=TypeConverters.toString
+    )
+
+    def setLabelCol(self, value: str) -> Self:
+        """Set the column of labels."""
+        return self._set(labelCol=value)
+
+    def getLabelCol(self) -> str:
+        """Return the column of labels."""
+        return self.getOrDefault(self.labelCol)
+
+
+class HasKerasModel(Params):
+    """A model that Keras saved, and how it is fitted."""
+
+    modelFile: Param[str] = Param(
+        Params._dummy(),
+        "modelFile",
+        "the file that Keras saved, .keras or .h5",
+        typeConverter=TypeConverters.toString,
+    )
+
+    kerasFitParams: Param[dict[str, Any]] = Param(
+        Params._dummy(), "kerasFitParams", "the arguments of Keras's fit", typeConverter=_to_dict
+    )
+
+    def setModelFile(self, value: str) -> Self:
+        """Set the file that Keras saved, .keras or .h5."""
+        return self._set(modelFile=value)
+
+    def getModelFile(self) -> str:
+        """Return the file that Keras saved, .keras or .h5."""
+        return self.getOrDefault(self.modelFile)
+
+    def setKerasFitParams(self, value: dict[str, Any]) -> Self:
+        """Set the arguments of Keras's fit."""
+        return self._set(kerasFitParams=value)
+
+    def getKerasFitParams(self) -> dict[str, Any]:
+        """Return the arguments of Keras's fit."""
+        return self.getOrDefault(self.kerasFitParams)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(kerasFitParams={"verbose": 1})
+
+
+class HasKerasOptimizer(Params):
+    """The name of an optimizer of Keras."""
+
+    kerasOptimizer: Param[str] = Param(
+        Params._dummy(),
+        "kerasOptimizer",
+        "the name of an optimizer of Keras",
+        typeConverter=SparkDLTypeConverters.toKerasOptimizer,
+    )
+
+    def setKerasOptimizer(self, value: str) -> Self:
+        """Set the name of an optimizer of Keras."""
+        return self._set(kerasOptimizer=value)
+
+    def getKerasOptimizer(self) -> str:
+        """Return the name of an optimizer of Keras."""
+        return self.getOrDefault(self.kerasOptimizer)
+
+
+class HasKerasLoss(Params):
+    """The name of a loss of Keras."""
+
+    kerasLoss: Param[str] = Param(
+        Params._dummy(),
+        "kerasLoss",
+        "the name of a loss of Keras",
+        typeConverter=SparkDLTypeConverters.toKerasLoss,
+    )
+
+    def setKerasLoss(self, value: str) -> Self:
+        """Set the name of a loss of Keras."""
+        return self._set(kerasLoss=value)
+
+    def getKerasLoss(self) -> str:
+        """Return the name of a loss of Keras."""
+        return self.getOrDefault(self.kerasLoss)
+
+
+class HasOutputMode(Params):
+    """Whether the output is a vector or a picture; a vector unless it is set."""
+
+    outputMode: Param[str] = Param(
+        Params._dummy(),
+        "outputMode",
+        "vector or image",
+        typeConverter=SparkDLTypeConverters.buildSupportedItemConverter(OUTPUT_MODES),
+    )
+
+    def setOutputMode(self, value: str) -> Self:
+        """Set vector or image."""
+        return self._set(outputMode=value)
+
+    def getOutputMode(self) -> str:
+        """Return vector or image."""
+        return self.getOrDefault(self.outputMode)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._setDefault(outputMode="vector")
+
+
+class CanLoadImage(Params):
+    """A function that loads a picture."""
+
+    imageLoader: Param[Callable[[str], Any]] = Param(
+        Params._dummy(),
+        "imageLoader",
+        "a function of a URI that returns the array of one picture",
+        typeConverter=_to_function,
+    )
+
+    def setImageLoader(self, value: Callable[[str], Any]) -> Self:
+        """Set a function of a URI that returns the array of one picture."""
+        return self._set(imageLoader=value)
+
+    def getImageLoader(self) -> Callable[[str], Any]:
+        """Return a function of a URI that returns the array of one picture."""
+        return self.getOrDefault(self.imageLoader)
+
+
+class HasInputMapping(Params):
+    """Which column feeds which tensor, as sorted pairs."""
+
+    inputMapping: Param[list[tuple[str, str]]] = Param(
+        Params._dummy(),
+        "inputMapping",
+        "column to input tensor",
+        typeConverter=SparkDLTypeConverters.asColumnToTensorNameMap,
+    )
+
+    def setInputMapping(self, value: list[tuple[str, str]]) -> Self:
+        """Set column to input tensor."""
+        return self._set(inputMapping=value)
+
+    def getInputMapping(self) -> list[tuple[str, str]]:
+        """Return column to input tensor."""
+        return self.getOrDefault(self.inputMapping)
+
+
+class HasOutputMapping(Params):
+    """Which tensor becomes which column, as sorted pairs."""
+
+    outputMapping: Param[list[tuple[str, str]]] = Param(
+        Params._dummy(),
+        "outputMapping",
+        "output tensor to column",
+        typeConverter=SparkDLTypeConverters.asTensorNameToColumnMap,
+    )
+
+    def setOutputMapping(self, value: list[tuple[str, str]]) -> Self:
+        """Set output tensor to column."""
+        return self._set(outputMapping=value)
+
+    def getOutputMapping(self) -> list[tuple[str, str]]:
+        """Return output tensor to column."""
+        return self.getOrDefault(self.outputMapping)
+
+
+class HasTFInputGraph(Params):
+    """A graph of TensorFlow 1."""
+
+    tfInputGraph: Param[TFInputGraph] = Param(
+        Params._dummy(), "tfInputGraph", "the graph", typeConverter=SparkDLTypeConverters.toTFInputGraph
+    )
+
+    def setTfInputGraph(self, value: TFInputGraph) -> Self:
+        """Set the graph."""
+        return self._set(tfInputGraph=value)
+
+    def getTfInputGraph(self) -> TFInputGraph:
+        """Return the graph."""
+        return self.getOrDefault(self.tfInputGraph)
+
+
+class HasTFHParams(Params):
+    """Hyperparameters."""
+
+    tfHParams: Param[dict[str, Any]] = Param(
+        Params._dummy(), "tfHParams", "the hyperparameters", typeConverter=SparkDLTypeConverters.toTFHParams
+    )
+
+    def setTfHParams(self, value: dict[str, Any]) -> Self:
+        """Set the hyperparameters."""
+        return self._set(tfHParams=value)
+
+    def getTfHParams(self) -> dict[str, Any]:
+        """Return the hyperparameters."""
+        return self.getOrDefault(self.tfHParams)
