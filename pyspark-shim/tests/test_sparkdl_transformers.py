@@ -17,7 +17,8 @@ from pyspark.ml.linalg import VectorUDT
 
 import flightsvc
 from flightsvc import image
-from flightsvc.ml import networks
+from flightsvc.ml import register_network
+from flightsvc.ml.networks import Network
 from flightsvc.sparkdl import (
     DeepImageFeaturizer,
     DeepImagePredictor,
@@ -59,7 +60,7 @@ def pictures(spark: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def network() -> networks.Network:
+def network() -> Network:
     """A network of pictures 8 x 8 with three classes, as one of the user's own."""
 
     def build() -> keras.Model:
@@ -74,7 +75,7 @@ def network() -> networks.Network:
         )
 
     labels = [("n1", "one"), ("n2", "two"), ("n3", "three")]
-    return networks.register_network("sparkdl_small", build, size=(8, 8), preprocess="tf", labels=labels)
+    return register_network("sparkdl_small", build, size=(8, 8), preprocess="tf", labels=labels)
 
 
 def resized(i: int, height: int, width: int, method: str = "bilinear") -> np.ndarray:
@@ -113,7 +114,7 @@ def test_constructors_take_keywords_alone(stage: Callable[..., Any]):
     stage()
 
 
-def test_params_of_the_old_names(network: networks.Network):
+def test_params_of_the_old_names(network: Network):
     stage = DeepImageFeaturizer(inputCol="image", outputCol="features", modelName="InceptionV3")
     assert (stage.getScaleHint(), stage.getPooling()) == ("SCALE_AREA_AVERAGING", "none")
     stage.setModelName("ResNet50").setScaleHint("SCALE_FAST").setInputCol("i").setOutputCol("o")
@@ -276,11 +277,11 @@ def test_files_without_a_loader(spark: Any, folder: Path, small: tuple[keras.Mod
 # Networks by name
 
 
-def inside(network: networks.Network, method: str) -> np.ndarray:
+def inside(network: Network, method: str) -> np.ndarray:
     return np.stack([resized(i, 8, 8, method) for i in range(3)]) / 127.5 - 1
 
 
-def test_predictions_of_a_network(pictures: Any, network: networks.Network):
+def test_predictions_of_a_network(pictures: Any, network: Network):
     wanted = network.build(None).predict(inside(network, "bilinear"), verbose=0)
     plain = DeepImagePredictor(inputCol="image", outputCol="p", modelName=network.name)
     close([v.toArray() for v in collected(plain.transform(pictures), "p")], wanted)
@@ -294,7 +295,7 @@ def test_predictions_of_a_network(pictures: Any, network: networks.Network):
         close([entry["probability"] for entry in entries], probabilities[best])
 
 
-def test_features_are_the_last_map_flattened(pictures: Any, network: networks.Network):
+def test_features_are_the_last_map_flattened(pictures: Any, network: Network):
     model = network.build(None)
     cut = keras.Model(model.inputs, model.get_layer("map").output)
     stage = DeepImageFeaturizer(inputCol="image", outputCol="f", modelName=network.name)
@@ -304,14 +305,14 @@ def test_features_are_the_last_map_flattened(pictures: Any, network: networks.Ne
     close([v.toArray() for v in collected(stage.transform(pictures), "f")], wanted)
 
 
-def test_a_pipeline_learns_from_features(pictures: Any, network: networks.Network):
+def test_a_pipeline_learns_from_features(pictures: Any, network: Network):
     labelled = pictures.selectExpr("id", "image", "cast(id > 0 as int) AS label")
     featurizer = DeepImageFeaturizer(inputCol="image", outputCol="features", modelName=network.name)
     fitted = Pipeline(stages=[featurizer, LogisticRegression(maxIter=20, regParam=0.001)]).fit(labelled)
     assert collected(fitted.transform(labelled), "prediction") == [0.0, 1.0, 1.0]
 
 
-def test_a_featurizer_is_saved_with_its_network(pictures: Any, network: networks.Network, tmp_path: Path):
+def test_a_featurizer_is_saved_with_its_network(pictures: Any, network: Network, tmp_path: Path):
     stage = DeepImageFeaturizer(
         inputCol="image", outputCol="f", modelName=network.name, scaleHint="SCALE_FAST"
     )

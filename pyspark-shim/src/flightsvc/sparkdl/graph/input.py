@@ -1,0 +1,5 @@
+"""Graphs with their inputs and outputs."""
+
+from flightsvc.graph import TFInputGraph
+
+__all__ = ["TFInputGraph"]
