@@ -164,9 +164,11 @@ def test_graphs_on_numbers_of_every_type(spark: Any):
     """The largest of each row, in a graph with an input for each type."""
     kinds = {"int": tf.int32, "bigint": tf.int64, "float": tf.float32, "double": tf.float64}
     with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
-        feeds = [v1.placeholder(kind, [None, 3], name=f"x_{name}") for name, kind in kinds.items()]
-        fetches = [tf.reduce_max(x, axis=1, name=f"z_{name}") for name, x in zip(kinds, feeds, strict=True)]
-        given = TFInputGraph.fromGraph(graph, session, feeds, fetches)
+        for name, kind in kinds.items():
+            tf.reduce_max(v1.placeholder(kind, [None, 3], name=f"x_{name}"), axis=1, name=f"z_{name}")
+        given = TFInputGraph.fromGraph(
+            graph, session, [f"x_{name}:0" for name in kinds], [f"z_{name}" for name in kinds]
+        )
     numbers = np.random.default_rng(4).integers(-1000, 1000, (100, 3))
     frame = spark.range(100).selectExpr(
         "cast(id as int) AS id", *(f"cast(null as array<{name}>) AS {name}" for name in kinds)
