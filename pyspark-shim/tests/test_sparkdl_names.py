@@ -35,8 +35,8 @@ HERE = {
     "HasOutputMapping HasOutputMode HasTFInputGraph SparkDLTypeConverters keyword_only",
 }
 GONE = {
-    "": "GraphFunction HorovodRunner IsolatedSession KerasImageFileEstimator imageSchema imageType readImages "
-    "stripAndFreezeGraph",
+    "": "GraphFunction HorovodRunner IsolatedSession KerasImageFileEstimator imageSchema imageType "
+    "readImages stripAndFreezeGraph",
     "image.imageIO": "SparkMode imageSchema imageType readImages resizeImage",
     "estimators": "KerasImageFileEstimator",
     "estimators.keras_image_file_estimator": "KerasImageFileEstimator",

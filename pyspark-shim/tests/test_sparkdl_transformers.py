@@ -1,4 +1,4 @@
-"""flightsvc.sparkdl.transformers: the stages of sparkdl, by their old arguments, against TensorFlow and Keras."""
+"""flightsvc.sparkdl.transformers: the stages by their old arguments, against TensorFlow and Keras."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from flightsvc.sparkdl import (
     KerasImageFileTransformer,
     KerasTransformer,
     TFImageTransformer,
-    TFInputGraph,
     TFTransformer,
     imageInputPlaceholder,
 )
@@ -162,6 +161,8 @@ def test_keras_models_on_numbers(spark: Any, tmp_path: Path, shape: tuple[int, .
 
 def test_graphs_on_numbers_of_every_type(spark: Any):
     """The largest of each row, in a graph with an input for each type."""
+    from flightsvc.sparkdl import TFInputGraph
+
     kinds = {"int": tf.int32, "bigint": tf.int64, "float": tf.float32, "double": tf.float64}
     with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
         for name, kind in kinds.items():

@@ -101,12 +101,7 @@ def register_udf(
     """
     from pyspark.errors import AnalysisException
 
-    system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
-    if name.lower() in system:
-        raise InvalidArgumentError(
-            f"Spark has a function {name!r} of its own, which would go over this one; "
-            "register it under another name"
-        )
+    check_name(spark, name)
     with acting_for(spark):
         function = _function(name, model, model.request(**options))
         if int(spark.version.split(".")[0]) < 4:
@@ -145,6 +140,20 @@ def register_udf(
             raise
         spark.sql(f"DROP TEMPORARY FUNCTION {quoted(name)}")
         spark.sql(create)
+
+
+def check_name(spark: SparkSession, name: str) -> None:
+    """Refuse a function's name that is one of Spark's own.
+
+    Raises:
+        InvalidArgumentError: It is.
+    """
+    system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
+    if name.lower() in system:
+        raise InvalidArgumentError(
+            f"Spark has a function {name!r} of its own, which would go over this one; "
+            "register it under another name"
+        )
 
 
 def udf(model: Model, request: Request) -> Function:

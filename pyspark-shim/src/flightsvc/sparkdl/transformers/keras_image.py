@@ -33,4 +33,11 @@ class KerasImageFileTransformer(images.KerasImageFileTransformer):
         outputMode: str = "vector",
         **params: Any,
     ):
-        super().__init__(**self._input_kwargs)
+        super().__init__(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelFile=modelFile,
+            imageLoader=imageLoader,
+            outputMode=outputMode,
+            **params,
+        )

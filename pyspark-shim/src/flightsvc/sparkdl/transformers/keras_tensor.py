@@ -27,4 +27,9 @@ class KerasTransformer(tensors.KerasTransformer):
         modelFile: str | None = None,
         **params: Any,
     ):
-        super().__init__(**self._input_kwargs)
+        super().__init__(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelFile=modelFile,
+            **params,
+        )

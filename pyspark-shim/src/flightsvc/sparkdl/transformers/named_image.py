@@ -25,8 +25,6 @@ class DeepImagePredictor(deep_image.DeepImagePredictor):
         **params: Further Params: ``weights``, ``batchSize``, ``onError``, ``errorCol``.
     """
 
-    _input_kwargs: dict[str, Any]
-
     @keyword_only
     def __init__(
         self,
@@ -37,7 +35,14 @@ class DeepImagePredictor(deep_image.DeepImagePredictor):
         topK: int = 5,
         **params: Any,
     ):
-        super().__init__(**self._input_kwargs)
+        super().__init__(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelName=modelName,
+            decodePredictions=decodePredictions,
+            topK=topK,
+            **params,
+        )
 
 
 class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
@@ -55,8 +60,6 @@ class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
             ``errorCol``.
     """
 
-    _input_kwargs: dict[str, Any]
-
     @keyword_only
     def __init__(
         self,
@@ -66,7 +69,13 @@ class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
         scaleHint: str = "SCALE_AREA_AVERAGING",
         **params: Any,
     ):
-        super().__init__(**self._input_kwargs)
+        super().__init__(
+            inputCol=inputCol,
+            outputCol=outputCol,
+            modelName=modelName,
+            scaleHint=scaleHint,
+            **params,
+        )
 
     def getPooling(self) -> str:
         """Return what becomes of the last map: what was set, else what sparkdl did for this network."""

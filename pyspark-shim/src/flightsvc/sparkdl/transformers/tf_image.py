@@ -7,7 +7,6 @@ from typing import Any
 from pyspark import keyword_only
 
 from flightsvc.ml import images
-from flightsvc.sparkdl.transformers.utils import IMAGE_INPUT_PLACEHOLDER_NAME
 
 
 class TFImageTransformer(images.TFImageTransformer):
@@ -36,5 +35,13 @@ class TFImageTransformer(images.TFImageTransformer):
         outputMode: str = "vector",
         **params: Any,
     ):
-        super().__init__(**self._input_kwargs)
-        self._setDefault(inputTensor=f"{IMAGE_INPUT_PLACEHOLDER_NAME}:0")
+        super().__init__(
+            channelOrder=channelOrder,
+            inputCol=inputCol,
+            outputCol=outputCol,
+            graph=graph,
+            inputTensor=inputTensor,
+            outputTensor=outputTensor,
+            outputMode=outputMode,
+            **params,
+        )

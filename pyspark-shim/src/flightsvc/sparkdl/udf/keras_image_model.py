@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from flightsvc import keras_export
+from flightsvc import keras_export, sql
 from flightsvc.errors import InvalidArgumentError, NotFoundError
 from flightsvc.image import to_array
 from flightsvc.mapping import ImageInput, Input
 from flightsvc.model import Model
 from flightsvc.spark import active_session
-from flightsvc.sql import register_udf
 
 if TYPE_CHECKING:
     import keras
@@ -71,12 +70,14 @@ def registerKerasImageUDF(
     served = Model(_flat(model))
     served.name = f"{model.name!r} of Keras"
     [name] = served.inputs
-    if preprocessor is not None:
-        entry = Input(_PARAMETER, load=_Preprocessed(preprocessor))
-    else:
-        entry = Input(_PARAMETER)
+    if preprocessor is None:
         served.preprocess = {name: _normalised(udf_name, model.name, height, width, channels)}
-    register_udf(session, udf_name, served, inputs={name: entry})
+        sql.register_udf(session, udf_name, served, inputs={name: _PARAMETER})
+    else:
+        # As one of Python: a parameter of an SQL function has one type alone.
+        sql.check_name(session, udf_name)
+        function = served.udf(inputs={name: Input(_PARAMETER, load=_Preprocessed(preprocessor))})
+        session.udf.register(udf_name, function.arrow)
     return served
 
 
