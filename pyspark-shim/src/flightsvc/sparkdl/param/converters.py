@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["SparkDLTypeConverters"]
 
 
+class _Pairs(list[tuple[str, str]]):
+    """What became of a mapping; the copy of a stage converts it again."""
+
+
 class SparkDLTypeConverters:
     """Converters for ``typeConverter`` of a Param; what does not fit is refused with ``TypeError``."""
 
@@ -36,17 +40,21 @@ class SparkDLTypeConverters:
     @staticmethod
     def asColumnToTensorNameMap(value: Any) -> list[tuple[str, str]]:
         """Return a dict of column to tensor as pairs, sorted."""
+        if isinstance(value, _Pairs):
+            return value
         names = SparkDLTypeConverters
-        return sorted(
-            (names._column(column), names.toTFTensorName(tensor)) for column, tensor in _items(value)
+        return _Pairs(
+            sorted((names._column(column), names.toTFTensorName(tensor)) for column, tensor in _items(value))
         )
 
     @staticmethod
     def asTensorNameToColumnMap(value: Any) -> list[tuple[str, str]]:
         """Return a dict of tensor to column as pairs, sorted."""
+        if isinstance(value, _Pairs):
+            return value
         names = SparkDLTypeConverters
-        return sorted(
-            (names.toTFTensorName(tensor), names._column(column)) for tensor, column in _items(value)
+        return _Pairs(
+            sorted((names.toTFTensorName(tensor), names._column(column)) for tensor, column in _items(value))
         )
 
     @staticmethod
