@@ -168,7 +168,9 @@ def test_paths_and_binary_are_equal(spark, files, photos, tiny_stage):
     )
     ours = {Path(row.content).name: row.p for row in tiny_stage.transform(paths).collect()}
     want = {row.name: row.p for row in tiny_stage.transform(files).select("name", "p").collect()}
-    assert ours == {name: want[name] for name in PHOTOS[:2]}
+    assert ours.keys() == set(PHOTOS[:2])
+    for name, p in ours.items():  # what runs together may differ in the last digit
+        np.testing.assert_allclose(p.toArray(), want[name].toArray(), 1e-4, 1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -279,6 +279,7 @@ def test_every_network_answers_as_keras_does(client, tmp_path, name, monkeypatch
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+@full
 @pytest.mark.parametrize("name", ["EfficientNetB0"])
 def test_the_file_of_imagenet_goes_keras_own_way(name, tmp_path, monkeypatch):
     """EfficientNet is built otherwise for it, wherever the file lies; in Keras's folder it is found."""

@@ -474,6 +474,8 @@ def _layer(where: str, model: keras.Model, name: str | None) -> Any:
         return keras.tree.flatten(known[name].output)[0]
     for operation in reversed(model.operations):
         [tensor, *_] = keras.tree.flatten(operation.output)
+        if isinstance(operation, keras.layers.InputLayer):
+            continue
         if len(tensor.shape) == 4 and all(side is None or side > 1 for side in tensor.shape[1:3]):
             return tensor
     raise InvalidArgumentError(
