@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import keyword
+import logging
 import os
 import re
 import sys
@@ -126,6 +127,9 @@ def _export(model: keras.Model, name: str) -> Path:
         return _outputs(model, model(*args, **kwargs, training=False))
 
     folder = Path(tempfile.mkdtemp(dir=private_folder()))
+    log = logging.getLogger("tensorflow")
+    level = log.level
+    log.setLevel(logging.WARNING)  # it would say where it writes, which nobody else needs to know
     try:
         function = tf.function(serve, input_signature=specs, autograph=False)
         function.get_concrete_function()
@@ -135,6 +139,8 @@ def _export(model: keras.Model, name: str) -> Path:
         exported.write_out(str(folder), verbose=False)
     except Exception as error:  # it is the model's own code that runs
         raise InvalidArgumentError(f"model {name}: it cannot be exported: {reason(error)}") from error
+    finally:
+        log.setLevel(level)
     return folder
 
 
