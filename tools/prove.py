@@ -63,6 +63,26 @@ BARS = {
         "-k",
         "columns or 3_5 or plugin",
     ],
+    "stages": [f"{TESTS}/test_ml.py", f"{TESTS}/test_loading.py", f"{TESTS}/test_graph.py"],
+    "predictor": [f"{TESTS}/test_deep_image.py"],
+    "networks": [f"{TESTS}/test_networks.py", "-k", "not every_network_answers"],
+    "networks-sparkdl": [
+        f"{TESTS}/test_networks.py",
+        "-k",
+        "every_network_answers and (Inception or Xception or VGG or ResNet50)",
+    ],
+    "networks-efficient": [f"{TESTS}/test_networks.py", "-k", "every_network_answers and Efficient"],
+    "networks-others": [
+        f"{TESTS}/test_networks.py",
+        "-k",
+        "every_network_answers and not (Inception or Xception or VGG or ResNet50 or Efficient)",
+    ],
+    "transfer": [f"{TESTS}/test_notebook.py", f"{TESTS}/test_docs.py"],
+    "featurizer-memory": [f"{TESTS}/test_featurizer_memory.py"],
+    "sparkdl": [
+        f"{TESTS}/test_sparkdl_{part}.py"
+        for part in ("graph", "image", "names", "param", "transformers", "udf")
+    ],
     "wheel": [f"{TESTS}/test_wheel.py", f"{TESTS}/test_deploy.py"],
     "bench-pictures": ["benchmarks/pictures.py"],
     "bench-quick": ["benchmarks/quick.py"],

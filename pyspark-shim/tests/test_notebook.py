@@ -1,6 +1,6 @@
 """The notebook in examples/, run as a reader runs it; it reaches what it promises and keeps its outputs.
 
-    python test_notebook.py        runs it and writes its outputs into the file
+python test_notebook.py        runs it and writes its outputs into the file
 """
 
 from __future__ import annotations
