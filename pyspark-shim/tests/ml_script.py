@@ -3,9 +3,10 @@
     python ml_script.py FOLDER --master local[2]
     python ml_script.py FOLDER --remote sc://127.0.0.1:15002
 
-FOLDER holds, for each case: ``stages/<case>``, a stage, ``pipelines/<case>``, a PipelineModel of it alone,
-and ``data/<case>``, the rows with an ``id``. ``validated`` and ``estimator`` hold a CrossValidatorModel and
-its CrossValidator, ``data/labelled`` their rows. Nothing is asserted here.
+FOLDER holds, for each case: ``stages/<case>``, a stage, and ``pipelines/<case>``, a PipelineModel of it
+alone; ``cases.json`` names the rows of each, with an ``id``, in ``data``. ``validated`` and ``estimator``
+hold a CrossValidatorModel and its CrossValidator, ``data/labelled`` their rows. ``--cases`` are run,
+``--streamed`` in Structured Streaming, too. Nothing is asserted here.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--master")
     where.add_argument("--remote")
+    parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--streamed", nargs="+")
     given = parser.parse_args()
     from pyspark.ml import PipelineModel
     from pyspark.ml.tuning import CrossValidator, CrossValidatorModel
@@ -66,10 +69,11 @@ def main() -> None:
     if not given.remote:
         spark.sparkContext.setLogLevel("OFF")
     said: dict[str, Any] = {"stage": {}, "pipeline": {}, "stream": {}}
-    for place in sorted((folder / "stages").iterdir()):
-        case, data = place.name, str(folder / "data" / place.name)
+    data_of = json.loads((folder / "cases.json").read_text())
+    for case in given.cases:
+        data = f"{folder}/data/{data_of[case]}"
         rows = spark.read.parquet(data)
-        stage = Stage.load(str(place))
+        stage = Stage.load(f"{folder}/stages/{case}")
         if given.remote:  # written from here, too
             again = f"{folder}/again/{case}"
             for _ in range(2):
@@ -81,8 +85,9 @@ def main() -> None:
             model.write().overwrite().save(f"{folder}/again/pipeline-{case}")
             model = PipelineModel.load(f"{folder}/again/pipeline-{case}")
         said["pipeline"][case] = answers(model.transform(rows))
-        kind = "connect" if given.remote else "classic"
-        said["stream"][case] = answers(streamed(model, rows, data, f"{folder}/{kind}-{case}"))
+        if case in given.streamed:
+            kind = "connect" if given.remote else "classic"
+            said["stream"][case] = answers(streamed(model, rows, data, f"{folder}/{kind}-{case}"))
     labelled = spark.read.parquet(str(folder / "data" / "labelled"))
     said["validated"] = answers(
         CrossValidatorModel.load(str(folder / "validated")).transform(labelled), "probability"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clusters import HERE, connect_server
+from figures import PROVE, report
 from ml_script import COLUMN, answers
 from PIL import Image
 
@@ -22,6 +23,13 @@ SCRIPT = Path(__file__).with_name("ml_script.py")
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 ROWS = 60
 PICTURES = 5
+LINEAR = (3.0, -7.0)
+LABELS = ["cat", "dog", "cow"]
+
+STREAMED = ["keras", "decoded"]
+"""The cases that `make test` streams; there are all with FLIGHTSVC_PROVE=1."""
+CONNECT = ["keras", "loader", "decoded"]
+"""Those that it runs on Connect."""
 
 
 def numbers() -> np.ndarray[Any, Any]:
@@ -78,53 +86,150 @@ def doubles(spark: Any) -> Any:
     return frame.cache()
 
 
-def cases(spark: Any, files: Path, pictures: Path) -> dict[str, tuple[Any, Any, Any]]:
-    """Each kind of stage: itself, rows for it, and what TensorFlow says in their order."""
-    from flightsvc.ml import KerasImageFileTransformer, KerasTransformer, TFTransformer
+def cases(spark: Any, files: Path, pictures: Path, models: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Each kind of stage, the name of its rows and what TensorFlow says in their order; and the rows.
 
-    doubles = spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>")
-    dense = files / "dense.keras"
-    dense_wanted = of_keras(dense, numbers())
+    The models' files are in ``files``, copied there from ``models`` where need be.
+    """
+    import tensorflow as tf
+
+    from flightsvc import image
+    from flightsvc.ml import (
+        DeepImageFeaturizer,
+        DeepImagePredictor,
+        KerasImageFileTransformer,
+        KerasTransformer,
+        TFImageTransformer,
+        TFTransformer,
+    )
+
+    random = np.random.default_rng(1)
+    a, b = random.normal(size=(ROWS, 8)), random.normal(size=(ROWS, 4))
+    every = [pixels(i) for i in range(PICTURES)]
+    odd = [pixels(i)[: 3 + i, i:] for i in range(PICTURES)]
     paths = [str(pictures / f"{i}.png") for i in range(PICTURES)]
-    uris = spark.createDataFrame(list(enumerate(paths)), "id bigint, path string")
-    every = np.stack([pixels(i) for i in range(PICTURES)])
-    fields = {"height": 8, "width": 6, "nChannels": 3, "mode": 21}
-
-    def of_files(model: str, **params: Any) -> Any:
-        file = str(files / f"{model}.keras")
-        return KerasImageFileTransformer(inputCol="path", outputCol=COLUMN, modelFile=file, **params)
-
-    return {
-        "files": (of_files("mean"), uris, of_keras(files / "mean.keras", every)),
-        "loader": (
-            of_files("mean", imageLoader=loader(), batchSize=2),
-            uris,
-            of_keras(files / "mean.keras", every / 127.5 - 1),
+    rows = {
+        "doubles": spark.createDataFrame(list(enumerate(numbers().tolist())), "id bigint, x array<double>"),
+        "pairs": spark.createDataFrame(
+            list(zip(range(ROWS), a.tolist(), b.tolist(), strict=True)),
+            "id bigint, x array<double>, y array<double>",
         ),
+        "paths": spark.createDataFrame(list(enumerate(paths)), "id bigint, path string"),
+    }
+    for name, arrays in (("structs", every), ("odd", odd)):
+        structs = [(i, image.to_struct(array[..., ::-1].copy())) for i, array in enumerate(arrays)]
+        rows[name] = spark.createDataFrame(structs, f"id bigint, image {image.schema().simpleString()}")
+
+    mean, picture, dense = (files / f"{name}.keras" for name in ("mean", "picture", "dense"))
+    scaled = np.stack(every) / 127.5 - 1
+    fields = {"height": 8, "width": 6, "nChannels": 3, "mode": 21}
+    two = shutil.copytree(models / "two", files / "two")
+    wanted = tf.saved_model.load(str(two)).signatures["serving_default"](
+        a=tf.constant(np.float32(a)), b=tf.constant(np.float32(b))
+    )
+    network, conv = tiny()
+    features = np.asarray(conv(scaled)).mean((1, 2))
+    probabilities = np.asarray(network(scaled))
+
+    def of_files(model: Path, **params: Any) -> Any:
+        return KerasImageFileTransformer(inputCol="path", outputCol=COLUMN, modelFile=str(model), **params)
+
+    def of_graph(size: Any) -> Any:
+        return TFImageTransformer(
+            channelOrder="RGB",
+            inputCol="image",
+            outputCol=COLUMN,
+            graph=linear([None, *size, 3]),
+            inputTensor="given:0",
+            outputTensor="result:0",
+        )
+
+    def named(kind: Any, **params: Any) -> Any:
+        return kind(inputCol="image", outputCol=COLUMN, modelName="Tiny of ml", **params)
+
+    said = {
+        "files": (of_files(mean), "paths", of_keras(mean, every)),
+        "loader": (of_files(mean, imageLoader=loader(), batchSize=2), "paths", of_keras(mean, scaled)),
         "pictures": (
-            of_files("picture", outputMode="image"),
-            uris,
+            of_files(picture, outputMode="image"),
+            "paths",
             [
                 {"origin": path, **fields, "data": data[..., ::-1].tobytes().hex()}
-                for path, data in zip(paths, of_keras(files / "picture.keras", every), strict=True)
+                for path, data in zip(paths, of_keras(picture, every), strict=True)
             ],
         ),
         "keras": (
             KerasTransformer(inputCol="x", outputCol=COLUMN, modelFile=str(dense)),
-            doubles,
-            dense_wanted,
+            "doubles",
+            of_keras(dense, numbers()),
         ),
-        "tensorflow": (
+        "saved_model": (
             TFTransformer(
-                model=flightsvc.Model(dense),
-                inputMapping={"x": "x"},
-                outputMapping={"dense_1": COLUMN},
+                model=str(two),
+                inputMapping={"x": "a", "y": "b"},
+                outputMapping={"logits": COLUMN},
                 batchSize=16,
             ),
-            doubles,
-            dense_wanted,
+            "pairs",
+            wanted["logits"].numpy(),
         ),
+        "frozen": (
+            TFTransformer(
+                model=frozen(files / "linear.pb"),
+                inputMapping={"x": "given:0"},
+                outputMapping={"result:0": COLUMN},
+            ),
+            "doubles",
+            np.float32(numbers() * LINEAR[0] + LINEAR[1]),
+        ),
+        "graph": (of_graph((8, 6)), "structs", [(p * LINEAR[0] + LINEAR[1]).ravel() for p in every]),
+        "own_size": (of_graph((None, None)), "odd", [(p * LINEAR[0] + LINEAR[1]).ravel() for p in odd]),
+        "predictor": (named(DeepImagePredictor), "structs", probabilities),
+        "decoded": (
+            named(DeepImagePredictor, decodePredictions=True, topK=2),
+            "structs",
+            [
+                [{"class": LABELS[i], "description": LABELS[i], "probability": row[i]} for i in best]
+                for row, best in zip(probabilities, np.argsort(probabilities)[:, :-3:-1], strict=True)
+            ],
+        ),
+        "featurizer": (named(DeepImageFeaturizer), "structs", features),
     }
+    return said, rows
+
+
+def linear(shape: list[int | None]) -> Any:
+    """A graph of TensorFlow 1 from ``given`` to ``result``."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default() as graph:
+        given = tf.compat.v1.placeholder(tf.float32, shape, "given")
+        tf.identity(given * LINEAR[0] + LINEAR[1], "result")
+    return graph
+
+
+def frozen(file: Path) -> Any:
+    """The graph as a frozen file gives it."""
+    from flightsvc.graph import TFInputGraph
+
+    file.write_bytes(linear([None, 4]).as_graph_def().SerializeToString())
+    return TFInputGraph.fromFrozenFile(file)
+
+
+def tiny() -> Any:
+    """A network of one's own, registered in this process, and the layer that its features come from."""
+    import keras
+
+    from flightsvc.ml import register_network
+
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    conv = layers.Conv2D(4, 3, activation="relu")
+    model = keras.Sequential(
+        [keras.Input((8, 6, 3)), conv, layers.Flatten(), layers.Dense(3, activation="softmax")]
+    )
+    register_network("Tiny of ml", lambda: model, size=(8, 6), preprocess="tf", labels=LABELS)
+    return model, conv
 
 
 def of_keras(file: Path, rows: np.ndarray[Any, Any]) -> Any:
@@ -342,7 +447,7 @@ def test_wrong_columns_of_pictures(spark: Any, files: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(spark: Any, doubles: Any, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def saved(spark: Any, doubles: Any, files: Path, models: Path, tmp_path_factory: Any) -> Any:
     """Stages as ``ml_script.py`` wants them, and the right answers; what they were made of is gone."""
     from pyspark.ml import Pipeline, PipelineModel
     from pyspark.ml.classification import LogisticRegression
@@ -355,10 +460,13 @@ def saved(spark: Any, doubles: Any, files: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("saved")
     gone = shutil.copytree(files, folder / "files")
     wanted: dict[str, Any] = {}
-    for case, (stage, frame, wanted[case]) in cases(spark, gone, files).items():
+    every, rows = cases(spark, gone, files, models)
+    for name, frame in rows.items():
+        frame.coalesce(1).write.parquet(f"{folder}/data/{name}")
+    for case, (stage, _, wanted[case]) in every.items():
         stage.save(f"{folder}/stages/{case}")
         PipelineModel([stage]).save(f"{folder}/pipelines/{case}")
-        frame.write.parquet(f"{folder}/data/{case}")
+    (folder / "cases.json").write_text(json.dumps({case: name for case, (_, name, _) in every.items()}))
     doubles.write.parquet(f"{folder}/data/labelled")
     stage = KerasTransformer(inputCol="x", outputCol="y", modelFile=str(gone / "dense.keras"))
     apart = SQLTransformer(statement="SELECT *, y[0] AS y0, y[1] AS y1 FROM __THIS__")
@@ -379,13 +487,13 @@ def saved(spark: Any, doubles: Any, files: Path, tmp_path_factory: pytest.TempPa
     wanted["validated"] = [value for _, value in answers(fitted.transform(doubles), "probability")]
     wanted["metrics"] = fitted.avgMetrics
     shutil.rmtree(gone)
-    return folder, wanted
+    return folder, wanted, [*every]
 
 
-def elsewhere(folder: Path, *where: str) -> dict[str, Any]:
+def elsewhere(folder: Path, cases: list[str], streamed: list[str], *where: str) -> dict[str, Any]:
     """What the script says in a process of its own."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), *where],
+        [sys.executable, str(SCRIPT), str(folder), *where, "--cases", *cases, "--streamed", *streamed],
         capture_output=True,
         text=True,
         check=False,
@@ -395,37 +503,48 @@ def elsewhere(folder: Path, *where: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def agree(said: dict[str, Any], wanted: dict[str, Any]) -> None:
+def agree(said: dict[str, Any], wanted: dict[str, Any], cases: list[str], streamed: list[str]) -> None:
     assert said["modules"] == []
-    for how in ("stage", "pipeline", "stream"):
+    for how, names in (("stage", cases), ("pipeline", cases), ("stream", streamed)):
+        assert set(said[how]) == set(names)
         for case, found in said[how].items():
-            assert [i for i, _ in found] == list(range(len(found))), (how, case)
+            assert [i for i, _ in found] == list(range(len(wanted[case]))), (how, case)
             same([value for _, value in found], wanted[case])
     same([value for _, value in said["validated"]], wanted["validated"])
 
 
 def same(found: Any, wanted: Any) -> None:
-    """Compare cells: null where null is wanted, pictures by their fields, numbers nearly."""
+    """Compare cells: null where null is wanted, pictures and classes by their fields, numbers nearly."""
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert (one is None) == (other is None)
-        if isinstance(other, dict):
+        if isinstance(other, dict) and "data" in other:
             pixels = [np.frombuffer(bytes.fromhex(picture["data"]), np.float32) for picture in (one, other)]
             np.testing.assert_allclose(*pixels, **CLOSE)
             assert {**one, "data": ""} == {**other, "data": ""}
+        elif isinstance(other, dict):
+            np.testing.assert_allclose(one["probability"], other["probability"], **CLOSE)
+            assert {**one, "probability": 0} == {**other, "probability": 0}
+        elif isinstance(other, list):
+            same(one, other)
         elif other is not None:
             np.testing.assert_allclose(one, other, **CLOSE)
 
 
 def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
-    folder, wanted = saved
-    agree(elsewhere(folder, "--master", "local[2]"), wanted)
+    folder, wanted, every = saved
+    streamed = every if PROVE else STREAMED
+    agree(elsewhere(folder, every, streamed, "--master", "local[2]"), wanted, every, streamed)
+    report(ml_stages_saved=len(every), ml_stages_streamed=len(streamed))
 
 
 def test_connect(saved: Any, tmp_path: Path) -> None:
-    folder, wanted = saved
+    folder, wanted, every = saved
+    cases = every if PROVE else CONNECT
+    streamed = every if PROVE else STREAMED[:1]
     with connect_server(HERE, tmp_path / "connect") as remote:
-        said = elsewhere(folder, "--remote", remote)
-    agree(said, wanted)
+        said = elsewhere(folder, cases, streamed, "--remote", remote)
+    agree(said, wanted, cases, streamed)
     same([value for _, value in said["fitted"]], wanted["validated"])
     np.testing.assert_allclose(said["metrics"], wanted["metrics"], **CLOSE)
+    report(ml_stages_connect=len(cases))
