@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import fs
+from pyspark import cloudpickle
 
 import flightsvc
 from flightsvc import loading
@@ -21,6 +23,8 @@ from flightsvc import loading
 SIZE = (32, 32)
 MODES = {"colour": 16, "grey": 0, "alpha": 24}  # of the struct
 KINDS = ("path", "content", "image")
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
 
 
 def pixels(seed: int, channels: int = 3) -> np.ndarray:

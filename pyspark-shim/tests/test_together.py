@@ -296,7 +296,7 @@ def test_answers_are_those_of_tensorflow(jobs: dict[str, Job], expected: dict[st
             assert [Path(row[0]).name for row in answer[part]] == expected["names"]
         assert {Path(path).name: sides for path, *sides, _ in answer["read"]} == expected["sides"]
         assert answer["functions"] == [1, ["means"], 0]  # listed once, and not after it was dropped
-        assert "column 'path' is string, input 'image' (float32[-1,32,32,3])" in answer["refused"]
+        assert "column 'length' is bigint, input 'image' (float32[-1,32,32,3])" in answer["refused"]
         assert [row[:2] for row in answer["grouped"]] == [row[:2] for row in expected["grouped"]]
         np.testing.assert_allclose(numbers(answer), wanted, rtol=0, atol=TOLERANCE, err_msg=job.name)
     largest = max(float(np.abs(numbers(job.answer) - wanted).max()) for job in jobs.values())

@@ -45,7 +45,7 @@ def main(kind: str, url: str, folder: str, pictures: str, answers: str) -> None:
     function = model.udf(on_error="column")
     reasons = files.select(function("content").alias("r")).where("r.error IS NOT NULL").count()
     try:
-        refused = str(files.select(function("path")).collect())
+        refused = str(files.select(function("length")).collect())
     except PySparkException as error:
         refused = str(error)
 
