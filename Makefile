@@ -59,7 +59,7 @@ test-fuzz: build ## every parser of bytes off the wire, briefly
 	@$(PY) tools/fuzz.py --executions 2000 --parallel 1
 
 test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
-	@$(PY) -m pytest -q -n 2 --dist loadfile --durations=5 pyspark-shim/tests
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 pyspark-shim/tests
 
 lint: build ## gofmt, go vet, staticcheck, ruff, mypy
 	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal benchmarks)" || { gofmt -d cmd handlers gpu modelcache internal benchmarks; exit 1; }
