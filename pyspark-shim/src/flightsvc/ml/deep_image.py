@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -102,15 +102,14 @@ class _Named(Stage, HasInputCol, HasOutputCol):
         model.name = it.name
         return model
 
+    @abstractmethod
     def _export(self) -> Path:
         """Return the SavedModel."""
-        raise NotImplementedError
 
     def _resizing(self, **how: Any) -> Model:
         """Return the model with pictures that are resized otherwise."""
-        model = copy.copy(self._model())
-        model.preprocess = {INPUT: dataclasses.replace(model.preprocess[INPUT], **how)}
-        return model
+        model = self._model()
+        return model.but(preprocess={INPUT: dataclasses.replace(model.preprocess[INPUT], **how)})
 
 
 class DeepImagePredictor(_Named):
