@@ -12,8 +12,6 @@ from flightsvc.errors import InvalidArgumentError, NotFoundError
 from flightsvc.mapping import ImageInput, Input, TensorSpec
 from flightsvc.ml.params import (
     HasInputCol,
-    HasModel,
-    HasModelFile,
     HasOutputCol,
     HasOutputMode,
     first_set,
@@ -21,7 +19,7 @@ from flightsvc.ml.params import (
     to_function,
 )
 from flightsvc.ml.stage import Asked, Made, Stage, as_vector
-from flightsvc.ml.tensors import as_graph, only
+from flightsvc.ml.tensors import KerasStage, as_graph
 from flightsvc.model import Model
 from flightsvc.spark import active_conf, is_case_sensitive, quoted
 from flightsvc.spark_types import is_image
@@ -204,7 +202,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         return Asked(model, inputs, outputs, {result: (image.schema(), joined)}, hidden)
 
 
-class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol, HasOutputMode):
+class KerasImageFileTransformer(KerasStage, HasOutputMode):
     """Runs a model of Keras on picture files, by their paths or URIs.
 
     With ``imageLoader`` the workers call it for each path. Without one they read the file, and the sidecar
@@ -233,8 +231,6 @@ class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasO
         typeConverter=to_function,
     )
 
-    _sources = ("model", "modelFile")
-    _beside = ("model", "modelFile")
     _functions = ("imageLoader",)
 
     def __init__(
@@ -272,10 +268,6 @@ class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasO
         """Set what loads a picture."""
         return self._set(imageLoader=value)
 
-    def _build(self) -> Model:
-        found = first_set(self, ["modelFile", "model"])
-        return found if isinstance(found, Model) else Model(found)
-
     def _check(self, schema: StructType) -> None:
         from pyspark.sql.types import StringType
 
@@ -289,7 +281,7 @@ class KerasImageFileTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasO
 
     def _asked(self) -> Asked:
         column, result, model = self._column("inputCol"), self.getOutputCol(), self._model()
-        [source], [output] = only(model, "inputs"), only(model, "outputs")
+        source, output = self._ends()
         loader = self.getImageLoader()
         entry = column if loader is None else Input(column, load=loader)
         if loader is None and not model.preprocess:

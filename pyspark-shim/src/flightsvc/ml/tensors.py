@@ -121,7 +121,34 @@ class TFTransformer(Stage, HasModel):
         return Asked(self._model(), inputs, self.getOutputMapping())
 
 
-class KerasTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
+class KerasStage(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
+    """What stages of a Keras model have in common: one column feeds its only input, one is its output."""
+
+    _sources = ("model", "modelFile")
+    _beside = ("model", "modelFile")
+
+    def _build(self) -> Model:
+        found = first_set(self, ["modelFile", "model"])
+        return found if isinstance(found, Model) else Model(found)
+
+    def _ends(self) -> tuple[str, str]:
+        """Return the names of the model's only input and only output.
+
+        Raises:
+            InvalidArgumentError: It has several.
+        """
+        model = self._model()
+        for side in ("inputs", "outputs"):
+            names = list(getattr(model, side))
+            if len(names) != 1:
+                raise InvalidArgumentError(
+                    f"model {model.name}, signature {model.signature}: it has {len(names)} {side}, "
+                    f"{', '.join(names)}; use TFTransformer, which maps each to a column"
+                )
+        return next(iter(model.inputs)), next(iter(model.outputs))
+
+
+class KerasTransformer(KerasStage):
     """Runs a model of Keras with one input and one output on a column of numbers.
 
     The column holds numbers, arrays or nested arrays, or Spark ML's Vectors; so deep is the result.
@@ -135,9 +162,6 @@ class KerasTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol)
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
-
-    _sources = ("model", "modelFile")
-    _beside = ("model", "modelFile")
 
     def __init__(
         self,
@@ -161,14 +185,9 @@ class KerasTransformer(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol)
             errorCol=errorCol,
         )
 
-    def _build(self) -> Model:
-        found = first_set(self, ["modelFile", "model"])
-        return found if isinstance(found, Model) else Model(found)
-
     def _asked(self) -> Asked:
-        model = self._model()
-        [source], [output] = only(model, "inputs"), only(model, "outputs")
-        return Asked(model, {source: self._column("inputCol")}, {output: self.getOutputCol()})
+        source, output = self._ends()
+        return Asked(self._model(), {source: self._column("inputCol")}, {output: self.getOutputCol()})
 
 
 def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInputGraph:
@@ -203,18 +222,3 @@ def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInp
             f"a graph is a tf.Graph, a GraphDef or a TFInputGraph, not {type(given).__name__}"
         )
     return TFInputGraph.fromGraphDef(given, inputs, outputs)
-
-
-def only(model: Model, side: str) -> list[str]:
-    """Return the names on the one ``side`` of a signature, which is one.
-
-    Raises:
-        InvalidArgumentError: There are several.
-    """
-    names = list(getattr(model, side))
-    if len(names) != 1:
-        raise InvalidArgumentError(
-            f"model {model.name}, signature {model.signature}: it has {len(names)} {side}, "
-            f"{', '.join(names)}; use TFTransformer, which maps each to a column"
-        )
-    return names

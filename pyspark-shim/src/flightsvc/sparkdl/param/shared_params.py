@@ -8,6 +8,7 @@ from typing import Any, Self
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.graph import TFInputGraph
+from flightsvc.ml.params import to_function
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
 
 __all__ = [
@@ -34,12 +35,6 @@ def _to_dict(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"want a dict, not {type(value).__name__}")
     return value
-
-
-def _to_function(value: Any) -> Callable[[str], Any]:
-    if not callable(value):
-        raise TypeError(f"want a function, not {type(value).__name__}")
-    return value  # type: ignore[no-any-return]
 
 
 class HasInputCol(Params):
@@ -197,7 +192,7 @@ class CanLoadImage(Params):
         Params._dummy(),
         "imageLoader",
         "a function of a URI that returns the array of one picture",
-        typeConverter=_to_function,
+        typeConverter=to_function,
     )
 
     def setImageLoader(self, value: Callable[[str], Any]) -> Self:
