@@ -498,7 +498,7 @@ def elsewhere(folder: Path, cases: list[str], streamed: list[str], *where: str) 
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
