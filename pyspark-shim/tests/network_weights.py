@@ -24,8 +24,13 @@ def model(name: str, seed: int = 7) -> Any:
     if norms:  # they take the statistics of what flows through the network
         for layer in norms:
             layer.momentum = 0.0
+            if layer.center:  # around 0, where each ReLU halves what it gets, rounding grows with each layer
+                layer.beta.assign(np.ones(layer.beta.shape))
         _, height, width, channels = built.input_shape
         built(pictures(name, (2, height or 224, width or 224, channels), rng), training=True)
+    elif network(name).mode == "caffe":  # nothing else brings colours up to 128 near 1
+        first = next(layer for layer in built.layers if layer.weights)
+        first.kernel.assign(first.kernel / 100)
     return built
 
 
