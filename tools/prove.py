@@ -71,7 +71,16 @@ BARS = {
         "-k",
         "every_network_answers and (Inception or Xception or VGG or ResNet50)",
     ],
-    "networks-efficient": [f"{TESTS}/test_networks.py", "-k", "every_network_answers and Efficient"],
+    "networks-efficient": [
+        f"{TESTS}/test_networks.py",
+        "-k",
+        "every_network_answers and Efficient and not (B4 or B5 or B6 or V2S)",
+    ],
+    "networks-efficient-large": [
+        f"{TESTS}/test_networks.py",
+        "-k",
+        "every_network_answers and (EfficientNetB4 or EfficientNetB5 or EfficientNetB6 or EfficientNetV2S)",
+    ],
     "networks-others": [
         f"{TESTS}/test_networks.py",
         "-k",
