@@ -8,7 +8,7 @@ from typing import Any, Self
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.graph import TFInputGraph
-from flightsvc.ml.params import to_function
+from flightsvc.ml.params import HasInputCol, HasModelFile, HasOutputCol, to_function
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
 
 __all__ = [
@@ -37,42 +37,6 @@ def _to_dict(value: Any) -> dict[str, Any]:
     return value
 
 
-class HasInputCol(Params):
-    """The column that is read."""
-
-    inputCol: Param[str] = Param(
-        Params._dummy(), "inputCol", "the column that is read", typeConverter=TypeConverters.toString
-    )
-
-    def setInputCol(self, value: str) -> Self:
-        """Set the column that is read."""
-        return self._set(inputCol=value)
-
-    def getInputCol(self) -> str:
-        """Return the column that is read."""
-        return self.getOrDefault(self.inputCol)
-
-
-class HasOutputCol(Params):
-    """The column that is added; ``<uid>__output`` unless it is set."""
-
-    outputCol: Param[str] = Param(
-        Params._dummy(), "outputCol", "the column that is added", typeConverter=TypeConverters.toString
-    )
-
-    def setOutputCol(self, value: str) -> Self:
-        """Set the column that is added."""
-        return self._set(outputCol=value)
-
-    def getOutputCol(self) -> str:
-        """Return the column that is added."""
-        return self.getOrDefault(self.outputCol)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._setDefault(outputCol=f"{self.uid}__output")
-
-
 class HasLabelCol(Params):
     """The column of labels."""
 
@@ -89,27 +53,12 @@ class HasLabelCol(Params):
         return self.getOrDefault(self.labelCol)
 
 
-class HasKerasModel(Params):
+class HasKerasModel(HasModelFile):
     """A model that Keras saved, and how it is fitted."""
-
-    modelFile: Param[str] = Param(
-        Params._dummy(),
-        "modelFile",
-        "the file that Keras saved, .keras or .h5",
-        typeConverter=TypeConverters.toString,
-    )
 
     kerasFitParams: Param[dict[str, Any]] = Param(
         Params._dummy(), "kerasFitParams", "the arguments of Keras's fit", typeConverter=_to_dict
     )
-
-    def setModelFile(self, value: str) -> Self:
-        """Set the file that Keras saved, .keras or .h5."""
-        return self._set(modelFile=value)
-
-    def getModelFile(self) -> str:
-        """Return the file that Keras saved, .keras or .h5."""
-        return self.getOrDefault(self.modelFile)
 
     def setKerasFitParams(self, value: dict[str, Any]) -> Self:
         """Set the arguments of Keras's fit."""
