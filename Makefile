@@ -126,10 +126,11 @@ $(UV):
 	@$(PYTHON) -m venv build/uv
 	@build/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
 
+# Compiled, as pip does it: where Python may not write beside its packages, TensorFlow else imports in 10 s, not 4.
 $(VENV)/.locked: pyspark-shim/requirements.lock | $(UV)
 	@echo "installing Python dependencies into .venv (about 2.5 GB, TensorFlow and Spark)"
 	@test -x $(PY) || $(UV) venv --quiet --python $(PYTHON) $(VENV)
-	@VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --require-hashes pyspark-shim/requirements.lock
+	@VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --compile-bytecode --require-hashes pyspark-shim/requirements.lock
 	@touch $@
 
 $(VENV)/.shim: $(VENV)/.locked pyspark-shim/pyproject.toml VERSION bin/flightsvc bin/flightsvc-runner
@@ -175,7 +176,7 @@ $(GLIBC): tools/glibc.sh | $(UV)
 build/spark-3.5/.locked: pyspark-shim/requirements-3.5.lock | $(UV)
 	@echo "installing Spark 3.5 into build/spark-3.5 (about 600 MB)"
 	@test -x build/spark-3.5/bin/python || $(UV) venv --quiet --python $(PYTHON) build/spark-3.5
-	@VIRTUAL_ENV=build/spark-3.5 $(UV) pip sync --quiet --require-hashes pyspark-shim/requirements-3.5.lock
+	@VIRTUAL_ENV=build/spark-3.5 $(UV) pip sync --quiet --compile-bytecode --require-hashes pyspark-shim/requirements-3.5.lock
 	@touch $@
 
 build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked
