@@ -1,7 +1,7 @@
 """Runs every fuzz target of the repository, one after another, and says what each did.
 
     python tools/fuzz.py                                   1,000,000 executions of each target
-    python tools/fuzz.py --executions 2000                 a short run
+    python tools/fuzz.py --executions 2000 --unguided      a short run, soon built
     python tools/fuzz.py --seconds 60 FuzzStream ...       these targets, for at most so long
 
 A target fails when Go finds an input that breaks it, which Go keeps in testdata/fuzz below the package, when
@@ -38,7 +38,7 @@ SETTLED_SECONDS = 10
 
 @dataclass
 class Target:
-    """One fuzz function, and the instrumented test binary that has it."""
+    """One fuzz function, and the test binary that has it."""
 
     folder: Path
     binary: Path
@@ -61,8 +61,11 @@ class Outcome:
         return round(self.executions / self.seconds) if self.seconds else 0
 
 
-def targets(wanted: list[str], build: Path) -> list[Target]:
-    """Build and return the fuzz functions of the repository, or those that are wanted."""
+def targets(wanted: list[str], build: Path, guided: bool) -> list[Target]:
+    """Build and return the fuzz functions of the repository, or those that are wanted.
+
+    Guided, a target counts the branches that an input takes, for which all libraries are compiled once more.
+    """
     found = []
     listed = ["go", "list", "-f", "{{.Dir}}", "./..."]
     folders = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -71,7 +74,8 @@ def targets(wanted: list[str], build: Path) -> list[Target]:
         names = [name for name in names if not wanted or name in wanted]
         if names:
             binary = build / f"{folder.name}.test"
-            subprocess.run(["go", "test", "-c", "-fuzz=.", "-o", binary, folder], cwd=ROOT, check=True)
+            counting = ["-fuzz=."] if guided else []
+            subprocess.run(["go", "test", "-c", *counting, "-o", binary, folder], cwd=ROOT, check=True)
             found += [Target(folder, binary, name) for name in sorted(names)]
     if unknown := set(wanted) - {target.name for target in found}:
         sys.exit(f"there is no target {', '.join(sorted(unknown))}")
@@ -185,6 +189,7 @@ def main() -> int:
         default=cores,
         help="processes of a target; with fewer than cores, targets at once",
     )
+    parser.add_argument("--unguided", action="store_true", help="without counting the branches that are taken")
     asked = parser.parse_args()
     wanted = asked.executions
     head = f"{'target':<28} {'executions':>11} {'seconds':>8} {'a second':>9} {'resident MiB':>13}  result"
@@ -194,7 +199,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="flightsvc-fuzz-") as build,
         ThreadPoolExecutor(max(1, cores // asked.parallel)) as pool,
     ):
-        found = targets(asked.targets, Path(build))
+        found = targets(asked.targets, Path(build), guided=not asked.unguided)
         outcomes = pool.map(lambda target: fuzz(target, wanted, asked.seconds, asked.parallel), found)
         for target, outcome in zip(found, outcomes, strict=True):
             early = f"stopped early, of {wanted}" if outcome.executions < wanted else "ok"

@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ml")
     layers = keras.layers
     dense = keras.Sequential(
-        [keras.Input((4,), name="x"), layers.Dense(3, "relu"), layers.Dense(2, name="dense_1")]
+        [keras.Input((4,), name="x"), layers.Dense(3, "relu", name="dense"), layers.Dense(2, name="dense_1")]
     )
     dense.save(folder / "dense.keras")
     mean = keras.Sequential(
