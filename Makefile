@@ -56,7 +56,7 @@ test-go: build build/models/.done $(S3) ## Go tests under the race detector
 		wait $$commands && exit $$others
 
 test-fuzz: build ## every parser of bytes off the wire, briefly
-	@$(PY) tools/fuzz.py --executions 2000 --parallel 1 --unguided
+	@$(PY) tools/fuzz.py --executions 20000 --parallel 1 --unguided
 
 test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 pyspark-shim/tests

@@ -1,7 +1,7 @@
 """Runs every fuzz target of the repository, one after another, and says what each did.
 
     python tools/fuzz.py                                   1,000,000 executions of each target
-    python tools/fuzz.py --executions 2000 --unguided      a short run, soon built
+    python tools/fuzz.py --executions 20000 --unguided     a short run, soon built
     python tools/fuzz.py --seconds 60 FuzzStream ...       these targets, for at most so long
 
 A target fails when Go finds an input that breaks it, which Go keeps in testdata/fuzz below the package, when
@@ -189,7 +189,7 @@ def main() -> int:
         default=cores,
         help="processes of a target; with fewer than cores, targets at once",
     )
-    parser.add_argument("--unguided", action="store_true", help="without counting the branches that are taken")
+    parser.add_argument("--unguided", action="store_true", help="count no branches: soon built")
     asked = parser.parse_args()
     wanted = asked.executions
     head = f"{'target':<28} {'executions':>11} {'seconds':>8} {'a second':>9} {'resident MiB':>13}  result"
