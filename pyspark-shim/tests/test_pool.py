@@ -258,7 +258,7 @@ def test_after_an_unload_the_memory_is_back(tmp_path: Path):
     model = make_scaled(tmp_path / "large", 2, LARGE_MB)
     backs = []
     with front() as it, flightsvc.connect(it.endpoint) as client:
-        for _ in range(count(1, 5)):
+        for _ in range(5):
             answer = client.predict(model, pa.table(batch(1, 2).to_pydict()), inputs={"x": "x"})
             assert answer["y"].to_pylist() == [2, 4]
             pid = it.model(model)["pid"]
@@ -274,7 +274,9 @@ def test_after_an_unload_the_memory_is_back(tmp_path: Path):
             time.sleep(max(0.0, BACK_SECONDS - gone))
             backs.append(taken - host_memory_but(pid))
             assert it.model(model) is None
-    assert max(backs) > 0.8 * held  # others start and end, too
+            if len(backs) >= count(1, 5) and max(backs) > 0.8 * held:
+                break
+    assert max(backs) > 0.8 * held  # other programs of this host take and give back memory, too
     report(
         unload_mb=held // 10**6,
         unload_seconds_until_gone=round(gone, 2),
