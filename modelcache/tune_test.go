@@ -17,6 +17,7 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 )
@@ -236,7 +237,7 @@ func TestTuneSaysWhyNot(t *testing.T) {
 	if _, err := c.Tune(t.Context(), model, TuneOptions{Signature: "x"}, nothing); err == nil {
 		t.Error("a signature that is not there")
 	}
-	if _, err := c.Tune(t.Context(), Model{Ref: Image, Saved: ImageModel}, TuneOptions{}, nothing); err == nil {
+	if _, err := c.Tune(t.Context(), Model{Ref: Image, Saved: protocol.ImageModel}, TuneOptions{}, nothing); err == nil {
 		t.Error("the built-in model")
 	}
 }

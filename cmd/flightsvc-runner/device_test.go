@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 )
 
@@ -109,9 +109,16 @@ func (r *onDevice) hear(what string, is func(modelcache.Report) bool) modelcache
 }
 
 // run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
-func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
+func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
-	lease, err := json.Marshal(handlers.Grant(leaseKey, time.Now()))
+	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := d.Grant(leaseKey, time.Now()); err != nil {
+		r.t.Fatal(err)
+	}
+	ticket, err := d.Command()
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -128,7 +135,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 		r.t.Fatal(err)
 	}
 	w := flight.NewRecordWriter(stream, ipc.WithSchema(rec.Schema()))
-	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
+	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: ticket})
 	if err := w.Write(rec); err != nil {
 		r.t.Fatal(err)
 	}
@@ -138,7 +145,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 	if err := stream.CloseSend(); err != nil {
 		r.t.Fatal(err)
 	}
-	var meta handlers.AnswerMetadata
+	var meta protocol.AnswerMetadata
 	reader, err := flight.NewRecordReader(stream)
 	if err != nil {
 		return meta, err

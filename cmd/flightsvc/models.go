@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"os"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 )
 
@@ -17,7 +17,7 @@ type modelsCommand struct {
 
 // listed is a model in the list.
 type listed struct {
-	handlers.IndexEntry
+	protocol.IndexEntry
 	Memory int64  `json:"memory"` // bytes, 0 where it is not in memory
 	Device string `json:"device"` // UUID of a GPU, "" for the processor
 }
@@ -30,7 +30,7 @@ func (c *modelsCommand) Run(line *cli) error {
 		return err
 	}
 	defer func() { _ = front.Close() }()
-	index, err := client.Ask[handlers.Index](ctx, front, "repository.index", struct{}{})
+	index, err := client.Ask[protocol.Index](ctx, front, "repository.index", struct{}{})
 	if err != nil {
 		return err
 	}
@@ -118,7 +118,7 @@ func (c *unloadCommand) Run() error {
 
 // say asks for something to be done to a model and prints its state then.
 func say(ctx context.Context, front *client.Client, action string, body modelBody) error {
-	state, err := client.Ask[handlers.ModelState](ctx, front, action, body)
+	state, err := client.Ask[protocol.ModelState](ctx, front, action, body)
 	if err != nil {
 		return err
 	}

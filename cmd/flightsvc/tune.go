@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"text/tabwriter"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
 	"flightsvc/modelcache"
 )
@@ -25,6 +24,12 @@ type tuneCommand struct {
 	Signature string `default:"serving_default" help:"Signature to measure."`
 	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
 	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
+}
+
+// tuneResult is one result of model.tune.
+type tuneResult struct {
+	Candidate *modelcache.Candidate `json:"candidate"`
+	Tuning    *modelcache.Tuning    `json:"tuning"`
 }
 
 // Run is called by kong.
@@ -47,7 +52,7 @@ func (c *tuneCommand) Run(about *cli) error {
 	}{model, c.Signature, c.Quick}
 	tried := 0
 	var tuning *modelcache.Tuning
-	err = client.Action(ctx, front, "model.tune", body, func(told handlers.TuneResult) error {
+	err = client.Action(ctx, front, "model.tune", body, func(told tuneResult) error {
 		tuning = told.Tuning
 		if tried++; told.Candidate != nil && !c.JSON {
 			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(*told.Candidate))

@@ -17,6 +17,7 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -177,7 +178,7 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		options := Options{}
 		tensor := r.IntN(3) == 0
 		if tensor {
-			options.Layout = LayoutTensor
+			options.Layout = protocol.LayoutTensor
 		}
 		var outputs []Value
 		var want [][]any // by column, then row
@@ -185,7 +186,7 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		for i := range 1 + r.IntN(3) {
 			dtype := outDTypes[r.IntN(len(outDTypes))]
 			out := savedmodel.Spec{Name: fmt.Sprintf("out%d", i), DType: dtype, Shape: []int64{-1}}
-			entry := Output{Tensor: out.Name, Column: out.Name}
+			entry := protocol.Output{Tensor: out.Name, Column: out.Name}
 			value := Value{DType: dtype, Shape: []int64{int64(rows.Kept())}}
 			column := outTypes[dtype]
 			if other, ok := tensorTypes[dtype]; tensor && ok {
@@ -416,7 +417,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 // TestGivenShapeIsChecked has an output whose shape only the request says.
 func TestGivenShapeIsChecked(t *testing.T) {
 	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}}}
-	plan, err := NewPlan(signature, Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
+	plan, err := NewPlan(signature, Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -434,7 +435,7 @@ func TestGivenShapeIsChecked(t *testing.T) {
 func TestTensorLayoutSaysItsShape(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}}, Options{Layout: LayoutTensor})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}}, Options{Layout: protocol.LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -468,7 +469,7 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 // TestTensorLayoutComesInParts counts the slots of null rows, which take room too.
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: LayoutTensor})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: protocol.LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -494,7 +495,7 @@ func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2), spec("b", savedmodel.String, -1)}},
-		Options{Outputs: Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"}, {Tensor: "b", Column: "b"}}})
+		Options{Outputs: protocol.Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"}, {Tensor: "b", Column: "b"}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,11 +1,9 @@
-package handlers
+package front
 
 import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"os"
 	"strings"
 
@@ -13,12 +11,9 @@ import (
 
 	"flightsvc/gpu"
 	"flightsvc/internal/fault"
-	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 )
-
-// MaxActionBytes bounds the body of an action.
-const MaxActionBytes = 64 << 10
 
 // actions are what DoAction knows, in the order in which ListActions lists them.
 var actions = []struct {
@@ -74,49 +69,24 @@ func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoAc
 	return fault.New(fault.Unimplemented, "no action %q; ListActions lists those there are", action.GetType())
 }
 
-// decodeBody reads one JSON object into ask, of at most MaxActionBytes. A body of nothing is {}.
-func decodeBody(body []byte, ask any) error {
-	if len(body) > MaxActionBytes {
-		return fmt.Errorf("it has %d bytes, more than %d", len(body), MaxActionBytes)
-	}
-	if len(body) == 0 {
-		return nil
-	}
-	return decodeStrictly(body, ask)
-}
-
 // nothing checks the body of an action that takes none.
 func nothing(body []byte) error {
-	if err := decodeBody(body, &struct{}{}); err != nil {
+	if err := protocol.DecodeBody(body, &struct{}{}); err != nil {
 		return fault.New(fault.BadRequest, "this action wants an empty body, or {}: %w", err)
 	}
 	return nil
 }
 
-// modelBody is the body of an action on one model.
-type modelBody struct {
-	Model   string        `json:"model"`
-	Version versionNumber `json:"version"`
-}
-
-// loadBody is the body of model.load.
-type loadBody struct {
-	modelBody
-	Device string `json:"device"` // as in a descriptor
-}
-
-func decodeModel(body []byte) (modelBody, error) {
-	var ask modelBody
-	if err := decodeBody(body, &ask); err != nil {
+func decodeModel(body []byte) (protocol.ModelBody, error) {
+	var ask protocol.ModelBody
+	if err := protocol.DecodeBody(body, &ask); err != nil {
 		return ask, badBody(err)
 	}
 	if ask.Model == "" {
-		return ask, badBody(errNoModel)
+		return ask, badBody(protocol.ErrNoModel)
 	}
 	return ask, nil
 }
-
-var errNoModel = errors.New("model is missing")
 
 func badBody(err error) error {
 	return fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\"}: %w", err)
@@ -131,13 +101,8 @@ func (f *Front) resolveBody(ctx context.Context, body []byte) (modelcache.Model,
 	return f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 }
 
-// Ready is the answer of server.ready and model.ready.
-type Ready struct {
-	Ready bool `json:"ready"`
-}
-
 func (f *Front) ready(_ context.Context, body []byte) (any, error) {
-	return Ready{Ready: true}, nothing(body)
+	return protocol.Ready{Ready: true}, nothing(body)
 }
 
 func (f *Front) modelReady(ctx context.Context, body []byte) (any, error) {
@@ -146,26 +111,19 @@ func (f *Front) modelReady(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	_, loaded := f.options.Cache.Loaded(model, "")
-	return Ready{Ready: loaded}, nil
-}
-
-// ModelState is the answer of model.load and model.unload.
-type ModelState struct {
-	Model   string `json:"model"`
-	Version string `json:"version"`
-	State   string `json:"state"`
+	return protocol.Ready{Ready: loaded}, nil
 }
 
 // load goes on when its caller has left.
 func (f *Front) load(ctx context.Context, body []byte) (any, error) {
-	var ask loadBody
-	if err := decodeBody(body, &ask); err != nil {
+	var ask protocol.LoadBody
+	if err := protocol.DecodeBody(body, &ask); err != nil {
 		return nil, badBody(err)
 	}
 	if ask.Model == "" {
-		return nil, badBody(errNoModel)
+		return nil, badBody(protocol.ErrNoModel)
 	}
-	if err := checkDevice(cmp.Or(ask.Device, DeviceAuto)); err != nil {
+	if err := protocol.CheckDevice(cmp.Or(ask.Device, protocol.DeviceAuto)); err != nil {
 		return nil, badBody(err)
 	}
 	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
@@ -176,7 +134,7 @@ func (f *Front) load(ctx context.Context, body []byte) (any, error) {
 	if _, err := f.options.Cache.Ready(ctx, model, ask.Device); err != nil {
 		return nil, err
 	}
-	return ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
+	return protocol.ModelState{Model: model.Ref, Version: model.Version, State: modelcache.StateReady}, nil
 }
 
 func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
@@ -188,15 +146,7 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
-}
-
-// TuneBody is the body of model.tune. Signature is serving_default where it is absent.
-type TuneBody struct {
-	Model     string        `json:"model"`
-	Version   versionNumber `json:"version,omitempty"`
-	Signature string        `json:"signature,omitempty"`
-	Quick     bool          `json:"quick,omitempty"`
+	return protocol.ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
 }
 
 // TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
@@ -207,9 +157,9 @@ type TuneResult struct {
 
 // tune ends when its caller leaves.
 func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
-	var ask TuneBody
-	if err := decodeBody(body, &ask); err != nil || ask.Model == "" {
-		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"quick\":true}: %w", cmp.Or(err, errNoModel))
+	var ask protocol.TuneBody
+	if err := protocol.DecodeBody(body, &ask); err != nil || ask.Model == "" {
+		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"quick\":true}: %w", cmp.Or(err, protocol.ErrNoModel))
 	}
 	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 	if err != nil {
@@ -235,22 +185,7 @@ func (f *Front) shutdown(_ context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	f.options.Shutdown()
-	return struct {
-		Draining bool `json:"draining"`
-	}{true}, nil
-}
-
-// Index is the answer of repository.index.
-type Index struct {
-	Models []IndexEntry `json:"models"`
-}
-
-// IndexEntry is one version of a model. Reason says why it cannot be served as it is.
-type IndexEntry struct {
-	Name    string `json:"name"`
-	Version string `json:"version"`
-	State   string `json:"state"`
-	Reason  string `json:"reason,omitempty"`
+	return protocol.Draining{Draining: true}, nil
 }
 
 func (f *Front) index(ctx context.Context, body []byte) (any, error) {
@@ -261,10 +196,10 @@ func (f *Front) index(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := Index{Models: make([]IndexEntry, len(entries))}
+	answer := protocol.Index{Models: make([]protocol.IndexEntry, len(entries))}
 	for i, entry := range entries {
 		_, reasons := flightsOf(entry)
-		answer.Models[i] = IndexEntry{Name: entry.Ref, Version: entry.Version, State: entry.State, Reason: strings.Join(reasons, "; ")}
+		answer.Models[i] = protocol.IndexEntry{Name: entry.Ref, Version: entry.Version, State: entry.State, Reason: strings.Join(reasons, "; ")}
 	}
 	return answer, nil
 }
@@ -285,28 +220,7 @@ type Status struct {
 }
 
 func (f *Front) status(_ context.Context, body []byte) (any, error) {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: WireVersion, Features: Features, Server: f.options.Server, Executor: f.options.Executor, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices(), Totals: f.options.Cache.Totals()}, nothing(body)
-}
-
-// Metadata is the answer of the action model.metadata.
-type Metadata struct {
-	Model      string                       `json:"model"`
-	Version    string                       `json:"version"`
-	Signatures map[string]SignatureMetadata `json:"signatures"`
-}
-
-// SignatureMetadata lists a signature's inputs and outputs, sorted by name.
-type SignatureMetadata struct {
-	Inputs  []TensorMetadata `json:"inputs"`
-	Outputs []TensorMetadata `json:"outputs"`
-}
-
-// TensorMetadata is one input or output. Shape has -1 for unknown dimensions and is null for an
-// unknown rank.
-type TensorMetadata struct {
-	Name  string  `json:"name"`
-	DType string  `json:"dtype"`
-	Shape []int64 `json:"shape"`
+	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Features: protocol.Features, Server: f.options.Server, Executor: f.options.Executor, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices(), Totals: f.options.Cache.Totals()}, nothing(body)
 }
 
 func (f *Front) metadata(ctx context.Context, body []byte) (any, error) {
@@ -314,17 +228,9 @@ func (f *Front) metadata(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := &Metadata{Model: model.Ref, Version: model.Version, Signatures: map[string]SignatureMetadata{}}
+	answer := &protocol.Metadata{Model: model.Ref, Version: model.Version, Signatures: map[string]protocol.SignatureMetadata{}}
 	for name, signature := range model.Saved.Signatures {
-		answer.Signatures[name] = SignatureMetadata{Inputs: tensorMetadata(signature.Inputs), Outputs: tensorMetadata(signature.Outputs)}
+		answer.Signatures[name] = protocol.SignatureMetadata{Inputs: protocol.Tensors(signature.Inputs), Outputs: protocol.Tensors(signature.Outputs)}
 	}
 	return answer, nil
-}
-
-func tensorMetadata(specs []savedmodel.Spec) []TensorMetadata {
-	list := make([]TensorMetadata, len(specs))
-	for i, spec := range specs {
-		list[i] = TensorMetadata{Name: spec.Name, DType: spec.DType.String(), Shape: spec.Shape}
-	}
-	return list
 }
