@@ -2,9 +2,10 @@
 // to columns. It knows types, shapes, nulls and rows, but not TensorFlow, so the front can compute schemas with it.
 //
 // The way of a record batch: a Plan is made once from signature and descriptor; Bind fits it to the schema of a stream;
-// Check ensures that a record batch lies within its buffers; Rows holds which rows take part; Binding.Values refuses the
-// rows that cannot be part of a tensor and makes the input tensors of the others; Plan.Settle refuses the rows whose
-// outputs cannot be written; Plan.Records turns the outputs into record batches with one row for each row of the input.
+// Check ensures that a record batch lies within its buffers; Rows holds which rows take part; Binding.Values refuses
+// the rows that cannot be part of a tensor and makes the input tensors of the others; Plan.Settle refuses the rows
+// whose outputs cannot be written; Plan.Records turns the outputs into record batches with one row for each row of the
+// input.
 //
 // An error in one row refuses that row, with a reason. What concerns the whole record batch is a fault: lists of
 // different lengths at an open dimension without padding, offsets outside their buffers, and a tensor of more than

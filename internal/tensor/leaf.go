@@ -150,7 +150,8 @@ func expand[D float32 | float64](from func(uint16) float32) func(dst, src []byte
 	}
 }
 
-// rounded narrows to a 16-bit float, inf being its infinity. A finite number that would become infinite is out of range.
+// rounded narrows to a 16-bit float, inf being its infinity. A finite number that would become infinite is out of
+// range.
 func rounded(to func(float32) uint16, inf uint16) conversion {
 	return conversion{
 		convert: round[float32](to),
@@ -196,8 +197,8 @@ func view[T any](b []byte) []T {
 	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/int(unsafe.Sizeof(zero)))
 }
 
-// convertible returns the conversion of elements of an Arrow type, or of a dictionary's values, to dtype; false if there
-// is none.
+// convertible returns the conversion of elements of an Arrow type, or of a dictionary's values, to dtype; false if
+// there is none.
 func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
 	if dictionary, ok := t.(*arrow.DictionaryType); ok {
 		t = dictionary.ValueType
@@ -243,7 +244,8 @@ func (l *leaf) value(a arrow.Array, segments []segment, shape []int64, mem memor
 	if l.convert == nil && len(segments) == 1 && segments[0].pad == 0 && plain(a) {
 		buffer := a.Data().Buffers()[1]
 		buffer.Retain()
-		return Value{DType: l.dtype, Shape: shape, Data: bytesOf(a, segments[0].lo, segments[0].hi), buffer: buffer}, nil
+		return Value{DType: l.dtype, Shape: shape, Data: bytesOf(a, segments[0].lo, segments[0].hi), buffer: buffer},
+			nil
 	}
 	value := Allocate(l.dtype, shape, mem)
 	rest := value.Data
@@ -370,8 +372,8 @@ func fill(dst, element []byte) {
 	}
 }
 
-// bytesAt returns a reader of single string or binary elements, which view the array's memory. It is nil for an array of
-// nulls, of which no element is read.
+// bytesAt returns a reader of single string or binary elements, which view the array's memory. It is nil for an array
+// of nulls, of which no element is read.
 func bytesAt(a arrow.Array) func(int) []byte {
 	text := func(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 	switch a := a.(type) {

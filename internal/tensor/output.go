@@ -78,8 +78,8 @@ func toDecimal(dst, src []byte) {
 	}
 }
 
-// planOutput joins an output with its entry in the mapping and returns the field of its column: in the layout "tensor" a
-// fixed-size list, else the element type inside one list for each dimension after the first.
+// planOutput joins an output with its entry in the mapping and returns the field of its column: in the layout "tensor"
+// a fixed-size list, else the element type inside one list for each dimension after the first.
 func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.Field, error) {
 	refused := func(format string, args ...any) (output, arrow.Field, error) {
 		return output{}, arrow.Field{}, fault.New(fault.BadRequest, "output "+format, args...)
@@ -159,8 +159,8 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	return o, field, nil
 }
 
-// merge returns a signature's shape with its open dimensions taken from the mapping's shape; false if the two contradict
-// each other.
+// merge returns a signature's shape with its open dimensions taken from the mapping's shape; false if the two
+// contradict each other.
 func merge(spec savedmodel.Spec, given []int64) ([]int64, bool) {
 	if spec.UnknownRank {
 		return given, true
@@ -194,8 +194,8 @@ func (p *Plan) CheckOutputs(outputs []Value, rows int) error {
 }
 
 // Settle refuses the rows whose outputs cannot be written, because their text is not UTF-8, and returns the outputs of
-// the other rows for Records. outputs has passed CheckOutputs and remains the caller's. If no row is refused, settled is
-// outputs. Else owned is true: the caller releases each value of settled, before the memory behind outputs is freed,
+// the other rows for Records. outputs has passed CheckOutputs and remains the caller's. If no row is refused, settled
+// is outputs. Else owned is true: the caller releases each value of settled, before the memory behind outputs is freed,
 // which strings still view; settled is empty if no row is left.
 func (p *Plan) Settle(outputs []Value, rows *Rows, mem memory.Allocator) (settled []Value, owned bool) {
 	var before []int
@@ -257,8 +257,8 @@ func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator,
 	}
 }
 
-// part returns, for the rows from lo that fit into one part, at least one if there is any, which of them take part. Those
-// are the rows [kept, next) of the outputs.
+// part returns, for the rows from lo that fit into one part, at least one if there is any, which of them take part.
+// Those are the rows [kept, next) of the outputs.
 func (p *Plan) part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, next int, err error) {
 	empty := 0
 	for i := range p.outputs {
@@ -434,8 +434,8 @@ func (o *output) dense(dtype arrow.DataType, value *Value, inner []int64, r span
 	return fixedArray(dtype, r.hi-r.lo, nil, data, 0)
 }
 
-// scattered builds an array of width elements per row. Its valid rows are the rows of value from at; the elements of the
-// others are zero, and null unless the column is flat.
+// scattered builds an array of width elements per row. Its valid rows are the rows of value from at; the elements of
+// the others are zero, and null unless the column is flat.
 func (o *output) scattered(value *Value, at int, valid []bool, width int) arrow.Array {
 	count := 0
 	for _, ok := range valid {

@@ -52,7 +52,8 @@ type input struct {
 	most    int64           // largest length that its dtype holds
 }
 
-// NewPlan checks a request against a signature. Its faults name the input, output or column, and those of the signature.
+// NewPlan checks a request against a signature. Its faults name the input, output or column, and those of the
+// signature.
 func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 	plan := &Plan{options: options}
 	if err := plan.planInputs(signature.Inputs); err != nil {

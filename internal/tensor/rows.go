@@ -2,8 +2,8 @@
 
 package tensor
 
-// Rows holds the state of each row of one record batch: it takes part in the run, it has a null input, or it was refused
-// for a reason. Rows that do not take part never reach TensorFlow and have null outputs.
+// Rows holds the state of each row of one record batch: it takes part in the run, it has a null input, or it was
+// refused for a reason. Rows that do not take part never reach TensorFlow and have null outputs.
 type Rows struct {
 	state []rowState
 	texts []string // reasons of refused rows, by row; nil without any

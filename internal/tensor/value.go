@@ -24,8 +24,8 @@ type Value struct {
 	held   []arrow.ArrayData // behind Strings
 }
 
-// Allocate returns a value of fixed-size elements in memory from mem that is not zeroed. The caller fills Data and calls
-// Release.
+// Allocate returns a value of fixed-size elements in memory from mem that is not zeroed. The caller fills Data and
+// calls Release.
 func Allocate(dtype savedmodel.DType, shape []int64, mem memory.Allocator) Value {
 	buffer := memory.NewResizableBuffer(mem)
 	buffer.Resize(int(elements(shape)) * dtype.Size())

@@ -44,9 +44,9 @@ type Feed struct {
 	Value  Value
 }
 
-// Values makes the input tensors from the rows that take part, at least one. It refuses in rows those that cannot be part
-// of a tensor or whose picture cannot be decoded; if none is left the result is empty. String tensors view rec's memory
-// and hold a reference to it. The caller releases each value. Faults name input, column, and lengths or sizes.
+// Values makes the input tensors from the rows that take part, at least one. It refuses in rows those that cannot be
+// part of a tensor or whose picture cannot be decoded; if none is left the result is empty. String tensors view rec's
+// memory and hold a reference to it. The caller releases each value. Faults name input, column, and lengths or sizes.
 func (b *Binding) Values(ctx context.Context, rec arrow.Record, rows *Rows, pictures Pictures,
 	mem memory.Allocator) (feeds []Feed, err error) {
 	made := false
