@@ -437,7 +437,8 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 func TestGivenShapeIsChecked(t *testing.T) {
 	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
 		DType: savedmodel.Float32, UnknownRank: true}}}
-	plan, err := NewPlan(signature, Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
+	plan, err := NewPlan(signature,
+		Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}

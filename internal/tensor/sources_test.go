@@ -77,7 +77,8 @@ func TestRawAgreesWithCells(t *testing.T) {
 			}
 		}
 		rec := record(t, mem, "c", column, rows...)
-		binding := bindOne(t, spec("x", dtype, -1, size, 1), protocol.Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", dtype, -1, size, 1), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		if err := binding.Check(rec); err != nil {
 			t.Fatal(err)
 		}
@@ -108,7 +109,8 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, &arrow.FixedSizeBinaryType{ByteWidth: 8}} {
 		rec := record(t, mem, "c", column, "12345678", "abcdefgh", "ABCDEFGH")
-		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		buffers := rec.Column(0).Data().Buffers()
 		bytes := buffers[len(buffers)-1].Bytes()
 		slice := rec.NewSlice(1, 3)
@@ -264,12 +266,12 @@ func TestVectorLengths(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), protocol.Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
-		NewRows(2), nil, mem)
+	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), protocol.Input{}, rec.Schema().Field(0)).Values(t.Context(),
-		rec, rows, nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -392,8 +394,8 @@ func TestNothingTyped(t *testing.T) {
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), protocol.Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
-		NewRows(2), nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	if err != nil {
 		t.Fatal(err)
 	}
