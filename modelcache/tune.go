@@ -567,7 +567,7 @@ func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	out := filepath.Join(dir, "frozen")
-	args := []string{"-m", "flightsvc.freeze", t.model.Dir, out}
+	args := []string{"-m", "flightsvc.export.freeze", t.model.Dir, out}
 	for _, name := range t.model.Saved.Names() {
 		if t.model.Saved.Signatures[name].Assigns == "" {
 			args = append(args, "--signature", name)

@@ -18,7 +18,7 @@ from figures import PROVE
 from fronts import BIN
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
