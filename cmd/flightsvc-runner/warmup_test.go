@@ -22,13 +22,13 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // watched notes the rows of each run of a session, and fails those that full says.
@@ -119,7 +119,7 @@ func TestWarmUpWithRequests(t *testing.T) {
 		"damaged":       {records: [][]byte{request(t, "", "i", nil, 2), []byte("no message")}, rows: []int64{2}, want: []string{"record 2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			setup := modelcache.Setup{Model: "m", Dir: withWarmup(t, "ints", c.records...), Cores: 1}
+			setup := control.Setup{Model: "m", Dir: withWarmup(t, "ints", c.records...), Cores: 1}
 			e, err := load(setup)
 			if err != nil {
 				t.Fatal(err)
@@ -143,7 +143,7 @@ func TestWarmUpWithRequests(t *testing.T) {
 		})
 	}
 	// What TensorFlow finds wrong is said in its words.
-	setup := modelcache.Setup{Model: "m", Dir: withWarmup(t, "nested", request(t, "", "x", nil, 2)), Cores: 1}
+	setup := control.Setup{Model: "m", Dir: withWarmup(t, "nested", request(t, "", "x", nil, 2)), Cores: 1}
 	e, err := load(setup)
 	if err != nil {
 		t.Fatal(err)
@@ -166,7 +166,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 			e := loadModel(t, name)
 			runs, mem := watch(e), &offheap.Allocator{}
 			core, logs := observer.New(zapcore.InfoLevel)
-			setup := modelcache.Setup{Model: name, Batching: modelcache.Batching{AllowedBatchSizes: []int{1, 4}}}
+			setup := control.Setup{Model: name, Batching: control.Batching{AllowedBatchSizes: []int{1, 4}}}
 			if err := e.warmUp(setup, mem, zap.New(core)); err != nil {
 				t.Fatal(err)
 			}
@@ -264,7 +264,7 @@ func TestNoDeviceMemory(t *testing.T) {
 		return &tensorflow.Error{Code: tensorflow.InvalidArgument, Message: "StringToNumberOp could not correctly convert string: out of memory"}
 	}
 	expect.Fault(t, run(), fault.BadRequest, "TensorFlow refused it", "convert string")
-	setup := modelcache.Setup{Model: "m", Device: "GPU-1"}
+	setup := control.Setup{Model: "m", Device: "GPU-1"}
 	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}), fault.Exhausted, "model m does not fit", "GPU-1")
 	setup.Device = ""
 	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}), fault.Internal, "model m cannot be loaded")
@@ -280,7 +280,7 @@ func TestOpLibraries(t *testing.T) {
 	if text, err := made.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
-	setup := modelcache.Setup{Model: "triple", Dir: filepath.Join(out, "triple"), Cores: 1}
+	setup := control.Setup{Model: "triple", Dir: filepath.Join(out, "triple"), Cores: 1}
 	_, err := load(setup)
 	expect.Fault(t, err, fault.Precondition, "model triple uses the operation FlightsvcTriple", "op_libraries of the model's flightsvc.json", "setting op-libraries")
 
