@@ -68,13 +68,14 @@ test: export FRESH := -count=1
 test: ## what CI runs: all suites; 10 minutes
 	@$(SUITES) lint-go lint-python test-go test-fuzz test-python test-spark
 
-lint: lint-go lint-python ## gofmt, go vet, staticcheck, ruff, mypy
+lint: lint-go lint-python ## the house rules, gofmt, go vet, staticcheck, ruff, mypy
 
 lint-go: | $(TF)
 	@$(CLOCK) $@ 'test -z "$$(gofmt -l $(GO))" || { gofmt -d $(GO); exit 1; }; go vet ./... && go tool staticcheck ./...'
 
 lint-python: $(VENV)/.locked
-	@$(CLOCK) $@ '$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml $(RUFF) && \
+	@$(CLOCK) $@ '$(PYTHON) tools/house.py && \
+		$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml $(RUFF) && \
 		$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml $(RUFF) && \
 		$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src'
 
@@ -95,9 +96,9 @@ test-spark: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(WHEEL)
 	@$(CLOCK) $@ '$(PYTEST) -m "spark or java or wheel"'
 
 format: build ## rewrite Go and Python in the house format
-	@gofmt -w cmd handlers gpu modelcache internal benchmarks
-	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
-	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
+	@gofmt -w $(GO)
+	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml $(RUFF)
+	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml $(RUFF)
 
 fuzz: build ## every parser of bytes off the wire, 1,000,000 executions each
 	@$(PY) tools/fuzz.py
