@@ -8,12 +8,12 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // imageEngine is the built-in model: it makes Spark's image structs of pictures. The work is done where
@@ -31,7 +31,7 @@ const (
 // maxImageBytes is the most that the pixels of one picture may have, which leaves room for the rest of its row.
 const maxImageBytes = tensor.MaxRowBytes - 1<<20
 
-func newImageEngine(setup modelcache.Setup) *imageEngine {
+func newImageEngine(setup control.Setup) *imageEngine {
 	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
 }
 

@@ -14,7 +14,7 @@ import (
 	"text/tabwriter"
 
 	"flightsvc/internal/client"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/tuning"
 )
 
 // tuneCommand asks a front to tune a model.
@@ -28,8 +28,8 @@ type tuneCommand struct {
 
 // tuneResult is one result of model.tune.
 type tuneResult struct {
-	Candidate *modelcache.Candidate `json:"candidate"`
-	Tuning    *modelcache.Tuning    `json:"tuning"`
+	Candidate *tuning.Candidate `json:"candidate"`
+	Tuning    *tuning.Tuning    `json:"tuning"`
 }
 
 // Run is called by kong.
@@ -51,7 +51,7 @@ func (c *tuneCommand) Run(about *cli) error {
 		Quick     bool   `json:"quick"`
 	}{model, c.Signature, c.Quick}
 	tried := 0
-	var tuning *modelcache.Tuning
+	var tuning *tuning.Tuning
 	err = client.Action(ctx, front, "model.tune", body, func(told tuneResult) error {
 		tuning = told.Tuning
 		if tried++; told.Candidate != nil && !c.JSON {
@@ -71,7 +71,7 @@ func (c *tuneCommand) Run(about *cli) error {
 }
 
 // line describes a candidate while the search goes on.
-func line(c modelcache.Candidate) string {
+func line(c tuning.Candidate) string {
 	about := configuration(c.Choice)
 	switch {
 	case c.Reason != "":
@@ -82,11 +82,11 @@ func line(c modelcache.Candidate) string {
 	return fmt.Sprintf("%s: %s rows/s", about, rate(c.RowsPerSecond))
 }
 
-func configuration(c modelcache.Choice) string {
+func configuration(c tuning.Choice) string {
 	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
 }
 
-func graphOf(c modelcache.Choice) string {
+func graphOf(c tuning.Choice) string {
 	if c.Frozen != "" {
 		return "frozen"
 	}
@@ -109,7 +109,7 @@ func rate(rows float64) string {
 }
 
 // show prints the table and what follows from it.
-func show(out io.Writer, t *modelcache.Tuning) error {
+func show(out io.Writer, t *tuning.Tuning) error {
 	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "\tgraph\toneDNN\tthreads\tat once\tbatch\trows/s\tto default\tagrees\t")

@@ -12,7 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"flightsvc/internal/protocol"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 // golden is the folder of the files that testdata/make_golden.py has written.
@@ -69,7 +69,7 @@ func TestGoldenDigest(t *testing.T) {
 		Digest string
 	}
 	readGolden(t, "digest.json", &file)
-	cache := modelcache.New(modelcache.Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
+	cache := repository.New(repository.Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
 	defer cache.Close()
 	for _, wantKnown := range []bool{false, true} {
 		archive, err := os.Open(filepath.Join(golden, "model.tar"))

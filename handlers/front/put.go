@@ -12,7 +12,7 @@ import (
 	"flightsvc/handlers"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/protocol"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 // maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
@@ -39,7 +39,7 @@ func parsePut(fd *flight.FlightDescriptor) (*protocol.PutCommand, error) {
 	if command.Digest == "" {
 		return command, nil
 	}
-	return command, modelcache.CheckDigest(command.Digest)
+	return command, repository.CheckDigest(command.Digest)
 }
 
 // DoPut takes a SavedModel as one plain POSIX tar of its folder, in the rows of the column chunk (binary). It answers
@@ -58,9 +58,9 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
 	}
-	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Cache.Known(command.Digest)}
+	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Cache.Push(archive, command.Digest); err != nil {
+		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
 			return err
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 func command(text string) *flight.FlightDescriptor {
@@ -265,7 +266,9 @@ func FuzzCriteria(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Add([]byte(`{"Model":"m"}`))
 	f.Add([]byte(``))
-	cache := modelcache.New(modelcache.Options{CacheDir: filepath.Join(f.TempDir(), "cache"), Log: zap.NewNop()})
+	models := repository.New(repository.Options{CacheDir: filepath.Join(f.TempDir(), "cache"), Log: zap.NewNop()})
+	f.Cleanup(models.Close)
+	cache := modelcache.New(modelcache.Options{Repository: models, Log: zap.NewNop()})
 	f.Cleanup(cache.Close)
 	front := New(Options{Cache: cache})
 	f.Fuzz(func(t *testing.T, criteria []byte) {
