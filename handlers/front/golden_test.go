@@ -47,7 +47,7 @@ func sameJSON(t *testing.T, got, want []byte) {
 }
 
 func TestGoldenStatus(t *testing.T) {
-	var got Status
+	var got protocol.Status
 	readGolden(t, "status.json", &got)
 	if !slices.Equal(got.Features, protocol.Features) || got.V != protocol.Version {
 		t.Errorf("the golden answer says version %d and features %q", got.V, got.Features)
