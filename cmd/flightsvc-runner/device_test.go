@@ -20,8 +20,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"flightsvc/handlers"
-	"flightsvc/modelcache"
+	"flightsvc/internal/control"
+	"flightsvc/internal/protocol"
 )
 
 // onDevice is a runner process that was built with the tag simulated_device.
@@ -29,17 +29,19 @@ type onDevice struct {
 	t       *testing.T
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
-	reports chan modelcache.Report
+	reports chan control.Report
 	client  flight.FlightServiceClient
 }
 
 var leaseKey = []byte("key")
 
 // startOnDevice runs the binary on the model ints with the given memory of model and row.
-func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*modelcache.Setup), environ ...string) *onDevice {
+func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*control.Setup),
+	environ ...string) *onDevice {
 	t.Helper()
-	r := &onDevice{t: t, cmd: exec.Command(binary), reports: make(chan modelcache.Report, 100)}
-	setup := modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"), Socket: filepath.Join(folder, name+".sock"), Key: leaseKey, LogLevel: "error", Cores: 1, Device: "GPU-1"}
+	r := &onDevice{t: t, cmd: exec.Command(binary), reports: make(chan control.Report, 100)}
+	setup := control.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"),
+		Socket: filepath.Join(folder, name+".sock"), Key: leaseKey, LogLevel: "error", Cores: 1, Device: "GPU-1"}
 	if change != nil {
 		change(&setup)
 	}
@@ -63,7 +65,7 @@ func startOnDevice(t *testing.T, binary, state, folder, name string, change func
 	go func() { // ends with the process
 		defer close(r.reports)
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
-			var report modelcache.Report
+			var report control.Report
 			if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
 				t.Error(err)
 			}
@@ -91,7 +93,7 @@ func (r *onDevice) end() {
 }
 
 // hear waits for a report.
-func (r *onDevice) hear(what string, is func(modelcache.Report) bool) modelcache.Report {
+func (r *onDevice) hear(what string, is func(control.Report) bool) control.Report {
 	r.t.Helper()
 	for late := time.After(30 * time.Second); ; {
 		select {
@@ -109,17 +111,27 @@ func (r *onDevice) hear(what string, is func(modelcache.Report) bool) modelcache
 }
 
 // run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
-func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
+func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
-	lease, err := json.Marshal(handlers.Grant(leaseKey, time.Now()))
+	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	b := array.NewRecordBuilder(memory.DefaultAllocator, arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}}, nil))
+	if err := d.Grant(leaseKey, time.Now()); err != nil {
+		r.t.Fatal(err)
+	}
+	ticket, err := d.Command()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	b := array.NewRecordBuilder(memory.DefaultAllocator,
+		arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}},
+			nil))
 	defer b.Release()
 	for row := range rows {
 		b.Field(0).(*array.ListBuilder).Append(true)
-		b.Field(0).(*array.ListBuilder).ValueBuilder().(*array.Int64Builder).AppendValues([]int64{int64(row), 1, 2}, nil)
+		b.Field(0).(*array.ListBuilder).ValueBuilder().(*array.Int64Builder).AppendValues([]int64{int64(row), 1, 2},
+			nil)
 	}
 	rec := b.NewRecord()
 	defer rec.Release()
@@ -128,7 +140,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 		r.t.Fatal(err)
 	}
 	w := flight.NewRecordWriter(stream, ipc.WithSchema(rec.Schema()))
-	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
+	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: ticket})
 	if err := w.Write(rec); err != nil {
 		r.t.Fatal(err)
 	}
@@ -138,7 +150,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 	if err := stream.CloseSend(); err != nil {
 		r.t.Fatal(err)
 	}
-	var meta handlers.AnswerMetadata
+	var meta protocol.AnswerMetadata
 	reader, err := flight.NewRecordReader(stream)
 	if err != nil {
 		return meta, err
@@ -171,14 +183,16 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(folder) })
 	binary := filepath.Join(folder, "runner")
-	if text, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "simulated_device", "-o", binary, ".").CombinedOutput(); err != nil {
+	if text, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "simulated_device", "-o",
+		binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
 	state := t.TempDir()
-	if err := os.WriteFile(filepath.Join(state, "devices"), fmt.Appendf(nil, "GPU-0 Any 1 8.0 -\nGPU-1 Some_GPU %d 8.0 -\n", 42<<20), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(state, "devices"),
+		fmt.Appendf(nil, "GPU-0 Any 1 8.0 -\nGPU-1 Some_GPU %d 8.0 -\n", 42<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ready := func(r modelcache.Report) bool { return r.Ready }
+	ready := func(r control.Report) bool { return r.Ready }
 	taken := func(r *onDevice) string {
 		text, err := os.ReadFile(filepath.Join(state, "GPU-1", fmt.Sprint(r.cmd.Process.Pid)))
 		if err != nil {
@@ -186,8 +200,9 @@ func TestSimulatedDevice(t *testing.T) {
 		}
 		return string(text)
 	}
-	first := startOnDevice(t, binary, state, folder, "first", func(s *modelcache.Setup) { s.WarmUp = true }, "SIMULATED_MODEL_BYTES=10485760")
-	first.hear("warming", func(r modelcache.Report) bool { return r.Warming })
+	first := startOnDevice(t, binary, state, folder, "first", func(s *control.Setup) { s.WarmUp = true },
+		"SIMULATED_MODEL_BYTES=10485760")
+	first.hear("warming", func(r control.Report) bool { return r.Warming })
 	first.hear("ready", ready)
 	if got := taken(first); got != fmt.Sprint(11<<20) { // warmed up with one row
 		t.Errorf("it has %s bytes", got)
@@ -196,10 +211,11 @@ func TestSimulatedDevice(t *testing.T) {
 	if err != nil || meta.TFRows != 100+50+100 { // both halves of the first half fit, and two more
 		t.Errorf("%d rows of runs, %v", meta.TFRows, err)
 	}
-	if report := first.hear("of the rows that fit", func(r modelcache.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
+	if report := first.hear("of the rows that fit",
+		func(r control.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
 		t.Errorf("%d rows fit", report.DeviceBatch)
 	}
-	first.hear("answered", func(r modelcache.Report) bool { return r.Answered })
+	first.hear("answered", func(r control.Report) bool { return r.Answered })
 	if meta, err = first.run(100); err != nil || meta.TFRows != 100 {
 		t.Errorf("%d rows of runs though it knows what fits, %v", meta.TFRows, err)
 	}
@@ -208,20 +224,23 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 
 	second := startOnDevice(t, binary, state, folder, "second", nil, "SIMULATED_MODEL_BYTES=8388608")
-	if report := second.hear("of an error", func(r modelcache.Report) bool { return r.Error != "" }); !report.NoMemory || !strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
+	if report := second.hear("of an error",
+		func(r control.Report) bool { return r.Error != "" }); !report.NoMemory ||
+		!strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
 		t.Errorf("reported %+v", report)
 	}
 	second.end()
 
 	// Not even one row of the third fits, until the first has ended.
-	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576", "SIMULATED_ROW_BYTES=10485760")
+	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576",
+		"SIMULATED_ROW_BYTES=10485760")
 	third.hear("ready", ready)
 	done := make(chan error, 1)
 	go func() {
 		_, err := third.run(1)
 		done <- err
 	}()
-	third.hear("that it is pressed", func(r modelcache.Report) bool { return r.Pressed })
+	third.hear("that it is pressed", func(r control.Report) bool { return r.Pressed })
 	first.end()
 	if err := <-done; err != nil {
 		t.Errorf("after the first has ended: %v", err)
@@ -229,9 +248,12 @@ func TestSimulatedDevice(t *testing.T) {
 	third.end()
 
 	// The bound of the setup holds as well; what a stream hears then says what to do.
-	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *modelcache.Setup) { s.DeviceBytes = 2 << 20 }, "SIMULATED_MODEL_BYTES=1500000")
+	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *control.Setup) { s.DeviceBytes = 2 << 20 },
+		"SIMULATED_MODEL_BYTES=1500000")
 	fourth.hear("ready", ready)
-	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") || !strings.Contains(err.Error(), "record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
+	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||
+		!strings.Contains(err.Error(),
+			"record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -7,11 +7,11 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"golang.org/x/sync/errgroup"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
@@ -30,13 +30,14 @@ type graphs[G any] struct {
 	built map[preprocess.Spec]G
 }
 
-func newGraphs[G any](setup modelcache.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
+func newGraphs[G any](setup control.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
 	limits := preprocess.Limits{Pixels: setup.MaxImagePixels, Bytes: setup.MaxImageBytes, Working: workingBytes}
-	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build, built: map[preprocess.Spec]G{}}
+	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build,
+		built: map[preprocess.Spec]G{}}
 }
 
 // of returns the graph of each input.
-func (g *graphs[G]) of(wanted map[string]handlers.Preprocess) (map[string]G, error) {
+func (g *graphs[G]) of(wanted map[string]protocol.Preprocess) (map[string]G, error) {
 	all := make(map[string]G, len(wanted))
 	for input, p := range wanted {
 		graph, err := g.one(specOf(p))
@@ -56,7 +57,8 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	}
 	if len(g.built) == maxGraphs {
 		var none G
-		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, the most that it keeps; use one of them, or unload the model", maxGraphs)
+		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, "+
+			"the most that it keeps; use one of them, or unload the model", maxGraphs)
 	}
 	graph, err := g.build(spec, g.budget)
 	if err == nil {
@@ -65,7 +67,7 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	return graph, err
 }
 
-func specOf(p handlers.Preprocess) preprocess.Spec {
+func specOf(p protocol.Preprocess) preprocess.Spec {
 	spec := preprocess.Spec{
 		Resize: p.Resize, Antialias: p.Antialias, Fit: p.Fit, Channels: p.Channels,
 		Scale: p.Scales(), Offset: p.Offsets(), DType: p.Type(),
@@ -78,7 +80,8 @@ func specOf(p handlers.Preprocess) preprocess.Spec {
 
 // each calls decode for each picture, as many at once as there are cores, and returns why pictures were refused.
 // Its error names the input.
-func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture, decode func(ctx context.Context, i int) error) (map[int]string, error) {
+func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture,
+	decode func(ctx context.Context, i int) error) (map[int]string, error) {
 	var mu sync.Mutex // guards refused
 	refused := map[int]string{}
 	group, ctx := errgroup.WithContext(ctx)
@@ -105,7 +108,7 @@ func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Pi
 }
 
 // Pictures returns what makes tensors of pictures, with graphs that are built now or were built before.
-func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
+func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	byInput, err := e.graphs.of(wanted)
 	if err != nil {
 		return nil, err
@@ -117,18 +120,21 @@ func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Picture
 type tensors struct {
 	graphs  *graphs[*preprocess.Graph]
 	byInput map[string]*preprocess.Graph
-	wanted  map[string]handlers.Preprocess
+	wanted  map[string]protocol.Preprocess
 }
 
 // Bytes is part of tensor.Pictures.
 func (t *tensors) Bytes(input string, _ tensor.Picture) int64 { return specOf(t.wanted[input]).Bytes() }
 
 // Decode is part of tensor.Pictures.
-func (t *tensors) Decode(ctx context.Context, input string, pictures []tensor.Picture, mem memory.Allocator) (tensor.Value, map[int]string, error) {
+func (t *tensors) Decode(ctx context.Context, input string, pictures []tensor.Picture,
+	mem memory.Allocator) (tensor.Value, map[int]string, error) {
 	spec, graph := specOf(t.wanted[input]), t.byInput[input]
 	size := spec.Bytes()
 	if int64(len(pictures))*size > tensor.MaxTensorBytes {
-		return tensor.Value{}, nil, fault.New(fault.Exhausted, "input %q: %d pictures of %dx%d are more than %d MiB; send fewer rows in a record batch", input, len(pictures), spec.Width, spec.Height, tensor.MaxTensorBytes>>20)
+		return tensor.Value{}, nil, fault.New(fault.Exhausted,
+			"input %q: %d pictures of %dx%d are more than %d MiB; send fewer rows in a record batch", input,
+			len(pictures), spec.Width, spec.Height, tensor.MaxTensorBytes>>20)
 	}
 	height, width := int64(spec.Height), int64(spec.Width)
 	channels := size / (height * width * int64(spec.DType.Size()))

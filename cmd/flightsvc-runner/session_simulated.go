@@ -17,9 +17,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // simulated is a session on the processor that behaves as if on a device whose memory lies in the folder that
@@ -44,7 +44,7 @@ type simulated struct {
 }
 
 // openSession loads the SavedModel of a setup into TensorFlow, and onto the simulated device if it names one.
-func openSession(setup modelcache.Setup, options tensorflow.Options) (session, error) {
+func openSession(setup control.Setup, options tensorflow.Options) (session, error) {
 	s := &simulated{}
 	if setup.Device != "" {
 		if err := s.place(setup); err != nil {
@@ -61,7 +61,7 @@ func openSession(setup modelcache.Setup, options tensorflow.Options) (session, e
 	return s, nil
 }
 
-func (s *simulated) place(setup modelcache.Setup) error {
+func (s *simulated) place(setup control.Setup) error {
 	state := os.Getenv("FAKENVML_STATE")
 	file, err := os.Open(filepath.Join(state, "devices"))
 	if err != nil {
@@ -140,7 +140,9 @@ func (s *simulated) take(bytes int64) error {
 		others += has
 	}
 	if others+bytes > s.most || s.limit > 0 && bytes > s.limit {
-		return &tensorflow.Error{Code: tensorflow.ResourceExhausted, Message: fmt.Sprintf("OOM when allocating %d bytes on a simulated device of %d, of which others have %d and this process may have %d", bytes, s.most, others, s.limit)}
+		return &tensorflow.Error{Code: tensorflow.ResourceExhausted,
+			Message: fmt.Sprintf("OOM when allocating %d bytes on a simulated device of %d, "+
+				"of which others have %d and this process may have %d", bytes, s.most, others, s.limit)}
 	}
 	fresh := filepath.Join(filepath.Dir(s.folder), fmt.Sprintf(".%d", os.Getpid()))
 	if err := os.WriteFile(fresh, []byte(strconv.FormatInt(bytes, 10)), 0o600); err != nil {
@@ -150,7 +152,8 @@ func (s *simulated) take(bytes int64) error {
 }
 
 // Run runs the session if its rows, the largest first dimension of the feeds, fit.
-func (s *simulated) Run(timeout time.Duration, feeds []tensorflow.Feed, fetches []string) ([]*tensorflow.Tensor, error) {
+func (s *simulated) Run(timeout time.Duration, feeds []tensorflow.Feed,
+	fetches []string) ([]*tensorflow.Tensor, error) {
 	rows := int64(1)
 	for _, feed := range feeds {
 		if shape := feed.Tensor.Shape(); len(shape) > 0 {

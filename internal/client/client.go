@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 )
 
 // maxAnswerBytes lets any answer through: its size was bounded by the server.
@@ -40,9 +40,9 @@ type Client struct {
 // the endpoint is not one, or that nobody listens there.
 func Dial(endpoint string) (*Client, error) {
 	if filepath.IsAbs(endpoint) {
-		endpoint = handlers.Scheme + endpoint
+		endpoint = protocol.Scheme + endpoint
 	}
-	path, err := handlers.SocketPath(endpoint)
+	path, err := protocol.SocketPath(endpoint)
 	if err != nil {
 		return nil, err
 	}

@@ -1,3 +1,5 @@
+// Tests of pictures: columns of files and of image structs, and where record batches of them are cut.
+
 package tensor
 
 import (
@@ -9,6 +11,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/array"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -16,8 +19,10 @@ import (
 func imageFields(name string, other arrow.DataType) []arrow.Field {
 	i32 := arrow.PrimitiveTypes.Int32
 	fields := []arrow.Field{
-		{Name: "origin", Type: arrow.BinaryTypes.String, Nullable: true}, {Name: "height", Type: i32, Nullable: true}, {Name: "width", Type: i32, Nullable: true},
-		{Name: "nChannels", Type: i32, Nullable: true}, {Name: "mode", Type: i32, Nullable: true}, {Name: "data", Type: arrow.BinaryTypes.Binary, Nullable: true},
+		{Name: "origin", Type: arrow.BinaryTypes.String, Nullable: true}, {Name: "height", Type: i32, Nullable: true},
+		{Name: "width", Type: i32, Nullable: true},
+		{Name: "nChannels", Type: i32, Nullable: true}, {Name: "mode", Type: i32, Nullable: true},
+		{Name: "data", Type: arrow.BinaryTypes.Binary, Nullable: true},
 	}
 	for i := range fields {
 		if fields[i].Name == name {
@@ -109,17 +114,20 @@ func TestImageStructs(t *testing.T) {
 	var seen []string
 	rows := NewRows(int(rec.NumRows()))
 	binding.Nulls(rec, rows, false)
-	feeds, err := binding.Values(t.Context(), rec, rows, decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
-		for _, p := range pictures {
-			seen = append(seen, fmt.Sprintf("%dx%dx%d %s mode %d %s", p.Height, p.Width, p.Channels, p.DType, ImageMode(p), p.Data))
-		}
-		return Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem), nil, nil
-	}), mem)
+	feeds, err := binding.Values(t.Context(), rec, rows,
+		decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+			for _, p := range pictures {
+				seen = append(seen, fmt.Sprintf("%dx%dx%d %s mode %d %s", p.Height, p.Width, p.Channels, p.DType,
+					ImageMode(p), p.Data))
+			}
+			return Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem), nil, nil
+		}), mem)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ReleaseFeeds(feeds)
-	want := []string{"1x2x3 uint8 mode 16 abcdef", "2x1x1 uint8 mode 0 gh", "1x1x4 uint8 mode 24 abcd", "1x1x3 float32 mode 21 abcdefghijkl"}
+	want := []string{"1x2x3 uint8 mode 16 abcdef", "2x1x1 uint8 mode 0 gh", "1x1x4 uint8 mode 24 abcd",
+		"1x1x3 float32 mode 21 abcdefghijkl"}
 	if !slices.Equal(seen, want) {
 		t.Errorf("the decoder has seen %q, want %q", seen, want)
 	}
@@ -175,7 +183,7 @@ func TestCut(t *testing.T) {
 	}
 	numbers := record(t, mem, "x", arrow.PrimitiveTypes.Float32, 1.0, 2.0)
 	defer numbers.Release()
-	binding = bindOne(t, spec("x", savedmodel.Float32, -1), Input{}, numbers.Schema().Field(0))
+	binding = bindOne(t, spec("x", savedmodel.Float32, -1), protocol.Input{}, numbers.Schema().Field(0))
 	if got := binding.Cut(numbers, nil, 1); !slices.Equal(got, []int64{2}) {
 		t.Errorf("a record batch without pictures is cut at %d", got)
 	}

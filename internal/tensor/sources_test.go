@@ -1,3 +1,5 @@
+// Tests of raw cells, Spark vectors, fixed-shape tensors and dictionaries as columns of an input.
+
 package tensor
 
 import (
@@ -13,14 +15,16 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
 // bindOne binds a column of the given metadata to one input.
-func bindOne(t *testing.T, input savedmodel.Spec, entry Input, field arrow.Field) *Binding {
+func bindOne(t *testing.T, input savedmodel.Spec, entry protocol.Input, field arrow.Field) *Binding {
 	t.Helper()
 	entry.Tensor, entry.Column = input.Name, field.Name
-	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{input}, Outputs: anyInput}, Options{Inputs: Inputs{entry}})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{input}, Outputs: anyInput},
+		Options{Inputs: protocol.Inputs{entry}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,13 +38,16 @@ func bindOne(t *testing.T, input savedmodel.Spec, entry Input, field arrow.Field
 // one returns a record batch of one column, which it takes over.
 func one(name string, column arrow.Array) arrow.Record {
 	defer column.Release()
-	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: column.DataType(), Nullable: true}}, nil), []arrow.Array{column}, int64(column.Len()))
+	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: column.DataType(), Nullable: true}}, nil),
+		[]arrow.Array{column}, int64(column.Len()))
 }
 
 // TestRawAgreesWithCells compares raw cells of all binary types with their concatenation.
 func TestRawAgreesWithCells(t *testing.T) {
-	columns := []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.BinaryView, &arrow.FixedSizeBinaryType{ByteWidth: 12}}
-	dtypes := []savedmodel.DType{savedmodel.Bool, savedmodel.Uint8, savedmodel.Bfloat16, savedmodel.Int32, savedmodel.Float32}
+	columns := []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.BinaryView,
+		&arrow.FixedSizeBinaryType{ByteWidth: 12}}
+	dtypes := []savedmodel.DType{savedmodel.Bool, savedmodel.Uint8, savedmodel.Bfloat16, savedmodel.Int32,
+		savedmodel.Float32}
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
@@ -70,7 +77,8 @@ func TestRawAgreesWithCells(t *testing.T) {
 			}
 		}
 		rec := record(t, mem, "c", column, rows...)
-		binding := bindOne(t, spec("x", dtype, -1, size, 1), Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", dtype, -1, size, 1), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		if err := binding.Check(rec); err != nil {
 			t.Fatal(err)
 		}
@@ -81,8 +89,10 @@ func TestRawAgreesWithCells(t *testing.T) {
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) || !slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), size, 1})) {
-				t.Fatalf("seed %d, %s of %s: %v %v, want %v", seed, column, dtype, feeds[0].Value.Shape, feeds[0].Value.Data, want)
+			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
+				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), size, 1})) {
+				t.Fatalf("seed %d, %s of %s: %v %v, want %v", seed, column, dtype, feeds[0].Value.Shape,
+					feeds[0].Value.Data, want)
 			}
 			ReleaseFeeds(feeds)
 		}
@@ -99,7 +109,8 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, &arrow.FixedSizeBinaryType{ByteWidth: 8}} {
 		rec := record(t, mem, "c", column, "12345678", "abcdefgh", "ABCDEFGH")
-		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		buffers := rec.Column(0).Data().Buffers()
 		bytes := buffers[len(buffers)-1].Bytes()
 		slice := rec.NewSlice(1, 3)
@@ -133,7 +144,8 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
 		n, size, before := r.IntN(10), r.IntN(5), r.IntN(2)
-		input := spec("x", []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}[r.IntN(2)], -1, []int64{-1, int64(size)}[r.IntN(2)])
+		input := spec("x", []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}[r.IntN(2)], -1,
+			[]int64{-1, int64(size)}[r.IntN(2)])
 		b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
 		var kept []int
 		var nulls []bool
@@ -202,7 +214,7 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 		rec := one("c", array.NewSlice(whole, int64(before), int64(before+n)))
 		whole.Release()
 		b.Release()
-		binding := bindOne(t, input, Input{}, rec.Schema().Field(0))
+		binding := bindOne(t, input, protocol.Input{}, rec.Schema().Field(0))
 		if err := binding.Check(rec); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
@@ -218,7 +230,8 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) || !slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), int64(size)})) {
+			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
+				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), int64(size)})) {
 				t.Fatalf("seed %d: %v %v, want %v", seed, feeds[0].Value.Shape, feeds[0].Value.Data, want)
 			}
 			ReleaseFeeds(feeds)
@@ -253,10 +266,12 @@ func TestVectorLengths(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
+	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, rows, nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -278,7 +293,7 @@ func TestListViewsInAnyOrder(t *testing.T) {
 	b.AppendDimensions(1, 2)
 	rec := one("c", b.NewArray())
 	defer rec.Release()
-	binding := bindOne(t, spec("x", savedmodel.Int8, -1, -1), Input{}, rec.Schema().Field(0))
+	binding := bindOne(t, spec("x", savedmodel.Int8, -1, -1), protocol.Input{}, rec.Schema().Field(0))
 	if err := binding.Check(rec); err != nil {
 		t.Fatal(err)
 	}
@@ -295,17 +310,21 @@ func TestListViewsInAnyOrder(t *testing.T) {
 func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, arrow.PrimitiveTypes.Float32), []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0})
+	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, arrow.PrimitiveTypes.Float32),
+		[]any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0})
 	defer rec.Release()
 	field := rec.Schema().Field(0)
-	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"}, []string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
-	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3), {Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
-		feeds, err := bindOne(t, input, Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
+	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"},
+		[]string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
+	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3),
+		{Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
+		feeds, err := bindOne(t, input, protocol.Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
 		child := rec.Column(0).(*array.FixedSizeList).ListValues().Data().Buffers()[1].Bytes()
-		if got := feeds[0].Value; !slices.Equal(got.Shape, []int64{2, 2, 3}) || unsafe.SliceData(got.Data) != &child[0] || len(got.Data) != 48 {
+		if got := feeds[0].Value; !slices.Equal(got.Shape, []int64{2, 2, 3}) ||
+			unsafe.SliceData(got.Data) != &child[0] || len(got.Data) != 48 {
 			t.Errorf("%v of %d bytes", got.Shape, len(got.Data))
 		}
 		ReleaseFeeds(feeds)
@@ -318,7 +337,7 @@ func TestNothingTyped(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.String, savedmodel.Uint8, savedmodel.Bool} {
 		nothing := one("c", array.NewNull(3))
-		binding := bindOne(t, spec("x", dtype, -1, 2), Input{}, nothing.Schema().Field(0))
+		binding := bindOne(t, spec("x", dtype, -1, 2), protocol.Input{}, nothing.Schema().Field(0))
 		rows := NewRows(3)
 		if binding.Nulls(nothing, rows, false); rows.Kept() != 0 || binding.Check(nothing) != nil {
 			t.Errorf("%s: %d rows of nulls take part", dtype, rows.Kept())
@@ -332,7 +351,7 @@ func TestNothingTyped(t *testing.T) {
 		b.Append(true)
 		empty := one("c", b.NewArray())
 		b.Release()
-		pad := Input{Pad: []byte("5")}
+		pad := protocol.Input{Pad: []byte("5")}
 		switch dtype {
 		case savedmodel.String:
 			pad.Pad = []byte(`"5"`)
@@ -341,11 +360,11 @@ func TestNothingTyped(t *testing.T) {
 		}
 		for _, c := range []struct {
 			input savedmodel.Spec
-			entry Input
+			entry protocol.Input
 			shape []int64
 		}{
-			{spec("x", dtype, -1, -1), Input{}, []int64{2, 0}},
-			{spec("x", dtype, -1, -1, -1), Input{}, []int64{2, 0, 0}},
+			{spec("x", dtype, -1, -1), protocol.Input{}, []int64{2, 0}},
+			{spec("x", dtype, -1, -1, -1), protocol.Input{}, []int64{2, 0, 0}},
 			{spec("x", dtype, -1, 2), pad, []int64{2, 2}},
 			{spec("x", dtype, -1, 2, 3), pad, []int64{2, 2, 3}},
 		} {
@@ -360,8 +379,10 @@ func TestNothingTyped(t *testing.T) {
 				t.Fatalf("%s: rows %v, %v", dtype, rows.Positions(), err)
 			}
 			got := feeds[0].Value
-			if !slices.Equal(got.Shape, c.shape) || max(len(got.Data)/max(dtype.Size(), 1), len(got.Strings)) != int(elements(c.shape)) {
-				t.Errorf("%s: shape %v with %d bytes and %d strings, want %v", dtype, got.Shape, len(got.Data), len(got.Strings), c.shape)
+			if !slices.Equal(got.Shape, c.shape) || max(len(got.Data)/max(dtype.Size(), 1),
+				len(got.Strings)) != int(elements(c.shape)) {
+				t.Errorf("%s: shape %v with %d bytes and %d strings, want %v", dtype, got.Shape, len(got.Data),
+					len(got.Strings), c.shape)
 			}
 			ReleaseFeeds(feeds)
 		}
@@ -373,7 +394,8 @@ func TestNothingTyped(t *testing.T) {
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	if err != nil {
 		t.Fatal(err)
 	}

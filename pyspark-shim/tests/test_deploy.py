@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from figures import PROVE
 from fronts import BIN
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -86,7 +85,8 @@ def test_scripts_are_bash(script):
     assert os.access(DEPLOY / script, os.X_OK)
 
 
-@pytest.mark.skipif(not PROVE, reason="its linters come from PyPI; make prove runs it")
+@pytest.mark.prove
+@pytest.mark.network
 @pytest.mark.parametrize(
     ("package", "command"),
     [

@@ -210,7 +210,7 @@ def linear(shape: list[int | None]) -> Any:
 
 def frozen(file: Path) -> Any:
     """The graph as a frozen file gives it."""
-    from flightsvc.graph import TFInputGraph
+    from flightsvc.export.graph import TFInputGraph
 
     file.write_bytes(linear([None, 4]).as_graph_def().SerializeToString())
     return TFInputGraph.fromFrozenFile(file)
@@ -355,8 +355,8 @@ def test_params(models: Path) -> None:
 
 
 def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) -> None:
-    from flightsvc import shipping
     from flightsvc.ml import Stage, TFTransformer
+    from flightsvc.server import shipping
 
     copy = shutil.copytree(models / "two", tmp_path / "two")
     (copy / "weights.txt").write_bytes(os.urandom(9 << 20))  # three pieces, of which no process knows
@@ -532,6 +532,7 @@ def same(found: Any, wanted: Any) -> None:
             np.testing.assert_allclose(one, other, **CLOSE)
 
 
+@pytest.mark.java
 def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
     folder, wanted, every = saved
     streamed = every if PROVE else STREAMED
@@ -539,7 +540,8 @@ def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
     report(ml_stages_saved=len(every), ml_stages_streamed=len(streamed))
 
 
-@pytest.mark.skipif(not PROVE, reason="skipped: with make prove alone")
+@pytest.mark.prove
+@pytest.mark.java
 def test_connect(saved: Any, tmp_path: Path) -> None:
     folder, wanted, every = saved
     with connect_server(HERE, tmp_path / "connect") as remote:

@@ -31,8 +31,10 @@ from figures import PROVE, count, report
 from processes import is_gone, left, until, until_clean
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 from flightsvc.settings import Settings, spark_key
+
+pytestmark = pytest.mark.java
 
 JAR = ROOT / "build" / "spark-plugin" / "flightsvc-spark-plugin.jar"
 PREFIX = "plugin.io.flightsvc.spark.FlightsvcPlugin."

@@ -32,8 +32,9 @@ def main(words: list[str]) -> int:
 
 def answer(verb: str, arguments: list[str]) -> int:
     """Run a verb in Python and return its exit code."""
-    from flightsvc import freeze, plugin, predict
+    from flightsvc import plugin, predict
     from flightsvc.errors import FlightsvcError
+    from flightsvc.export import freeze
 
     run = {"conf": plugin.main, "freeze": freeze.main, "predict": predict.main}[verb]
     try:

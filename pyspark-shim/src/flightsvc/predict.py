@@ -18,13 +18,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flightsvc import loading, sidecar, tables
+from flightsvc import tables
 from flightsvc.commandline import Parser
-from flightsvc.connection import Connection, shared
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.mapping import Output, TensorSpec
-from flightsvc.model import Model, Request, read_signature
+from flightsvc.model import Model
+from flightsvc.request import Request, read_signature
+from flightsvc.server import sidecar
+from flightsvc.server.connection import Connection, shared
 from flightsvc.settings import Settings, variable
+from flightsvc.spark import loading
 
 _LINE_SECONDS = 10.0  # between two lines on progress where nobody sits before a terminal
 _BAR_SECONDS = 0.1

@@ -5,6 +5,7 @@ Memory holds a few record batches, and of a Parquet file that is written an open
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import io
@@ -274,15 +275,24 @@ def _json_lines(path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
                 table = _parsed(lines, schema)
             except pa.ArrowInvalid:
-                for row, line in enumerate(lines, first):
-                    try:
-                        _parsed([line], schema)
-                    except pa.ArrowInvalid as error:
-                        text = str(error).removeprefix("JSON parse error: ").removesuffix(" in row 0")
-                        raise InvalidArgumentError(f"{path}: row {row}: {text}") from error
+                row = bisect.bisect_left(
+                    range(len(lines)), True, key=lambda n: _fails(lines[: n + 1], schema) != ""
+                )
+                if reason := _fails(lines[row : row + 1], schema):
+                    reason = reason.removeprefix("JSON parse error: ").removesuffix(" in row 0")
+                    raise InvalidArgumentError(f"{path}: row {first + row}: {reason}") from None
                 raise
             yield from table.to_batches()
             first += len(lines)
+
+
+def _fails(lines: Sequence[bytes], schema: pa.Schema) -> str:
+    """Return why lines cannot be read, or an empty text."""
+    try:
+        _parsed(lines, schema)
+    except pa.ArrowInvalid as error:
+        return str(error)
+    return ""
 
 
 def _parsed(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
