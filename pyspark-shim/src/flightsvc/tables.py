@@ -154,7 +154,7 @@ class Reader:
         if self.format == "json":
             return _json_lines(file.path, self._columns)
         if self.format == "parquet":  # by pages: a dataset reads whole row groups into memory
-            opened = pyarrow.parquet.ParquetFile(file.path, buffer_size=_PAGES)
+            opened = pyarrow.parquet.ParquetFile(file.path, buffer_size=_PAGES, pre_buffer=False)
             return opened.iter_batches(self._batch_rows)  # type: ignore[no-any-return]
         return file.fragment.to_batches(  # type: ignore[no-any-return]
             schema=self._columns, batch_size=self._batch_rows, batch_readahead=1, fragment_readahead=1
