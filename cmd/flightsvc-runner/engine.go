@@ -10,12 +10,12 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // engine is the model of a runner, as handlers and the scheduler use it.
@@ -25,7 +25,7 @@ type engine interface {
 }
 
 // open loads the model of a setup.
-func open(setup modelcache.Setup) (engine, error) {
+func open(setup control.Setup) (engine, error) {
 	if version := tensorflow.Version(); tensorflow.TooOld(version) {
 		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, "+
 			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken "+
@@ -51,7 +51,7 @@ type session interface {
 	Close() error
 }
 
-func load(setup modelcache.Setup) (*loaded, error) {
+func load(setup control.Setup) (*loaded, error) {
 	saved, err := savedmodel.Read(setup.Dir)
 	if err != nil {
 		return nil, err
@@ -78,11 +78,11 @@ func load(setup modelcache.Setup) (*loaded, error) {
 var unknownOperation = regexp.MustCompile(`Op type not registered '([^']+)'`)
 
 // loadError explains why a SavedModel cannot be loaded, and what to do.
-func loadError(setup modelcache.Setup, err error) error {
+func loadError(setup control.Setup, err error) error {
 	if op := unknownOperation.FindStringSubmatch(err.Error()); op != nil {
 		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; "+
 			"name the library that has it in op_libraries of the model's %s, and allow that file with the server's "+
-			"setting op-libraries", setup.Model, op[1], tensorflow.Version(), modelcache.SettingsFile)
+			"setting op-libraries", setup.Model, op[1], tensorflow.Version(), control.SettingsFile)
 	}
 	if setup.Device != "" && noMemory(err) {
 		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model,

@@ -11,11 +11,11 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // imageEngine decodes pictures where other models decode theirs, before the run, so that a bad picture refuses its own
@@ -33,12 +33,12 @@ const (
 // maxImageBytes bounds the pixels of one picture; the rest of MaxRowBytes is for the other fields of its row.
 const maxImageBytes = tensor.MaxRowBytes - 1<<20
 
-func newImageEngine(setup modelcache.Setup) *imageEngine {
+func newImageEngine(setup control.Setup) *imageEngine {
 	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
 }
 
 // Model returns the signature of the built-in model.
-func (e *imageEngine) Model() *savedmodel.Model { return modelcache.ImageModel }
+func (e *imageEngine) Model() *savedmodel.Model { return control.ImageModel }
 
 // Pictures returns a decoder for each input.
 func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
@@ -124,7 +124,7 @@ func (e *imageEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration
 				out.Strings = append(out.Strings, p[:len(p)-trailerBytes])
 			}
 		default:
-			return nil, fault.New(fault.Internal, "the model %s has no output %q", modelcache.Image, fetch)
+			return nil, fault.New(fault.Internal, "the model %s has no output %q", control.Image, fetch)
 		}
 		outputs[i] = out
 	}

@@ -22,20 +22,20 @@ import (
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
 	"flightsvc/internal/build"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/logging"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 func main() {
 	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the front drains first.
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before this process
-	control, err := controlPipe()
+	pipe, err := controlPipe()
 	if err == nil {
-		err = run(os.Stdin, &reporter{out: json.NewEncoder(control)})
+		err = run(os.Stdin, &reporter{out: json.NewEncoder(pipe)})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "flightsvc-runner: "+err.Error())
@@ -59,7 +59,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	if err != nil {
 		return errors.New("flightsvc starts this program and writes its setup to it; it is not for the command line")
 	}
-	var setup modelcache.Setup
+	var setup control.Setup
 	if err := json.Unmarshal(line, &setup); err != nil {
 		return fmt.Errorf("setup: %w", err)
 	}
@@ -85,7 +85,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	memory := &offheap.Allocator{}
 	engine, err := open(setup)
 	if saved, ok := engine.(*loaded); ok && err == nil && setup.WarmUp {
-		reports.write(modelcache.Report{Warming: true})
+		reports.write(control.Report{Warming: true})
 		err = saved.warmUp(setup, memory, log)
 	}
 	if err != nil {
@@ -93,7 +93,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		if !ok {
 			kind = fault.Internal
 		}
-		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind,
+		reports.write(control.Report{Build: build.ID(), Error: err.Error(), Kind: kind,
 			NoMemory: setup.Device != "" && kind == fault.Exhausted})
 		return err
 	}
@@ -132,7 +132,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	})
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
-	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
+	reports.write(control.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
 	reports.count(service.Counts)
 	serving <- server
 	return server.Serve(listener)
@@ -173,15 +173,15 @@ const memoryWait = 7 * time.Second
 type reporter struct {
 	mu     sync.Mutex // guards the fields below
 	out    *json.Encoder
-	counts func() modelcache.Counts // nil before the model serves
-	sent   modelcache.Counts        // the last counts that the front was sent
+	counts func() control.Counts // nil before the model serves
+	sent   control.Counts        // the last counts that the front was sent
 }
 
 // countInterval is how often changed counts are sent to the front.
 const countInterval = time.Second
 
 // count sends the counts from now on, until the process ends.
-func (r *reporter) count(counts func() modelcache.Counts) {
+func (r *reporter) count(counts func() control.Counts) {
 	r.mu.Lock()
 	r.counts = counts
 	r.mu.Unlock()
@@ -196,12 +196,12 @@ func (r *reporter) sendCounts() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if counts := r.changedLocked(); counts != nil {
-		_ = r.out.Encode(modelcache.Report{Counts: counts})
+		_ = r.out.Encode(control.Report{Counts: counts})
 	}
 }
 
 // changedLocked returns the counts, or nil if they have not changed since they were last sent.
-func (r *reporter) changedLocked() *modelcache.Counts {
+func (r *reporter) changedLocked() *control.Counts {
 	if r.counts == nil {
 		return nil
 	}
@@ -213,7 +213,7 @@ func (r *reporter) changedLocked() *modelcache.Counts {
 	return &now
 }
 
-func (r *reporter) write(report modelcache.Report) {
+func (r *reporter) write(report control.Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	report.Counts = r.changedLocked()
@@ -221,23 +221,23 @@ func (r *reporter) write(report modelcache.Report) {
 }
 
 // StreamOpened reports that a lease has opened its stream.
-func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened: lease}) }
+func (r *reporter) StreamOpened(lease string) { r.write(control.Report{Opened: lease}) }
 
 // StreamClosed reports that a stream has ended.
-func (r *reporter) StreamClosed(lease string) { r.write(modelcache.Report{Closed: lease}) }
+func (r *reporter) StreamClosed(lease string) { r.write(control.Report{Closed: lease}) }
 
 // StreamResting reports that a stream has become idle.
-func (r *reporter) StreamResting(lease string) { r.write(modelcache.Report{Resting: lease}) }
+func (r *reporter) StreamResting(lease string) { r.write(control.Report{Resting: lease}) }
 
 // StreamStirring reports that an idle stream is active again.
-func (r *reporter) StreamStirring(lease string) { r.write(modelcache.Report{Stirring: lease}) }
+func (r *reporter) StreamStirring(lease string) { r.write(control.Report{Stirring: lease}) }
 
 // Answered reports that the runner has answered its first record batch.
-func (r *reporter) Answered() { r.write(modelcache.Report{Answered: true}) }
+func (r *reporter) Answered() { r.write(control.Report{Answered: true}) }
 
-func (r *reporter) deviceBatch(rows int) { r.write(modelcache.Report{DeviceBatch: rows}) }
+func (r *reporter) deviceBatch(rows int) { r.write(control.Report{DeviceBatch: rows}) }
 
-func (r *reporter) pressed() { r.write(modelcache.Report{Pressed: true}) }
+func (r *reporter) pressed() { r.write(control.Report{Pressed: true}) }
 
 // Interface guards.
 var _ handlers.StreamEvents = (*reporter)(nil)

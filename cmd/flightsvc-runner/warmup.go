@@ -15,10 +15,10 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // zerosTime bounds all runs with zeros of a model without warm-up requests: a loop in it may not end on zeros.
@@ -27,7 +27,7 @@ const zerosTime = 10 * time.Second
 // warmUp runs the model, so that no stream waits for what TensorFlow does in its first runs. It replays the Predict
 // requests of TF Serving's warm-up file; a failure is a fault that names the record. Without the file it runs zeros; a
 // failure is only logged.
-func (e *loaded) warmUp(setup modelcache.Setup, mem memory.Allocator, log *zap.Logger) error {
+func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logger) error {
 	started := time.Now()
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := os.Open(path) //nolint:gosec // of the model
@@ -117,7 +117,7 @@ func newValue(c savedmodel.Constant, mem memory.Allocator) tensor.Value {
 
 // warmUpWithZeros runs each signature with each of the allowed batch sizes, where it can, and returns the number of
 // runs.
-func (e *loaded) warmUpWithZeros(setup modelcache.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
+func (e *loaded) warmUpWithZeros(setup control.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
 	until := time.Now().Add(zerosTime)
 	sizes := []int{1}
 	if allowed := setup.Batching.AllowedBatchSizes; len(allowed) > 0 {

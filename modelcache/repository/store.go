@@ -1,15 +1,12 @@
-package modelcache
+package repository
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -27,63 +24,32 @@ import (
 //	<cache-dir>/models/.push-<pid>-<start>-<random>/
 const pushPattern = ".push-%d-%d-"
 
-// digestForm is how a digest is written: in references, in commands, in answers.
-var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
-
-// CheckDigest refuses text that is not sha256: and 64 hexadecimal digits.
-func CheckDigest(digest string) error {
-	if !digestForm.MatchString(digest) {
-		return fault.New(fault.BadRequest, "%.80q is no digest; want sha256: and 64 lower-case hexadecimal digits", digest)
-	}
-	return nil
-}
-
-// contents are what a digest is made of: the regular files of a folder.
-type contents []listed
-
-type listed struct {
-	path string // relative, with /
-	size int64
-	sum  [sha256.Size]byte
-}
-
-// digest returns "sha256:" and the SHA-256 over lines "<path> <size> <sha256>\n" of all files, sorted by the
-// bytes of their paths.
-func (l contents) digest() string {
-	slices.SortFunc(l, func(a, b listed) int { return strings.Compare(a.path, b.path) })
-	sum := sha256.New()
-	for _, file := range l {
-		_, _ = fmt.Fprintf(sum, "%s %d %x\n", file.path, file.size, file.sum) // a hash takes all
-	}
-	return "sha256:" + hex.EncodeToString(sum.Sum(nil))
-}
-
-func (c *Cache) models() string { return filepath.Join(c.options.CacheDir, "models") }
+func (r *Repository) models() string { return filepath.Join(r.options.CacheDir, "models") }
 
 // pushed returns the folder of a pushed model.
-func (c *Cache) pushed(digest string) (string, error) {
+func (r *Repository) pushed(digest string) (string, error) {
 	if err := CheckDigest(digest); err != nil {
 		return "", err
 	}
-	if !c.known(digest) {
+	if !r.known(digest) {
 		return "", fault.New(fault.NotFound, "model %s: it has not been pushed to this host; push its folder with DoPut (Client.push in Python)", digest)
 	}
-	return c.place(digest), nil
+	return r.Place(digest), nil
 }
 
-func (c *Cache) place(digest string) string {
-	return filepath.Join(c.models(), strings.TrimPrefix(digest, "sha256:"))
+func (r *Repository) Place(digest string) string {
+	return filepath.Join(r.models(), strings.TrimPrefix(digest, "sha256:"))
 }
 
 // Known reports whether the model of a digest, which CheckDigest takes, lies on this host; whoever asks is about to
 // use it.
-func (c *Cache) Known(digest string) bool {
-	c.touch(c.place(digest))
-	return c.known(digest)
+func (r *Repository) Known(digest string) bool {
+	r.touch(r.Place(digest))
+	return r.known(digest)
 }
 
-func (c *Cache) known(digest string) bool {
-	_, err := os.Stat(filepath.Join(c.place(digest), savedmodel.File))
+func (r *Repository) known(digest string) bool {
+	_, err := os.Stat(filepath.Join(r.Place(digest), savedmodel.File))
 	return err == nil
 }
 
@@ -93,24 +59,24 @@ func (c *Cache) known(digest string) bool {
 //
 // Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where
 // the cache-dir cannot be used, Unavailable if the cache is closing; an error of the reader stays as it is.
-func (c *Cache) Push(archive io.Reader, want string) (digest string, known bool, err error) {
-	if !c.begin() {
-		return "", false, errClosing
+func (r *Repository) Push(archive io.Reader, want string) (digest string, known bool, err error) {
+	if !r.begin() {
+		return "", false, ErrClosing
 	}
-	defer c.working.Done()
+	defer r.working.Done()
 
-	dir, err := c.beside(pushPattern)
+	dir, err := r.beside(pushPattern)
 	if err != nil {
-		return "", false, c.diskFault(err)
+		return "", false, r.diskFault(err)
 	}
 	defer func() {
 		if rmErr := os.RemoveAll(dir); rmErr != nil { // nothing is there once it has its name
-			c.options.Log.Warn("push not cleared away", zap.Error(rmErr))
+			r.options.Log.Warn("push not cleared away", zap.Error(rmErr))
 		}
 	}()
 	digest, err = unpack(dir, archive)
 	if err != nil {
-		return "", false, c.diskFault(err)
+		return "", false, r.diskFault(err)
 	}
 	if want != "" && digest != want {
 		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
@@ -118,42 +84,68 @@ func (c *Cache) Push(archive io.Reader, want string) (digest string, known bool,
 	if _, err := savedmodel.Read(dir); err != nil {
 		return "", false, fault.New(fault.BadRequest, "the archive's %s cannot be read: %w", savedmodel.File, errors.Unwrap(err))
 	}
-	err = os.Rename(dir, c.place(digest))
+	err = os.Rename(dir, r.Place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // or another push was first
-		c.touch(c.place(digest))
+		r.touch(r.Place(digest))
 		return digest, true, nil
 	}
 	if err != nil {
-		return "", false, c.diskFault(err)
+		return "", false, r.diskFault(err)
 	}
-	c.options.Log.Info("model pushed", zap.String("model", digest))
-	c.collectSoon()
+	r.options.Log.Info("model pushed", zap.String("model", digest))
+	r.collectSoon()
 	return digest, false, nil
 }
 
+// Add keeps a SavedModel that write puts into a folder, and returns its digest. After an error, which is that of write
+// if it has one, nothing of it is left.
+func (r *Repository) Add(ctx context.Context, ref string, write func(folder string) error) (digest string, err error) {
+	dir, err := r.beside(pushPattern)
+	if err != nil {
+		return "", r.diskFault(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	out := filepath.Join(dir, "model")
+	if err := write(out); err != nil {
+		return "", err
+	}
+	files, err := scan(out)
+	if err != nil {
+		return "", r.diskFault(err)
+	}
+	if digest, err = digestOf(ctx, Model{Ref: ref, Dir: out, Stamp: files.stamp}); err != nil {
+		return "", err
+	}
+	if err := r.keep(out, digest); err != nil {
+		return "", r.diskFault(err)
+	}
+	r.collectSoon()
+	return digest, nil
+}
+
 // beside makes a folder among the models, with the name of this process in it.
-func (c *Cache) beside(pattern string) (string, error) {
-	if err := rundir.Ensure(c.models()); err != nil {
+func (r *Repository) beside(pattern string) (string, error) {
+	if err := rundir.Ensure(r.models()); err != nil {
 		return "", fault.New(fault.Precondition, "cache-dir: %w", err)
 	}
 	self, err := rundir.Of(os.Getpid())
 	if err != nil {
 		return "", err
 	}
-	return os.MkdirTemp(c.models(), fmt.Sprintf(pattern, self.PID, self.Start))
+	return os.MkdirTemp(r.models(), fmt.Sprintf(pattern, self.PID, self.Start))
 }
 
 // diskFault makes a fault of an error of the file system, and returns any other as it is.
-func (c *Cache) diskFault(err error) error {
+func (r *Repository) diskFault(err error) error {
 	var number syscall.Errno
 	switch {
 	case !errors.As(err, &number):
 		return err
 	case number == syscall.ENOSPC || number == syscall.EDQUOT:
-		return fault.New(fault.Exhausted, "there is no space left for this model in cache-dir %s; free some, or set cache-dir to a larger place", c.options.CacheDir)
+		return fault.New(fault.Exhausted, "there is no space left for this model in cache-dir %s; free some, or set cache-dir to a larger place", r.options.CacheDir)
 	}
 	if _, ok := fault.KindOf(err); ok {
 		return err
 	}
-	return fault.New(fault.Precondition, "cache-dir %s cannot be written (%w); set cache-dir to another place", c.options.CacheDir, number)
+	return fault.New(fault.Precondition, "cache-dir %s cannot be written (%w); set cache-dir to another place", r.options.CacheDir, number)
 }
