@@ -24,7 +24,7 @@ from record import ROOT, keep, machine, place
 sys.path.append(str(ROOT / "examples"))
 import crops
 
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
 
 BENCH = ROOT / "build" / "bench"
 LOG = BENCH / "quick.log"

@@ -21,7 +21,7 @@ from typing import Any
 
 from record import ROOT, keep, machine, place
 
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
 
 CHOSEN_BOUND = 0.95
 """Least speed of the chosen configuration, as a fraction of the fastest one."""
