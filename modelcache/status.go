@@ -50,7 +50,7 @@ func (c *Cache) Status() []ModelStatus {
 			continue
 		}
 		state := StateFailed
-		if now.Before(h.bars) {
+		if now.Before(h.quarantinedUntil) {
 			state = StateQuarantined
 		}
 		list = append(list, ModelStatus{Model: h.ref, Version: h.version, Dir: dir, State: state, Reason: h.reason})
