@@ -21,6 +21,7 @@ import (
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
@@ -400,7 +401,7 @@ func TestSwap(t *testing.T) {
 		behave(cache, "refuses")
 		expect.Write(t, filepath.Join(filepath.Join(base, "2"), savedmodel.File), expect.SavedModel())
 		expect.Eventually(t, "version 2 has failed", func() bool {
-			return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
+			return slices.ContainsFunc(cache.Status(), func(m protocol.ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
 		})
 		if got := resolve(); got.Version != "1" || !old.Alive() {
 			t.Errorf("after a version that fails %s serves", got.Version)
@@ -551,7 +552,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 		if got, ok := cache.Loaded(model, ""); !ok || got != one || cache.Busy() {
 			t.Errorf("loaded %v, %t; the status is %+v", got, ok, cache.Status())
 		}
-		want := ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
+		want := protocol.ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
 		got := cache.Status()
 		if len(got) == 1 { // what depends on the machine
 			want.Memory, want.Reserved, want.Digest = got[0].Memory, got[0].Reserved, got[0].Digest

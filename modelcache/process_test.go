@@ -24,6 +24,7 @@ import (
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
@@ -236,7 +237,7 @@ func TestLoadFails(t *testing.T) {
 func TestMeasureAProcess(t *testing.T) {
 	t.Parallel()
 	cache, model := newCache(t, "measures", nil)
-	report, err := cache.Measure(t.Context(), model, tuning.Choice{Cores: 3}, control.Measurement{BatchSizes: []int{4}})
+	report, err := cache.Measure(t.Context(), model, protocol.Choice{Cores: 3}, control.Measurement{BatchSizes: []int{4}})
 	if want := []control.Measured{{BatchSize: 4, Median: 3}}; err != nil || !slices.Equal(report.Measured, want) {
 		t.Errorf("measured %v, %v", report.Measured, err)
 	}
@@ -247,7 +248,7 @@ func TestMeasureAProcess(t *testing.T) {
 			expect.Write(t, filepath.Join(model.Dir, "again"), "")
 			time.AfterFunc(200*time.Millisecond, cancel)
 		}
-		_, err := cache.Measure(ctx, model, tuning.Choice{}, control.Measurement{})
+		_, err := cache.Measure(ctx, model, protocol.Choice{}, control.Measurement{})
 		if err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("%s: %v", mode, err)
 		}
