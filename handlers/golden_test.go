@@ -127,7 +127,7 @@ func TestGoldenDescriptors(t *testing.T) {
 			expect.Fault(t, err, fault.BadRequest, c.Says...)
 		})
 	}
-	model, err := savedmodel.Read(filepath.Join(golden, "model"))
+	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestGoldenStatus(t *testing.T) {
 func TestGoldenSchemaMetadata(t *testing.T) {
 	var file map[string]json.RawMessage
 	readGolden(t, "schema_metadata.json", &file)
-	model, err := savedmodel.Read(filepath.Join(golden, "model"))
+	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

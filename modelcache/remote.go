@@ -301,7 +301,7 @@ func (c *Cache) findRemote(ctx context.Context, ref, version string, at location
 	if err != nil {
 		return Model{}, err
 	}
-	return c.withSaved(model, snapshot{}) // the files of a digest never change
+	return c.withSaved(ctx, model, snapshot{}) // the files of a digest never change
 }
 
 // storedSettings reads a settings file beside versions in a store.

@@ -66,7 +66,7 @@ func (c *Cache) lookUp(ctx context.Context, ref, version string, wait bool) (Mod
 	if model.Settings, err = readSettings(base); err != nil {
 		return Model{}, err
 	}
-	return c.withSaved(model, now)
+	return c.withSaved(ctx, model, now)
 }
 
 func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
@@ -96,8 +96,8 @@ func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait b
 }
 
 // withSaved reads what the model says about itself, as far as its settings let it be served.
-func (c *Cache) withSaved(model Model, now snapshot) (Model, error) {
-	saved, err := c.read.model(model.Dir, now)
+func (c *Cache) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
+	saved, err := c.read.model(ctx, model.Dir, now)
 	if err != nil {
 		return Model{}, err
 	}
@@ -121,7 +121,7 @@ type reading struct {
 }
 
 // model returns what savedmodel.Read returns. now is how the folder looked before.
-func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
+func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
 	graph, _ := now.find(savedmodel.File)
 	r.mu.Lock()
 	known, ok := r.known[dir]
@@ -129,7 +129,7 @@ func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
 	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
-	model, err := savedmodel.Read(dir)
+	model, err := savedmodel.Read(ctx, dir, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -115,7 +115,7 @@ func (c *Cache) Push(archive io.Reader, want string) (digest string, known bool,
 	if want != "" && digest != want {
 		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
 	}
-	if _, err := savedmodel.Read(dir); err != nil {
+	if _, err := savedmodel.Read(c.ctx, dir, nil); err != nil {
 		return "", false, fault.New(fault.BadRequest, "the archive's %s cannot be read: %w", savedmodel.File, errors.Unwrap(err))
 	}
 	err = os.Rename(dir, c.place(digest))

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"regexp"
 	"strings"
@@ -48,7 +49,7 @@ type session interface {
 }
 
 func load(setup modelcache.Setup) (*loaded, error) {
-	saved, err := savedmodel.Read(setup.Dir)
+	saved, err := savedmodel.Read(context.Background(), setup.Dir, nil)
 	if err != nil {
 		return nil, err
 	}
