@@ -61,7 +61,8 @@ test-fuzz: build ## every parser of bytes off the wire, briefly
 test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 pyspark-shim/tests
 
-lint: build ## gofmt, go vet, staticcheck, ruff, mypy
+lint: build ## the house rules, gofmt, go vet, staticcheck, ruff, mypy
+	@$(PY) tools/house.py
 	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal benchmarks)" || { gofmt -d cmd handlers gpu modelcache internal benchmarks; exit 1; }
 	@go vet ./...
 	@go tool staticcheck ./...

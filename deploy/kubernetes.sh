@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a program of Spark's on Kubernetes. The plugin starts the sidecar in each executor's container; with TEMPLATE,
-# the sidecar has a container of its own in the executor's pod.
+# Runs a Spark program on Kubernetes. The plugin starts a sidecar in each executor's container; with TEMPLATE, the
+# sidecar has its own container in the executor's pod.
 #
 #     IMAGE=registry.example.com/flightsvc:0.1.0 deploy/kubernetes.sh k8s://https://HOST:6443 PROGRAM [ARGUMENT...]
 #     TEMPLATE=deploy/kubernetes.yaml IMAGE=... deploy/kubernetes.sh ...
@@ -14,7 +14,7 @@ if [[ -n ${TEMPLATE:-} ]]; then
 else
 	sidecar=(--conf spark.plugins=io.flightsvc.spark.FlightsvcPlugin)
 fi
-# Models take memory outside of the JVM: 512 MB for TensorFlow, and what the models take.
+# The sidecar uses memory outside the JVM: 512 MB for TensorFlow, and the memory of the models.
 exec spark-submit --master "$1" --deploy-mode cluster \
 	--conf spark.kubernetes.container.image="$IMAGE" \
 	--conf spark.kubernetes.namespace="${NAMESPACE:-default}" \

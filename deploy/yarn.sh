@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a program of Spark's on YARN, whose hosts need Python 3.11 and nothing of flightsvc: the environment travels
-# as an archive, which YARN unpacks once per host as ./environment. The plugin finds the sidecar in it.
+# Runs a Spark program on YARN. Hosts need Python 3.11 but not flightsvc: the Python environment is shipped as an
+# archive, which YARN unpacks once per host as ./environment. The plugin finds the sidecar in it.
 #
 #     make wheel && deploy/yarn.sh PROGRAM [ARGUMENT...]
 set -euo pipefail

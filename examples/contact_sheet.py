@@ -1,4 +1,4 @@
-"""Draws photos with what a classifier says of them as one picture."""
+"""Draws photos and the labels that a classifier gave them as one picture, the contact sheet of the demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels photographs with a real network: from a client that knows only pyarrow, in Spark, and in SQL.
+"""Labels photographs with a real network: from a client that imports only pyarrow, in Spark, and in SQL.
 
 `make demo` runs it, after the build. It ends with one table, and with the picture ``build/demo.png``.
 """
@@ -53,22 +53,22 @@ PHOTOS = (
 """Photographs that come with scikit-image: PNG and JPEG, colour and grey."""
 
 FLIGHT_PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "rocket.jpg")
-"""Those of them that the standalone client asks about, too."""
+"""The photographs that the standalone client classifies, too."""
 
 QUERY = "SELECT path, classify(content) FROM images"
-"""What is asked in SQL, where ``classify`` is the model."""
+"""The query in SQL; ``classify`` is the model."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the network said of one photo.
+    """The network's answer for one photo.
 
     Attributes:
         photo: the file's name.
         best: the three most probable classes, as indices and probabilities.
-        server: the sidecar that answered, as host and process id; empty for a function of SQL, which gives
-            no more than the model's output.
-        via: who asked: ``spark``, ``sql`` or ``flight``.
+        server: the sidecar that answered, as host and process id; empty in SQL, where a function returns
+            only the model's output.
+        via: how it was asked: ``spark``, ``sql`` or ``flight``.
     """
 
     photo: str
@@ -78,7 +78,7 @@ class Answer:
 
 
 def main() -> None:
-    """Runs the demo; leaves by `SystemExit` with one sentence where something is missing or fails."""
+    """Runs the demo; exits with a message of one sentence if something is missing or fails."""
     started = time.monotonic()
 
     def progress(line: str) -> None:
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def check_toolchain() -> None:
-    """Leaves with one sentence when the demo cannot run here."""
+    """Exits with a message if the demo cannot run here."""
     for name in ("flightsvc", "flightsvc-runner"):
         if not os.access(PROGRAMS / name, os.X_OK):
             sys.exit(f"demo: {PROGRAMS / name} is missing; run `make build` first")
@@ -125,7 +125,7 @@ def copy_photos() -> Path:
 
 
 def make_model(progress: Callable[[str], None]) -> Path:
-    """Returns the SavedModel. It is exported in another process, which takes TensorFlow away with it."""
+    """Returns the SavedModel's folder; another process exports it, since TensorFlow keeps its memory."""
     if lite0.folder().exists():
         progress(f"the model is there: {lite0.folder()}")
         return lite0.folder()
@@ -143,7 +143,7 @@ def make_model(progress: Callable[[str], None]) -> Path:
 
 
 def classify_in_client(model: Path, photos: list[Path], progress: Callable[[str], None]) -> list[Answer]:
-    """Starts a server and asks it through ``standalone_client.py``, which imports nothing but pyarrow."""
+    """Starts a server and runs ``standalone_client.py``, which imports only pyarrow, against it."""
     progress("starting flightsvc serve")
     with served(BUILD / "flightsvc.log") as endpoint:
         progress(f"asking it through examples/standalone_client.py: {endpoint}")
@@ -159,8 +159,9 @@ def classify_in_client(model: Path, photos: list[Path], progress: Callable[[str]
 
 @contextmanager
 def served(log: Path) -> Iterator[str]:
-    """Runs ``flightsvc serve`` and gives its endpoint; it ends with the block, or with this process."""
-    # Field 22 of stat is the process's start time; a command name before it may hold blanks and brackets.
+    """Runs ``flightsvc serve`` and yields its endpoint; it ends with the block, or with this process."""
+    # Field 22 of stat is the start time of this process; the command's name before it may contain blanks and
+    # brackets.
     start_time = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     command = [str(PROGRAMS / "flightsvc"), "serve", "--owner", f"{os.getpid()}:{start_time}"]
     command += ["--libtensorflow", str(package_folder("tensorflow"))]
@@ -208,19 +209,19 @@ def classify_in_spark(
 
 
 def spark_answer(path: str, probabilities: list[float], sidecar: str, via: str) -> Answer:
-    """Returns what a row of a job says."""
+    """Returns the answer in a row of a job."""
     best = sorted(enumerate(probabilities), key=lambda pair: pair[1], reverse=True)[:3]
     return Answer(Path(path).name, best, sidecar, via)
 
 
 @contextmanager
 def spark_session(log: Path) -> Iterator[SparkSession]:
-    """Runs Spark with two executor processes on this machine. All that Spark has to say goes to the log."""
+    """Runs Spark with two executor processes on this machine; Spark's output goes to the log."""
     os.environ["PYSPARK_PYTHON"] = sys.executable
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     with log.open("w") as file:
         try:
-            with redirected_output(file):  # the JVM keeps it for its life
+            with redirected_output(file):  # the JVM inherits it
                 spark = (
                     SparkSession.builder.master("local-cluster[2,1,2048]")
                     .appName("flightsvc demo")
@@ -247,7 +248,7 @@ def spark_session(log: Path) -> Iterator[SparkSession]:
 
 
 def reason(error: Exception) -> str:
-    """Returns the one line of a job's error that a person wants: that of the Python exception in a worker."""
+    """Returns the useful line of a job's error: that of the Python exception in a worker."""
     lines = str(error).split("JVM stacktrace:")[0].strip().splitlines()
     raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) and ": " in line]
     return (raised or lines or [type(error).__name__])[-1].strip()
@@ -255,7 +256,7 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def redirected_output(file: IO[str]) -> Iterator[None]:
-    """Sends what child processes started meanwhile write to stdout and stderr into the file."""
+    """Redirects standard output and error of child processes started in the block to the file."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
@@ -270,7 +271,7 @@ def redirected_output(file: IO[str]) -> Iterator[None]:
 
 
 def collect(df: DataFrame, progress: Callable[[str], None]) -> list[Row]:
-    """Runs the job in a second thread, while this one tells how far it is and can be interrupted."""
+    """Runs the job in a second thread, while this one reports progress and can be interrupted."""
     tracker = df.sparkSession.sparkContext.statusTracker()
     told = 0
     with ThreadPoolExecutor(1) as pool:
@@ -292,7 +293,7 @@ def package_folder(name: str) -> Path:
 
 
 def print_table(answers: list[Answer], labels: list[str]) -> None:
-    """Prints one line per answer, and by how much the ways differ."""
+    """Prints one line per answer, and the largest difference between the three ways."""
     header = ("photo", "best three labels", "", "", "sidecar", "via")
     table = [
         (a.photo, *(f"{labels[i]} {p:.2f}" for i, p in a.best), a.server, a.via)

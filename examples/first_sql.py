@@ -1,4 +1,4 @@
-"""A first model in SQL: a Keras network of one neuron that knows Fahrenheit, run beside each executor.
+"""A first model in SQL: a Keras network of one neuron that converts Celsius to Fahrenheit.
 
 spark-submit --master spark://HOST:7077 --properties-file flightsvc.conf examples/first_sql.py
 """

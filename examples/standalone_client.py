@@ -5,8 +5,8 @@
 
 MODEL is the folder of a SavedModel with an input ``image`` and an output ``probabilities``. For each photo
 one line of JSON is printed: its name, the three most probable classes with their probabilities, the server
-that answered, and whether the data went straight to the model's own process ("redirected") or through the
-front.
+that answered, and whether the data went directly to the runner, the model's own process ("redirected": true),
+or through the front (false).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def classify(endpoint: str, model: Path, photos: list[Path]) -> None:
     """Sends the photos to the server at ``endpoint`` and prints their classes.
 
     Raises:
-        pyarrow.lib.ArrowException: the server's own sentence when it refuses something.
-            `pyarrow.flight.FlightUnavailableError` means: ask again.
+        pyarrow.lib.ArrowException: the server refused the request; the text is the server's message.
+            After `pyarrow.flight.FlightUnavailableError` the request may be tried again.
     """
     descriptor = {
         "v": 1,
@@ -39,8 +39,8 @@ def classify(endpoint: str, model: Path, photos: list[Path]) -> None:
     }
     front = flight.connect(endpoint)
 
-    # The front makes the model ready, then says where to send the data (the runner, which is the model's own
-    # process; no location means: here) and what to say there (the ticket, which holds a lease).
+    # The front loads the model, then returns the location to send data to (the runner; without a location,
+    # this connection to the front) and the ticket to send there.
     info = front.get_flight_info(flight.FlightDescriptor.for_command(json.dumps(descriptor)))
     place = info.endpoints[0]
     server = flight.connect(place.locations[0]) if place.locations else front
@@ -53,7 +53,7 @@ def classify(endpoint: str, model: Path, photos: list[Path]) -> None:
         for start in range(0, len(photos), BATCH):
             some = photos[start : start + BATCH]
             writer.write_batch(pa.record_batch([[photo.read_bytes() for photo in some]], schema=schema))
-            # Each record batch is answered by one or more, in the order of the rows.
+            # The answer to a record batch is one record batch or several, with the rows in the same order.
             rows: list[list[float]] = []
             last = False
             while not last:

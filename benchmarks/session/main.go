@@ -1,7 +1,9 @@
-// Command session runs the session of a SavedModel in a loop, with nothing around it: so many goroutines, each with the same
-// batch of made-up rows again and again. It is what a runner is measured beside. It prints the rows/s of each window as JSON.
+// Command session runs the session of a SavedModel in a loop, with nothing around it; benchmarks compare a runner with
+// it. Each of -callers goroutines runs the same batch of random rows again and again. It prints the rows/s of each
+// window as JSON.
 //
-//	session -model DIR -tensor serving_default_x:0 -shape 224,224,3 -fetch StatefulPartitionedCall:0 -batch 16 -cores 2 -callers 2 -window 400ms -windows 3
+//	session -model DIR -tensor serving_default_x:0 -shape 224,224,3 -fetch StatefulPartitionedCall:0 \
+//	    -batch 16 -cores 2 -callers 2 -window 400ms -windows 3
 //
 // The one input is float32. TF_ENABLE_ONEDNN_OPTS is the caller's.
 package main
@@ -47,7 +49,8 @@ func run() error {
 	windows := flag.Int("windows", 3, "windows")
 	flag.Parse()
 
-	session, err := tensorflow.Load(*model, []string{savedmodel.ServeTag}, tensorflow.Options{IntraOpThreads: *cores, InterOpThreads: *cores})
+	session, err := tensorflow.Load(*model, []string{savedmodel.ServeTag},
+		tensorflow.Options{IntraOpThreads: *cores, InterOpThreads: *cores})
 	if err != nil {
 		return err
 	}

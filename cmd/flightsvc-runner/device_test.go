@@ -36,10 +36,12 @@ type onDevice struct {
 var leaseKey = []byte("key")
 
 // startOnDevice runs the binary on the model ints with the given memory of model and row.
-func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*modelcache.Setup), environ ...string) *onDevice {
+func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*modelcache.Setup),
+	environ ...string) *onDevice {
 	t.Helper()
 	r := &onDevice{t: t, cmd: exec.Command(binary), reports: make(chan modelcache.Report, 100)}
-	setup := modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"), Socket: filepath.Join(folder, name+".sock"), Key: leaseKey, LogLevel: "error", Cores: 1, Device: "GPU-1"}
+	setup := modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"),
+		Socket: filepath.Join(folder, name+".sock"), Key: leaseKey, LogLevel: "error", Cores: 1, Device: "GPU-1"}
 	if change != nil {
 		change(&setup)
 	}
@@ -115,11 +117,14 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	b := array.NewRecordBuilder(memory.DefaultAllocator, arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}}, nil))
+	b := array.NewRecordBuilder(memory.DefaultAllocator,
+		arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}},
+			nil))
 	defer b.Release()
 	for row := range rows {
 		b.Field(0).(*array.ListBuilder).Append(true)
-		b.Field(0).(*array.ListBuilder).ValueBuilder().(*array.Int64Builder).AppendValues([]int64{int64(row), 1, 2}, nil)
+		b.Field(0).(*array.ListBuilder).ValueBuilder().(*array.Int64Builder).AppendValues([]int64{int64(row), 1, 2},
+			nil)
 	}
 	rec := b.NewRecord()
 	defer rec.Release()
@@ -128,7 +133,8 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 		r.t.Fatal(err)
 	}
 	w := flight.NewRecordWriter(stream, ipc.WithSchema(rec.Schema()))
-	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
+	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD,
+		Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
 	if err := w.Write(rec); err != nil {
 		r.t.Fatal(err)
 	}
@@ -171,11 +177,13 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(folder) })
 	binary := filepath.Join(folder, "runner")
-	if text, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "simulated_device", "-o", binary, ".").CombinedOutput(); err != nil {
+	if text, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "simulated_device", "-o",
+		binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
 	state := t.TempDir()
-	if err := os.WriteFile(filepath.Join(state, "devices"), fmt.Appendf(nil, "GPU-0 Any 1 8.0 -\nGPU-1 Some_GPU %d 8.0 -\n", 42<<20), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(state, "devices"),
+		fmt.Appendf(nil, "GPU-0 Any 1 8.0 -\nGPU-1 Some_GPU %d 8.0 -\n", 42<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	ready := func(r modelcache.Report) bool { return r.Ready }
@@ -186,7 +194,8 @@ func TestSimulatedDevice(t *testing.T) {
 		}
 		return string(text)
 	}
-	first := startOnDevice(t, binary, state, folder, "first", func(s *modelcache.Setup) { s.WarmUp = true }, "SIMULATED_MODEL_BYTES=10485760")
+	first := startOnDevice(t, binary, state, folder, "first", func(s *modelcache.Setup) { s.WarmUp = true },
+		"SIMULATED_MODEL_BYTES=10485760")
 	first.hear("warming", func(r modelcache.Report) bool { return r.Warming })
 	first.hear("ready", ready)
 	if got := taken(first); got != fmt.Sprint(11<<20) { // warmed up with one row
@@ -196,7 +205,8 @@ func TestSimulatedDevice(t *testing.T) {
 	if err != nil || meta.TFRows != 100+50+100 { // both halves of the first half fit, and two more
 		t.Errorf("%d rows of runs, %v", meta.TFRows, err)
 	}
-	if report := first.hear("of the rows that fit", func(r modelcache.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
+	if report := first.hear("of the rows that fit",
+		func(r modelcache.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
 		t.Errorf("%d rows fit", report.DeviceBatch)
 	}
 	first.hear("answered", func(r modelcache.Report) bool { return r.Answered })
@@ -208,13 +218,16 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 
 	second := startOnDevice(t, binary, state, folder, "second", nil, "SIMULATED_MODEL_BYTES=8388608")
-	if report := second.hear("of an error", func(r modelcache.Report) bool { return r.Error != "" }); !report.NoMemory || !strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
+	if report := second.hear("of an error",
+		func(r modelcache.Report) bool { return r.Error != "" }); !report.NoMemory ||
+		!strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
 		t.Errorf("reported %+v", report)
 	}
 	second.end()
 
 	// Not even one row of the third fits, until the first has ended.
-	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576", "SIMULATED_ROW_BYTES=10485760")
+	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576",
+		"SIMULATED_ROW_BYTES=10485760")
 	third.hear("ready", ready)
 	done := make(chan error, 1)
 	go func() {
@@ -229,9 +242,12 @@ func TestSimulatedDevice(t *testing.T) {
 	third.end()
 
 	// The bound of the setup holds as well; what a stream hears then says what to do.
-	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *modelcache.Setup) { s.DeviceBytes = 2 << 20 }, "SIMULATED_MODEL_BYTES=1500000")
+	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *modelcache.Setup) { s.DeviceBytes = 2 << 20 },
+		"SIMULATED_MODEL_BYTES=1500000")
 	fourth.hear("ready", ready)
-	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") || !strings.Contains(err.Error(), "record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
+	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||
+		!strings.Contains(err.Error(),
+			"record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -26,7 +26,9 @@ type engine interface {
 // open loads the model of a setup.
 func open(setup modelcache.Setup) (engine, error) {
 	if version := tensorflow.Version(); tensorflow.TooOld(version) {
-		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken from (setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
+		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, "+
+			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken "+
+			"from (setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
 	}
 	if setup.Dir == "" {
 		return newImageEngine(setup), nil
@@ -55,7 +57,9 @@ func load(setup modelcache.Setup) (*loaded, error) {
 	}
 	for _, library := range setup.OpLibraries {
 		if err := tensorflow.LoadLibrary(library); err != nil {
-			return nil, fault.New(fault.Precondition, "model %s: the library %s, one of its op_libraries, cannot be loaded: %s; it must be built for this machine and for TensorFlow %s", setup.Model, library, firstLine(err), tensorflow.Version())
+			return nil, fault.New(fault.Precondition, "model %s: the library %s, one of its op_libraries, "+
+				"cannot be loaded: %s; it must be built for this machine and for TensorFlow %s", setup.Model, library,
+				firstLine(err), tensorflow.Version())
 		}
 	}
 	options := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
@@ -75,16 +79,20 @@ var unknownOperation = regexp.MustCompile(`Op type not registered '([^']+)'`)
 // loadError says in plain words why a SavedModel cannot be loaded.
 func loadError(setup modelcache.Setup, err error) error {
 	if op := unknownOperation.FindStringSubmatch(err.Error()); op != nil {
-		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; name the library that has it in op_libraries of the model's %s, and allow that file with the server's setting op-libraries", setup.Model, op[1], tensorflow.Version(), modelcache.SettingsFile)
+		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; "+
+			"name the library that has it in op_libraries of the model's %s, and allow that file with the server's "+
+			"setting op-libraries", setup.Model, op[1], tensorflow.Version(), modelcache.SettingsFile)
 	}
 	if setup.Device != "" && noMemory(err) {
-		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model, setup.Device, firstLine(err))
+		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model,
+			setup.Device, firstLine(err))
 	}
-	return fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err), firstLine(err))
+	return fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err),
+		firstLine(err))
 }
 
-// noMemory reports whether TensorFlow found no memory. Its allocators say ResourceExhausted; what CUDA itself says comes
-// with other codes, but not with InvalidArgument, which may quote a row.
+// noMemory reports whether TensorFlow found no memory. Its allocators say ResourceExhausted; what CUDA itself says
+// comes with other codes, but not with InvalidArgument, which may quote a row.
 func noMemory(err error) bool {
 	var native *tensorflow.Error
 	if !errors.As(err, &native) {
@@ -127,10 +135,12 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 	results, err := e.session.Run(timeout, fed, fetches)
 	if err != nil {
 		if e.device != "" && noMemory(err) {
-			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end what else is on it, or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
+			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end what else is on it, "+
+				"or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
 		}
 		if kindOf(err) == fault.Deadline {
-			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", timeout.Milliseconds())
+			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)",
+				timeout.Milliseconds())
 		}
 		return nil, fault.New(kindOf(err), "%s%s", handlers.TensorFlowSays, firstLine(err))
 	}

@@ -75,19 +75,23 @@ func (m *images) Bytes(input string, picture tensor.Picture) int64 {
 }
 
 // Decode is part of tensor.Pictures.
-func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture, _ memory.Allocator) (tensor.Value, map[int]string, error) {
-	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))}, Strings: make([][]byte, len(pictures))}
+func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture,
+	_ memory.Allocator) (tensor.Value, map[int]string, error) {
+	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))},
+		Strings: make([][]byte, len(pictures))}
 	height, width := m.size(input)
 	refused, err := m.decoders.each(ctx, input, pictures, func(ctx context.Context, i int) error {
 		if size := m.Bytes(input, pictures[i]); size > maxImageBytes {
-			return fault.New(fault.BadRequest, "a picture of %d MiB of pixels; %d are the most, give it a smaller size", size>>20, maxImageBytes>>20)
+			return fault.New(fault.BadRequest, "a picture of %d MiB of pixels; %d are the most, give it a smaller size",
+				size>>20, maxImageBytes>>20)
 		}
 		pixels, err := m.byInput[input].Run(ctx, pictures[i], height, width)
 		if err != nil {
 			return err
 		}
 		whole := pixels.Data
-		for _, n := range [imageNumbers]int32{int32(pixels.Height), int32(pixels.Width), int32(pixels.Channels), tensor.ImageMode(pixels)} {
+		for _, n := range [imageNumbers]int32{int32(pixels.Height), int32(pixels.Width), int32(pixels.Channels),
+			tensor.ImageMode(pixels)} {
 			whole = binary.LittleEndian.AppendUint32(whole, uint32(n))
 		}
 		value.Strings[i] = whole

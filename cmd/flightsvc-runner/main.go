@@ -95,7 +95,8 @@ func run(stdin io.Reader, reports *reporter) error {
 		if !ok {
 			kind = fault.Internal
 		}
-		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind, NoMemory: setup.Device != "" && kind == fault.Exhausted})
+		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind,
+			NoMemory: setup.Device != "" && kind == fault.Exhausted})
 		return err
 	}
 	if setup.Measure != nil {
@@ -115,7 +116,8 @@ func run(stdin io.Reader, reports *reporter) error {
 		AllowedBatchSizes:  b.AllowedBatchSizes,
 		Run:                engine.Run,
 		Stuck: func(timeout time.Duration) {
-			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model), zap.Duration("run_timeout", timeout))
+			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model),
+				zap.Duration("run_timeout", timeout))
 			_ = os.Remove(setup.Socket)
 			os.Exit(1)
 		},
@@ -127,7 +129,8 @@ func run(stdin io.Reader, reports *reporter) error {
 	}
 	batches := batch.New(options)
 	service := handlers.NewRunner(handlers.RunnerOptions{
-		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Memory: memory, Log: log,
+		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Memory: memory,
+		Log: log,
 	})
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
@@ -154,8 +157,8 @@ func finish(server *grpc.Server) {
 	}
 }
 
-// How a model is batched where its settings leave it, in TF Serving's words. max_batch_size is near its default of 1,000;
-// max_batch_bytes keeps a run of large rows, such as pictures, to what one message may hold.
+// How a model is batched where its settings leave it, in TF Serving's words. max_batch_size is near its default of
+// 1,000; max_batch_bytes keeps a run of large rows, such as pictures, to what one message may hold.
 const (
 	maxBatchSize       = 1024
 	maxBatchBytes      = 64 << 20
@@ -163,9 +166,9 @@ const (
 	maxEnqueuedBatches = 128
 )
 
-// memoryWait is how long a run that does not fit into a device's memory waits until it is tried once more, after the front
-// has been asked to make room: 2 s in which a runner ends, and 5 s in which its memory comes back, the most that Ollama
-// found (server/sched.go, waitForVRAMRecovery).
+// memoryWait is how long a run that does not fit into a device's memory waits until it is tried once more, after the
+// front has been asked to make room: 2 s in which a runner ends, and 5 s in which its memory comes back, the most that
+// Ollama found (server/sched.go, waitForVRAMRecovery).
 const memoryWait = 7 * time.Second
 
 // reporter writes reports to the front, a line each.

@@ -70,14 +70,16 @@ func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelca
 	for i, size := range sizes {
 		one := newLoop(setup, engine, signature, size, memory, log)
 		all = append(all, one)
-		if _, err := one.window(feeds, 0); err != nil { // the first runs of a size optimise the graph and build primitives
+		// the first runs of a size optimise the graph and build primitives
+		if _, err := one.window(feeds, 0); err != nil {
 			return nil, err
 		}
 		run, err := one.window(feeds, asked.Window)
 		if err != nil {
 			return nil, err
 		}
-		if last := i == len(sizes)-1; !last && asked.LongestRun > 0 && run*time.Duration(sizes[i+1])/time.Duration(size) > asked.LongestRun {
+		if last := i == len(sizes)-1; !last && asked.LongestRun > 0 &&
+			run*time.Duration(sizes[i+1])/time.Duration(size) > asked.LongestRun {
 			break
 		}
 	}
@@ -105,13 +107,17 @@ func measurable(signature savedmodel.Signature) error {
 	for _, spec := range signature.Inputs {
 		switch {
 		case spec.DType == savedmodel.String:
-			return fault.New(fault.BadRequest, "input %q takes strings, which cannot be made up; this signature cannot be measured", spec.Name)
+			return fault.New(fault.BadRequest,
+				"input %q takes strings, which cannot be made up; this signature cannot be measured", spec.Name)
 		case spec.DType.Size() == 0:
-			return fault.New(fault.BadRequest, "input %q has the type %s, which cannot be made up", spec.Name, spec.DType)
+			return fault.New(fault.BadRequest, "input %q has the type %s, which cannot be made up", spec.Name,
+				spec.DType)
 		case spec.UnknownRank || len(spec.Shape) == 0:
-			return fault.New(fault.BadRequest, "input %q has no known number of dimensions, or no rows; this signature cannot be measured", spec.Name)
+			return fault.New(fault.BadRequest,
+				"input %q has no known number of dimensions, or no rows; this signature cannot be measured", spec.Name)
 		case slices.Contains(spec.Shape[1:], -1):
-			return fault.New(fault.BadRequest, "input %q has the shape %v with an unknown dimension besides that of the rows; this signature cannot be measured", spec.Name, spec.Shape)
+			return fault.New(fault.BadRequest, "input %q has the shape %v with an unknown dimension besides that of "+
+				"the rows; this signature cannot be measured", spec.Name, spec.Shape)
 		}
 	}
 	return nil
@@ -179,7 +185,8 @@ func writeAnswers(folder string, signature savedmodel.Signature, engine engine, 
 	defer answers.Close()
 	outputs := make([]modelcache.MeasuredOutput, len(signature.Outputs))
 	for i, value := range answers.Values() {
-		outputs[i] = modelcache.MeasuredOutput{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape, Data: value.Data, Strings: value.Strings}
+		outputs[i] = modelcache.MeasuredOutput{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
+			Data: value.Data, Strings: value.Strings}
 	}
 	return modelcache.WriteAnswers(folder, outputs)
 }
@@ -206,19 +213,22 @@ type loop struct {
 }
 
 // newLoop makes one, whose scheduler wants to be closed.
-func newLoop(setup modelcache.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator, log *zap.Logger) *loop {
+func newLoop(setup modelcache.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator,
+	log *zap.Logger) *loop {
 	callers := max(setup.Batching.NumBatchThreads, 1)
 	return &loop{
 		model: setup.Model, size: size, callers: callers,
 		scheduler: batch.New(batch.Options{
-			MaxBatchSize: size, MaxBatchBytes: maxBatchBytes, MaxEnqueuedBatches: maxEnqueuedBatches, NumBatchThreads: callers,
-			Run: engine.Run, Stuck: func(time.Duration) {}, Memory: memory, Log: log,
+			MaxBatchSize: size, MaxBatchBytes: maxBatchBytes, MaxEnqueuedBatches: maxEnqueuedBatches,
+			NumBatchThreads: callers,
+			Run:             engine.Run, Stuck: func(time.Duration) {}, Memory: memory, Log: log,
 		}),
 		call: batch.Call{Fetches: outputTensors(signature), Check: func([]tensor.Value, int) error { return nil }},
 	}
 }
 
-// window runs the first rows of feeds, which stay the caller's, for a time, notes the rows/s, and returns how long a run took.
+// window runs the first rows of feeds, which stay the caller's, for a time, notes the rows/s, and returns how long a
+// run took.
 func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration, error) {
 	rates, took := make([]float64, l.callers), make([]time.Duration, l.callers)
 	var working errgroup.Group

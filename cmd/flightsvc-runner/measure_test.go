@@ -17,9 +17,12 @@ import (
 
 func measurement(t *testing.T, sizes ...int) modelcache.Setup {
 	t.Helper()
-	return modelcache.Setup{Model: "m", Cores: 2, Batching: modelcache.Batching{NumBatchThreads: 2}, Measure: &modelcache.Measurement{
-		Signature: savedmodel.DefaultSignature, BatchSizes: sizes, Window: 10 * time.Millisecond, Windows: 3, Seed: 7, Folder: t.TempDir(),
-	}}
+	return modelcache.Setup{Model: "m", Cores: 2, Batching: modelcache.Batching{NumBatchThreads: 2},
+		Measure: &modelcache.Measurement{
+			Signature: savedmodel.DefaultSignature, BatchSizes: sizes, Window: 10 * time.Millisecond, Windows: 3,
+			Seed:   7,
+			Folder: t.TempDir(),
+		}}
 }
 
 func TestMeasure(t *testing.T) {
@@ -38,7 +41,8 @@ func TestMeasure(t *testing.T) {
 		}
 	}
 	answers, err := modelcache.ReadAnswers(setup.Measure.Folder)
-	if err != nil || len(answers) != 2 || answers[0].Name != "doubled" || !slices.Equal(answers[0].Shape, []int64{answerRows, 3}) {
+	if err != nil || len(answers) != 2 || answers[0].Name != "doubled" ||
+		!slices.Equal(answers[0].Shape, []int64{answerRows, 3}) {
 		t.Fatalf("answers %+v, %v", answers, err)
 	}
 	total := make([]int64, answerRows) // of rows of zeros and ones, each doubled in the first output
@@ -58,7 +62,8 @@ func TestMeasure(t *testing.T) {
 	if _, err := measured(again, e, zap.NewNop()); err != nil {
 		t.Fatal(err)
 	}
-	if same, err := modelcache.ReadAnswers(again.Measure.Folder); err != nil || !slices.Equal(same[0].Data, answers[0].Data) {
+	if same, err := modelcache.ReadAnswers(again.Measure.Folder); err != nil ||
+		!slices.Equal(same[0].Data, answers[0].Data) {
 		t.Errorf("one seed gives two answers, %v", err)
 	}
 	if n := tensorflow.Live() - live; n != 0 {
@@ -77,14 +82,16 @@ func TestMeasureStopsAtLongRuns(t *testing.T) {
 }
 
 func TestNotMeasurable(t *testing.T) {
-	for model, part := range map[string]string{"strings": `input "s" takes strings`, "sums": "an unknown dimension besides that of the rows", "echo": "an unknown dimension"} {
+	for model, part := range map[string]string{"strings": `input "s" takes strings`,
+		"sums": "an unknown dimension besides that of the rows", "echo": "an unknown dimension"} {
 		_, err := measured(measurement(t, 1), loadModel(t, model), zap.NewNop())
 		expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", part)
 	}
 }
 
 func TestMadeUpRows(t *testing.T) {
-	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.Float64, savedmodel.Float16, savedmodel.Bfloat16, savedmodel.Int8, savedmodel.Uint64, savedmodel.Bool} {
+	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.Float64, savedmodel.Float16,
+		savedmodel.Bfloat16, savedmodel.Int8, savedmodel.Uint64, savedmodel.Bool} {
 		data := make([]byte, 64*dtype.Size())
 		fill(data, dtype, random(1))
 		kinds := map[string]bool{}

@@ -32,7 +32,8 @@ type graphs[G any] struct {
 
 func newGraphs[G any](setup modelcache.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
 	limits := preprocess.Limits{Pixels: setup.MaxImagePixels, Bytes: setup.MaxImageBytes, Working: workingBytes}
-	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build, built: map[preprocess.Spec]G{}}
+	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build,
+		built: map[preprocess.Spec]G{}}
 }
 
 // of returns the graph of each input.
@@ -56,7 +57,8 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	}
 	if len(g.built) == maxGraphs {
 		var none G
-		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, the most that it keeps; use one of them, or unload the model", maxGraphs)
+		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, "+
+			"the most that it keeps; use one of them, or unload the model", maxGraphs)
 	}
 	graph, err := g.build(spec, g.budget)
 	if err == nil {
@@ -78,7 +80,8 @@ func specOf(p handlers.Preprocess) preprocess.Spec {
 
 // each calls decode for each picture, as many at once as there are cores, and returns why pictures were refused.
 // Its error names the input.
-func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture, decode func(ctx context.Context, i int) error) (map[int]string, error) {
+func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture,
+	decode func(ctx context.Context, i int) error) (map[int]string, error) {
 	var mu sync.Mutex // guards refused
 	refused := map[int]string{}
 	group, ctx := errgroup.WithContext(ctx)
@@ -124,11 +127,14 @@ type tensors struct {
 func (t *tensors) Bytes(input string, _ tensor.Picture) int64 { return specOf(t.wanted[input]).Bytes() }
 
 // Decode is part of tensor.Pictures.
-func (t *tensors) Decode(ctx context.Context, input string, pictures []tensor.Picture, mem memory.Allocator) (tensor.Value, map[int]string, error) {
+func (t *tensors) Decode(ctx context.Context, input string, pictures []tensor.Picture,
+	mem memory.Allocator) (tensor.Value, map[int]string, error) {
 	spec, graph := specOf(t.wanted[input]), t.byInput[input]
 	size := spec.Bytes()
 	if int64(len(pictures))*size > tensor.MaxTensorBytes {
-		return tensor.Value{}, nil, fault.New(fault.Exhausted, "input %q: %d pictures of %dx%d are more than %d MiB; send fewer rows in a record batch", input, len(pictures), spec.Width, spec.Height, tensor.MaxTensorBytes>>20)
+		return tensor.Value{}, nil, fault.New(fault.Exhausted,
+			"input %q: %d pictures of %dx%d are more than %d MiB; send fewer rows in a record batch", input,
+			len(pictures), spec.Width, spec.Height, tensor.MaxTensorBytes>>20)
 	}
 	height, width := int64(spec.Height), int64(spec.Width)
 	channels := size / (height * width * int64(spec.DType.Size()))

@@ -30,7 +30,8 @@ import (
 // loadModel opens one of the models of pyspark-shim/tests/make_models.py.
 func loadModel(t *testing.T, name string) *loaded {
 	t.Helper()
-	e, err := load(modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2, MaxImagePixels: 1 << 20, MaxImageBytes: 1 << 20})
+	e, err := load(modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2,
+		MaxImagePixels: 1 << 20, MaxImageBytes: 1 << 20})
 	if err != nil {
 		t.Fatalf("%v; make build/models/.done makes the models", err)
 	}
@@ -39,7 +40,8 @@ func loadModel(t *testing.T, name string) *loaded {
 }
 
 // feed is a value for an input of the default signature, in memory from mem.
-func feed(t *testing.T, e *loaded, input string, mem *offheap.Allocator, shape []int64, data []byte, texts ...string) tensor.Feed {
+func feed(t *testing.T, e *loaded, input string, mem *offheap.Allocator, shape []int64, data []byte,
+	texts ...string) tensor.Feed {
 	t.Helper()
 	for _, spec := range e.Model().Signatures[savedmodel.DefaultSignature].Inputs {
 		if spec.Name != input {
@@ -80,14 +82,16 @@ func TestEngineRuns(t *testing.T) {
 	var working sync.WaitGroup
 	for i := range int64(8) {
 		working.Go(func() {
-			out, err := e.Run([]tensor.Feed{feed(t, e, "i", mem, []int64{2, 3}, numbers(i, 2, 3, -4, 1<<40, 6))}, fetches(e), time.Minute)
+			out, err := e.Run([]tensor.Feed{feed(t, e, "i", mem, []int64{2, 3}, numbers(i, 2, 3, -4, 1<<40, 6))},
+				fetches(e), time.Minute)
 			if err != nil {
 				t.Error(err)
 				return
 			}
 			defer out.Close()
 			doubled, total := out.Values()[0], out.Values()[1]
-			if !bytes.Equal(doubled.Data, numbers(2*i, 4, 6, -8, 1<<41, 12)) || !bytes.Equal(total.Data, numbers(i+5, 1<<40+2)) || !slices.Equal(doubled.Shape, []int64{2, 3}) {
+			if !bytes.Equal(doubled.Data, numbers(2*i, 4, 6, -8, 1<<41, 12)) ||
+				!bytes.Equal(total.Data, numbers(i+5, 1<<40+2)) || !slices.Equal(doubled.Shape, []int64{2, 3}) {
 				t.Errorf("doubled %v of %v, total %v", doubled.Data, doubled.Shape, total.Data)
 			}
 		})
@@ -155,7 +159,8 @@ func blackPicture(t *testing.T, side int) tensor.Picture {
 func TestPictures(t *testing.T) {
 	e, mem := loadModel(t, "pictures"), &offheap.Allocator{}
 	black := blackPicture(t, 5)
-	wanted := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop", Channels: "RGB", DType: "float32"}}
+	wanted := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop",
+		Channels: "RGB", DType: "float32"}}
 	for range 2 {
 		pictures, err := e.Pictures(wanted)
 		if err != nil {
@@ -164,7 +169,8 @@ func TestPictures(t *testing.T) {
 		if size := pictures.Bytes("image", black); size != 4*4*3*4 {
 			t.Errorf("a picture becomes %d bytes", size)
 		}
-		value, refused, err := pictures.Decode(t.Context(), "image", []tensor.Picture{black, {Data: []byte("no picture")}, black}, mem)
+		value, refused, err := pictures.Decode(t.Context(), "image",
+			[]tensor.Picture{black, {Data: []byte("no picture")}, black}, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -211,7 +217,8 @@ func TestImage(t *testing.T) {
 		t.Fatalf("refused %v, %v", refused, err)
 	}
 	kept := value.Take([]int{0, 2}, nil)
-	outputs, err := e.Run([]tensor.Feed{{Tensor: "image", Value: kept}}, []string{"data", "height", "mode", "nChannels", "width"}, 0)
+	outputs, err := e.Run([]tensor.Feed{{Tensor: "image", Value: kept}},
+		[]string{"data", "height", "mode", "nChannels", "width"}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +227,8 @@ func TestImage(t *testing.T) {
 	if !bytes.Equal(got[0].Strings[0], grey.Data) || len(got[0].Strings[1]) != 5*5*4 {
 		t.Errorf("the data are %v", got[0].Strings)
 	}
-	for i, want := range map[int][]byte{1: {2, 0, 0, 0, 5, 0, 0, 0}, 2: {0, 0, 0, 0, 24, 0, 0, 0}, 3: {1, 0, 0, 0, 4, 0, 0, 0}, 4: {3, 0, 0, 0, 5, 0, 0, 0}} {
+	for i, want := range map[int][]byte{1: {2, 0, 0, 0, 5, 0, 0, 0}, 2: {0, 0, 0, 0, 24, 0, 0, 0},
+		3: {1, 0, 0, 0, 4, 0, 0, 0}, 4: {3, 0, 0, 0, 5, 0, 0, 0}} {
 		if !bytes.Equal(got[i].Data, want) || !slices.Equal(got[i].Shape, []int64{2}) {
 			t.Errorf("output %d is %v", i, got[i])
 		}
@@ -234,7 +242,8 @@ func TestKinds(t *testing.T) {
 		text string
 	}{
 		{&tensorflow.Error{Code: tensorflow.InvalidArgument, Message: "bad\n\t[[node]]"}, fault.BadRequest, "bad"},
-		{fmt.Errorf("around: %w", &tensorflow.Error{Code: tensorflow.ResourceExhausted, Message: "full"}), fault.Exhausted, "full"},
+		{fmt.Errorf("around: %w", &tensorflow.Error{Code: tensorflow.ResourceExhausted, Message: "full"}),
+			fault.Exhausted, "full"},
 		{&tensorflow.Error{Code: tensorflow.DeadlineExceeded, Message: "late"}, fault.Deadline, "late"},
 		{&tensorflow.Error{Code: tensorflow.NotFound, Message: "nope"}, fault.Internal, "nope"},
 		{fault.New(fault.Precondition, "first\nsecond"), fault.Precondition, "first"},
@@ -249,7 +258,8 @@ func TestKinds(t *testing.T) {
 // TestRun covers what goes wrong before a runner serves; cmd/flightsvc tests the rest on the real program.
 func TestRun(t *testing.T) {
 	silent := &reporter{out: json.NewEncoder(io.Discard)}
-	for input, part := range map[string]string{"": "not for the command line", "{}": "not for the command line", "noise\n": "setup: ", `{"log_level":"loud"}` + "\n": "loud"} {
+	for input, part := range map[string]string{"": "not for the command line", "{}": "not for the command line",
+		"noise\n": "setup: ", `{"log_level":"loud"}` + "\n": "loud"} {
 		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("%q gives %v", input, err)
 		}
@@ -263,7 +273,8 @@ func TestRun(t *testing.T) {
 	err := run(input, &reporter{out: json.NewEncoder(&reports)})
 	expect.Fault(t, err, fault.NotFound, "/nope is not a SavedModel")
 	var report modelcache.Report
-	if err := json.Unmarshal(reports.Bytes(), &report); err != nil || report.Kind != fault.NotFound || report.Error != "/nope is not a SavedModel: it has no saved_model.pb" || report.Ready || report.Build == "" {
+	if err := json.Unmarshal(reports.Bytes(), &report); err != nil || report.Kind != fault.NotFound ||
+		report.Error != "/nope is not a SavedModel: it has no saved_model.pb" || report.Ready || report.Build == "" {
 		t.Errorf("the report is %s, %v", &reports, err)
 	}
 }

@@ -140,7 +140,9 @@ func (s *simulated) take(bytes int64) error {
 		others += has
 	}
 	if others+bytes > s.most || s.limit > 0 && bytes > s.limit {
-		return &tensorflow.Error{Code: tensorflow.ResourceExhausted, Message: fmt.Sprintf("OOM when allocating %d bytes on a simulated device of %d, of which others have %d and this process may have %d", bytes, s.most, others, s.limit)}
+		return &tensorflow.Error{Code: tensorflow.ResourceExhausted,
+			Message: fmt.Sprintf("OOM when allocating %d bytes on a simulated device of %d, "+
+				"of which others have %d and this process may have %d", bytes, s.most, others, s.limit)}
 	}
 	fresh := filepath.Join(filepath.Dir(s.folder), fmt.Sprintf(".%d", os.Getpid()))
 	if err := os.WriteFile(fresh, []byte(strconv.FormatInt(bytes, 10)), 0o600); err != nil {
@@ -150,7 +152,8 @@ func (s *simulated) take(bytes int64) error {
 }
 
 // Run runs the session if its rows, the largest first dimension of the feeds, fit.
-func (s *simulated) Run(timeout time.Duration, feeds []tensorflow.Feed, fetches []string) ([]*tensorflow.Tensor, error) {
+func (s *simulated) Run(timeout time.Duration, feeds []tensorflow.Feed,
+	fetches []string) ([]*tensorflow.Tensor, error) {
 	rows := int64(1)
 	for _, feed := range feeds {
 		if shape := feed.Tensor.Shape(); len(shape) > 0 {

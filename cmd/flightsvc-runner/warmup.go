@@ -30,7 +30,9 @@ func (e *loaded) warmUp(setup modelcache.Setup, mem memory.Allocator, log *zap.L
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := os.Open(path) //nolint:gosec // of the model
 	if errors.Is(err, fs.ErrNotExist) {
-		log.Info("warming up with zeros", zap.String("instead", `requests in the model, or warm_up "off" in its settings`)) // zeros may end the process
+		// zeros may end the process
+		log.Info("warming up with zeros", zap.String("instead",
+			`requests in the model, or warm_up "off" in its settings`))
 		runs := e.warmUpWithZeros(setup, mem, log)
 		log.Info("warmed up with zeros", zap.Int("runs", runs), zap.Duration("took", time.Since(started)))
 		return nil
@@ -45,13 +47,16 @@ func (e *loaded) warmUp(setup modelcache.Setup, mem memory.Allocator, log *zap.L
 		case err != nil:
 			err = fault.New(fault.BadRequest, "%w", err)
 		case w.Skipped != "":
-			log.Info("a warm-up record is no Predict request and was skipped", zap.Int("record", w.Number), zap.String("kind", w.Skipped))
+			log.Info("a warm-up record is no Predict request and was skipped", zap.Int("record", w.Number),
+				zap.String("kind", w.Skipped))
 			continue
 		default:
 			err = e.replay(w, mem)
 		}
 		if err != nil {
-			return fault.New(kindOf(err), "model %s: record %d of its warm-up requests, %s: %w; write the file again, or leave it out", setup.Model, w.Number, path, err)
+			return fault.New(kindOf(err),
+				"model %s: record %d of its warm-up requests, %s: %w; write the file again, or leave it out",
+				setup.Model, w.Number, path, err)
 		}
 		ran++
 	}
@@ -87,7 +92,8 @@ func (e *loaded) replay(w savedmodel.Warmup, mem memory.Allocator) error {
 	}
 	if len(fetches) < len(w.Outputs) {
 		tensor.ReleaseFeeds(feeds)
-		return fault.New(fault.BadRequest, "its output_filter is %q, and the signature %s does not have all of these", w.Outputs, w.Signature)
+		return fault.New(fault.BadRequest, "its output_filter is %q, and the signature %s does not have all of these",
+			w.Outputs, w.Signature)
 	}
 	outputs, err := e.Run(feeds, fetches, 0)
 	if err != nil {
@@ -107,8 +113,8 @@ func newValue(c savedmodel.Constant, mem memory.Allocator) tensor.Value {
 	return value
 }
 
-// warmUpWithZeros runs each signature that can be, with each of the allowed batch sizes, and returns how many runs there
-// were.
+// warmUpWithZeros runs each signature that can be, with each of the allowed batch sizes, and returns how many runs
+// there were.
 func (e *loaded) warmUpWithZeros(setup modelcache.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
 	until := time.Now().Add(zerosTime)
 	sizes := []int{1}
@@ -123,7 +129,8 @@ func (e *loaded) warmUpWithZeros(setup modelcache.Setup, mem memory.Allocator, l
 				err = e.runUntil(until, feeds, signature)
 			}
 			if err != nil {
-				log.Info("not warmed up with zeros", zap.String("signature", name), zap.Int("rows", rows), zap.Error(err))
+				log.Info("not warmed up with zeros", zap.String("signature", name), zap.Int("rows", rows),
+					zap.Error(err))
 				break
 			}
 			runs++
@@ -144,7 +151,8 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 		size := int64(spec.DType.Size())
 		if size == 0 || spec.UnknownRank {
 			tensor.ReleaseFeeds(feeds)
-			return nil, fmt.Errorf("nobody knows what to feed its input %q: it is %v, of shape %v", spec.Name, spec.DType, spec.Shape)
+			return nil, fmt.Errorf("nobody knows what to feed its input %q: it is %v, of shape %v", spec.Name,
+				spec.DType, spec.Shape)
 		}
 		shape := slices.Clone(spec.Shape)
 		for i, d := range shape {

@@ -64,7 +64,8 @@ func field(number protowire.Number, content []byte) []byte {
 func request(t *testing.T, signature, input string, outputs []string, rows int64) []byte {
 	t.Helper()
 	shape := &framework.TensorShapeProto{Dim: []*framework.TensorShapeProto_Dim{{Size: rows}, {Size: 3}}}
-	content, err := proto.Marshal(&tensorpb.TensorProto{Dtype: types_go_proto.DataType_DT_INT64, TensorShape: shape, Int64Val: []int64{7}})
+	content, err := proto.Marshal(&tensorpb.TensorProto{Dtype: types_go_proto.DataType_DT_INT64, TensorShape: shape,
+		Int64Val: []int64{7}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,11 +113,16 @@ func TestWarmUpWithRequests(t *testing.T) {
 		rows    []int64
 		want    []string // of the error
 	}{
-		"good":          {records: [][]byte{request(t, "", "i", nil, 2), classify, request(t, signature, "i", []string{"total"}, 5)}, rows: []int64{2, 5}},
-		"no signature":  {records: [][]byte{request(t, "nope", "i", nil, 2)}, want: []string{"record 1", "tf_serving_warmup_requests", `no signature "nope"`}},
-		"another input": {records: [][]byte{request(t, "", "i", nil, 2), request(t, "", "x", nil, 2)}, rows: []int64{2}, want: []string{"record 2", `no input "i"`}},
-		"no output":     {records: [][]byte{request(t, "", "i", []string{"total", "nope"}, 2)}, want: []string{"record 1", "output_filter"}},
-		"damaged":       {records: [][]byte{request(t, "", "i", nil, 2), []byte("no message")}, rows: []int64{2}, want: []string{"record 2"}},
+		"good": {records: [][]byte{request(t, "", "i", nil, 2), classify,
+			request(t, signature, "i", []string{"total"}, 5)}, rows: []int64{2, 5}},
+		"no signature": {records: [][]byte{request(t, "nope", "i", nil, 2)},
+			want: []string{"record 1", "tf_serving_warmup_requests", `no signature "nope"`}},
+		"another input": {records: [][]byte{request(t, "", "i", nil, 2), request(t, "", "x", nil, 2)}, rows: []int64{2},
+			want: []string{"record 2", `no input "i"`}},
+		"no output": {records: [][]byte{request(t, "", "i", []string{"total", "nope"}, 2)},
+			want: []string{"record 1", "output_filter"}},
+		"damaged": {records: [][]byte{request(t, "", "i", nil, 2), []byte("no message")}, rows: []int64{2},
+			want: []string{"record 2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			setup := modelcache.Setup{Model: "m", Dir: withWarmup(t, "ints", c.records...), Cores: 1}
@@ -149,7 +155,8 @@ func TestWarmUpWithRequests(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = e.session.Close() }()
-	expect.Fault(t, e.warmUp(setup, &offheap.Allocator{}, zap.NewNop()), fault.BadRequest, "record 1", "TensorFlow refused it", "float")
+	expect.Fault(t, e.warmUp(setup, &offheap.Allocator{}, zap.NewNop()), fault.BadRequest, "record 1",
+		"TensorFlow refused it", "float")
 }
 
 func TestWarmUpWithZeros(t *testing.T) {
@@ -190,7 +197,8 @@ func TestWarmUpWithZeros(t *testing.T) {
 		})
 	}
 	// No run that serving would not have: a padded one has no more bytes than max_batch_bytes.
-	signature := savedmodel.Signature{Inputs: []savedmodel.Spec{{Name: "x", DType: savedmodel.Float32, Shape: []int64{-1, 1 << 20}}}}
+	signature := savedmodel.Signature{Inputs: []savedmodel.Spec{{Name: "x", DType: savedmodel.Float32,
+		Shape: []int64{-1, 1 << 20}}}}
 	for rows, refused := range map[int64]bool{16: false, 17: true} {
 		mem := &offheap.Allocator{}
 		feeds, err := zeros(signature, rows, mem)
@@ -203,7 +211,8 @@ func TestWarmUpWithZeros(t *testing.T) {
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
 	feeds := []tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}
 	signature = e.saved.Signatures[savedmodel.DefaultSignature]
-	if err := e.runUntil(time.Now().Add(100*time.Millisecond), feeds, signature); err == nil || !strings.Contains(err.Error(), "did not finish") {
+	if err := e.runUntil(time.Now().Add(100*time.Millisecond), feeds, signature); err == nil ||
+		!strings.Contains(err.Error(), "did not finish") {
 		t.Errorf("the loop ended with %v", err)
 	}
 }
@@ -213,7 +222,8 @@ func TestWarmUpWithZeros(t *testing.T) {
 func TestPaddedRuns(t *testing.T) {
 	e, mem := loadModel(t, "ints"), &offheap.Allocator{}
 	runs := watch(e)
-	batches := batch.New(batch.Options{MaxBatchSize: 8, MaxBatchBytes: 1 << 20, MaxEnqueuedBatches: 8, NumBatchThreads: 1, AllowedBatchSizes: []int{2, 8}, Run: e.Run, Memory: mem, Log: zap.NewNop()})
+	batches := batch.New(batch.Options{MaxBatchSize: 8, MaxBatchBytes: 1 << 20, MaxEnqueuedBatches: 8,
+		NumBatchThreads: 1, AllowedBatchSizes: []int{2, 8}, Run: e.Run, Memory: mem, Log: zap.NewNop()})
 	defer batches.Close()
 	stream := batches.Stream(batch.Call{Fetches: fetches(e), Check: func(values []tensor.Value, rows int) error {
 		if values[0].Rows() != int64(rows) {
@@ -226,11 +236,13 @@ func TestPaddedRuns(t *testing.T) {
 		x = append(x, i, -i, 2*i)
 		doubled, total = append(doubled, 2*i, -2*i, 4*i), append(total, 2*i)
 	}
-	answer, err := stream.Run(t.Context(), []tensor.Feed{feed(t, e, "i", mem, []int64{11, 3}, numbers(x...))}, 11, false)
+	answer, err := stream.Run(t.Context(), []tensor.Feed{feed(t, e, "i", mem, []int64{11, 3}, numbers(x...))}, 11,
+		false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := answer.Values; string(got[0].Data) != string(numbers(doubled...)) || string(got[1].Data) != string(numbers(total...)) {
+	if got := answer.Values; string(got[0].Data) != string(numbers(doubled...)) ||
+		string(got[1].Data) != string(numbers(total...)) {
 		t.Errorf("got %v", got)
 	}
 	if !slices.Equal(runs.rows, []int64{8, 8}) || answer.TFRows != 11 {
@@ -247,7 +259,8 @@ func TestNoDeviceMemory(t *testing.T) {
 	var cuda atomic.Bool
 	watch(e).full = func(int64) error {
 		if cuda.Load() {
-			return &tensorflow.Error{Code: tensorflow.Internal, Message: "CUDA_ERROR_OUT_OF_MEMORY: out of memory\nstack"}
+			return &tensorflow.Error{Code: tensorflow.Internal,
+				Message: "CUDA_ERROR_OUT_OF_MEMORY: out of memory\nstack"}
 		}
 		return &tensorflow.Error{Code: tensorflow.ResourceExhausted, Message: "OOM when allocating tensor\nstack"}
 	}
@@ -261,13 +274,16 @@ func TestNoDeviceMemory(t *testing.T) {
 	cuda.Store(true)
 	expect.Fault(t, run(), fault.Exhausted, "the device GPU-1 has no memory", "CUDA_ERROR_OUT_OF_MEMORY")
 	watch(e).full = func(int64) error {
-		return &tensorflow.Error{Code: tensorflow.InvalidArgument, Message: "StringToNumberOp could not correctly convert string: out of memory"}
+		return &tensorflow.Error{Code: tensorflow.InvalidArgument,
+			Message: "StringToNumberOp could not correctly convert string: out of memory"}
 	}
 	expect.Fault(t, run(), fault.BadRequest, "TensorFlow refused it", "convert string")
 	setup := modelcache.Setup{Model: "m", Device: "GPU-1"}
-	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}), fault.Exhausted, "model m does not fit", "GPU-1")
+	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}),
+		fault.Exhausted, "model m does not fit", "GPU-1")
 	setup.Device = ""
-	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}), fault.Internal, "model m cannot be loaded")
+	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}),
+		fault.Internal, "model m cannot be loaded")
 }
 
 // TestOpLibraries builds an operation and a model with it, which TensorFlow in Python loads as well.
@@ -276,13 +292,15 @@ func TestOpLibraries(t *testing.T) {
 		t.Skip("skipped: needs a C++ compiler")
 	}
 	out := t.TempDir()
-	made := exec.Command(filepath.Join("..", "..", ".venv", "bin", "python"), filepath.Join("testdata", "make_triple.py"), out)
+	made := exec.Command(filepath.Join("..", "..", ".venv", "bin", "python"),
+		filepath.Join("testdata", "make_triple.py"), out)
 	if text, err := made.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
 	setup := modelcache.Setup{Model: "triple", Dir: filepath.Join(out, "triple"), Cores: 1}
 	_, err := load(setup)
-	expect.Fault(t, err, fault.Precondition, "model triple uses the operation FlightsvcTriple", "op_libraries of the model's flightsvc.json", "setting op-libraries")
+	expect.Fault(t, err, fault.Precondition, "model triple uses the operation FlightsvcTriple",
+		"op_libraries of the model's flightsvc.json", "setting op-libraries")
 
 	setup.OpLibraries = []string{filepath.Join(out, "nope.so")}
 	_, err = load(setup)

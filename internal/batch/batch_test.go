@@ -83,7 +83,8 @@ func (m *machine) run(feeds []tensor.Feed, _ []string, _ time.Duration) (Outputs
 	return &outputs{m, []tensor.Value{y}}, nil
 }
 
-// newScheduler returns a scheduler on a machine. At the end of its test no goroutine, no byte and no output may be left.
+// newScheduler returns a scheduler on a machine. At the end of its test no goroutine, no byte and no output may be
+// left.
 func newScheduler(t *testing.T, change func(*Options)) (*Scheduler, *machine) {
 	t.Helper()
 	m := &machine{mem: &offheap.Allocator{}}
@@ -139,7 +140,8 @@ func runMixed(t *testing.T, s *Scheduler, m *machine, seed uint64, batches int) 
 	for stream := range 12 {
 		working.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(stream), seed))
-			limits := []Limits{{}, {Off: true}, {MaxBatchSize: 3}, {BatchTimeout: 2 * time.Millisecond}, {MaxBatchSize: 100}, {Alone: true}}[stream%6]
+			limits := []Limits{{}, {Off: true}, {MaxBatchSize: 3}, {BatchTimeout: 2 * time.Millisecond},
+				{MaxBatchSize: 100}, {Alone: true}}[stream%6]
 			st := s.Stream(call(limits))
 			for range batches {
 				width, rows := 1+r.IntN(2), 1+r.IntN(20)
@@ -216,7 +218,8 @@ func TestAllowedBatchSizes(t *testing.T) {
 			var fits atomic.Int64
 			s, m := newScheduler(t, func(o *Options) {
 				o.AllowedBatchSizes, o.MaxBatchSize = sizes, sizes[len(sizes)-1]
-				o.Shrink = &Shrink{Fits: func(rows int) { fits.Store(int64(rows)) }, Pressed: func() { t.Error("pressed, with room for a run") }}
+				o.Shrink = &Shrink{Fits: func(rows int) { fits.Store(int64(rows)) },
+					Pressed: func() { t.Error("pressed, with room for a run") }}
 				if seed%3 == 0 {
 					o.MaxBatchBytes = 24
 				}
@@ -320,7 +323,8 @@ func TestTooLargeForTheDevice(t *testing.T) {
 	}
 }
 
-// TestLimitFallsBeforeAJoinedRun lets another thread find that the device holds fewer rows than were just taken together.
+// TestLimitFallsBeforeAJoinedRun lets another thread find that the device holds fewer rows than were just taken
+// together.
 func TestLimitFallsBeforeAJoinedRun(t *testing.T) {
 	s, m := newScheduler(t, func(o *Options) {
 		o.NumBatchThreads = 1
@@ -374,7 +378,8 @@ func TestNoRoomForOneRow(t *testing.T) {
 	m.room.Store(1)
 	lasting = true
 	_, err = s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1, 2), 2, false)
-	expect.Fault(t, err, fault.Exhausted, "a run of 1 rows, the fewest there can be, failed twice", "the device is full")
+	expect.Fault(t, err, fault.Exhausted, "a run of 1 rows, the fewest there can be, failed twice",
+		"the device is full")
 	ctx, cancel := context.WithCancel(t.Context())
 	s.options.Shrink.Wait, s.options.Shrink.Pressed = time.Hour, cancel
 	if _, err = s.Stream(call(Limits{})).Run(ctx, feed(m, 1, 1), 1, false); !errors.Is(err, context.Canceled) {
@@ -534,7 +539,8 @@ func TestRefusedRowsAreFound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(a.Refused) != 3 || a.Refused[3] == "" || a.Refused[500] == "" || a.Refused[999] != "there is a negative number" || len(numbers(a.Values[0])) != 997 {
+	if len(a.Refused) != 3 || a.Refused[3] == "" || a.Refused[500] == "" ||
+		a.Refused[999] != "there is a negative number" || len(numbers(a.Values[0])) != 997 {
 		t.Errorf("refused %v", a.Refused)
 	}
 	a.Close()
@@ -562,7 +568,8 @@ func TestRefusedRowsAreFound(t *testing.T) {
 	if a.Values != nil {
 		ran = len(numbers(a.Values[0]))
 	}
-	if len(a.Refused)+ran != len(x) || !strings.Contains(a.Refused[999], "refused together") || !strings.Contains(a.Refused[999], "there is a negative number") {
+	if len(a.Refused)+ran != len(x) || !strings.Contains(a.Refused[999], "refused together") ||
+		!strings.Contains(a.Refused[999], "there is a negative number") {
 		t.Errorf("%d refused, %d ran; the last: %s", len(a.Refused), ran, a.Refused[999])
 	}
 	a.Close()
@@ -576,12 +583,14 @@ func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.Close()
-	if len(a.Refused) != 1 || !slices.Equal(a.Values[0].Shape, []int64{3, 3}) || fmt.Sprint(m.runs[len(m.runs)-1]) != "[1 2 3]" {
+	if len(a.Refused) != 1 || !slices.Equal(a.Values[0].Shape, []int64{3, 3}) ||
+		fmt.Sprint(m.runs[len(m.runs)-1]) != "[1 2 3]" {
 		t.Errorf("%v of runs %v", a.Values[0].Shape, m.runs)
 	}
 }
 
-// TestSuchOutputsWithAllowedBatchSizes needs one run for a record batch, which none of the sizes may be large enough for.
+// TestSuchOutputsWithAllowedBatchSizes needs one run for a record batch, which none of the sizes may be large enough
+// for.
 func TestSuchOutputsWithAllowedBatchSizes(t *testing.T) {
 	s, m := newScheduler(t, func(o *Options) {
 		o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 4}, 4
@@ -676,9 +685,11 @@ func TestErrorsOfARunAreNotHalved(t *testing.T) {
 		kind  fault.Kind
 		text  string
 	}{
-		"of TensorFlow": {run: func() error { return fault.New(fault.Internal, "broken") }, kind: fault.Internal, text: "broken"},
-		"a panic":       {run: func() error { panic("secret") }, kind: fault.Internal, text: "its log has the details"},
-		"of the check":  {check: fault.New(fault.BadRequest, "no batch dimension"), kind: fault.BadRequest, text: "no batch dimension"},
+		"of TensorFlow": {run: func() error { return fault.New(fault.Internal, "broken") }, kind: fault.Internal,
+			text: "broken"},
+		"a panic": {run: func() error { panic("secret") }, kind: fault.Internal, text: "its log has the details"},
+		"of the check": {check: fault.New(fault.BadRequest, "no batch dimension"), kind: fault.BadRequest,
+			text: "no batch dimension"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var m *machine
@@ -697,7 +708,9 @@ func TestErrorsOfARunAreNotHalved(t *testing.T) {
 			asks := call(Limits{})
 			asks.Check = func([]tensor.Value, int) error { return c.check }
 			_, err := s.Stream(asks).Run(t.Context(), feed(m, 1, make([]int64, 30)...), 30, false)
-			if kind, _ := fault.KindOf(err); kind != c.kind || err == nil || err.Error() != c.text && !strings.Contains(err.Error(), c.text) || strings.Contains(err.Error(), "secret") {
+			if kind, _ := fault.KindOf(err); kind != c.kind || err == nil ||
+				err.Error() != c.text && !strings.Contains(err.Error(), c.text) ||
+				strings.Contains(err.Error(), "secret") {
 				t.Errorf("got %v", err)
 			}
 			if n := runs.Load(); n > 4 {
@@ -714,7 +727,8 @@ func TestCallersLeave(t *testing.T) {
 	var working sync.WaitGroup
 	for range 3 {
 		working.Go(func() {
-			if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, make([]int64, 20)...), 20, false); !errors.Is(err, context.Canceled) {
+			if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, make([]int64, 20)...), 20, false); !errors.Is(err,
+				context.Canceled) {
 				t.Errorf("got %v", err)
 			}
 		})

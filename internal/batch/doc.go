@@ -14,7 +14,8 @@
 //
 // Where allowed_batch_sizes are set, a run has one of these numbers of rows and no other, halves included: pieces are
 // cut as large as one of them can be, and what remains is padded with copies of its first row, whose outputs are
-// dropped. On a device, a run that its memory cannot hold is cut again, and the size that fits is the limit from then on.
+// dropped. On a device, a run that its memory cannot hold is cut again, and the size that fits is the limit from then
+// on.
 //
 // Goroutines: one for each of num_batch_threads, owned by the Scheduler and awaited by its
 // Close, and one for each run under way.

@@ -34,8 +34,9 @@ type Outputs interface {
 
 // Options are what a Scheduler needs. The numbers are limits that a stream may only lower.
 type Options struct {
-	MaxBatchSize       int           // rows of one run
-	MaxBatchBytes      int64         // bytes of the inputs of one run with its padding, unless a single row, or the smallest allowed size, has more
+	MaxBatchSize int // rows of one run
+	// bytes of the inputs of one run with its padding, unless a single row, or the smallest allowed size, has more
+	MaxBatchBytes      int64
 	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
 	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
 	NumBatchThreads    int           // runs at once
@@ -117,7 +118,8 @@ func New(options Options) *Scheduler {
 
 // Counts returns what was done so far, and what waits.
 func (s *Scheduler) Counts() Counts {
-	c := Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load(), RunTime: time.Duration(s.runTime.Load()), QueueTime: time.Duration(s.queueTime.Load())}
+	c := Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load(), RunTime: time.Duration(s.runTime.Load()),
+		QueueTime: time.Duration(s.queueTime.Load())}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, stream := range s.turns {
@@ -213,7 +215,8 @@ func (s *Scheduler) tooLarge(err error) bool {
 }
 
 // errTooLarge is the result of a task that no run may have.
-var errTooLarge = fault.New(fault.Exhausted, "its outputs depend on all rows of a run together, and it has more rows than one run may have; send fewer rows in a record batch")
+var errTooLarge = fault.New(fault.Exhausted, "its outputs depend on all rows of a run together, "+
+	"and it has more rows than one run may have; send fewer rows in a record batch")
 
 // Call is what a stream asks of each run.
 type Call struct {
@@ -229,7 +232,9 @@ type Call struct {
 // Limits are what a stream asks of batching. Numbers may only lower the scheduler's; 0 leaves
 // them, but a stream waits for others only if it says so.
 type Limits struct {
-	Off          bool // each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory, or its padding too large
+	// each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory, or its
+	// padding too large
+	Off          bool
 	Alone        bool // record batches are cut, but not joined with other streams'
 	MaxBatchSize int
 	BatchTimeout time.Duration
@@ -471,7 +476,8 @@ func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
 		}
 		// What fits into the padding costs nothing.
 		more := s.padded(rows + t.rows)
-		if rows+t.rows > most || more > s.padded(rows) && int64(more)*((bytes+t.bytes)/int64(rows+t.rows)) > s.options.MaxBatchBytes {
+		if rows+t.rows > most || more > s.padded(rows) &&
+			int64(more)*((bytes+t.bytes)/int64(rows+t.rows)) > s.options.MaxBatchBytes {
 			ready = true // waiting would not make it fuller, only those that follow wait longer
 			continue
 		}
@@ -587,7 +593,8 @@ func (s *Scheduler) join(tasks []*task) (feeds []tensor.Feed, err error) {
 // guard turns a panic, such as one for want of memory, into an error and a log line.
 func (s *Scheduler) guard(err *error) {
 	if cause := recover(); cause != nil {
-		s.options.Log.Error("panic", zap.String("method", "run"), zap.Any("cause", cause), zap.ByteString("stack", debug.Stack()))
+		s.options.Log.Error("panic", zap.String("method", "run"), zap.Any("cause", cause),
+			zap.ByteString("stack", debug.Stack()))
 		*err = fault.New(fault.Internal, "the server hit a defect while running a batch; its log has the details")
 	}
 }
@@ -636,7 +643,8 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 		// The last who left have been told; deliver gives the tasks back.
 		s.deliver(tasks, started, nil, context.Canceled)
 	case <-late:
-		s.deliver(tasks, started, nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)", call.Timeout.Milliseconds()))
+		s.deliver(tasks, started, nil, fault.New(fault.Deadline,
+			"TensorFlow did not finish a batch within run_timeout_ms (%d)", call.Timeout.Milliseconds()))
 	}
 	s.threads.Go(func() { // ends with the run, or with the process
 		select {

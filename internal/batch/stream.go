@@ -22,9 +22,10 @@ type Answer struct {
 	Values []tensor.Value
 	// Refused holds TensorFlow's reason by row. Under Run's first it has one row at most.
 	Refused map[int]string
-	TFRows  int           // rows of all runs that served this record batch: those of other streams included, padding not
-	Queue   time.Duration // the longest that a part waited
-	Run     time.Duration // of all runs
+	// rows of all runs that served this record batch: those of other streams included, padding not
+	TFRows int
+	Queue  time.Duration // the longest that a part waited
+	Run    time.Duration // of all runs
 
 	results []result
 	joined  []tensor.Value
@@ -171,7 +172,9 @@ func (w *work) settle(p piece, r result) ([]part, error) {
 		return nil, nil
 	case w.halvings < 2:
 		for row := p.lo; row < p.hi; row++ {
-			a.refuse(row, fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v", p.hi-p.lo, maxRuns, r.err))
+			a.refuse(row,
+				fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v",
+					p.hi-p.lo, maxRuns, r.err))
 		}
 		return nil, nil
 	}
@@ -202,7 +205,8 @@ func (w *work) retry(p piece, why error) ([]part, error) {
 	}
 	r := w.submit(p, true).wait(w.ctx)
 	if r.err != nil && w.st.scheduler.tooLarge(r.err) {
-		return nil, fault.New(fault.Exhausted, "a run of %d rows, the fewest there can be, failed twice: %w", w.st.scheduler.padded(p.hi-p.lo), why)
+		return nil, fault.New(fault.Exhausted, "a run of %d rows, the fewest there can be, failed twice: %w",
+			w.st.scheduler.padded(p.hi-p.lo), why)
 	}
 	return w.settle(p, r)
 }
@@ -250,7 +254,8 @@ func (w *work) again(rows int) error {
 	}
 	left := make([]tensor.Feed, len(w.feeds))
 	for i := range w.feeds {
-		left[i] = tensor.Feed{Tensor: w.feeds[i].Tensor, Value: w.feeds[i].Value.Take(kept, w.st.scheduler.options.Memory)}
+		left[i] = tensor.Feed{Tensor: w.feeds[i].Tensor,
+			Value: w.feeds[i].Value.Take(kept, w.st.scheduler.options.Memory)}
 	}
 	r := w.st.submit(left, len(kept), true).wait(w.ctx)
 	if r.err != nil {

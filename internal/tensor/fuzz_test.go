@@ -21,22 +21,26 @@ func FuzzMapping(f *testing.F) {
 	}
 	f.Add(byte(7), `{"x":{"column":"c","pad":"\ud800"}}`, `{}`, true)
 	f.Add(byte(10), `{"x":{"column":"c","pad":true}}`, `null`, true)
-	f.Add(byte(1), `{"x":{"column":"c","encoding":"raw"}}`, `{"y":{"column":"d","shape":[-1,4294967296,4294967296]}}`, true)
+	f.Add(byte(1), `{"x":{"column":"c","encoding":"raw"}}`, `{"y":{"column":"d","shape":[-1,4294967296,4294967296]}}`,
+		true)
 	f.Add(byte(2), `{"x":{"column":"c","pad":1e999}}`, `{"y":{"column":"d","shape":[]}}`, false)
 	f.Fuzz(func(t *testing.T, dtype byte, inputs, outputs string, dense bool) {
 		fuzztest.Bounded(t, 64<<20, func() {
 			options := Options{ErrorColumn: "error"}
-			if json.Unmarshal([]byte(inputs), &options.Inputs) != nil || json.Unmarshal([]byte(outputs), &options.Outputs) != nil {
+			if json.Unmarshal([]byte(inputs), &options.Inputs) != nil ||
+				json.Unmarshal([]byte(outputs), &options.Outputs) != nil {
 				return
 			}
 			if dense {
 				options.Layout = LayoutTensor
 			}
 			spec := func(name string, dtype savedmodel.DType, shape ...int64) savedmodel.Spec {
-				return savedmodel.Spec{Name: name, Tensor: name + ":0", DType: dtype, Shape: shape, UnknownRank: shape == nil}
+				return savedmodel.Spec{Name: name, Tensor: name + ":0", DType: dtype, Shape: shape,
+					UnknownRank: shape == nil}
 			}
 			signature := savedmodel.Signature{
-				Inputs:  []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("x", savedmodel.DType(dtype), -1, -1, 2)},
+				Inputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1),
+					spec("x", savedmodel.DType(dtype), -1, -1, 2)},
 				Outputs: []savedmodel.Spec{spec("y", savedmodel.DType(dtype)), spec("z", savedmodel.Float32, -1, 2, 3)},
 			}
 			plan, err := NewPlan(signature, options)
@@ -63,8 +67,9 @@ func FuzzTensorShape(f *testing.F) {
 	f.Fuzz(func(t *testing.T, size int32, about string) {
 		fuzztest.Bounded(t, 16<<20, func() {
 			field := arrow.Field{
-				Type:     arrow.FixedSizeListOf(max(size, 1), arrow.PrimitiveTypes.Float32),
-				Metadata: arrow.NewMetadata([]string{extensionName, extensionMetadata}, []string{tensorExtension, about}),
+				Type: arrow.FixedSizeListOf(max(size, 1), arrow.PrimitiveTypes.Float32),
+				Metadata: arrow.NewMetadata([]string{extensionName, extensionMetadata},
+					[]string{tensorExtension, about}),
 			}
 			shape, err := tensorShape(field)
 			if (err == nil) != (shape != nil) || err == nil && elements(shape) != int64(max(size, 1)) {

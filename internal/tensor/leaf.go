@@ -31,48 +31,60 @@ type conversion struct {
 // of unsigned and 16-bit types. Booleans, strings and nulls are not here.
 var conversions = map[arrow.Type]map[savedmodel.DType]conversion{
 	arrow.INT8: {
-		savedmodel.Int8: {}, savedmodel.Int16: widened[int8, int16](), savedmodel.Int32: widened[int8, int32](), savedmodel.Int64: widened[int8, int64](),
-		savedmodel.Uint8: checked[int8, uint8](), savedmodel.Uint16: checked[int8, uint16](), savedmodel.Uint32: checked[int8, uint32](), savedmodel.Uint64: checked[int8, uint64](),
+		savedmodel.Int8: {}, savedmodel.Int16: widened[int8, int16](), savedmodel.Int32: widened[int8, int32](),
+		savedmodel.Int64: widened[int8, int64](),
+		savedmodel.Uint8: checked[int8, uint8](), savedmodel.Uint16: checked[int8, uint16](),
+		savedmodel.Uint32: checked[int8, uint32](), savedmodel.Uint64: checked[int8, uint64](),
 		savedmodel.Float32: widened[int8, float32](), savedmodel.Float64: widened[int8, float64](),
 		savedmodel.Float16: {convert: round[int8](toHalf)}, savedmodel.Bfloat16: {convert: round[int8](toBfloat)},
 	},
 	arrow.INT16: {
 		savedmodel.Int16: {}, savedmodel.Int32: widened[int16, int32](), savedmodel.Int64: widened[int16, int64](),
-		savedmodel.Uint8: checked[int16, uint8](), savedmodel.Uint16: checked[int16, uint16](), savedmodel.Uint32: checked[int16, uint32](), savedmodel.Uint64: checked[int16, uint64](),
+		savedmodel.Uint8: checked[int16, uint8](), savedmodel.Uint16: checked[int16, uint16](),
+		savedmodel.Uint32: checked[int16, uint32](), savedmodel.Uint64: checked[int16, uint64](),
 		savedmodel.Float32: widened[int16, float32](), savedmodel.Float64: widened[int16, float64](),
 	},
 	arrow.INT32: {
 		savedmodel.Int32: {}, savedmodel.Int64: widened[int32, int64](),
-		savedmodel.Uint8: checked[int32, uint8](), savedmodel.Uint16: checked[int32, uint16](), savedmodel.Uint32: checked[int32, uint32](), savedmodel.Uint64: checked[int32, uint64](),
+		savedmodel.Uint8: checked[int32, uint8](), savedmodel.Uint16: checked[int32, uint16](),
+		savedmodel.Uint32: checked[int32, uint32](), savedmodel.Uint64: checked[int32, uint64](),
 		savedmodel.Float64: widened[int32, float64](),
 	},
 	arrow.INT64: {
 		savedmodel.Int64: {},
-		savedmodel.Uint8: checked[int64, uint8](), savedmodel.Uint16: checked[int64, uint16](), savedmodel.Uint32: checked[int64, uint32](), savedmodel.Uint64: checked[int64, uint64](),
+		savedmodel.Uint8: checked[int64, uint8](), savedmodel.Uint16: checked[int64, uint16](),
+		savedmodel.Uint32: checked[int64, uint32](), savedmodel.Uint64: checked[int64, uint64](),
 	},
 	arrow.UINT8: {
-		savedmodel.Uint8: {}, savedmodel.Uint16: widened[uint8, uint16](), savedmodel.Uint32: widened[uint8, uint32](), savedmodel.Uint64: widened[uint8, uint64](),
-		savedmodel.Int16: widened[uint8, int16](), savedmodel.Int32: widened[uint8, int32](), savedmodel.Int64: widened[uint8, int64](),
+		savedmodel.Uint8: {}, savedmodel.Uint16: widened[uint8, uint16](), savedmodel.Uint32: widened[uint8, uint32](),
+		savedmodel.Uint64: widened[uint8, uint64](),
+		savedmodel.Int16:  widened[uint8, int16](), savedmodel.Int32: widened[uint8, int32](),
+		savedmodel.Int64:   widened[uint8, int64](),
 		savedmodel.Float32: widened[uint8, float32](), savedmodel.Float64: widened[uint8, float64](),
 		savedmodel.Float16: {convert: round[uint8](toHalf)}, savedmodel.Bfloat16: {convert: round[uint8](toBfloat)},
 	},
 	arrow.UINT16: {
-		savedmodel.Uint8: checked[uint16, uint8](), savedmodel.Uint16: {}, savedmodel.Uint32: widened[uint16, uint32](), savedmodel.Uint64: widened[uint16, uint64](),
-		savedmodel.Int32: widened[uint16, int32](), savedmodel.Int64: widened[uint16, int64](),
+		savedmodel.Uint8: checked[uint16, uint8](), savedmodel.Uint16: {}, savedmodel.Uint32: widened[uint16, uint32](),
+		savedmodel.Uint64: widened[uint16, uint64](),
+		savedmodel.Int32:  widened[uint16, int32](), savedmodel.Int64: widened[uint16, int64](),
 		savedmodel.Float32: widened[uint16, float32](), savedmodel.Float64: widened[uint16, float64](),
 	},
 	arrow.UINT32: {
-		savedmodel.Uint8: checked[uint32, uint8](), savedmodel.Uint16: checked[uint32, uint16](), savedmodel.Uint32: {}, savedmodel.Uint64: widened[uint32, uint64](),
-		savedmodel.Int64: widened[uint32, int64](), savedmodel.Float64: widened[uint32, float64](),
+		savedmodel.Uint8: checked[uint32, uint8](), savedmodel.Uint16: checked[uint32, uint16](), savedmodel.Uint32: {},
+		savedmodel.Uint64: widened[uint32, uint64](),
+		savedmodel.Int64:  widened[uint32, int64](), savedmodel.Float64: widened[uint32, float64](),
 	},
 	arrow.UINT64: {
-		savedmodel.Uint8: checked[uint64, uint8](), savedmodel.Uint16: checked[uint64, uint16](), savedmodel.Uint32: checked[uint64, uint32](), savedmodel.Uint64: {},
+		savedmodel.Uint8: checked[uint64, uint8](), savedmodel.Uint16: checked[uint64, uint16](),
+		savedmodel.Uint32: checked[uint64, uint32](), savedmodel.Uint64: {},
 	},
 	arrow.DECIMAL128: { // of scale 0
-		savedmodel.Uint8: fromDecimal[uint8](), savedmodel.Uint16: fromDecimal[uint16](), savedmodel.Uint32: fromDecimal[uint32](), savedmodel.Uint64: fromDecimal[uint64](),
+		savedmodel.Uint8: fromDecimal[uint8](), savedmodel.Uint16: fromDecimal[uint16](),
+		savedmodel.Uint32: fromDecimal[uint32](), savedmodel.Uint64: fromDecimal[uint64](),
 	},
 	arrow.FLOAT16: {
-		savedmodel.Float16: {}, savedmodel.Float32: {convert: expand[float32](FromHalf)}, savedmodel.Float64: {convert: expand[float64](FromHalf)},
+		savedmodel.Float16: {}, savedmodel.Float32: {convert: expand[float32](FromHalf)},
+		savedmodel.Float64: {convert: expand[float64](FromHalf)},
 	},
 	arrow.FLOAT32: {
 		savedmodel.Float32: {}, savedmodel.Float64: widened[float32, float64](),
@@ -168,7 +180,8 @@ func marking[S any](bad func(S) bool) func(src []byte) []bool {
 
 // ranges says what fits the dtypes that are checked.
 var ranges = map[savedmodel.DType]string{
-	savedmodel.Uint8: "0 to 255", savedmodel.Uint16: "0 to 65535", savedmodel.Uint32: "0 to 4294967295", savedmodel.Uint64: "0 to 18446744073709551615",
+	savedmodel.Uint8: "0 to 255", savedmodel.Uint16: "0 to 65535", savedmodel.Uint32: "0 to 4294967295",
+	savedmodel.Uint64:  "0 to 18446744073709551615",
 	savedmodel.Float16: "-65504 to 65504", savedmodel.Bfloat16: "-3.39e38 to 3.39e38",
 }
 
@@ -191,7 +204,8 @@ func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
 		}
 	}
 	switch t := t.(type) {
-	case *arrow.StringType, *arrow.BinaryType, *arrow.LargeStringType, *arrow.LargeBinaryType, *arrow.StringViewType, *arrow.BinaryViewType:
+	case *arrow.StringType, *arrow.BinaryType, *arrow.LargeStringType, *arrow.LargeBinaryType, *arrow.StringViewType,
+		*arrow.BinaryViewType:
 		return conversion{}, dtype == savedmodel.String
 	case *arrow.FixedSizeBinaryType:
 		return conversion{}, dtype == savedmodel.String && t.ByteWidth > 0

@@ -25,7 +25,8 @@ const (
 )
 
 func tooLarge() error {
-	return fault.New(fault.Exhausted, "the tensor of this record batch is too large, more than %d MiB or %d pieces; send fewer rows in a record batch", MaxTensorBytes>>20, maxPieces)
+	return fault.New(fault.Exhausted, "the tensor of this record batch is too large, more than %d MiB or %d pieces; "+
+		"send fewer rows in a record batch", MaxTensorBytes>>20, maxPieces)
 }
 
 // lists is the source of an input whose column has elements, in one level of list for each
@@ -132,9 +133,11 @@ func (l *lists) screen(column arrow.Array, refuse func(row int, reason string)) 
 			case m.dim == 1 && l.counted && m.length > l.most:
 				refuse(row, fmt.Sprintf("a list of %d elements, more than the input of lengths can count", m.length))
 			case l.pad:
-				refuse(row, fmt.Sprintf("a list of %d elements at dimension %d, want %d at most", m.length, m.dim, l.want(int(m.dim))))
+				refuse(row, fmt.Sprintf("a list of %d elements at dimension %d, want %d at most", m.length, m.dim,
+					l.want(int(m.dim))))
 			default:
-				refuse(row, fmt.Sprintf("a list of %d elements at dimension %d, want %d", m.length, m.dim, l.want(int(m.dim))))
+				refuse(row, fmt.Sprintf("a list of %d elements at dimension %d, want %d", m.length, m.dim,
+					l.want(int(m.dim))))
 			}
 		}
 	}
@@ -164,7 +167,8 @@ func (l *lists) misfits(a arrow.Array, dim int) (all []misfit) {
 	}
 	for row := range a.Len() {
 		lo, hi := list.ValueOffsets(row)
-		if length := hi - lo; (want >= 0 && (length > want || length < want && !l.pad) || length > most) && !a.IsNull(row) {
+		if length := hi - lo; (want >= 0 && (length > want || length < want && !l.pad) || length > most) &&
+			!a.IsNull(row) {
 			if all == nil {
 				all = make([]misfit, a.Len())
 			}
@@ -267,7 +271,9 @@ func (l *lists) size(list array.ListLike, pieces []piece, dim int) (int64, error
 		for at := p.lo; at < p.hi; at++ {
 			lo, hi := list.ValueOffsets(at)
 			if size >= 0 && hi-lo != size && !l.pad {
-				return 0, fault.New(fault.BadRequest, "lists of %d and of %d elements at dimension %d in one record batch; all must have the same length, or give the input a \"pad\" to fill them up", size, hi-lo, dim)
+				return 0, fault.New(fault.BadRequest, "lists of %d and of %d elements at dimension %d in one record "+
+					"batch; all must have the same length, or give the input a \"pad\" to fill them up", size, hi-lo,
+					dim)
 			}
 			size = max(size, hi-lo)
 		}

@@ -14,7 +14,8 @@ func TestMappingsAreWrittenAsRead(t *testing.T) {
 		`{"x":{"column":"c"}}`:         {{Tensor: "x", Column: "c"}},
 		`{"x":{"column":"c","pad":0}}`: {{Tensor: "x", Column: "c", Pad: []byte("0")}},
 		`{"x":{"column":"c","encoding":"raw"},"y":{"column":"d","pad":"<p>","lengths":"n"}}`: {
-			{Tensor: "x", Column: "c", Encoding: "raw"}, {Tensor: "y", Column: "d", Pad: []byte(`"<p>"`), Lengths: "n"}},
+			{Tensor: "x", Column: "c", Encoding: "raw"},
+			{Tensor: "y", Column: "d", Pad: []byte(`"<p>"`), Lengths: "n"}},
 	} {
 		var got, again Inputs
 		if err := json.Unmarshal([]byte(text), &got); err != nil || !reflect.DeepEqual(got, want) {
@@ -33,7 +34,8 @@ func TestMappingsAreWrittenAsRead(t *testing.T) {
 	}
 	for text, want := range map[string]Outputs{
 		`{"z":"c","a":"d"}`: {{Tensor: "z", Column: "c"}, {Tensor: "a", Column: "d"}},
-		`{"x":{"column":"c","type":"utf8","shape":[-1,3]}}`: {{Tensor: "x", Column: "c", Type: "utf8", Shape: []int64{-1, 3}}},
+		`{"x":{"column":"c","type":"utf8","shape":[-1,3]}}`: {{Tensor: "x", Column: "c", Type: "utf8",
+			Shape: []int64{-1, 3}}},
 	} {
 		var got Outputs
 		if err := json.Unmarshal([]byte(text), &got); err != nil || !reflect.DeepEqual(got, want) {

@@ -89,7 +89,8 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	}
 	o := output{spec: spec, given: entry.Shape != nil, column: entry.Column, leaf: leaf.column, widen: leaf.widen}
 	if !ok {
-		return refused("%q is %s, which has no column type; cast it in the model or leave it out of outputs", spec.Name, spec.DType)
+		return refused("%q is %s, which has no column type; cast it in the model or leave it out of outputs", spec.Name,
+			spec.DType)
 	}
 	switch entry.Type {
 	case "":
@@ -103,7 +104,8 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	}
 	if o.given {
 		if len(entry.Shape) == 0 || entry.Shape[0] != -1 || slices.Min(entry.Shape) < -1 {
-			return refused("%q has the shape %d; want -1 for the rows, then a size or -1 for each dimension", spec.Name, entry.Shape)
+			return refused("%q has the shape %d; want -1 for the rows, then a size or -1 for each dimension", spec.Name,
+				entry.Shape)
 		}
 		shape, ok := merge(spec, entry.Shape)
 		if !ok {
@@ -116,22 +118,27 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	}
 	switch shape := o.spec.Shape; {
 	case o.spec.UnknownRank:
-		return refused("%q has an unknown rank, so its column has no type; say its shape, for instance %s for one list in each row", spec.Name, mapped("-1,-1"))
+		return refused("%q has an unknown rank, so its column has no type; say its shape, "+
+			"for instance %s for one list in each row", spec.Name, mapped("-1,-1"))
 	case len(shape) == 0:
-		return refused("%q is a single %s, not one per row; its first dimension must be the batch", spec.Name, spec.DType)
+		return refused("%q is a single %s, not one per row; its first dimension must be the batch", spec.Name,
+			spec.DType)
 	case shape[0] >= 0:
-		return refused("%s has %d rows whatever the batch has; its first dimension must be the batch", describe(spec), shape[0])
+		return refused("%s has %d rows whatever the batch has; its first dimension must be the batch", describe(spec),
+			shape[0])
 	}
 	field := arrow.Field{Name: entry.Column, Type: o.leaf, Nullable: true}
 	if inner := o.spec.Shape[1:]; tensor && len(inner) > 0 {
 		if slices.Contains(inner, -1) {
 			known := strings.ReplaceAll(strings.Trim(shapeText(o.spec.Shape), "[]"), "?", "SIZE")
-			return refused("%s has open dimensions, which the layout tensor does not take; give their sizes, %s, or use the layout list", describe(o.spec), mapped("-1"+strings.TrimPrefix(known, "SIZE")))
+			return refused("%s has open dimensions, which the layout tensor does not take; give their sizes, %s, "+
+				"or use the layout list", describe(o.spec), mapped("-1"+strings.TrimPrefix(known, "SIZE")))
 		}
 		size := int64(1)
 		for _, d := range inner {
 			if d == 0 || d > math.MaxInt32/size {
-				return refused("%s cannot be in the layout tensor, whose rows have from 1 to %d elements; use the layout list", describe(o.spec), math.MaxInt32)
+				return refused("%s cannot be in the layout tensor, whose rows have from 1 to %d elements; "+
+					"use the layout list", describe(o.spec), math.MaxInt32)
 			}
 			size *= d
 		}
@@ -141,7 +148,8 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 		}
 		o.flat = true
 		field.Type = arrow.FixedSizeListOf(int32(size), o.leaf)
-		field.Metadata = arrow.NewMetadata([]string{extensionName, extensionMetadata}, []string{tensorExtension, string(about)})
+		field.Metadata = arrow.NewMetadata([]string{extensionName, extensionMetadata},
+			[]string{tensorExtension, string(about)})
 	} else {
 		for range inner {
 			field.Type = arrow.ListOf(field.Type)
@@ -202,7 +210,8 @@ func (p *Plan) Settle(outputs []Value, rows *Rows, mem memory.Allocator) (settle
 		}
 		width := len(value.Strings) / len(before)
 		for at, row := range before {
-			if rows.state[row] == rowKept && slices.ContainsFunc(value.Strings[at*width:(at+1)*width], func(s []byte) bool { return !utf8.Valid(s) }) {
+			if rows.state[row] == rowKept && slices.ContainsFunc(value.Strings[at*width:(at+1)*width],
+				func(s []byte) bool { return !utf8.Valid(s) }) {
 				rows.Refuse(row, fmt.Sprintf("output %q is not UTF-8; map it without the type utf8", out.spec.Name))
 				refused = true
 			}
@@ -225,7 +234,8 @@ func (p *Plan) Settle(outputs []Value, rows *Rows, mem memory.Allocator) (settle
 // gives each to write, in row order, with whether it is the last. outputs hold only
 // the rows that take part, in the order of Fetches; nil when no row does. A record batch
 // views their memory and is released when write returns.
-func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator, write func(rec arrow.Record, last bool) error) error {
+func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator,
+	write func(rec arrow.Record, last bool) error) error {
 	if rows.Kept() > 0 {
 		if err := p.CheckOutputs(outputs, rows.Kept()); err != nil {
 			return err
@@ -269,7 +279,9 @@ func (p *Plan) part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, ne
 			size += len(reason) + 4
 		}
 		if size > MaxRowBytes {
-			return nil, 0, fault.New(fault.Exhausted, "the answer to row %d of a batch has %d MiB, more than the limit of %d MiB", row, size>>20, MaxRowBytes>>20)
+			return nil, 0,
+				fault.New(fault.Exhausted, "the answer to row %d of a batch has %d MiB, more than the limit of %d MiB",
+					row, size>>20, MaxRowBytes>>20)
 		}
 		if bytes > 0 && bytes+size > MaxAnswerBytes {
 			break
@@ -323,11 +335,14 @@ func (o *output) check(value *Value, rows int) error {
 	}
 	switch {
 	case !agrees && o.given:
-		return fault.New(fault.BadRequest, "output %q came back with the shape %s, but its shape in outputs is %s", o.spec.Name, shapeText(value.Shape), shapeText(o.spec.Shape))
+		return fault.New(fault.BadRequest, "output %q came back with the shape %s, but its shape in outputs is %s",
+			o.spec.Name, shapeText(value.Shape), shapeText(o.spec.Shape))
 	case value.DType != o.spec.DType || !agrees:
-		return fault.New(fault.Internal, "output %s came back as %s with %d dimensions, %s", describe(o.spec), value.DType, len(value.Shape), shapeText(value.Shape))
+		return fault.New(fault.Internal, "output %s came back as %s with %d dimensions, %s", describe(o.spec),
+			value.DType, len(value.Shape), shapeText(value.Shape))
 	case value.Rows() != int64(rows):
-		return fault.New(fault.BadRequest, "output %q has first dimension %d for a batch of %d rows; an output must have one entry for each row", o.spec.Name, value.Rows(), rows)
+		return fault.New(fault.BadRequest, "output %q has first dimension %d for a batch of %d rows; "+
+			"an output must have one entry for each row", o.spec.Name, value.Rows(), rows)
 	}
 	return nil
 }
@@ -368,7 +383,8 @@ func (o *output) array(dtype arrow.DataType, value *Value, kept span, valid []bo
 			child = o.scattered(value, kept.lo, valid, width)
 		}
 		defer child.Release()
-		return fromBuffers(dtype, len(valid), []*memory.Buffer{optional(bitmap(valid, nulls))}, []arrow.ArrayData{child.Data()}, nulls)
+		return fromBuffers(dtype, len(valid), []*memory.Buffer{optional(bitmap(valid, nulls))},
+			[]arrow.ArrayData{child.Data()}, nulls)
 	case len(value.Shape) > 1:
 		// A list level of its own at the top lets null rows have no elements: nothing is moved.
 		width := int(value.Shape[1])
@@ -482,7 +498,8 @@ func stringArray(dtype arrow.DataType, elements [][]byte, validity []byte, nulls
 		data = append(data, e...)
 		offsets = append(offsets, int32(len(data)))
 	}
-	buffers := []*memory.Buffer{optional(validity), memory.NewBufferBytes(arrow.Int32Traits.CastToBytes(offsets)), memory.NewBufferBytes(data)}
+	buffers := []*memory.Buffer{optional(validity), memory.NewBufferBytes(arrow.Int32Traits.CastToBytes(offsets)),
+		memory.NewBufferBytes(data)}
 	return fromBuffers(dtype, len(elements), buffers, nil, nulls)
 }
 
@@ -509,7 +526,8 @@ func listArray(dtype arrow.DataType, offsets []int32, child arrow.Array, validit
 	return fromBuffers(dtype, len(offsets)-1, buffers, []arrow.ArrayData{child.Data()}, nulls)
 }
 
-func fromBuffers(dtype arrow.DataType, n int, buffers []*memory.Buffer, children []arrow.ArrayData, nulls int) arrow.Array {
+func fromBuffers(dtype arrow.DataType, n int, buffers []*memory.Buffer, children []arrow.ArrayData,
+	nulls int) arrow.Array {
 	data := array.NewData(dtype, n, buffers, children, nulls, 0)
 	defer data.Release()
 	return array.MakeFromData(data)

@@ -34,7 +34,8 @@ type Pictures interface {
 	Bytes(input string, picture Picture) int64
 	// Decode makes a value of so many rows, in order. refused holds a reason for each picture that
 	// cannot be decoded; such a row's part of the value is not defined. ctx ends the work.
-	Decode(ctx context.Context, input string, pictures []Picture, mem memory.Allocator) (value Value, refused map[int]string, err error)
+	Decode(ctx context.Context, input string, pictures []Picture, mem memory.Allocator) (value Value,
+		refused map[int]string, err error)
 }
 
 // Kinds of Spark's images by their mode, which is OpenCV's number of the type.
@@ -71,14 +72,16 @@ func (in *boundInput) bindPictures(field arrow.Field) error {
 	if holdsBytes(t) {
 		return nil
 	}
-	refused := fault.New(fault.BadRequest, "input %q takes pictures and wants a column of files (binary) or of Spark's image struct; column %q is %s", in.spec.Name, in.name, typeText(field.Type))
+	refused := fault.New(fault.BadRequest, "input %q takes pictures and wants a column of files (binary) or of "+
+		"Spark's image struct; column %q is %s", in.spec.Name, in.name, typeText(field.Type))
 	s, ok := field.Type.(*arrow.StructType)
 	if !ok {
 		return refused
 	}
 	for _, name := range []string{"height", "width", "nChannels", "mode", "data"} {
 		at, ok := s.FieldIdx(name)
-		if !ok || name == "data" && !holdsBytes(s.Field(at).Type) || name != "data" && s.Field(at).Type.ID() != arrow.INT32 {
+		if !ok || name == "data" && !holdsBytes(s.Field(at).Type) ||
+			name != "data" && s.Field(at).Type.ID() != arrow.INT32 {
 			return refused
 		}
 		in.pictures.fields = append(in.pictures.fields, at)
@@ -144,15 +147,20 @@ func pixels(height, width, channels, mode int32, data []byte) (Picture, string) 
 	case mode == -1 || height == -1 || width == -1:
 		return Picture{}, "an image that Spark has marked as invalid (mode -1)"
 	case !known:
-		return Picture{}, fmt.Sprintf("an image of mode %d; want 0, 16 or 24 (CV_8UC1, 3, 4) or 5, 21 or 29 (CV_32FC1, 3, 4)", mode)
+		return Picture{},
+			fmt.Sprintf("an image of mode %d; want 0, 16 or 24 (CV_8UC1, 3, 4) or 5, 21 or 29 (CV_32FC1, 3, 4)", mode)
 	case int(channels) != kind.channels:
-		return Picture{}, fmt.Sprintf("an image of mode %d with nChannels %d; that mode has %d", mode, channels, kind.channels)
+		return Picture{}, fmt.Sprintf("an image of mode %d with nChannels %d; that mode has %d", mode, channels,
+			kind.channels)
 	case height < 1 || width < 1:
 		return Picture{}, fmt.Sprintf("an image with height %d and width %d", height, width)
 	}
 	pixel := int64(kind.channels * kind.dtype.Size())
-	if int64(height) > int64(len(data)) || int64(width) > int64(len(data)) || int64(height)*int64(width)*pixel != int64(len(data)) {
-		return Picture{}, fmt.Sprintf("an image of height %d, width %d and mode %d, whose data have %d bytes; want height * width * %d", height, width, mode, len(data), pixel)
+	if int64(height) > int64(len(data)) || int64(width) > int64(len(data)) ||
+		int64(height)*int64(width)*pixel != int64(len(data)) {
+		return Picture{},
+			fmt.Sprintf("an image of height %d, width %d and mode %d, whose data have %d bytes; "+
+				"want height * width * %d", height, width, mode, len(data), pixel)
 	}
 	return Picture{Data: data, Height: int(height), Width: int(width), Channels: kind.channels, DType: kind.dtype}, ""
 }

@@ -16,8 +16,10 @@ import (
 func imageFields(name string, other arrow.DataType) []arrow.Field {
 	i32 := arrow.PrimitiveTypes.Int32
 	fields := []arrow.Field{
-		{Name: "origin", Type: arrow.BinaryTypes.String, Nullable: true}, {Name: "height", Type: i32, Nullable: true}, {Name: "width", Type: i32, Nullable: true},
-		{Name: "nChannels", Type: i32, Nullable: true}, {Name: "mode", Type: i32, Nullable: true}, {Name: "data", Type: arrow.BinaryTypes.Binary, Nullable: true},
+		{Name: "origin", Type: arrow.BinaryTypes.String, Nullable: true}, {Name: "height", Type: i32, Nullable: true},
+		{Name: "width", Type: i32, Nullable: true},
+		{Name: "nChannels", Type: i32, Nullable: true}, {Name: "mode", Type: i32, Nullable: true},
+		{Name: "data", Type: arrow.BinaryTypes.Binary, Nullable: true},
 	}
 	for i := range fields {
 		if fields[i].Name == name {
@@ -109,17 +111,20 @@ func TestImageStructs(t *testing.T) {
 	var seen []string
 	rows := NewRows(int(rec.NumRows()))
 	binding.Nulls(rec, rows, false)
-	feeds, err := binding.Values(t.Context(), rec, rows, decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
-		for _, p := range pictures {
-			seen = append(seen, fmt.Sprintf("%dx%dx%d %s mode %d %s", p.Height, p.Width, p.Channels, p.DType, ImageMode(p), p.Data))
-		}
-		return Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem), nil, nil
-	}), mem)
+	feeds, err := binding.Values(t.Context(), rec, rows,
+		decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+			for _, p := range pictures {
+				seen = append(seen, fmt.Sprintf("%dx%dx%d %s mode %d %s", p.Height, p.Width, p.Channels, p.DType,
+					ImageMode(p), p.Data))
+			}
+			return Allocate(savedmodel.Float32, []int64{int64(len(pictures)), 1, 1, 3}, mem), nil, nil
+		}), mem)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ReleaseFeeds(feeds)
-	want := []string{"1x2x3 uint8 mode 16 abcdef", "2x1x1 uint8 mode 0 gh", "1x1x4 uint8 mode 24 abcd", "1x1x3 float32 mode 21 abcdefghijkl"}
+	want := []string{"1x2x3 uint8 mode 16 abcdef", "2x1x1 uint8 mode 0 gh", "1x1x4 uint8 mode 24 abcd",
+		"1x1x3 float32 mode 21 abcdefghijkl"}
 	if !slices.Equal(seen, want) {
 		t.Errorf("the decoder has seen %q, want %q", seen, want)
 	}

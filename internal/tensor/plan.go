@@ -64,12 +64,14 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 		}
 	}
 	if len(outputs) == 0 {
-		return nil, fault.New(fault.BadRequest, "no output is asked for; the signature has %s", describe(signature.Outputs...))
+		return nil, fault.New(fault.BadRequest, "no output is asked for; the signature has %s",
+			describe(signature.Outputs...))
 	}
 	var columns []arrow.Field
 	add := func(field arrow.Field) error {
 		if slices.ContainsFunc(columns, func(f arrow.Field) bool { return f.Name == field.Name }) {
-			return fault.New(fault.BadRequest, "two outputs have the column name %q; name another in outputs or error_column", field.Name)
+			return fault.New(fault.BadRequest,
+				"two outputs have the column name %q; name another in outputs or error_column", field.Name)
 		}
 		columns = append(columns, field)
 		return nil
@@ -77,7 +79,8 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 	for _, entry := range outputs {
 		spec, ok := find(signature.Outputs, entry.Tensor)
 		if !ok {
-			return nil, fault.New(fault.BadRequest, "no output %q; the signature has %s", entry.Tensor, describe(signature.Outputs...))
+			return nil, fault.New(fault.BadRequest, "no output %q; the signature has %s", entry.Tensor,
+				describe(signature.Outputs...))
 		}
 		out, field, err := planOutput(spec, entry, options.Layout == LayoutTensor)
 		if err != nil {
@@ -89,7 +92,8 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 		}
 	}
 	if options.ErrorColumn != "" {
-		if err := add(arrow.Field{Name: options.ErrorColumn, Type: arrow.BinaryTypes.String, Nullable: true}); err != nil {
+		if err := add(arrow.Field{Name: options.ErrorColumn, Type: arrow.BinaryTypes.String,
+			Nullable: true}); err != nil {
 			return nil, err
 		}
 	}
@@ -107,11 +111,14 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 	for name, made := range p.options.Pictures {
 		spec, ok := find(specs, name)
 		if !ok {
-			return fault.New(fault.BadRequest, "preprocess names no input %q; the signature has %s", name, describe(specs...))
+			return fault.New(fault.BadRequest, "preprocess names no input %q; the signature has %s", name,
+				describe(specs...))
 		}
-		fits := spec.UnknownRank || slices.EqualFunc(spec.Shape, made.Shape, func(want, is int64) bool { return want < 0 || want == is })
+		fits := spec.UnknownRank || slices.EqualFunc(spec.Shape, made.Shape,
+			func(want, is int64) bool { return want < 0 || want == is })
 		if spec.DType != made.DType || !fits {
-			return fault.New(fault.BadRequest, "preprocess makes %s %s, but the input is %s", made.DType, shapeText(made.Shape), describe(spec))
+			return fault.New(fault.BadRequest, "preprocess makes %s %s, but the input is %s", made.DType,
+				shapeText(made.Shape), describe(spec))
 		}
 	}
 	if len(specs) == 0 {
@@ -119,7 +126,9 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 	}
 	for _, spec := range specs {
 		if !spec.UnknownRank && (len(spec.Shape) == 0 || spec.Shape[0] >= 0) {
-			return fault.New(fault.BadRequest, "input %s has no batch dimension: its first dimension must be unknown, export it as None", describe(spec))
+			return fault.New(fault.BadRequest,
+				"input %s has no batch dimension: its first dimension must be unknown, export it as None",
+				describe(spec))
 		}
 		_, isPicture := p.options.Pictures[spec.Name]
 		in := input{Input: Input{Tensor: spec.Name, Column: spec.Name}, spec: spec, picture: isPicture}
@@ -129,13 +138,15 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 			counts := p.options.Inputs.countInto(spec.Name)
 			switch {
 			case ok && counts > 0, counts > 1:
-				return fault.New(fault.BadRequest, "input %q is fed twice: name it once, in inputs or in lengths", spec.Name)
+				return fault.New(fault.BadRequest, "input %q is fed twice: name it once, in inputs or in lengths",
+					spec.Name)
 			case counts == 1 && in.picture:
 				return fault.New(fault.BadRequest, "input %q receives lengths, so it cannot have preprocess", spec.Name)
 			case counts == 1:
 				continue // fed with the input that names it
 			case !ok:
-				return fault.New(fault.BadRequest, "input %q is not mapped to a column; the signature has %s", spec.Name, describe(specs...))
+				return fault.New(fault.BadRequest, "input %q is not mapped to a column; the signature has %s",
+					spec.Name, describe(specs...))
 			}
 		}
 		if err := in.settle(specs); err != nil {
@@ -151,19 +162,29 @@ func (in *input) settle(specs []savedmodel.Spec) error {
 	listless := !in.spec.UnknownRank && len(in.spec.Shape) < 2
 	switch {
 	case in.picture && (in.Encoding != "" || in.Pad != nil || in.Lengths != ""):
-		return fault.New(fault.BadRequest, "input %q has preprocess, so it cannot have encoding, pad or lengths", in.spec.Name)
+		return fault.New(fault.BadRequest, "input %q has preprocess, so it cannot have encoding, pad or lengths",
+			in.spec.Name)
 	case in.Encoding != "" && in.Encoding != encodingRaw:
-		return fault.New(fault.BadRequest, "input %q has the encoding %q; this server knows %q", in.spec.Name, in.Encoding, encodingRaw)
+		return fault.New(fault.BadRequest, "input %q has the encoding %q; this server knows %q", in.spec.Name,
+			in.Encoding, encodingRaw)
 	case in.Encoding != "" && (in.Pad != nil || in.Lengths != ""):
-		return fault.New(fault.BadRequest, "input %q has the encoding raw, whose rows all have one length; leave pad and lengths out", in.spec.Name)
+		return fault.New(fault.BadRequest,
+			"input %q has the encoding raw, whose rows all have one length; leave pad and lengths out", in.spec.Name)
 	case in.Encoding != "" && in.spec.DType.Size() == 0:
-		return fault.New(fault.BadRequest, "input %s cannot have the encoding raw: its elements have no fixed size; map a column of strings", describe(in.spec))
-	case in.Encoding != "" && (in.spec.UnknownRank || slices.ContainsFunc(in.spec.Shape[1:], func(d int64) bool { return d < 0 })):
-		return fault.New(fault.BadRequest, "input %s cannot have the encoding raw: all its dimensions after the first must be known; map a column of lists, or export the model with its shape", describe(in.spec))
+		return fault.New(fault.BadRequest,
+			"input %s cannot have the encoding raw: its elements have no fixed size; map a column of strings",
+			describe(in.spec))
+	case in.Encoding != "" && (in.spec.UnknownRank || slices.ContainsFunc(in.spec.Shape[1:],
+		func(d int64) bool { return d < 0 })):
+		return fault.New(fault.BadRequest, "input %s cannot have the encoding raw: "+
+			"all its dimensions after the first must be known; map a column of lists, "+
+			"or export the model with its shape", describe(in.spec))
 	case in.Encoding != "" && !fits(in.spec.DType, in.spec.Shape[1:]):
-		return fault.New(fault.BadRequest, "input %s cannot have the encoding raw: a row has more than %d MiB", describe(in.spec), MaxTensorBytes>>20)
+		return fault.New(fault.BadRequest, "input %s cannot have the encoding raw: a row has more than %d MiB",
+			describe(in.spec), MaxTensorBytes>>20)
 	case (in.Pad != nil || in.Lengths != "") && listless:
-		return fault.New(fault.BadRequest, "input %s has no dimension after the first, so it cannot have pad or lengths", describe(in.spec))
+		return fault.New(fault.BadRequest,
+			"input %s has no dimension after the first, so it cannot have pad or lengths", describe(in.spec))
 	}
 	if in.Pad != nil {
 		filling, err := padding(in.Pad, in.spec.DType)
@@ -175,11 +196,14 @@ func (in *input) settle(specs []savedmodel.Spec) error {
 	if in.Lengths != "" {
 		var ok bool
 		if in.lengths, ok = find(specs, in.Lengths); !ok {
-			return fault.New(fault.BadRequest, "lengths of input %q names no input %q; the signature has %s", in.spec.Name, in.Lengths, describe(specs...))
+			return fault.New(fault.BadRequest, "lengths of input %q names no input %q; the signature has %s",
+				in.spec.Name, in.Lengths, describe(specs...))
 		}
 		in.most, ok = longest(in.lengths.DType)
 		if !ok || !in.lengths.UnknownRank && len(in.lengths.Shape) != 1 {
-			return fault.New(fault.BadRequest, "lengths of input %q wants an input of whole numbers of rank 1, but names %s", in.spec.Name, describe(in.lengths))
+			return fault.New(fault.BadRequest,
+				"lengths of input %q wants an input of whole numbers of rank 1, but names %s", in.spec.Name,
+				describe(in.lengths))
 		}
 	}
 	return nil

@@ -53,7 +53,9 @@ func (r *raw) value(column arrow.Array, rows []span, mem memory.Allocator) (Valu
 		for row := span.lo; row < span.hi; row++ {
 			cell := at(row)
 			if n := len(cells); n > 0 && size > 0 {
-				inSequence = inSequence && unsafe.Pointer(unsafe.SliceData(cell)) == unsafe.Add(unsafe.Pointer(unsafe.SliceData(cells[n-1])), size)
+				inSequence = inSequence &&
+					unsafe.Pointer(unsafe.SliceData(cell)) == unsafe.Add(unsafe.Pointer(unsafe.SliceData(cells[n-1])),
+						size)
 			}
 			cells = append(cells, cell)
 		}

@@ -23,15 +23,19 @@ import (
 // outTypes are the column types that Spark reads for each tensor type.
 var outTypes = map[savedmodel.DType]arrow.DataType{
 	savedmodel.Float32: arrow.PrimitiveTypes.Float32, savedmodel.Float64: arrow.PrimitiveTypes.Float64,
-	savedmodel.Int8: arrow.PrimitiveTypes.Int8, savedmodel.Int16: arrow.PrimitiveTypes.Int16, savedmodel.Int32: arrow.PrimitiveTypes.Int32, savedmodel.Int64: arrow.PrimitiveTypes.Int64,
-	savedmodel.Uint8: arrow.PrimitiveTypes.Int16, savedmodel.Uint16: arrow.PrimitiveTypes.Int32, savedmodel.Uint32: arrow.PrimitiveTypes.Int64,
-	savedmodel.Uint64: &arrow.Decimal128Type{Precision: 20}, savedmodel.Float16: arrow.PrimitiveTypes.Float32, savedmodel.Bfloat16: arrow.PrimitiveTypes.Float32,
-	savedmodel.Bool: arrow.FixedWidthTypes.Boolean, savedmodel.String: arrow.BinaryTypes.Binary,
+	savedmodel.Int8: arrow.PrimitiveTypes.Int8, savedmodel.Int16: arrow.PrimitiveTypes.Int16,
+	savedmodel.Int32: arrow.PrimitiveTypes.Int32, savedmodel.Int64: arrow.PrimitiveTypes.Int64,
+	savedmodel.Uint8: arrow.PrimitiveTypes.Int16, savedmodel.Uint16: arrow.PrimitiveTypes.Int32,
+	savedmodel.Uint32: arrow.PrimitiveTypes.Int64,
+	savedmodel.Uint64: &arrow.Decimal128Type{Precision: 20}, savedmodel.Float16: arrow.PrimitiveTypes.Float32,
+	savedmodel.Bfloat16: arrow.PrimitiveTypes.Float32,
+	savedmodel.Bool:     arrow.FixedWidthTypes.Boolean, savedmodel.String: arrow.BinaryTypes.Binary,
 }
 
 // tensorTypes are the column types of the layout tensor where they are others.
 var tensorTypes = map[savedmodel.DType]arrow.DataType{
-	savedmodel.Uint8: arrow.PrimitiveTypes.Uint8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16, savedmodel.Uint32: arrow.PrimitiveTypes.Uint32, savedmodel.Uint64: arrow.PrimitiveTypes.Uint64,
+	savedmodel.Uint8: arrow.PrimitiveTypes.Uint8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16,
+	savedmodel.Uint32: arrow.PrimitiveTypes.Uint32, savedmodel.Uint64: arrow.PrimitiveTypes.Uint64,
 	savedmodel.Float16: arrow.FixedWidthTypes.Float16,
 }
 
@@ -40,7 +44,8 @@ var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
 
 var outDTypes = []savedmodel.DType{
 	savedmodel.Float32, savedmodel.Float64, savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64,
-	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64, savedmodel.Float16, savedmodel.Bfloat16, savedmodel.Bool, savedmodel.String,
+	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64, savedmodel.Float16, savedmodel.Bfloat16,
+	savedmodel.Bool, savedmodel.String,
 }
 
 // outElement draws an element of a tensor: how the tensor holds it, and what the column should say.
@@ -213,7 +218,8 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 			if tensor && len(out.Shape) > 1 {
 				column = arrow.FixedSizeListOf(int32(flat), column)
 			}
-			if r.IntN(4) == 0 || tensor && slices.Contains(out.Shape[1:], -1) { // the request says what the signature leaves open
+			// the request says what the signature leaves open
+			if r.IntN(4) == 0 || tensor && slices.Contains(out.Shape[1:], -1) {
 				entry.Shape = append([]int64{-1}, value.Shape[1:]...)
 				if r.IntN(2) == 0 {
 					out.Shape, out.UnknownRank = nil, true
@@ -310,7 +316,8 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 		next++
 	}
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{
-		spec("id", savedmodel.Int64, -1), spec("text", savedmodel.String, -1), spec("wide", savedmodel.Float32, -1, width),
+		spec("id", savedmodel.Int64, -1), spec("text", savedmodel.String, -1),
+		spec("wide", savedmodel.Float32, -1, width),
 	}}, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -328,7 +335,8 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 				bytes += width * 4
 				lists := rec.Column(2).(*array.List)
 				lo, hi := lists.ValueOffsets(row)
-				if first := lists.ListValues().(*array.Float32).Value(int(lo)); first != float32(seen) || hi-lo != width {
+				if first := lists.ListValues().(*array.Float32).Value(int(lo)); first != float32(seen) ||
+					hi-lo != width {
 					t.Errorf("row %d begins with %v and has %d elements", seen, first, hi-lo)
 				}
 			}
@@ -347,12 +355,14 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 	}
 
 	broke := errors.New("the stream broke")
-	if err := plan.Records([]Value{id, text, wide}, rows, mem, func(arrow.Record, bool) error { return broke }); !errors.Is(err, broke) {
+	if err := plan.Records([]Value{id, text, wide}, rows, mem,
+		func(arrow.Record, bool) error { return broke }); !errors.Is(err, broke) {
 		t.Errorf("the writer's error became %v", err)
 	}
 }
 
-// TestUnevenStringsComeInParts has all its bytes in the last rows: parts are bounded by their own rows, not by the average.
+// TestUnevenStringsComeInParts has all its bytes in the last rows: parts are bounded by their own rows, not by the
+// average.
 func TestUnevenStringsComeInParts(t *testing.T) {
 	const n, large = 1000, 100
 	big := make([]byte, 1<<20)
@@ -364,7 +374,8 @@ func TestUnevenStringsComeInParts(t *testing.T) {
 			value.Strings = append(value.Strings, big)
 		}
 	}
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -382,7 +393,8 @@ func TestUnevenStringsComeInParts(t *testing.T) {
 }
 
 func TestRecordsRefuseOutputs(t *testing.T) {
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 2)}}, Options{})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 2)}}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -391,10 +403,14 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 		kind  fault.Kind
 		parts []string
 	}{
-		"rows":  {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest, []string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
-		"dtype": {Value{DType: savedmodel.Int32, Shape: []int64{3, 2}, Data: make([]byte, 24)}, fault.Internal, []string{`"y" float32 [?,2]`, "int32"}},
-		"rank":  {Value{DType: savedmodel.Float32, Shape: []int64{3}, Data: make([]byte, 12)}, fault.Internal, []string{`"y" float32 [?,2]`, "1 dimensions"}},
-		"size":  {Value{DType: savedmodel.Float32, Shape: []int64{3, 1}, Data: make([]byte, 12)}, fault.Internal, []string{`"y" float32 [?,2]`, "[3,1]"}},
+		"rows": {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest,
+			[]string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
+		"dtype": {Value{DType: savedmodel.Int32, Shape: []int64{3, 2}, Data: make([]byte, 24)}, fault.Internal,
+			[]string{`"y" float32 [?,2]`, "int32"}},
+		"rank": {Value{DType: savedmodel.Float32, Shape: []int64{3}, Data: make([]byte, 12)}, fault.Internal,
+			[]string{`"y" float32 [?,2]`, "1 dimensions"}},
+		"size": {Value{DType: savedmodel.Float32, Shape: []int64{3, 1}, Data: make([]byte, 12)}, fault.Internal,
+			[]string{`"y" float32 [?,2]`, "[3,1]"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := plan.Records([]Value{c.value}, NewRows(3), memory.DefaultAllocator, func(arrow.Record, bool) error {
@@ -405,7 +421,8 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 		})
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
-	texts, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
+	texts, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -415,12 +432,14 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 
 // TestGivenShapeIsChecked has an output whose shape only the request says.
 func TestGivenShapeIsChecked(t *testing.T) {
-	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}}}
+	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
+		DType: savedmodel.Float32, UnknownRank: true}}}
 	plan, err := NewPlan(signature, Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: []int64{2, 1, 3}, Data: make([]byte, 24)}}, 2); err != nil {
+	if err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: []int64{2, 1, 3}, Data: make([]byte, 24)}},
+		2); err != nil {
 		t.Error(err)
 	}
 	for _, shape := range [][]int64{{2, 3}, {2, 1, 4}, {2}, {}} {
@@ -434,28 +453,34 @@ func TestGivenShapeIsChecked(t *testing.T) {
 func TestTensorLayoutSaysItsShape(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}}, Options{Layout: LayoutTensor})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}},
+		Options{Layout: LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, want := range []string{`{"shape":[1,2]}`, `{"shape":[1]}`} {
 		field := plan.Schema().Field(i)
 		name, _ := field.Metadata.GetValue("ARROW:extension:name")
-		if about, _ := field.Metadata.GetValue("ARROW:extension:metadata"); name != "arrow.fixed_shape_tensor" || about != want {
+		if about, _ := field.Metadata.GetValue("ARROW:extension:metadata"); name != "arrow.fixed_shape_tensor" ||
+			about != want {
 			t.Errorf("%s: %s %s, want %s", field.Name, name, about, want)
 		}
 	}
 	rows := NewRows(3)
 	rows.Null(1)
-	outputs := []Value{{DType: savedmodel.Uint8, Shape: []int64{2, 1, 2}, Data: []byte{1, 2, 3, 4}}, {DType: savedmodel.String, Shape: []int64{2, 1}, Strings: [][]byte{[]byte("a"), []byte("b")}}}
+	outputs := []Value{{DType: savedmodel.Uint8, Shape: []int64{2, 1, 2}, Data: []byte{1, 2, 3, 4}},
+		{DType: savedmodel.String, Shape: []int64{2, 1}, Strings: [][]byte{[]byte("a"), []byte("b")}}}
 	err = plan.Records(outputs, rows, mem, func(rec arrow.Record, _ bool) error {
 		y, z := rec.Column(0).(*array.FixedSizeList), rec.Column(1).(*array.FixedSizeList)
 		values := y.ListValues().(*array.Uint8)
-		if got := values.Uint8Values(); !slices.Equal(got, []byte{1, 2, 0, 0, 3, 4}) || values.NullN() != 0 || !y.IsNull(1) || y.NullN() != 1 {
+		if got := values.Uint8Values(); !slices.Equal(got, []byte{1, 2, 0, 0, 3, 4}) || values.NullN() != 0 ||
+			!y.IsNull(1) || y.NullN() != 1 {
 			t.Errorf("%v", y)
 		}
 		texts := z.ListValues().(*array.Binary)
-		if texts.Len() != 3 || texts.NullN() != 0 || texts.ValueString(1) != "" || texts.ValueString(2) != "b" || !z.IsNull(1) {
+		if texts.Len() != 3 || texts.NullN() != 0 || texts.ValueString(1) != "" || texts.ValueString(2) != "b" ||
+			!z.IsNull(1) {
 			t.Errorf("%v", z)
 		}
 		return nil
@@ -468,7 +493,8 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 // TestTensorLayoutComesInParts counts the slots of null rows, which take room too.
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: LayoutTensor})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -477,13 +503,15 @@ func TestTensorLayoutComesInParts(t *testing.T) {
 		rows.Null(row)
 	}
 	seen := 0
-	err = plan.Records([]Value{{DType: savedmodel.Uint8, Shape: []int64{1, width}, Data: make([]byte, width)}}, rows, memory.DefaultAllocator, func(rec arrow.Record, last bool) error {
-		seen += int(rec.NumRows())
-		if size := rec.Column(0).(*array.FixedSizeList).ListValues().Len(); size > MaxAnswerBytes || last != (seen == n) {
-			t.Errorf("a part of %d bytes ends at row %d, last %t", size, seen, last)
-		}
-		return nil
-	})
+	err = plan.Records([]Value{{DType: savedmodel.Uint8, Shape: []int64{1, width}, Data: make([]byte, width)}}, rows,
+		memory.DefaultAllocator, func(rec arrow.Record, last bool) error {
+			seen += int(rec.NumRows())
+			if size := rec.Column(0).(*array.FixedSizeList).ListValues().Len(); size > MaxAnswerBytes ||
+				last != (seen == n) {
+				t.Errorf("a part of %d bytes ends at row %d, last %t", size, seen, last)
+			}
+			return nil
+		})
 	if err != nil || seen != n {
 		t.Errorf("%d rows, %v", seen, err)
 	}
@@ -493,8 +521,11 @@ func TestTensorLayoutComesInParts(t *testing.T) {
 func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2), spec("b", savedmodel.String, -1)}},
-		Options{Outputs: Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"}, {Tensor: "b", Column: "b"}}})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+		Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2),
+			spec("b", savedmodel.String, -1)}},
+		Options{Outputs: Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"},
+			{Tensor: "b", Column: "b"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -505,16 +536,20 @@ func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 		return out
 	}
 	outputs := func(strings ...string) []Value {
-		return []Value{{DType: savedmodel.String, Shape: []int64{3, 2}, Strings: texts(strings...)}, {DType: savedmodel.Int8, Shape: []int64{3}, Data: []byte{1, 2, 3}}, {DType: savedmodel.String, Shape: []int64{3}, Strings: texts("\xff", "b", "c")}}
+		return []Value{{DType: savedmodel.String, Shape: []int64{3, 2}, Strings: texts(strings...)},
+			{DType: savedmodel.Int8, Shape: []int64{3}, Data: []byte{1, 2, 3}},
+			{DType: savedmodel.String, Shape: []int64{3}, Strings: texts("\xff", "b", "c")}}
 	}
 	rows := NewRows(4)
 	rows.Null(1)
 	settled, owned := plan.Settle(outputs("a", "ß", "b", "\xff", "", "c"), rows, mem)
-	if !owned || !slices.Equal(rows.Positions(), []int{0, 3}) || rows.texts[2] != `output "s" is not UTF-8; map it without the type utf8` {
+	if !owned || !slices.Equal(rows.Positions(), []int{0, 3}) ||
+		rows.texts[2] != `output "s" is not UTF-8; map it without the type utf8` {
 		t.Fatalf("owned %t, %v", owned, rows.texts)
 	}
 	err = plan.Records(settled, rows, mem, func(rec arrow.Record, _ bool) error {
-		if got := fmt.Sprint(read(rec.Column(0), 0), read(rec.Column(0), 3), read(rec.Column(0), 2), read(rec.Column(1), 3), read(rec.Column(2), 0)); got != "[a ß] [ c] <nil> 3\xff" {
+		if got := fmt.Sprint(read(rec.Column(0), 0), read(rec.Column(0), 3), read(rec.Column(0), 2),
+			read(rec.Column(1), 3), read(rec.Column(2), 0)); got != "[a ß] [ c] <nil> 3\xff" {
 			t.Errorf("the rows are %q", got)
 		}
 		return nil
@@ -526,7 +561,8 @@ func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 		settled[i].Release()
 	}
 	none := NewRows(3)
-	if settled, owned := plan.Settle(outputs("\xff", "", "\xff", "", "\xff", ""), none, mem); len(settled) != 0 || !owned || none.Kept() != 0 {
+	if settled, owned := plan.Settle(outputs("\xff", "", "\xff", "", "\xff", ""), none, mem); len(settled) != 0 ||
+		!owned || none.Kept() != 0 {
 		t.Errorf("%d values of %d rows are left", len(settled), none.Kept())
 	}
 }

@@ -20,7 +20,8 @@ import (
 func bindOne(t *testing.T, input savedmodel.Spec, entry Input, field arrow.Field) *Binding {
 	t.Helper()
 	entry.Tensor, entry.Column = input.Name, field.Name
-	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{input}, Outputs: anyInput}, Options{Inputs: Inputs{entry}})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{input}, Outputs: anyInput},
+		Options{Inputs: Inputs{entry}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,13 +35,16 @@ func bindOne(t *testing.T, input savedmodel.Spec, entry Input, field arrow.Field
 // one returns a record batch of one column, which it takes over.
 func one(name string, column arrow.Array) arrow.Record {
 	defer column.Release()
-	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: column.DataType(), Nullable: true}}, nil), []arrow.Array{column}, int64(column.Len()))
+	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: column.DataType(), Nullable: true}}, nil),
+		[]arrow.Array{column}, int64(column.Len()))
 }
 
 // TestRawAgreesWithCells compares raw cells of all binary types with their concatenation.
 func TestRawAgreesWithCells(t *testing.T) {
-	columns := []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.BinaryView, &arrow.FixedSizeBinaryType{ByteWidth: 12}}
-	dtypes := []savedmodel.DType{savedmodel.Bool, savedmodel.Uint8, savedmodel.Bfloat16, savedmodel.Int32, savedmodel.Float32}
+	columns := []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.BinaryView,
+		&arrow.FixedSizeBinaryType{ByteWidth: 12}}
+	dtypes := []savedmodel.DType{savedmodel.Bool, savedmodel.Uint8, savedmodel.Bfloat16, savedmodel.Int32,
+		savedmodel.Float32}
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 3))
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
@@ -81,8 +85,10 @@ func TestRawAgreesWithCells(t *testing.T) {
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) || !slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), size, 1})) {
-				t.Fatalf("seed %d, %s of %s: %v %v, want %v", seed, column, dtype, feeds[0].Value.Shape, feeds[0].Value.Data, want)
+			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
+				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), size, 1})) {
+				t.Fatalf("seed %d, %s of %s: %v %v, want %v", seed, column, dtype, feeds[0].Value.Shape,
+					feeds[0].Value.Data, want)
 			}
 			ReleaseFeeds(feeds)
 		}
@@ -133,7 +139,8 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 		r := rand.New(rand.NewPCG(seed, 4))
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
 		n, size, before := r.IntN(10), r.IntN(5), r.IntN(2)
-		input := spec("x", []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}[r.IntN(2)], -1, []int64{-1, int64(size)}[r.IntN(2)])
+		input := spec("x", []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}[r.IntN(2)], -1,
+			[]int64{-1, int64(size)}[r.IntN(2)])
 		b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
 		var kept []int
 		var nulls []bool
@@ -218,7 +225,8 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 			if err != nil {
 				t.Fatalf("seed %d: %v", seed, err)
 			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) || !slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), int64(size)})) {
+			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
+				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), int64(size)})) {
 				t.Fatalf("seed %d: %v %v, want %v", seed, feeds[0].Value.Shape, feeds[0].Value.Data, want)
 			}
 			ReleaseFeeds(feeds)
@@ -253,10 +261,12 @@ func TestVectorLengths(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
+	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
+		NewRows(2), nil, mem)
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, rows, nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(t.Context(),
+		rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -295,17 +305,21 @@ func TestListViewsInAnyOrder(t *testing.T) {
 func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, arrow.PrimitiveTypes.Float32), []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0})
+	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, arrow.PrimitiveTypes.Float32),
+		[]any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0})
 	defer rec.Release()
 	field := rec.Schema().Field(0)
-	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"}, []string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
-	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3), {Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
+	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"},
+		[]string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
+	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3),
+		{Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
 		feeds, err := bindOne(t, input, Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
 		child := rec.Column(0).(*array.FixedSizeList).ListValues().Data().Buffers()[1].Bytes()
-		if got := feeds[0].Value; !slices.Equal(got.Shape, []int64{2, 2, 3}) || unsafe.SliceData(got.Data) != &child[0] || len(got.Data) != 48 {
+		if got := feeds[0].Value; !slices.Equal(got.Shape, []int64{2, 2, 3}) ||
+			unsafe.SliceData(got.Data) != &child[0] || len(got.Data) != 48 {
 			t.Errorf("%v of %d bytes", got.Shape, len(got.Data))
 		}
 		ReleaseFeeds(feeds)
@@ -360,8 +374,10 @@ func TestNothingTyped(t *testing.T) {
 				t.Fatalf("%s: rows %v, %v", dtype, rows.Positions(), err)
 			}
 			got := feeds[0].Value
-			if !slices.Equal(got.Shape, c.shape) || max(len(got.Data)/max(dtype.Size(), 1), len(got.Strings)) != int(elements(c.shape)) {
-				t.Errorf("%s: shape %v with %d bytes and %d strings, want %v", dtype, got.Shape, len(got.Data), len(got.Strings), c.shape)
+			if !slices.Equal(got.Shape, c.shape) || max(len(got.Data)/max(dtype.Size(), 1),
+				len(got.Strings)) != int(elements(c.shape)) {
+				t.Errorf("%s: shape %v with %d bytes and %d strings, want %v", dtype, got.Shape, len(got.Data),
+					len(got.Strings), c.shape)
 			}
 			ReleaseFeeds(feeds)
 		}
@@ -373,7 +389,8 @@ func TestNothingTyped(t *testing.T) {
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec, NewRows(2), nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
+		NewRows(2), nil, mem)
 	if err != nil {
 		t.Fatal(err)
 	}

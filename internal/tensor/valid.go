@@ -17,7 +17,9 @@ func (b *Binding) Check(rec arrow.Record) error {
 		in := &b.inputs[i]
 		column := rec.Column(in.at)
 		if int64(column.Len()) != rec.NumRows() || !inBounds(column.Data()) {
-			return fault.New(fault.BadRequest, "column %q of %s is malformed: its offsets or lengths do not fit its buffers", in.name, typeText(column.DataType()))
+			return fault.New(fault.BadRequest,
+				"column %q of %s is malformed: its offsets or lengths do not fit its buffers", in.name,
+				typeText(column.DataType()))
 		}
 	}
 	return nil
@@ -166,7 +168,8 @@ func readable(data arrow.ArrayData) bool {
 			continue
 		}
 		buffer, offset := int(h.BufferIndex()), int64(h.BufferOffset())
-		if buffer < 0 || buffer >= len(buffers) || buffers[buffer] == nil || offset < 0 || offset+int64(h.Len()) > int64(buffers[buffer].Len()) {
+		if buffer < 0 || buffer >= len(buffers) || buffers[buffer] == nil || offset < 0 ||
+			offset+int64(h.Len()) > int64(buffers[buffer].Len()) {
 			return false
 		}
 	}

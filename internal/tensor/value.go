@@ -56,7 +56,8 @@ func (v *Value) Rows() int64 {
 // Slice returns a value that views the rows [lo, hi) and has references of its own. The caller
 // releases both values.
 func (v *Value) Slice(lo, hi int) Value {
-	out := Value{DType: v.DType, Shape: append([]int64{int64(hi - lo)}, v.Shape[1:]...), buffer: v.buffer, held: slices.Clone(v.held)}
+	out := Value{DType: v.DType, Shape: append([]int64{int64(hi - lo)}, v.Shape[1:]...), buffer: v.buffer,
+		held: slices.Clone(v.held)}
 	width := int(elements(v.Shape[1:]))
 	if v.DType == savedmodel.String {
 		out.Strings = v.Strings[lo*width : hi*width]
@@ -120,7 +121,8 @@ func (v *Value) Take(rows []int, mem memory.Allocator) Value {
 	shape := append([]int64{int64(len(rows))}, v.Shape[1:]...)
 	width := int(elements(v.Shape[1:]))
 	if v.DType == savedmodel.String {
-		out := Value{DType: v.DType, Shape: shape, Strings: make([][]byte, 0, len(rows)*width), held: slices.Clone(v.held)}
+		out := Value{DType: v.DType, Shape: shape, Strings: make([][]byte, 0, len(rows)*width),
+			held: slices.Clone(v.held)}
 		for _, row := range rows {
 			out.Strings = append(out.Strings, v.Strings[row*width:(row+1)*width]...)
 		}

@@ -46,7 +46,8 @@ type Feed struct {
 // Rows that cannot be part of a tensor, and those whose picture cannot be decoded, are refused in
 // rows; if none is left the result is empty. String tensors view rec's memory and hold it. The
 // caller releases each value. Faults name input, column, and lengths or sizes.
-func (b *Binding) Values(ctx context.Context, rec arrow.Record, rows *Rows, pictures Pictures, mem memory.Allocator) (feeds []Feed, err error) {
+func (b *Binding) Values(ctx context.Context, rec arrow.Record, rows *Rows, pictures Pictures,
+	mem memory.Allocator) (feeds []Feed, err error) {
 	made := false
 	defer func() { // also after a panic, such as one for want of memory
 		if !made {

@@ -64,7 +64,9 @@ var leafTypes = map[arrow.DataType][]savedmodel.DType{
 }
 
 // leaves are the keys of leafTypes in a fixed order, so that a seed means one case.
-var leaves = slices.SortedFunc(maps.Keys(leafTypes), func(a, b arrow.DataType) int { return strings.Compare(a.String(), b.String()) })
+var leaves = slices.SortedFunc(maps.Keys(leafTypes), func(a, b arrow.DataType) int {
+	return strings.Compare(a.String(), b.String())
+})
 
 // level is one list around the elements of a column.
 type level struct {
@@ -181,7 +183,8 @@ func outside(v any, dtype savedmodel.DType) bool {
 		return slices.Contains(unsigned, dtype) && (v < 0 || dtype != savedmodel.Uint64 && v>>(8*dtype.Size()) != 0)
 	case float64:
 		// Halfway between the largest number and the next power of two rounds up.
-		return dtype == savedmodel.Float16 && math.Abs(v) >= 65520 || dtype == savedmodel.Bfloat16 && math.Abs(v) >= 0x1.ffp127
+		return dtype == savedmodel.Float16 && math.Abs(v) >= 65520 ||
+			dtype == savedmodel.Bfloat16 && math.Abs(v) >= 0x1.ffp127
 	}
 	return false
 }
@@ -258,9 +261,10 @@ func appendValue(b array.Builder, v any) {
 	}
 }
 
-// dictionary replaces the elements below all lists by indices of a type into a dictionary that has them in another order,
-// with one more that nobody uses. Some nulls are in the indices, the others in the dictionary.
-func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.DataType, mem memory.Allocator) arrow.ArrayData {
+// dictionary replaces the elements below all lists by indices of a type into a dictionary that has them in another
+// order, with one more that nobody uses. Some nulls are in the indices, the others in the dictionary.
+func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.DataType,
+	mem memory.Allocator) arrow.ArrayData {
 	if len(data.Children()) > 0 {
 		child := dictionary(t, r, data.Children()[0], index, mem)
 		defer child.Release()
@@ -284,7 +288,8 @@ func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.Da
 	n := plain.Len()
 	by := 0
 	values := plain
-	if id := data.DataType().ID(); n > 0 && id != arrow.STRING_VIEW && id != arrow.BINARY_VIEW { // which cannot be joined
+	// which cannot be joined
+	if id := data.DataType().ID(); n > 0 && id != arrow.STRING_VIEW && id != arrow.BINARY_VIEW {
 		by = r.IntN(n)
 		back, front := array.NewSlice(plain, int64(by), int64(n)), array.NewSlice(plain, 0, int64(by))
 		var err error
@@ -306,7 +311,8 @@ func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.Da
 	}
 	at := indices.NewArray()
 	defer at.Release()
-	return array.NewDataWithDictionary(&arrow.DictionaryType{IndexType: index, ValueType: data.DataType()}, n, at.Data().Buffers(), at.NullN(), 0, values.Data().(*array.Data))
+	return array.NewDataWithDictionary(&arrow.DictionaryType{IndexType: index, ValueType: data.DataType()}, n,
+		at.Data().Buffers(), at.NullN(), 0, values.Data().(*array.Data))
 }
 
 // appendTensor appends the elements of a row as a tensor of dtype holds them.
@@ -356,7 +362,10 @@ func nearest(x float64, from func(uint16) float32) uint16 {
 	if math.Signbit(x) {
 		sign, x = 0x8000, -x
 	}
-	above := uint16(sort.Search(0x7fff, func(h int) bool { v := float64(from(uint16(h))); return v >= x || math.IsNaN(v) }))
+	above := uint16(sort.Search(0x7fff, func(h int) bool {
+		v := float64(from(uint16(h)))
+		return v >= x || math.IsNaN(v)
+	}))
 	if above > 0 {
 		up, down := float64(from(above))-x, x-float64(from(above-1))
 		if down < up || down == up && above%2 == 1 {
@@ -427,8 +436,8 @@ func (w *want) refuses(v any) bool {
 	return !w.spec.UnknownRank && misfits(v, w.spec.Shape[1:])
 }
 
-// TestValuesAgreeWithRows compares Values on random columns, types, lengths, slices, nulls and selections with an oracle
-// that walks the rows one by one.
+// TestValuesAgreeWithRows compares Values on random columns, types, lengths, slices, nulls and selections with an
+// oracle that walks the rows one by one.
 func TestValuesAgreeWithRows(t *testing.T) {
 	disagreed, refusals, paddings := 0, 0, 0
 	for seed := range uint64(4000) {
@@ -452,7 +461,8 @@ func TestValuesAgreeWithRows(t *testing.T) {
 		for i := range 1 + r.IntN(3) {
 			leaf := leaves[r.IntN(len(leaves))]
 			dtypes := leafTypes[leaf]
-			w := want{spec: savedmodel.Spec{Name: fmt.Sprintf("in%d", i), Tensor: fmt.Sprintf("t%d:0", i), DType: dtypes[r.IntN(len(dtypes))], Shape: []int64{-1}}}
+			w := want{spec: savedmodel.Spec{Name: fmt.Sprintf("in%d", i), Tensor: fmt.Sprintf("t%d:0", i),
+				DType: dtypes[r.IntN(len(dtypes))], Shape: []int64{-1}}}
 			w.levels = make([]level, r.IntN(4))
 			column := leaf
 			for j := range w.levels {
@@ -484,7 +494,9 @@ func TestValuesAgreeWithRows(t *testing.T) {
 				w.lengths = true
 				entry.Lengths = w.spec.Name + "n"
 				all := slices.Concat(signed, unsigned)
-				signature.Inputs = append(signature.Inputs, savedmodel.Spec{Name: entry.Lengths, Tensor: entry.Lengths + ":0", DType: all[r.IntN(len(all))], Shape: []int64{-1}})
+				signature.Inputs = append(signature.Inputs,
+					savedmodel.Spec{Name: entry.Lengths, Tensor: entry.Lengths + ":0", DType: all[r.IntN(len(all))],
+						Shape: []int64{-1}})
 			}
 			b := array.NewBuilder(mem, column)
 			raggedOf := []int{0, 1, 8}[r.IntN(3)] // no row, every row, one in 8
@@ -501,10 +513,13 @@ func TestValuesAgreeWithRows(t *testing.T) {
 			whole := b.NewArray()
 			if r.IntN(4) == 0 {
 				all := slices.Concat(signed, unsigned)
-				indices := []arrow.DataType{arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Uint8, arrow.PrimitiveTypes.Int16, arrow.PrimitiveTypes.Uint16,
-					arrow.PrimitiveTypes.Int32, arrow.PrimitiveTypes.Uint32, arrow.PrimitiveTypes.Int64, arrow.PrimitiveTypes.Uint64}
+				indices := []arrow.DataType{arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Uint8,
+					arrow.PrimitiveTypes.Int16, arrow.PrimitiveTypes.Uint16,
+					arrow.PrimitiveTypes.Int32, arrow.PrimitiveTypes.Uint32, arrow.PrimitiveTypes.Int64,
+					arrow.PrimitiveTypes.Uint64}
 				index := indices[r.IntN(len(all))]
-				if index.(arrow.FixedWidthDataType).Bytes() == 1 && len(w.levels) > 1 { // more elements than it can count
+				// more elements than it can count
+				if index.(arrow.FixedWidthDataType).Bytes() == 1 && len(w.levels) > 1 {
 					index = arrow.PrimitiveTypes.Int32
 				}
 				data := dictionary(t, r, whole.Data(), index, mem)
@@ -602,12 +617,15 @@ func TestValuesAgreeWithRows(t *testing.T) {
 					for _, row := range kept {
 						data, texts = appendTensor(data, texts, padded(w.rows[row], dims[i], w.filling), w.spec.DType)
 						if w.lengths {
-							lengths, _ = appendTensor(lengths, nil, int64(len(w.rows[row].([]any))), feeds[1].Value.DType)
+							lengths, _ = appendTensor(lengths, nil, int64(len(w.rows[row].([]any))),
+								feeds[1].Value.DType)
 						}
 					}
 					shape := append([]int64{int64(len(kept))}, dims[i]...)
-					same := slices.EqualFunc(got.Strings, texts, func(a, b []byte) bool { return string(a) == string(b) })
-					if feeds[0].Tensor != w.spec.Tensor || got.DType != w.spec.DType || !slices.Equal(got.Shape, shape) || string(got.Data) != string(data) || !same {
+					same := slices.EqualFunc(got.Strings, texts,
+						func(a, b []byte) bool { return string(a) == string(b) })
+					if feeds[0].Tensor != w.spec.Tensor || got.DType != w.spec.DType ||
+						!slices.Equal(got.Shape, shape) || string(got.Data) != string(data) || !same {
 						t.Fatalf("seed %d, input %d: %s\n got %v %v %v %q\nwant %v %v %v %q", seed, i, fields[i].Type,
 							got.DType, got.Shape, got.Data, got.Strings, w.spec.DType, shape, data, texts)
 					}
@@ -617,7 +635,8 @@ func TestValuesAgreeWithRows(t *testing.T) {
 					feeds[0].Value.Release()
 					feeds = feeds[1:]
 					if w.lengths {
-						if string(feeds[0].Value.Data) != string(lengths) || feeds[0].Tensor != w.spec.Name+"n:0" || !slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept))}) {
+						if string(feeds[0].Value.Data) != string(lengths) || feeds[0].Tensor != w.spec.Name+"n:0" ||
+							!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept))}) {
 							t.Fatalf("seed %d, input %d: lengths %v, want %v", seed, i, feeds[0].Value.Data, lengths)
 						}
 						feeds[0].Value.Release()
@@ -642,8 +661,10 @@ func TestValuesAgreeWithRows(t *testing.T) {
 }
 
 var vectorType = arrow.StructOf(
-	arrow.Field{Name: "type", Type: arrow.PrimitiveTypes.Int8}, arrow.Field{Name: "size", Type: arrow.PrimitiveTypes.Int32, Nullable: true},
-	arrow.Field{Name: "indices", Type: arrow.ListOf(arrow.PrimitiveTypes.Int32), Nullable: true}, arrow.Field{Name: "values", Type: arrow.ListOf(arrow.PrimitiveTypes.Float64), Nullable: true})
+	arrow.Field{Name: "type", Type: arrow.PrimitiveTypes.Int8},
+	arrow.Field{Name: "size", Type: arrow.PrimitiveTypes.Int32, Nullable: true},
+	arrow.Field{Name: "indices", Type: arrow.ListOf(arrow.PrimitiveTypes.Int32), Nullable: true},
+	arrow.Field{Name: "values", Type: arrow.ListOf(arrow.PrimitiveTypes.Float64), Nullable: true})
 
 func bindAll(signature savedmodel.Signature, schema *arrow.Schema) (*Binding, error) {
 	signature.Outputs = []savedmodel.Spec{{Name: "y", Tensor: "y:0", DType: savedmodel.Float32, Shape: []int64{-1}}}
@@ -664,7 +685,8 @@ func record(t *testing.T, mem memory.Allocator, name string, dtype arrow.DataTyp
 	}
 	column := b.NewArray()
 	defer column.Release()
-	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: dtype, Nullable: true}}, nil), []arrow.Array{column}, int64(len(rows)))
+	return array.NewRecord(arrow.NewSchema([]arrow.Field{{Name: name, Type: dtype, Nullable: true}}, nil),
+		[]arrow.Array{column}, int64(len(rows)))
 }
 
 func spec(name string, dtype savedmodel.DType, shape ...int64) savedmodel.Spec {
@@ -674,10 +696,12 @@ func spec(name string, dtype savedmodel.DType, shape ...int64) savedmodel.Spec {
 func TestWholeAlignedColumnIsNotCopied(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	rec := record(t, mem, "x", arrow.ListOf(arrow.PrimitiveTypes.Float32), []any{1.0, 2.0}, []any{3.0, 4.0}, []any{5.0, 6.0})
+	rec := record(t, mem, "x", arrow.ListOf(arrow.PrimitiveTypes.Float32), []any{1.0, 2.0}, []any{3.0, 4.0},
+		[]any{5.0, 6.0})
 	defer rec.Release()
 	address := unsafe.SliceData(rec.Column(0).(*array.List).ListValues().Data().Buffers()[1].Bytes())
-	binding, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 2)}}, rec.Schema())
+	binding, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 2)}},
+		rec.Schema())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -743,7 +767,8 @@ type decoder func(input string, pictures []Picture, mem memory.Allocator) (Value
 
 func (d decoder) Bytes(_ string, p Picture) int64 { return int64(len(p.Data)) }
 
-func (d decoder) Decode(_ context.Context, input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+func (d decoder) Decode(_ context.Context, input string, pictures []Picture,
+	mem memory.Allocator) (Value, map[int]string, error) {
 	return d(input, pictures, mem)
 }
 
@@ -753,7 +778,8 @@ func TestPictures(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	signature := savedmodel.Signature{
-		Inputs:  []savedmodel.Spec{spec("k", savedmodel.Int64, -1), spec("p", savedmodel.Float32, -1, 1, 1, 3), spec("q", savedmodel.Float32, -1, 1, 1, 3)},
+		Inputs: []savedmodel.Spec{spec("k", savedmodel.Int64, -1), spec("p", savedmodel.Float32, -1, 1, 1, 3),
+			spec("q", savedmodel.Float32, -1, 1, 1, 3)},
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
 	}
 	plan, err := NewPlan(signature, Options{Pictures: map[string]Made{"p": pixel, "q": pixel}})
@@ -795,7 +821,8 @@ func TestPictures(t *testing.T) {
 		got[feed.Tensor] = string(feed.Value.Data)
 	}
 	twelve := func(s string) string { return strings.Repeat(s, 12) }
-	want := map[string]string{"p:0": twelve("a") + twelve("e"), "q:0": twelve("v") + twelve("z"), "k:0": "\x00\x00\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"}
+	want := map[string]string{"p:0": twelve("a") + twelve("e"), "q:0": twelve("v") + twelve("z"),
+		"k:0": "\x00\x00\x00\x00\x00\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"}
 	for name := range want {
 		if got[name] != want[name] {
 			t.Errorf("%s is %q, want %q", name, got[name], want[name])
@@ -807,7 +834,8 @@ func TestPictures(t *testing.T) {
 	}
 
 	all := NewRows(5)
-	feeds, err = binding.Values(t.Context(), rec, all, decoder(func(_ string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+	feeds, err = binding.Values(t.Context(), rec, all, decoder(func(_ string, pictures []Picture,
+		mem memory.Allocator) (Value, map[int]string, error) {
 		failed := map[int]string{}
 		for i := range pictures {
 			failed[i] = "no picture"
@@ -818,12 +846,13 @@ func TestPictures(t *testing.T) {
 		t.Errorf("with every picture refused: %d feeds, %d kept, %v", len(feeds), all.Kept(), err)
 	}
 	calls := 0
-	_, err = binding.Values(t.Context(), rec, NewRows(5), decoder(func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
-		if calls++; calls == 2 {
-			return Value{}, nil, errors.New("the decoder broke")
-		}
-		return decode(input, pictures[:0], mem)
-	}), mem)
+	_, err = binding.Values(t.Context(), rec, NewRows(5),
+		decoder(func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error) {
+			if calls++; calls == 2 {
+				return Value{}, nil, errors.New("the decoder broke")
+			}
+			return decode(input, pictures[:0], mem)
+		}), mem)
 	if err == nil || err.Error() != "the decoder broke" {
 		t.Errorf("the decoder's error became %v", err)
 	}
@@ -831,10 +860,12 @@ func TestPictures(t *testing.T) {
 
 func TestBindNamesColumnAndBothTypes(t *testing.T) {
 	list := func(t arrow.DataType) arrow.DataType { return arrow.ListOf(t) }
-	f32, i64, str, stamp := arrow.PrimitiveTypes.Float32, arrow.PrimitiveTypes.Int64, arrow.BinaryTypes.String, arrow.FixedWidthTypes.Timestamp_us
+	f32, i64, str, stamp := arrow.PrimitiveTypes.Float32, arrow.PrimitiveTypes.Int64, arrow.BinaryTypes.String,
+		arrow.FixedWidthTypes.Timestamp_us
 	date, decimal := arrow.PrimitiveTypes.Date32, &arrow.Decimal128Type{Precision: 10, Scale: 2}
 	tensorField := func(meta string) arrow.Metadata {
-		return arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"}, []string{"arrow.fixed_shape_tensor", meta})
+		return arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"},
+			[]string{"arrow.fixed_shape_tensor", meta})
 	}
 	for name, c := range map[string]struct {
 		input    savedmodel.Spec
@@ -842,54 +873,105 @@ func TestBindNamesColumnAndBothTypes(t *testing.T) {
 		parts    []string
 		metadata arrow.Metadata
 	}{
-		"wrong dtype":            {input: spec("x", savedmodel.Float32, -1, 4), column: list(str), parts: []string{`"x" float32 [?,4]`, `column "c"`, "list<item: utf8", "write CAST(c AS ARRAY<FLOAT>)"}},
-		"narrowing":              {input: spec("x", savedmodel.Int32, -1), column: i64, parts: []string{`"x" int32 [?]`, `column "c" of int64`, "write CAST(c AS INT)"}},
-		"narrowing in lists":     {input: spec("x", savedmodel.Int32, -1, -1, -1), column: list(list(i64)), parts: []string{"write CAST(c AS ARRAY<ARRAY<INT>>)"}},
-		"int32 to float32":       {input: spec("x", savedmodel.Float32, -1), column: arrow.PrimitiveTypes.Int32, parts: []string{`"x" float32 [?]`, "int32", "CAST(c AS FLOAT)"}},
-		"double to half":         {input: spec("x", savedmodel.Float16, -1), column: arrow.PrimitiveTypes.Float64, parts: []string{"float16", "float64", "CAST(c AS FLOAT)"}},
-		"too flat":               {input: spec("x", savedmodel.Float32, -1, 4), column: f32, parts: []string{`"x" float32 [?,4]`, "1 level of list", `column "c" is float32`}},
-		"too deep":               {input: spec("x", savedmodel.Float32, -1), column: list(f32), parts: []string{"0 levels", "list<item: float32"}},
-		"fixed size":             {input: spec("x", savedmodel.Float32, -1, 4), column: arrow.FixedSizeListOf(3, f32), parts: []string{`"x" float32 [?,4]`, "fixed_size_list", "3 elements at dimension 1"}},
-		"date":                   {input: spec("x", savedmodel.Int32, -1), column: date, parts: []string{"date32", "int32", "write unix_date(c)"}},
-		"date for int8":          {input: spec("x", savedmodel.Int8, -1), column: date, parts: []string{"write CAST(unix_date(c) AS TINYINT)"}},
-		"dates in lists":         {input: spec("x", savedmodel.Int64, -1, -1, -1), column: list(list(date)), parts: []string{"write transform(c, x -> transform(x, x -> unix_date(x)))"}},
-		"timestamp":              {input: spec("x", savedmodel.Int64, -1), column: stamp, parts: []string{"timestamp[us", "int64", "write unix_micros(c)"}},
-		"timestamp for float":    {input: spec("x", savedmodel.Float32, -1), column: stamp, parts: []string{"write CAST(c AS FLOAT)"}},
-		"timestamp for text":     {input: spec("x", savedmodel.String, -1), column: stamp, parts: []string{"write CAST(c AS STRING)"}},
-		"time":                   {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Time64ns, parts: []string{"time64", "write CAST(c AS BIGINT)"}},
-		"time for double":        {input: spec("x", savedmodel.Float64, -1), column: arrow.FixedWidthTypes.Time64ns, parts: []string{"write CAST(CAST(c AS DECIMAL(20,9)) AS DOUBLE)"}},
-		"timestamp without zone": {input: spec("x", savedmodel.Float64, -1), column: &arrow.TimestampType{Unit: arrow.Microsecond}, parts: []string{"write CAST(CAST(c AS TIMESTAMP) AS DOUBLE)"}},
-		"timestamp for int32":    {input: spec("x", savedmodel.Int32, -1), column: stamp, parts: []string{"write CAST(unix_seconds(c) AS INT)"}},
-		"duration":               {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Duration_us, parts: []string{"write unix_micros(timestamp_seconds(0) + c)"}},
-		"decimal":                {input: spec("x", savedmodel.Float64, -1), column: decimal, parts: []string{"decimal", "write CAST(c AS DOUBLE)"}},
-		"decimal with fraction":  {input: spec("x", savedmodel.Uint64, -1), column: decimal, parts: []string{"write CAST(c AS DECIMAL(20,0))"}},
-		"binary":                 {input: spec("x", savedmodel.Float32, -1, 2), column: arrow.BinaryTypes.Binary, parts: []string{"float32", "binary", `"encoding":"raw"`}},
-		"dictionary":             {input: spec("x", savedmodel.Int32, -1), column: &arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: i64}, parts: []string{"dictionary", "write CAST(c AS INT)"}},
-		"map":                    {input: spec("x", savedmodel.Float32, -1, -1), column: arrow.MapOf(str, f32), parts: []string{"map<", "write map_values(c)"}},
-		"struct":                 {input: spec("x", savedmodel.Float32, -1), column: arrow.StructOf(arrow.Field{Name: "a f", Type: f32}), parts: []string{"struct", "float32", "write c.`a f`"}},
-		"union":                  {input: spec("x", savedmodel.Float32, -1), column: arrow.SparseUnionOf([]arrow.Field{{Name: "f", Type: f32}}, []int8{0}), parts: []string{"union", "send plain float32"}},
-		"run-end encoded":        {input: spec("x", savedmodel.Float32, -1), column: arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, f32), parts: []string{"run_end_encoded", "send plain float32"}},
-		"interval":               {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.MonthInterval, parts: []string{"month_interval", "send plain int64"}},
-		"binary of no bytes":     {input: spec("x", savedmodel.String, -1), column: &arrow.FixedSizeBinaryType{}, parts: []string{"fixed_size_binary[0]"}},
-		"dtype without type":     {input: spec("x", savedmodel.Resource, -1), column: f32, parts: []string{"resource", "float32", "no column can feed"}},
-		"vectors for integers":   {input: spec("x", savedmodel.Int64, -1, -1), column: vectorType, parts: []string{`"x" int64 [?,?]`, `column "c" of Spark vectors`, "vector_to_array(c)"}},
-		"vectors of rank 1":      {input: spec("x", savedmodel.Float64, -1), column: vectorType, parts: []string{"2 dimensions", "vector_to_array(c)"}},
-		"tensor of other shape":  {input: spec("x", savedmodel.Float32, -1, 3, 2), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3]}`), parts: []string{"2 elements at dimension 1"}},
-		"tensor of other rank":   {input: spec("x", savedmodel.Float32, -1, 6), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3]}`), parts: []string{"1 level of list"}},
-		"tensor of other size":   {input: spec("x", savedmodel.Float32, -1, 3, 2), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,4]}`), parts: []string{"shape [2 4]", "6 elements"}},
-		"tensor overflows":       {input: spec("x", savedmodel.Float32, -1, 3, 2), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[4294967296,4294967296]}`), parts: []string{"6 elements"}},
-		"tensor permuted":        {input: spec("x", savedmodel.Float32, -1, 2, 3), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3],"permutation":[1,0]}`), parts: []string{"permutation [1 0]"}},
-		"tensor without shape":   {input: spec("x", savedmodel.Float32, -1, 2, 3), column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{}`), parts: []string{"metadata", "cannot be read"}},
+		"wrong dtype": {input: spec("x", savedmodel.Float32, -1, 4), column: list(str),
+			parts: []string{`"x" float32 [?,4]`, `column "c"`, "list<item: utf8", "write CAST(c AS ARRAY<FLOAT>)"}},
+		"narrowing": {input: spec("x", savedmodel.Int32, -1), column: i64,
+			parts: []string{`"x" int32 [?]`, `column "c" of int64`, "write CAST(c AS INT)"}},
+		"narrowing in lists": {input: spec("x", savedmodel.Int32, -1, -1, -1), column: list(list(i64)),
+			parts: []string{"write CAST(c AS ARRAY<ARRAY<INT>>)"}},
+		"int32 to float32": {input: spec("x", savedmodel.Float32, -1), column: arrow.PrimitiveTypes.Int32,
+			parts: []string{`"x" float32 [?]`, "int32", "CAST(c AS FLOAT)"}},
+		"double to half": {input: spec("x", savedmodel.Float16, -1), column: arrow.PrimitiveTypes.Float64,
+			parts: []string{"float16", "float64", "CAST(c AS FLOAT)"}},
+		"too flat": {input: spec("x", savedmodel.Float32, -1, 4), column: f32,
+			parts: []string{`"x" float32 [?,4]`, "1 level of list", `column "c" is float32`}},
+		"too deep": {input: spec("x", savedmodel.Float32, -1), column: list(f32),
+			parts: []string{"0 levels", "list<item: float32"}},
+		"fixed size": {input: spec("x", savedmodel.Float32, -1, 4), column: arrow.FixedSizeListOf(3, f32),
+			parts: []string{`"x" float32 [?,4]`, "fixed_size_list", "3 elements at dimension 1"}},
+		"date": {input: spec("x", savedmodel.Int32, -1), column: date,
+			parts: []string{"date32", "int32", "write unix_date(c)"}},
+		"date for int8": {input: spec("x", savedmodel.Int8, -1), column: date,
+			parts: []string{"write CAST(unix_date(c) AS TINYINT)"}},
+		"dates in lists": {input: spec("x", savedmodel.Int64, -1, -1, -1), column: list(list(date)),
+			parts: []string{"write transform(c, x -> transform(x, x -> unix_date(x)))"}},
+		"timestamp": {input: spec("x", savedmodel.Int64, -1), column: stamp,
+			parts: []string{"timestamp[us", "int64", "write unix_micros(c)"}},
+		"timestamp for float": {input: spec("x", savedmodel.Float32, -1), column: stamp,
+			parts: []string{"write CAST(c AS FLOAT)"}},
+		"timestamp for text": {input: spec("x", savedmodel.String, -1), column: stamp,
+			parts: []string{"write CAST(c AS STRING)"}},
+		"time": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Time64ns,
+			parts: []string{"time64", "write CAST(c AS BIGINT)"}},
+		"time for double": {input: spec("x", savedmodel.Float64, -1), column: arrow.FixedWidthTypes.Time64ns,
+			parts: []string{"write CAST(CAST(c AS DECIMAL(20,9)) AS DOUBLE)"}},
+		"timestamp without zone": {input: spec("x", savedmodel.Float64, -1),
+			column: &arrow.TimestampType{Unit: arrow.Microsecond},
+			parts:  []string{"write CAST(CAST(c AS TIMESTAMP) AS DOUBLE)"}},
+		"timestamp for int32": {input: spec("x", savedmodel.Int32, -1), column: stamp,
+			parts: []string{"write CAST(unix_seconds(c) AS INT)"}},
+		"duration": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Duration_us,
+			parts: []string{"write unix_micros(timestamp_seconds(0) + c)"}},
+		"decimal": {input: spec("x", savedmodel.Float64, -1), column: decimal,
+			parts: []string{"decimal", "write CAST(c AS DOUBLE)"}},
+		"decimal with fraction": {input: spec("x", savedmodel.Uint64, -1), column: decimal,
+			parts: []string{"write CAST(c AS DECIMAL(20,0))"}},
+		"binary": {input: spec("x", savedmodel.Float32, -1, 2), column: arrow.BinaryTypes.Binary,
+			parts: []string{"float32", "binary", `"encoding":"raw"`}},
+		"dictionary": {input: spec("x", savedmodel.Int32, -1),
+			column: &arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: i64},
+			parts:  []string{"dictionary", "write CAST(c AS INT)"}},
+		"map": {input: spec("x", savedmodel.Float32, -1, -1), column: arrow.MapOf(str, f32),
+			parts: []string{"map<", "write map_values(c)"}},
+		"struct": {input: spec("x", savedmodel.Float32, -1),
+			column: arrow.StructOf(arrow.Field{Name: "a f", Type: f32}),
+			parts:  []string{"struct", "float32", "write c.`a f`"}},
+		"union": {input: spec("x", savedmodel.Float32, -1),
+			column: arrow.SparseUnionOf([]arrow.Field{{Name: "f", Type: f32}}, []int8{0}),
+			parts:  []string{"union", "send plain float32"}},
+		"run-end encoded": {input: spec("x", savedmodel.Float32, -1),
+			column: arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, f32),
+			parts:  []string{"run_end_encoded", "send plain float32"}},
+		"interval": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.MonthInterval,
+			parts: []string{"month_interval", "send plain int64"}},
+		"binary of no bytes": {input: spec("x", savedmodel.String, -1), column: &arrow.FixedSizeBinaryType{},
+			parts: []string{"fixed_size_binary[0]"}},
+		"dtype without type": {input: spec("x", savedmodel.Resource, -1), column: f32,
+			parts: []string{"resource", "float32", "no column can feed"}},
+		"vectors for integers": {input: spec("x", savedmodel.Int64, -1, -1), column: vectorType,
+			parts: []string{`"x" int64 [?,?]`, `column "c" of Spark vectors`, "vector_to_array(c)"}},
+		"vectors of rank 1": {input: spec("x", savedmodel.Float64, -1), column: vectorType,
+			parts: []string{"2 dimensions", "vector_to_array(c)"}},
+		"tensor of other shape": {input: spec("x", savedmodel.Float32, -1, 3, 2),
+			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3]}`),
+			parts: []string{"2 elements at dimension 1"}},
+		"tensor of other rank": {input: spec("x", savedmodel.Float32, -1, 6), column: arrow.FixedSizeListOf(6, f32),
+			metadata: tensorField(`{"shape":[2,3]}`), parts: []string{"1 level of list"}},
+		"tensor of other size": {input: spec("x", savedmodel.Float32, -1, 3, 2),
+			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,4]}`),
+			parts: []string{"shape [2 4]", "6 elements"}},
+		"tensor overflows": {input: spec("x", savedmodel.Float32, -1, 3, 2),
+			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[4294967296,4294967296]}`),
+			parts: []string{"6 elements"}},
+		"tensor permuted": {input: spec("x", savedmodel.Float32, -1, 2, 3),
+			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3],"permutation":[1,0]}`),
+			parts: []string{"permutation [1 0]"}},
+		"tensor without shape": {input: spec("x", savedmodel.Float32, -1, 2, 3),
+			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{}`),
+			parts: []string{"metadata", "cannot be read"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}}, arrow.NewSchema([]arrow.Field{{Name: "c", Type: c.column, Metadata: c.metadata}}, nil))
+			_, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}},
+				arrow.NewSchema([]arrow.Field{{Name: "c", Type: c.column, Metadata: c.metadata}}, nil))
 			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
-	two := savedmodel.Signature{Inputs: []savedmodel.Spec{spec("a", savedmodel.Float32, -1), spec("b", savedmodel.Float32, -1)}}
+	two := savedmodel.Signature{Inputs: []savedmodel.Spec{spec("a", savedmodel.Float32, -1),
+		spec("b", savedmodel.Float32, -1)}}
 	_, err := bindAll(two, arrow.NewSchema([]arrow.Field{{Name: "a", Type: f32}, {Name: "z", Type: f32}}, nil))
 	expect.Fault(t, err, fault.BadRequest, `input "b"`, `column "b"`, "not", `"a", "z"`)
-	_, err = bindAll(two, arrow.NewSchema([]arrow.Field{{Name: "a", Type: f32}, {Name: "a", Type: f32}, {Name: "b", Type: f32}}, nil))
+	_, err = bindAll(two, arrow.NewSchema([]arrow.Field{{Name: "a", Type: f32}, {Name: "a", Type: f32},
+		{Name: "b", Type: f32}}, nil))
 	expect.Fault(t, err, fault.BadRequest, `column "a"`, "2 times")
 }
 
@@ -904,49 +986,91 @@ func TestNewPlanRefuses(t *testing.T) {
 		options         Options
 		parts           []string
 	}{
-		"unknown input":         {options: Options{Inputs: Inputs{{Tensor: "nope", Column: "c"}}}, parts: []string{`no input "nope"`, `"x" float32 [?,4]`}},
-		"input left out":        {options: Options{Inputs: Inputs{}}, parts: []string{`input "x" is not mapped`}},
-		"unknown output":        {options: Options{Outputs: Outputs{{Tensor: "nope", Column: "c"}}}, parts: []string{`no output "nope"`, `"y" float32 [?]`}},
-		"no output":             {options: Options{Outputs: Outputs{}}, parts: []string{"no output is asked for"}},
-		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)}, options: Options{Outputs: Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}}, parts: []string{`"c"`, "error_column"}},
-		"error column in use":   {options: Options{ErrorColumn: "y"}, parts: []string{`"y"`, "error_column"}},
-		"output not per row":    {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32)}, parts: []string{`output "y"`, "float32", "first dimension must be the batch"}},
-		"output of no rank":     {outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}}, parts: []string{`output "y"`, "unknown rank", `"outputs":{"y":{"column":"y","shape":[-1,-1]}}`}},
-		"output of no type":     {outputs: []savedmodel.Spec{spec("y", savedmodel.DType(8), -1)}, parts: []string{`output "y"`, "dtype(8)"}},
-		"no input":              {inputs: []savedmodel.Spec{}, parts: []string{"no input"}},
-		"input without batch":   {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32)}, parts: []string{`"x" float32 []`, "no batch dimension"}},
-		"input of fixed batch":  {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, 8, 4)}, parts: []string{`"x" float32 [8,4]`, "no batch dimension"}},
-		"encoding":              {options: mapped(Input{Encoding: "base64"}), parts: []string{`input "x"`, `"base64"`, `"raw"`}},
-		"raw strings":           {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)}, options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" string [?,4]`, "no fixed size"}},
-		"raw of open shape":     {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 4, -1)}, options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" float32 [?,4,?]`, "must be known"}},
-		"raw with pad":          {options: mapped(Input{Encoding: "raw", Pad: []byte("0")}), parts: []string{"leave pad and lengths out"}},
-		"pad of rank 1":         {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}, options: mapped(Input{Pad: []byte("0")}), parts: []string{`"x" float32 [?]`, "cannot have pad"}},
-		"pad of text":           {options: mapped(Input{Pad: []byte(`"0"`)}), parts: []string{`"x" float32 [?,4]`, "a number for float32"}},
-		"pad of null":           {options: mapped(Input{Pad: []byte(`null`)}), parts: []string{"a number for float32"}},
-		"pad of list":           {options: mapped(Input{Pad: []byte(`[0]`)}), parts: []string{"a number for float32"}},
-		"pad too large":         {inputs: []savedmodel.Spec{spec("x", savedmodel.Int8, -1, 4)}, options: mapped(Input{Pad: []byte("128")}), parts: []string{"from -128 to 127", "int8"}},
-		"pad negative":          {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 4)}, options: mapped(Input{Pad: []byte("-1")}), parts: []string{"0 to 255"}},
-		"pad infinite":          {inputs: []savedmodel.Spec{spec("x", savedmodel.Float16, -1, 4)}, options: mapped(Input{Pad: []byte("65520")}), parts: []string{"in range for float16"}},
-		"pad for bool":          {inputs: []savedmodel.Spec{spec("x", savedmodel.Bool, -1, 4)}, options: mapped(Input{Pad: []byte("0")}), parts: []string{"true or false for bool"}},
-		"pad for text":          {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)}, options: mapped(Input{Pad: []byte("0")}), parts: []string{"a string for string"}},
-		"lengths of nobody":     {options: mapped(Input{Lengths: "n"}), parts: []string{`no input "n"`}},
-		"lengths of itself":     {options: mapped(Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
-		"lengths in floats":     {inputs: []savedmodel.Spec{spec("n", savedmodel.Float32, -1), x}, options: mapped(Input{Lengths: "n"}), parts: []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
-		"lengths in lists":      {inputs: []savedmodel.Spec{spec("n", savedmodel.Int32, -1, -1), x}, options: mapped(Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
-		"picture with pad":      {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)}, options: Options{Inputs: Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}}, Pictures: map[string]Made{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}}, parts: []string{"preprocess", "pad"}},
-		"output of fixed batch": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, 3, 4)}, parts: []string{`"y" float32 [3,4]`, "must be the batch"}},
-		"output of type int":    {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "int"}}}, parts: []string{`"int"`, `"utf8"`}},
-		"numbers as utf8":       {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}}, parts: []string{`"y" float32 [?]`, "strings"}},
-		"shape without batch":   {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{3}}}}, parts: []string{"[3]", "-1 for the rows"}},
-		"shape of other rank":   {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}}, parts: []string{`"y" float32 [?]`, "[?,3]"}},
-		"shape of other size":   {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4)}, options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}}, parts: []string{`"y" float32 [?,4]`, "[?,3]"}},
-		"open tensor":           {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4, -1)}, options: Options{Layout: LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`, `"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`}},
-		"empty tensor":          {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 0)}, options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
-		"huge tensor":           {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 1<<20, 1<<20)}, options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
-		"unknown picture":       {options: Options{Pictures: map[string]Made{"nope": pixel}}, parts: []string{`no input "nope"`}},
-		"picture of wrong rank": {options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,4]`}},
-		"picture of wrong size": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)}, options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,8,8,3]`}},
-		"picture of wrong type": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 1, 1, 3)}, options: Options{Pictures: map[string]Made{"x": pixel}}, parts: []string{"makes float32 [?,1,1,3]", `"x" uint8 [?,1,1,3]`}},
+		"unknown input": {options: Options{Inputs: Inputs{{Tensor: "nope", Column: "c"}}},
+			parts: []string{`no input "nope"`, `"x" float32 [?,4]`}},
+		"input left out": {options: Options{Inputs: Inputs{}}, parts: []string{`input "x" is not mapped`}},
+		"unknown output": {options: Options{Outputs: Outputs{{Tensor: "nope", Column: "c"}}},
+			parts: []string{`no output "nope"`, `"y" float32 [?]`}},
+		"no output": {options: Options{Outputs: Outputs{}}, parts: []string{"no output is asked for"}},
+		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)},
+			options: Options{Outputs: Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
+			parts:   []string{`"c"`, "error_column"}},
+		"error column in use": {options: Options{ErrorColumn: "y"}, parts: []string{`"y"`, "error_column"}},
+		"output not per row": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32)},
+			parts: []string{`output "y"`, "float32", "first dimension must be the batch"}},
+		"output of no rank": {outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}},
+			parts: []string{`output "y"`, "unknown rank", `"outputs":{"y":{"column":"y","shape":[-1,-1]}}`}},
+		"output of no type": {outputs: []savedmodel.Spec{spec("y", savedmodel.DType(8), -1)},
+			parts: []string{`output "y"`, "dtype(8)"}},
+		"no input": {inputs: []savedmodel.Spec{}, parts: []string{"no input"}},
+		"input without batch": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32)},
+			parts: []string{`"x" float32 []`, "no batch dimension"}},
+		"input of fixed batch": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, 8, 4)},
+			parts: []string{`"x" float32 [8,4]`, "no batch dimension"}},
+		"encoding": {options: mapped(Input{Encoding: "base64"}),
+			parts: []string{`input "x"`, `"base64"`, `"raw"`}},
+		"raw strings": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
+			options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" string [?,4]`, "no fixed size"}},
+		"raw of open shape": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 4, -1)},
+			options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" float32 [?,4,?]`, "must be known"}},
+		"raw with pad": {options: mapped(Input{Encoding: "raw", Pad: []byte("0")}),
+			parts: []string{"leave pad and lengths out"}},
+		"pad of rank 1": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1)},
+			options: mapped(Input{Pad: []byte("0")}), parts: []string{`"x" float32 [?]`, "cannot have pad"}},
+		"pad of text": {options: mapped(Input{Pad: []byte(`"0"`)}),
+			parts: []string{`"x" float32 [?,4]`, "a number for float32"}},
+		"pad of null": {options: mapped(Input{Pad: []byte(`null`)}), parts: []string{"a number for float32"}},
+		"pad of list": {options: mapped(Input{Pad: []byte(`[0]`)}), parts: []string{"a number for float32"}},
+		"pad too large": {inputs: []savedmodel.Spec{spec("x", savedmodel.Int8, -1, 4)},
+			options: mapped(Input{Pad: []byte("128")}), parts: []string{"from -128 to 127", "int8"}},
+		"pad negative": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 4)},
+			options: mapped(Input{Pad: []byte("-1")}), parts: []string{"0 to 255"}},
+		"pad infinite": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float16, -1, 4)},
+			options: mapped(Input{Pad: []byte("65520")}), parts: []string{"in range for float16"}},
+		"pad for bool": {inputs: []savedmodel.Spec{spec("x", savedmodel.Bool, -1, 4)},
+			options: mapped(Input{Pad: []byte("0")}), parts: []string{"true or false for bool"}},
+		"pad for text": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
+			options: mapped(Input{Pad: []byte("0")}), parts: []string{"a string for string"}},
+		"lengths of nobody": {options: mapped(Input{Lengths: "n"}), parts: []string{`no input "n"`}},
+		"lengths of itself": {options: mapped(Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
+		"lengths in floats": {inputs: []savedmodel.Spec{spec("n", savedmodel.Float32, -1), x},
+			options: mapped(Input{Lengths: "n"}), parts: []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
+		"lengths in lists": {inputs: []savedmodel.Spec{spec("n", savedmodel.Int32, -1, -1), x},
+			options: mapped(Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
+		"picture with pad": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)},
+			options: Options{Inputs: Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}},
+				Pictures: map[string]Made{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}},
+			parts: []string{"preprocess", "pad"}},
+		"output of fixed batch": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, 3, 4)},
+			parts: []string{`"y" float32 [3,4]`, "must be the batch"}},
+		"output of type int": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "int"}}},
+			parts: []string{`"int"`, `"utf8"`}},
+		"numbers as utf8": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}},
+			parts: []string{`"y" float32 [?]`, "strings"}},
+		"shape without batch": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{3}}}},
+			parts: []string{"[3]", "-1 for the rows"}},
+		"shape of other rank": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
+			parts: []string{`"y" float32 [?]`, "[?,3]"}},
+		"shape of other size": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4)},
+			options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
+			parts:   []string{`"y" float32 [?,4]`, "[?,3]"}},
+		"open tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4, -1)},
+			options: Options{Layout: LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`,
+				`"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`}},
+		"empty tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 0)},
+			options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
+		"huge tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 1<<20, 1<<20)},
+			options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
+		"unknown picture": {options: Options{Pictures: map[string]Made{"nope": pixel}},
+			parts: []string{`no input "nope"`}},
+		"picture of wrong rank": {options: Options{Pictures: map[string]Made{"x": pixel}},
+			parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,4]`}},
+		"picture of wrong size": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)},
+			options: Options{Pictures: map[string]Made{"x": pixel}},
+			parts:   []string{"makes float32 [?,1,1,3]", `"x" float32 [?,8,8,3]`}},
+		"picture of wrong type": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 1, 1, 3)},
+			options: Options{Pictures: map[string]Made{"x": pixel}},
+			parts:   []string{"makes float32 [?,1,1,3]", `"x" uint8 [?,1,1,3]`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			signature := savedmodel.Signature{Inputs: c.inputs, Outputs: c.outputs}
@@ -960,7 +1084,9 @@ func TestNewPlanRefuses(t *testing.T) {
 			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
 	}
-	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)}, Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]Made{"p": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}})
+	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)},
+		Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]Made{"p": {savedmodel.Float32,
+		[]int64{-1, 8, 8, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -976,7 +1102,8 @@ func TestNewPlanRefuses(t *testing.T) {
 	}
 }
 
-// TestValuesRefuse has a bad row or batch of each kind: a row leaves with a reason and the others stay; a batch is a fault.
+// TestValuesRefuse has a bad row or batch of each kind: a row leaves with a reason and the others stay; a batch is a
+// fault.
 func TestValuesRefuse(t *testing.T) {
 	f32 := arrow.PrimitiveTypes.Float32
 	lists, texts, blobs := arrow.ListOf(f32), arrow.BinaryTypes.String, arrow.BinaryTypes.Binary
@@ -998,19 +1125,44 @@ func TestValuesRefuse(t *testing.T) {
 		kind    fault.Kind
 		fault   []string
 	}{
-		"wrong length":    {input: spec("x", savedmodel.Float32, -1, 2), column: lists, rows: []any{[]any{1.0, 2.0}, []any{1.0}, []any{}}, refused: map[int]string{1: `column "c": a list of 1 elements at dimension 1, want 2`, 2: `column "c": a list of 0 elements at dimension 1, want 2`}},
-		"inner length":    {input: spec("x", savedmodel.Float32, -1, 1, 2), column: arrow.ListOf(lists), rows: []any{[]any{[]any{1.0, 2.0}}, []any{[]any{1.0}}}, refused: map[int]string{1: `column "c": a list of 1 elements at dimension 2, want 2`}},
-		"too long to pad": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Pad: []byte("0")}, column: lists, rows: []any{[]any{1.0, 2.0, 3.0}, []any{1.0}}, refused: map[int]string{0: `column "c": a list of 3 elements at dimension 1, want 2 at most`}},
-		"out of range":    {input: spec("x", savedmodel.Uint8, -1), column: arrow.PrimitiveTypes.Int64, rows: []any{int64(255), int64(256), int64(-1)}, refused: map[int]string{1: `column "c": a value is outside uint8, 0 to 255`, 2: `column "c": a value is outside uint8, 0 to 255`}},
-		"half overflows":  {input: spec("x", savedmodel.Float16, -1), column: f32, rows: []any{65519.0, 65520.0, math.Inf(1)}, refused: map[int]string{1: `column "c": a value is outside float16, -65504 to 65504`}},
-		"raw size":        {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs, rows: []any{"12345678", "1234", ""}, refused: map[int]string{1: `column "c": a raw cell of 4 bytes, want 8`, 2: `column "c": a raw cell of 0 bytes, want 8`}},
-		"raw bool":        {input: spec("x", savedmodel.Bool, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs, rows: []any{"\x00\x01", "\x00\x02"}, refused: map[int]string{1: `column "c": a raw bool is a byte other than 0 and 1`}},
-		"all rows":        {input: spec("x", savedmodel.Float32, -1, 2), column: lists, rows: []any{[]any{1.0}}, refused: map[int]string{0: `column "c": a list of 1 elements at dimension 1, want 2`}},
+		"wrong length": {input: spec("x", savedmodel.Float32, -1, 2), column: lists,
+			rows: []any{[]any{1.0, 2.0}, []any{1.0}, []any{}},
+			refused: map[int]string{1: `column "c": a list of 1 elements at dimension 1, want 2`,
+				2: `column "c": a list of 0 elements at dimension 1, want 2`}},
+		"inner length": {input: spec("x", savedmodel.Float32, -1, 1, 2), column: arrow.ListOf(lists),
+			rows:    []any{[]any{[]any{1.0, 2.0}}, []any{[]any{1.0}}},
+			refused: map[int]string{1: `column "c": a list of 1 elements at dimension 2, want 2`}},
+		"too long to pad": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Pad: []byte("0")},
+			column: lists, rows: []any{[]any{1.0, 2.0, 3.0}, []any{1.0}},
+			refused: map[int]string{0: `column "c": a list of 3 elements at dimension 1, want 2 at most`}},
+		"out of range": {input: spec("x", savedmodel.Uint8, -1), column: arrow.PrimitiveTypes.Int64,
+			rows: []any{int64(255), int64(256), int64(-1)},
+			refused: map[int]string{1: `column "c": a value is outside uint8, 0 to 255`,
+				2: `column "c": a value is outside uint8, 0 to 255`}},
+		"half overflows": {input: spec("x", savedmodel.Float16, -1), column: f32,
+			rows:    []any{65519.0, 65520.0, math.Inf(1)},
+			refused: map[int]string{1: `column "c": a value is outside float16, -65504 to 65504`}},
+		"raw size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs,
+			rows: []any{"12345678", "1234", ""}, refused: map[int]string{1: `column "c": a raw cell of 4 bytes, want 8`,
+				2: `column "c": a raw cell of 0 bytes, want 8`}},
+		"raw bool": {input: spec("x", savedmodel.Bool, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs,
+			rows:    []any{"\x00\x01", "\x00\x02"},
+			refused: map[int]string{1: `column "c": a raw bool is a byte other than 0 and 1`}},
+		"all rows": {input: spec("x", savedmodel.Float32, -1, 2), column: lists, rows: []any{[]any{1.0}},
+			refused: map[int]string{0: `column "c": a list of 1 elements at dimension 1, want 2`}},
 
-		"ragged lists":    {input: spec("x", savedmodel.Float32, -1, -1), column: lists, rows: []any{[]any{1.0}, []any{1.0, 2.0}}, kind: fault.BadRequest, fault: []string{`"x" float32 [?,?]`, `column "c"`, "lists of 1 and of 2 elements", "dimension 1", `"pad"`}},
-		"padding is huge": {input: spec("x", savedmodel.Float32, -1, -1), mapping: Input{Pad: []byte("0")}, column: lists, rows: many, kind: fault.Exhausted, fault: []string{`"x" float32 [?,?]`, `column "c"`, "1024 MiB", "fewer rows"}},
-		"raw not binary":  {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: texts, kind: fault.BadRequest, fault: []string{`"x" float32 [?,2]`, "binary column", `column "c" is utf8`}},
-		"raw fixed size":  {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: &arrow.FixedSizeBinaryType{ByteWidth: 4}, kind: fault.BadRequest, fault: []string{"8 bytes", "fixed_size_binary[4]"}},
+		"ragged lists": {input: spec("x", savedmodel.Float32, -1, -1), column: lists,
+			rows: []any{[]any{1.0}, []any{1.0, 2.0}}, kind: fault.BadRequest,
+			fault: []string{`"x" float32 [?,?]`, `column "c"`, "lists of 1 and of 2 elements", "dimension 1",
+				`"pad"`}},
+		"padding is huge": {input: spec("x", savedmodel.Float32, -1, -1), mapping: Input{Pad: []byte("0")},
+			column: lists, rows: many, kind: fault.Exhausted,
+			fault: []string{`"x" float32 [?,?]`, `column "c"`, "1024 MiB", "fewer rows"}},
+		"raw not binary": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: texts,
+			kind: fault.BadRequest, fault: []string{`"x" float32 [?,2]`, "binary column", `column "c" is utf8`}},
+		"raw fixed size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"},
+			column: &arrow.FixedSizeBinaryType{ByteWidth: 4}, kind: fault.BadRequest,
+			fault: []string{"8 bytes", "fixed_size_binary[4]"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
@@ -1018,7 +1170,8 @@ func TestValuesRefuse(t *testing.T) {
 			rec := record(t, mem, "c", c.column, c.rows...)
 			defer rec.Release()
 			c.mapping.Tensor, c.mapping.Column = "x", "c"
-			plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}, Outputs: anyInput}, Options{Inputs: Inputs{c.mapping}})
+			plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}, Outputs: anyInput},
+				Options{Inputs: Inputs{c.mapping}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1091,9 +1244,12 @@ func TestCheckFindsLies(t *testing.T) {
 	}
 	vectorData := func(n, size int) *array.Data {
 		fields := []arrow.ArrayData{
-			array4(arrow.PrimitiveTypes.Int8, n, nil, nil, make([]byte, n)), array4(arrow.PrimitiveTypes.Int32, size, nil, nil, make([]byte, 4*n)),
-			array4(arrow.ListOf(arrow.PrimitiveTypes.Int32), n, []arrow.ArrayData{array4(arrow.PrimitiveTypes.Int32, 0, nil, nil, nil)}, nil, make([]byte, 4*n+4)),
-			array4(arrow.ListOf(arrow.PrimitiveTypes.Float64), n, []arrow.ArrayData{array4(arrow.PrimitiveTypes.Float64, 0, nil, nil, nil)}, nil, make([]byte, 4*n+4)),
+			array4(arrow.PrimitiveTypes.Int8, n, nil, nil, make([]byte, n)),
+			array4(arrow.PrimitiveTypes.Int32, size, nil, nil, make([]byte, 4*n)),
+			array4(arrow.ListOf(arrow.PrimitiveTypes.Int32), n,
+				[]arrow.ArrayData{array4(arrow.PrimitiveTypes.Int32, 0, nil, nil, nil)}, nil, make([]byte, 4*n+4)),
+			array4(arrow.ListOf(arrow.PrimitiveTypes.Float64), n,
+				[]arrow.ArrayData{array4(arrow.PrimitiveTypes.Float64, 0, nil, nil, nil)}, nil, make([]byte, 4*n+4)),
 		}
 		return array4(vectorType, n, fields, nil)
 	}
@@ -1112,14 +1268,15 @@ func TestCheckFindsLies(t *testing.T) {
 		"null view of nonsense": {array4(views, 2, four, []byte{1}, i32(2, 99), i32(2, -3)), true},
 		"empty view elsewhere":  {array4(views, 2, four, nil, i32(2, 99), i32(2, 0)), true},
 		"large list view":       {array4(arrow.LargeListViewOf(f32), 2, four, nil, i64(2, 0), i64(2, 3)), true},
-		"text views":            {array4(textViews, 2, nil, nil, headers("short", "longer than that"), []byte("longer than that")), true},
-		"dictionary":            {indices(arrow.PrimitiveTypes.Int8, 2, nil, []byte{0, 3}), true},
-		"null index":            {indices(arrow.PrimitiveTypes.Int8, 2, []byte{1}, []byte{0, 99}), true},
-		"large index":           {indices(arrow.PrimitiveTypes.Uint64, 1, nil, i64(3)), true},
-		"vectors":               {vectorData(2, 2), true},
-		"nulls":                 {array4(arrow.Null, 9, nil, nil), true},
-		"decimals":              {array4(&arrow.Decimal128Type{Precision: 20}, 2, nil, nil, make([]byte, 32)), true},
-		"blobs of 3":            {array4(&arrow.FixedSizeBinaryType{ByteWidth: 3}, 2, nil, nil, make([]byte, 6)), true},
+		"text views": {array4(textViews, 2, nil, nil, headers("short", "longer than that"),
+			[]byte("longer than that")), true},
+		"dictionary":  {indices(arrow.PrimitiveTypes.Int8, 2, nil, []byte{0, 3}), true},
+		"null index":  {indices(arrow.PrimitiveTypes.Int8, 2, []byte{1}, []byte{0, 99}), true},
+		"large index": {indices(arrow.PrimitiveTypes.Uint64, 1, nil, i64(3)), true},
+		"vectors":     {vectorData(2, 2), true},
+		"nulls":       {array4(arrow.Null, 9, nil, nil), true},
+		"decimals":    {array4(&arrow.Decimal128Type{Precision: 20}, 2, nil, nil, make([]byte, 32)), true},
+		"blobs of 3":  {array4(&arrow.FixedSizeBinaryType{ByteWidth: 3}, 2, nil, nil, make([]byte, 6)), true},
 
 		"view beyond":           {array4(views, 2, four, nil, i32(2, 0), i32(3, 1)), false},
 		"view from beyond":      {array4(views, 2, four, nil, i32(5, 0), i32(1, 1)), false},
@@ -1127,17 +1284,18 @@ func TestCheckFindsLies(t *testing.T) {
 		"view of negative size": {array4(views, 2, four, nil, i32(1, 0), i32(-1, 1)), false},
 		"view overflows":        {array4(arrow.LargeListViewOf(f32), 1, four, nil, i64(math.MaxInt64), i64(2)), false},
 		"too few views":         {array4(views, 2, four, nil, i32(2, 0), i32(2)), false},
-		"views of all, often":   {array4(views, 1<<17, []arrow.ArrayData{array4(arrow.PrimitiveTypes.Int8, 1<<11, nil, nil, make([]byte, 1<<11))}, nil, make([]byte, 4<<17), bytes.Repeat(i32(1<<11), 1<<17)), false},
-		"text view beyond":      {array4(textViews, 1, nil, nil, headers("longer than that"), []byte("longer")), false},
-		"text view elsewhere":   {array4(textViews, 1, nil, nil, headers("longer than that")), false},
-		"text view negative":    {array4(textViews, 1, nil, nil, append(i32(-1), make([]byte, 12)...)), false},
-		"too few text views":    {array4(textViews, 2, nil, nil, headers("short")), false},
-		"index beyond":          {indices(arrow.PrimitiveTypes.Int8, 2, nil, []byte{0, 4}), false},
-		"index negative":        {indices(arrow.PrimitiveTypes.Int64, 1, nil, i64(-1)), false},
-		"too few indices":       {indices(arrow.PrimitiveTypes.Int32, 2, nil, i32(0)), false},
-		"vector child short":    {vectorData(2, 1), false},
-		"nulls without end":     {array4(arrow.Null, math.MaxInt, nil, nil), false},
-		"blobs of nothing":      {array4(&arrow.FixedSizeBinaryType{}, 2, nil, nil, make([]byte, 6)), false},
+		"views of all, often": {array4(views, 1<<17, []arrow.ArrayData{array4(arrow.PrimitiveTypes.Int8, 1<<11, nil,
+			nil, make([]byte, 1<<11))}, nil, make([]byte, 4<<17), bytes.Repeat(i32(1<<11), 1<<17)), false},
+		"text view beyond":    {array4(textViews, 1, nil, nil, headers("longer than that"), []byte("longer")), false},
+		"text view elsewhere": {array4(textViews, 1, nil, nil, headers("longer than that")), false},
+		"text view negative":  {array4(textViews, 1, nil, nil, append(i32(-1), make([]byte, 12)...)), false},
+		"too few text views":  {array4(textViews, 2, nil, nil, headers("short")), false},
+		"index beyond":        {indices(arrow.PrimitiveTypes.Int8, 2, nil, []byte{0, 4}), false},
+		"index negative":      {indices(arrow.PrimitiveTypes.Int64, 1, nil, i64(-1)), false},
+		"too few indices":     {indices(arrow.PrimitiveTypes.Int32, 2, nil, i32(0)), false},
+		"vector child short":  {vectorData(2, 1), false},
+		"nulls without end":   {array4(arrow.Null, math.MaxInt, nil, nil), false},
+		"blobs of nothing":    {array4(&arrow.FixedSizeBinaryType{}, 2, nil, nil, make([]byte, 6)), false},
 
 		"negative offset":       {array4(list, 2, four, nil, i32(-1, 2, 4)), false},
 		"falling offsets":       {array4(list, 2, four, nil, i32(0, 4, 2)), false},

@@ -29,8 +29,10 @@ func isVector(t arrow.DataType) bool {
 		return ok && l.Elem().ID() == element
 	}
 	f := s.Fields()
-	return f[0].Name == "type" && f[0].Type.ID() == arrow.INT8 && f[1].Name == "size" && f[1].Type.ID() == arrow.INT32 &&
-		f[2].Name == "indices" && list(f[2].Type, arrow.INT32) && f[3].Name == "values" && list(f[3].Type, arrow.FLOAT64)
+	return f[0].Name == "type" && f[0].Type.ID() == arrow.INT8 && f[1].Name == "size" &&
+		f[1].Type.ID() == arrow.INT32 &&
+		f[2].Name == "indices" && list(f[2].Type, arrow.INT32) && f[3].Name == "values" &&
+		list(f[3].Type, arrow.FLOAT64)
 }
 
 // cells are the parts of a column of vectors.
@@ -45,7 +47,8 @@ type cells struct {
 
 func cellsOf(column arrow.Array) cells {
 	s := column.(*array.Struct)
-	c := cells{kind: s.Field(0).(*array.Int8), size: s.Field(1).(*array.Int32), indices: s.Field(2).(*array.List), values: s.Field(3).(*array.List)}
+	c := cells{kind: s.Field(0).(*array.Int8), size: s.Field(1).(*array.Int32), indices: s.Field(2).(*array.List),
+		values: s.Field(3).(*array.List)}
 	c.allIndices = c.indices.ListValues().(*array.Int32).Int32Values()
 	c.allValues = c.values.ListValues().(*array.Float64).Float64Values()
 	return c
@@ -116,7 +119,9 @@ func (v *vectors) value(column arrow.Array, rows []span, mem memory.Allocator) (
 		for row := r.lo; row < r.hi; row++ {
 			size, _, _ := c.row(row)
 			if shape[1] >= 0 && int64(size) != shape[1] {
-				return Value{}, nil, fault.New(fault.BadRequest, "vectors of %d and of %d elements in one record batch; all must have the same length", shape[1], size)
+				return Value{}, nil, fault.New(fault.BadRequest,
+					"vectors of %d and of %d elements in one record batch; all must have the same length", shape[1],
+					size)
 			}
 			shape[1] = int64(size)
 		}

@@ -129,7 +129,8 @@ func Load(dir string, tags []string, o Options) (*Session, error) {
 		defer C.free(unsafe.Pointer(names[i]))
 	}
 	return open(o, func(options *C.TF_SessionOptions, graph *C.TF_Graph, status *C.TF_Status) *C.TF_Session {
-		return C.TF_LoadSessionFromSavedModel(options, nil, path, unsafe.SliceData(names), C.int(len(names)), graph, nil, status)
+		return C.TF_LoadSessionFromSavedModel(options, nil, path, unsafe.SliceData(names), C.int(len(names)), graph,
+			nil, status)
 	})
 }
 
@@ -240,7 +241,8 @@ func (s *Session) output(name string) (C.TF_Output, error) {
 	operation, number, ok := strings.Cut(name, ":")
 	index, err := strconv.ParseUint(number, 10, 31)
 	if !ok || err != nil {
-		return C.TF_Output{}, errorf(InvalidArgument, "%q is not the name of a tensor; it should look like operation:0", name)
+		return C.TF_Output{}, errorf(InvalidArgument, "%q is not the name of a tensor; it should look like operation:0",
+			name)
 	}
 	cname := C.CString(operation)
 	defer C.free(unsafe.Pointer(cname))

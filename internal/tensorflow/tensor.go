@@ -84,7 +84,8 @@ func NewStrings(shape []int64, n int, at func(i int) []byte) (*Tensor, error) {
 		return nil, err
 	}
 	if count != n {
-		return nil, errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given", shape, count, n)
+		return nil, errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given", shape, count,
+			n)
 	}
 	// A zeroed element is an empty string. One is made even for n = 0, since
 	// calloc may answer that with NULL.

@@ -56,7 +56,8 @@ func TestMain(m *testing.M) {
 
 // TestAnswers compares every model, signature and row count with TensorFlow in Python.
 func TestAnswers(t *testing.T) {
-	cmd := exec.Command(filepath.Join(root, ".venv/bin/python"), "testdata/oracle.py", filepath.Join(root, "build/models"))
+	cmd := exec.Command(filepath.Join(root, ".venv/bin/python"), "testdata/oracle.py",
+		filepath.Join(root, "build/models"))
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -85,7 +86,8 @@ func TestAnswers(t *testing.T) {
 			got := run(t, s, feeds, fetches...)
 			for i, want := range c.Answers {
 				if got[i].DType().String() != want.DType || !slices.Equal(got[i].Shape(), want.Shape) {
-					t.Fatalf("%s is %v %v, want %s %v", want.Name, got[i].DType(), got[i].Shape(), want.DType, want.Shape)
+					t.Fatalf("%s is %v %v, want %s %v", want.Name, got[i].DType(), got[i].Shape(), want.DType,
+						want.Shape)
 				}
 				switch got[i].DType() {
 				case savedmodel.Float32:
@@ -121,7 +123,8 @@ func TestBadModels(t *testing.T) {
 	truncated := copyOf(t, "mlp")
 	shrink(t, filepath.Join(truncated, "variables/variables.data-00000-of-00001"))
 	garbage := copyOf(t, "mlp")
-	if err := os.WriteFile(filepath.Join(garbage, "saved_model.pb"), []byte("not a protocol buffer"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(garbage, "saved_model.pb"), []byte("not a protocol buffer"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	half := copyOf(t, "mlp")
@@ -155,7 +158,8 @@ func TestBadModels(t *testing.T) {
 			t.Logf("%v: %.120s", e.Code, e.Message)
 		})
 	}
-	if _, err := tensorflow.FromGraphDef([]byte("not a graph"), tensorflow.Options{}); codeOf(err) != tensorflow.InvalidArgument {
+	if _, err := tensorflow.FromGraphDef([]byte("not a graph"),
+		tensorflow.Options{}); codeOf(err) != tensorflow.InvalidArgument {
 		t.Errorf("garbage as a GraphDef: %v", err)
 	}
 
@@ -170,7 +174,8 @@ func TestBadModels(t *testing.T) {
 	}
 	defer closed(t, s)
 	x := allocate(t, savedmodel.Float32, 1, 512)
-	if _, err := s.Run(0, []tensorflow.Feed{{Name: mlpX, Tensor: x}}, []string{mlpY}); codeOf(err) != tensorflow.FailedPrecondition {
+	if _, err := s.Run(0, []tensorflow.Feed{{Name: mlpX, Tensor: x}},
+		[]string{mlpY}); codeOf(err) != tensorflow.FailedPrecondition {
 		t.Errorf("a run without variables: %v", err)
 	}
 }
@@ -226,7 +231,8 @@ func TestBadTensors(t *testing.T) {
 			t.Errorf("Allocate of shape %.40v: %v", shape, err)
 		}
 		released := 0
-		if _, err := tensorflow.NewTensor(savedmodel.Float32, shape, nil, func() { released++ }); codeOf(err) != tensorflow.InvalidArgument {
+		if _, err := tensorflow.NewTensor(savedmodel.Float32, shape, nil,
+			func() { released++ }); codeOf(err) != tensorflow.InvalidArgument {
 			t.Errorf("NewTensor of shape %.40v: %v", shape, err)
 		}
 		if released != 1 {
@@ -242,10 +248,12 @@ func TestBadTensors(t *testing.T) {
 	if _, err := tensorflow.Allocate(savedmodel.String, []int64{2}); codeOf(err) != tensorflow.InvalidArgument {
 		t.Errorf("Allocate of strings: %v", err)
 	}
-	if _, err := tensorflow.Allocate(savedmodel.Float32, []int64{1 << 50}); codeOf(err) != tensorflow.ResourceExhausted {
+	if _, err := tensorflow.Allocate(savedmodel.Float32,
+		[]int64{1 << 50}); codeOf(err) != tensorflow.ResourceExhausted {
 		t.Errorf("Allocate of 4 PiB: %v", err)
 	}
-	if _, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2}, offHeap(t, 12), nil); codeOf(err) != tensorflow.InvalidArgument {
+	if _, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2}, offHeap(t, 12),
+		nil); codeOf(err) != tensorflow.InvalidArgument {
 		t.Errorf("NewTensor of 12 bytes for 8: %v", err)
 	}
 }
@@ -307,10 +315,12 @@ func TestNoCopy(t *testing.T) {
 // TestStrings sends elements through an operation that copies them one by one, and
 // reads the copies after the input is gone.
 func TestStrings(t *testing.T) {
-	texts := [][]byte{{}, []byte("a"), bytes.Repeat([]byte("b"), 22), bytes.Repeat([]byte("c"), 23), {0, 0xff, 0}, bytes.Repeat([]byte("long"), 250_000)}
+	texts := [][]byte{{}, []byte("a"), bytes.Repeat([]byte("b"), 22), bytes.Repeat([]byte("c"), 23), {0, 0xff, 0},
+		bytes.Repeat([]byte("long"), 250_000)}
 	scope := tg.NewRoot()
 	x := op.Placeholder(scope.SubScope("x"), tf.String)
-	y := op.GatherV2(scope.SubScope("y"), x, op.Const(scope.SubScope("i"), []int32{5, 4, 3, 2, 1, 0}), op.Const(scope.SubScope("axis"), int32(0)))
+	y := op.GatherV2(scope.SubScope("y"), x, op.Const(scope.SubScope("i"), []int32{5, 4, 3, 2, 1, 0}),
+		op.Const(scope.SubScope("axis"), int32(0)))
 	s := session(t, scope)
 	in, err := tensorflow.NewStrings([]int64{2, 3}, 6, func(i int) []byte { return texts[i] })
 	if err != nil {
@@ -463,12 +473,14 @@ func TestMemory(t *testing.T) {
 		feed               func() (string, *tensorflow.Tensor, error)
 	}{
 		{"4 MB batch", "mlp", mlpY, func() (string, *tensorflow.Tensor, error) {
-			data, err := syscall.Mmap(-1, 0, len(batch), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+			data, err := syscall.Mmap(-1, 0, len(batch), syscall.PROT_READ|syscall.PROT_WRITE,
+				syscall.MAP_PRIVATE|syscall.MAP_ANON)
 			if err != nil {
 				return "", nil, err
 			}
 			copy(data, batch)
-			x, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2048, 512}, data, func() { _ = syscall.Munmap(data) })
+			x, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2048, 512}, data,
+				func() { _ = syscall.Munmap(data) })
 			return mlpX, x, err
 		}},
 		{"1,000 strings of 1 kB", "strings", stringsU, func() (string, *tensorflow.Tensor, error) {
@@ -497,7 +509,8 @@ func TestMemory(t *testing.T) {
 				}
 			}
 			grown := resident(t) - first
-			t.Logf("%d runs in %v: %d MB resident after the first %d, %+.1f MB since", runs, time.Since(start).Round(time.Millisecond), first>>20, warm, float64(grown)/(1<<20))
+			t.Logf("%d runs in %v: %d MB resident after the first %d, %+.1f MB since", runs,
+				time.Since(start).Round(time.Millisecond), first>>20, warm, float64(grown)/(1<<20))
 			if grown > 100<<20 {
 				t.Errorf("resident memory grew by %d MB", grown>>20)
 			}

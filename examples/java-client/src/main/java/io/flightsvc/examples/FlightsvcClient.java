@@ -39,8 +39,8 @@ import org.apache.arrow.vector.ipc.ArrowStreamWriter;
 
 /**
  * Sends the record batches of an Arrow IPC stream file through a model and writes the answers to
- * another. It follows docs/protocol.md: GetSchema, GetFlightInfo, DoExchange where the endpoint says,
- * through the front where that place cannot be reached. A stream that is lost later is not resumed.
+ * another. It follows docs/protocol.md: GetSchema, GetFlightInfo, then DoExchange at the returned location
+ * or, if that cannot be reached, through the front. A stream that is lost later is not resumed.
  *
  * <pre>java -jar flightsvc-java-client.jar ADDRESS DESCRIPTOR QUESTIONS [ANSWERS]</pre>
  *
@@ -49,8 +49,8 @@ import org.apache.arrow.vector.ipc.ArrowStreamWriter;
 public final class FlightsvcClient implements AutoCloseable {
   private static final ObjectMapper JSON = new ObjectMapper();
   private static final int WINDOW = 4; // record batches sent and not answered
-  private static final long PATIENCE_MS = 120_000; // for how long an unavailable server is asked again
-  private static final int MESSAGE_BYTES = 257 << 20; // the largest that a server sends
+  private static final long PATIENCE_MS = 120_000; // how long an unavailable server is retried
+  private static final int MESSAGE_BYTES = 257 << 20; // the largest message that a server sends
   private static final Logger NETTY = Logger.getLogger("io.netty.bootstrap"); // a reference, so that its level stays
   private static final int END = -1; // in place of a number of rows: there are no more
 
@@ -69,7 +69,7 @@ public final class FlightsvcClient implements AutoCloseable {
       System.err.println("usage: java -jar flightsvc-java-client.jar ADDRESS DESCRIPTOR QUESTIONS [ANSWERS]");
       System.exit(2);
     }
-    NETTY.setLevel(Level.SEVERE); // gRPC asks for TCP's keep-alive, which a Unix socket has not
+    NETTY.setLevel(Level.SEVERE); // gRPC sets TCP's keep-alive, which a Unix socket lacks
     JsonNode descriptor =
         args[1].startsWith("{") ? JSON.readTree(args[1]) : JSON.createObjectNode().put("v", 1).put("model", args[1]);
     try (BufferAllocator memory = new RootAllocator();
@@ -77,13 +77,13 @@ public final class FlightsvcClient implements AutoCloseable {
         ArrowStreamReader questions = new ArrowStreamReader(new FileInputStream(args[2]), memory)) {
       client.describe((ObjectNode) descriptor);
       client.exchange((ObjectNode) descriptor, questions, args.length == 4 ? args[3] : "/dev/null");
-    } catch (FlightRuntimeException e) { // the server's own sentence; its code says whether asking again helps
+    } catch (FlightRuntimeException e) { // the code says whether trying again helps
       System.err.println(e.status().code() + ": " + e.status().description());
       System.exit(1);
     }
   }
 
-  /** Prints what the server can do, and the schema of the answer; no model is loaded for that. */
+  /** Prints the server's actions, and the schema of the answer; loads no model. */
   private void describe(ObjectNode descriptor) throws IOException {
     for (ActionType action : front.listActions()) {
       System.out.println("action " + action.getType() + ": " + action.getDescription());
@@ -99,7 +99,7 @@ public final class FlightsvcClient implements AutoCloseable {
     BlockingQueue<Integer> sent = new ArrayBlockingQueue<>(WINDOW); // rows of each unanswered record batch
     try (FlightClient.ExchangeReaderWriter stream = open(descriptor, question)) {
       FlightStream reader = stream.getReader();
-      // Who writes large record batches without reading blocks on flow control, so two threads.
+      // A client that writes large record batches without reading blocks on flow control, so two threads.
       Thread writer = new Thread(() -> write(questions, stream, sent), "writer");
       writer.start();
       System.out.println("stream open " + (runner != null ? "at the runner" : "through the front"));
@@ -110,7 +110,7 @@ public final class FlightsvcClient implements AutoCloseable {
         for (int rows = sent.take(); rows != END; rows = sent.take(), batch++) {
           int answered = 0, parts = 0;
           JsonNode about;
-          do { // one answer is one record batch or, where that would be large, several
+          do { // a large answer comes in several record batches
             check(reader.next(), "the stream ended without an answer to record batch %d", batch);
             about = appMetadata(reader);
             check(about.get("batch").asInt() == batch, "record batch %d was answered, not %d", about.get("batch").asInt(), batch);
@@ -124,7 +124,7 @@ public final class FlightsvcClient implements AutoCloseable {
         }
         check(!reader.next(), "there is an answer that nobody asked for");
       } catch (Exception e) {
-        reader.cancel("the client gave up", e); // which also ends a write that blocks
+        reader.cancel("the client gave up", e); // also ends a blocked write
         throw e;
       } finally {
         writer.interrupt();
