@@ -32,7 +32,20 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-.PHONY: help build wheel demo test test-go test-fuzz test-python lint format fuzz prove bench bench-quick bench-pictures bench-tuning spark-plugin java-client s3 spark-3.5 lock clean
+# Recipes run beside each other; what they write is whole lines.
+MAKEFLAGS += --jobs=3
+
+# Notes the seconds of a command for the table at the end of a run.
+CLOCK  := $(PYTHON) tools/suites.py --clock
+SUITES := $(PYTHON) tools/suites.py
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 pyspark-shim/tests
+RUFF   := pyspark-shim examples benchmarks testdata tools internal
+GO     := cmd handlers gpu modelcache internal benchmarks
+
+# Packages that start goroutines and do not link the drivers of the stores, which compile for minutes. `make prove` races all.
+RACED  := ./cmd/flightsvc-runner ./gpu ./handlers ./internal/batch ./internal/rundir
+
+.PHONY: help build wheel demo show check test test-go test-race test-fuzz test-python test-spark lint lint-go lint-python format fuzz prove bench bench-quick bench-pictures bench-tuning spark-plugin java-client s3 spark-3.5 lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,55 +55,67 @@ build: bin/flightsvc bin/flightsvc-runner $(VENV)/.shim ## both binaries into bi
 
 wheel: $(WHEEL) ## the package with both programs and the Spark plugin, for pip, into dist/
 
-demo: build ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
-	@$(PY) examples/demo.py
+demo: ## Spark labels photographs through flightsvc; ends with a table and build/demo.png
+	@$(SUITES) show
 
-test: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(S3) ## everything that CI runs: lint, Go, Python, Spark
-	@$(PY) tools/suites.py lint test-go test-fuzz test-python
+show: build
+	@$(CLOCK) $@ '$(PY) examples/demo.py'
 
-# What cmd/flightsvc tests is done by programs that it starts, so it is spared compiling the stores' libraries once more;
-# and it waits for them most of the time, so it runs beside the others.
-test-go: build build/models/.done $(S3) ## Go tests under the race detector
-	@go test -timeout 10m ./cmd/flightsvc & commands=$$!; \
-		go test -race -timeout 10m $$(go list ./... | grep -v /cmd/flightsvc$$); others=$$?; \
-		wait $$commands && exit $$others
+check: ## before every commit: lint, types, Go, Python without Java; 4 minutes
+	@$(SUITES) lint-go lint-python test-go test-python
 
-test-fuzz: build ## every parser of bytes off the wire, briefly
-	@$(PY) tools/fuzz.py --executions 20000 --parallel 1 --unguided
+test: export FRESH := -count=1
+test: ## what CI runs: all suites; 10 minutes
+	@$(SUITES) lint-go lint-python test-go test-fuzz test-python test-spark
 
-test-python: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) ## Python tests, with real servers and real Spark
-	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=5 pyspark-shim/tests
+lint: lint-go lint-python ## the house rules, gofmt, go vet, staticcheck, ruff, mypy
 
-lint: build ## the house rules, gofmt, go vet, staticcheck, ruff, mypy
-	@$(PY) tools/house.py
-	@test -z "$$(gofmt -l cmd handlers gpu modelcache internal benchmarks)" || { gofmt -d cmd handlers gpu modelcache internal benchmarks; exit 1; }
-	@go vet ./...
-	@go tool staticcheck ./...
-	@$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
-	@$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
-	@$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src
+lint-go: | $(TF)
+	@$(CLOCK) $@ 'test -z "$$(gofmt -l $(GO))" || { gofmt -d $(GO); exit 1; }; go vet ./... && go tool staticcheck ./...'
+
+lint-python: $(VENV)/.locked
+	@$(CLOCK) $@ '$(PYTHON) tools/house.py && \
+		$(VENV)/bin/ruff check --quiet --config pyspark-shim/pyproject.toml $(RUFF) && \
+		$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml $(RUFF) && \
+		$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src'
+
+test-go: build build/models/.done $(S3)
+	@$(CLOCK) $@ 'go test -vet=off $(FRESH) -race -timeout 10m $(RACED) && \
+		go test -vet=off $(FRESH) -timeout 10m $(filter-out $(patsubst ./%,flightsvc/%,$(RACED)),$(shell go list ./...))'
+
+test-race: build build/models/.done $(S3) ## all Go tests under the race detector
+	@go test -race -timeout 15m ./...
+
+test-fuzz: build
+	@$(CLOCK) $@ '$(PY) tools/fuzz.py --executions 20000 --parallel 1 --unguided'
+
+test-python: build build/models/.done
+	@$(CLOCK) $@ '$(PYTEST) -m "not (spark or java or wheel)"'
+
+test-spark: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(WHEEL)
+	@$(CLOCK) $@ '$(PYTEST) -m "spark or java or wheel"'
 
 format: build ## rewrite Go and Python in the house format
-	@gofmt -w cmd handlers gpu modelcache internal benchmarks
-	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
-	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml pyspark-shim examples benchmarks testdata tools internal
+	@gofmt -w $(GO)
+	@$(VENV)/bin/ruff check --quiet --fix --config pyspark-shim/pyproject.toml $(RUFF)
+	@$(VENV)/bin/ruff format --quiet --config pyspark-shim/pyproject.toml $(RUFF)
 
 fuzz: build ## every parser of bytes off the wire, 1,000,000 executions each
 	@$(PY) tools/fuzz.py
 
-prove: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) build/spark-3.5/.locked ## the full counts of every promise, into build/prove.json; resumes where it stopped
+prove: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(S3) $(WHEEL) $(OLDER) $(VENV)/.compiled build/spark-3.5/.locked ## the full counts of every promise, into build/prove.json; resumes where it stopped
 	@$(PY) tools/prove.py
 
-bench: build build/models/.done ## start-up and latency, as ratios to an echo, into build/bench/
+bench: build build/models/.done $(VENV)/.compiled ## start-up and latency, as ratios to an echo, into build/bench/
 	@$(PY) benchmarks/latency.py
 
-bench-quick: build ## EfficientNet-Lite0 on 1,000 pictures: ours beside predict_batch_udf, into build/bench/; 10 minutes
+bench-quick: build build/models/.done $(VENV)/.compiled ## EfficientNet-Lite0 on 1,000 pictures: ours beside predict_batch_udf, into build/bench/; 10 minutes
 	@$(PY) benchmarks/quick.py
 
-bench-pictures: build ## decode and resize beside the same kernels in tf.data, into build/bench/
+bench-pictures: build build/models/.done $(VENV)/.compiled ## decode and resize beside the same kernels in tf.data, into build/bench/
 	@$(PY) benchmarks/pictures.py
 
-bench-tuning: build ## what tuning chooses for two networks, beside the best there is and a raw session, into build/bench/
+bench-tuning: build build/models/.done $(VENV)/.compiled ## what tuning chooses for two networks, beside the best there is and a raw session, into build/bench/
 	@$(PY) benchmarks/tuning.py
 
 spark-plugin: $(PLUGIN) ## the Spark plugin, a jar, into build/spark-plugin/ and the Python package
@@ -116,21 +141,35 @@ clean: ## remove what was built, but not .venv
 # How it is made.
 
 # Front and runner check that they are of one build, so they are always built together.
-bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF) $(GLIBC)
-	@echo "building bin/flightsvc and bin/flightsvc-runner (a few minutes the first time)"
-	@go build -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc
-	@go build -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner
+bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF) $(GLIBC) build/.compiled
+	@echo "building bin/flightsvc and bin/flightsvc-runner"
+	@$(CLOCK) programs "go build -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc && \
+		go build -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner"
+
+# What needs no TensorFlow is compiled while that is installed.
+build/.compiled:
+	@echo "compiling Go packages (minutes)"
+	@mkdir -p build
+	@$(CLOCK) 'download of Go modules' 'go list -deps ./cmd/... >/dev/null'
+	@$(CLOCK) 'Go packages without TensorFlow' 'go list -f "{{.ImportPath}} {{.Deps}}" ./cmd/... ./internal/... | \
+		grep -v flightsvc/internal/tensorflow | cut -d" " -f1 | xargs go build'
+	@touch $@
 
 $(UV):
 	@echo "installing uv"
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "flightsvc is built with Python 3.11; set PYTHON=python3.11"'
 	@$(PYTHON) -m venv build/uv
-	@build/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@$(CLOCK) 'download of uv' 'build/uv/bin/pip install --quiet --disable-pip-version-check uv==0.13.9'
 
-# Compiled, as pip does it: where Python may not write beside its packages, TensorFlow else imports in 10 s, not 4.
 $(VENV)/.locked: pyspark-shim/requirements.lock | $(UV)
 	@echo "installing Python dependencies into .venv (about 2.5 GB, TensorFlow and Spark)"
 	@test -x $(PY) || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	@$(CLOCK) 'Python packages' 'VIRTUAL_ENV=$(VENV) $(UV) pip sync --require-hashes pyspark-shim/requirements.lock'
+	@touch $@
+
+# As pip does it: where Python may not write beside its packages, TensorFlow else imports in 10 s, not 4.
+$(VENV)/.compiled: $(VENV)/.locked
+	@echo "compiling Python packages in .venv"
 	@VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --compile-bytecode --require-hashes pyspark-shim/requirements.lock
 	@touch $@
 
@@ -139,9 +178,6 @@ $(VENV)/.shim: $(VENV)/.locked pyspark-shim/pyproject.toml VERSION bin/flightsvc
 	@ln -sfn $(CURDIR)/bin/flightsvc $(CURDIR)/bin/flightsvc-runner pyspark-shim/src/flightsvc/_bin/
 	@VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --no-deps --no-build-isolation --editable pyspark-shim
 	@touch $@
-
-test test-python prove: $(WHEEL)
-prove: $(OLDER)
 
 $(WHEEL): $(VENV)/.shim $(PLUGIN) pyspark-shim/setup.py tools/wheel.py $(shell find pyspark-shim/src pyspark-shim/scripts -name '*.py' -o -name flightsvc -type f)
 	@echo "making $@"
@@ -168,7 +204,7 @@ $(TF): $(VENV)/.locked
 # Both programs run on every glibc since 2.28, whatever glibc this machine has. zig goes when the folder is made.
 $(GLIBC): tools/glibc.sh | $(UV)
 	@echo "making what gcc needs to link for glibc 2.28 (20 s; downloads zig, 100 MB)"
-	@$(UV) pip install --quiet --no-cache --no-deps --python $(PYTHON) --target build/zig ziglang==0.17.1
+	@$(CLOCK) zig '$(UV) pip install --no-cache --no-deps --python $(PYTHON) --target build/zig ziglang==0.17.1'
 	@tools/glibc.sh build/zig/ziglang/zig $@
 	@rm -rf build/zig
 	@touch $@
@@ -182,7 +218,7 @@ build/spark-3.5/.locked: pyspark-shim/requirements-3.5.lock | $(UV)
 
 build/models/.done: pyspark-shim/tests/make_models.py $(VENV)/.locked
 	@echo "making the models for the tests"
-	@$(PY) pyspark-shim/tests/make_models.py build/models
+	@$(CLOCK) models '$(PY) pyspark-shim/tests/make_models.py build/models'
 	@touch $@
 
 # The Java client's tests build nothing: they take the jar.
@@ -197,7 +233,7 @@ $(MAVEN):
 # A module of its own: nothing of it is in the product.
 $(S3): tools/s3/go.mod tools/s3/go.sum
 	@echo "building the S3-compatible server for the tests (a minute)"
-	@cd tools/s3 && CGO_ENABLED=0 go build -o $(CURDIR)/$(S3) github.com/versity/versitygw/cmd/versitygw
+	@$(CLOCK) 'S3 server' 'cd tools/s3 && CGO_ENABLED=0 go build -o $(CURDIR)/$(S3) github.com/versity/versitygw/cmd/versitygw'
 
 $(PLUGIN): spark-plugin/pom.xml $(shell find spark-plugin/src -name '*.java') | $(MAVEN)
 	@echo "building the Spark plugin"

@@ -15,6 +15,8 @@ import (
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // MaxActionBytes bounds the body of an action.
@@ -123,10 +125,10 @@ func badBody(err error) error {
 }
 
 // resolveBody finds the model that a body names.
-func (f *Front) resolveBody(ctx context.Context, body []byte) (modelcache.Model, error) {
+func (f *Front) resolveBody(ctx context.Context, body []byte) (repository.Model, error) {
 	ask, err := decodeModel(body)
 	if err != nil {
-		return modelcache.Model{}, err
+		return repository.Model{}, err
 	}
 	return f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 }
@@ -201,8 +203,8 @@ type TuneBody struct {
 
 // TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
 type TuneResult struct {
-	Candidate *modelcache.Candidate `json:"candidate,omitempty"`
-	Tuning    *modelcache.Tuning    `json:"tuning,omitempty"`
+	Candidate *tuning.Candidate `json:"candidate,omitempty"`
+	Tuning    *tuning.Tuning    `json:"tuning,omitempty"`
 }
 
 // tune ends when its caller leaves.
@@ -218,7 +220,7 @@ func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	return results(func(send func(any) error) error {
 		ctx, leave := context.WithCancelCause(ctx)
 		defer leave(nil)
-		tuning, err := f.options.Cache.Tune(ctx, model, modelcache.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c modelcache.Candidate) {
+		tuning, err := f.options.Tuner.Tune(ctx, model, tuning.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c tuning.Candidate) {
 			if err := send(TuneResult{Candidate: &c}); err != nil {
 				leave(err)
 			}

@@ -14,9 +14,9 @@ import (
 	"go.uber.org/zap"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // What streams hold, from the moment at which a record batch was read until it is answered. A
@@ -65,7 +65,7 @@ func newExchange(options RunnerOptions, d *Descriptor, schema *arrow.Schema) (*e
 		limits.Alone, limits.Off = true, limits.Off || limits.MaxBatchSize == 0
 	}
 	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.runTimeout(), Check: plan.CheckOutputs, Limits: limits})
-	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off && d.Model != modelcache.Image}, nil
+	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off && d.Model != control.Image}, nil
 }
 
 // serve runs until the client half-closes, leaves, or an error ends the stream. It is the

@@ -13,17 +13,21 @@ import (
 
 	"flightsvc/internal/fault"
 	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // FrontOptions are what the front's service needs.
 type FrontOptions struct {
-	Cache    *modelcache.Cache
-	Version  string
-	Build    string
-	Server   string // "host:pid", after "executor ID " where there is one
-	Executor string // Spark's id of the executor that this front belongs to; "" for none
-	Shutdown func() // asked for by the action server.shutdown
-	Log      *zap.Logger
+	Repository *repository.Repository
+	Cache      *modelcache.Cache
+	Tuner      *tuning.Tuner
+	Version    string
+	Build      string
+	Server     string // "host:pid", after "executor ID " where there is one
+	Executor   string // Spark's id of the executor that this front belongs to; "" for none
+	Shutdown   func() // asked for by the action server.shutdown
+	Log        *zap.Logger
 }
 
 // Front is the Flight service that callers find first: it answers what can be said without
@@ -40,7 +44,7 @@ func NewFront(options FrontOptions) *Front { return &Front{options: options} }
 type request struct {
 	descriptor *Descriptor
 	asked      string // version, as the caller wrote it
-	model      modelcache.Model
+	model      repository.Model
 	schema     *arrow.Schema
 }
 

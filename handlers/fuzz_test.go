@@ -29,6 +29,7 @@ import (
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 // Every parser of bytes that a caller sends has a target: descriptors, leases, bodies of actions,
@@ -562,7 +563,9 @@ func FuzzCriteria(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Add([]byte(`{"Model":"m"}`))
 	f.Add([]byte(``))
-	cache := modelcache.New(modelcache.Options{CacheDir: filepath.Join(f.TempDir(), "cache"), Log: zap.NewNop()})
+	models := repository.New(repository.Options{CacheDir: filepath.Join(f.TempDir(), "cache"), Log: zap.NewNop()})
+	f.Cleanup(models.Close)
+	cache := modelcache.New(modelcache.Options{Repository: models, Log: zap.NewNop()})
 	f.Cleanup(cache.Close)
 	front := &Front{options: FrontOptions{Cache: cache}}
 	f.Fuzz(func(t *testing.T, criteria []byte) {

@@ -22,7 +22,7 @@ import (
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 // golden is the folder of the files that testdata/make_golden.py has written.
@@ -209,7 +209,7 @@ func TestGoldenDigest(t *testing.T) {
 		Digest string
 	}
 	readGolden(t, "digest.json", &file)
-	cache := modelcache.New(modelcache.Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
+	cache := repository.New(repository.Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
 	defer cache.Close()
 	for _, wantKnown := range []bool{false, true} {
 		archive, err := os.Open(filepath.Join(golden, "model.tar"))

@@ -5,10 +5,10 @@ import (
 	"fmt"
 	"slices"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // Preprocess says what becomes of the pictures of an input: a tensor of [batch, height, width, channels].
@@ -78,9 +78,9 @@ func (c channels) or(fallback float32) [3]float32 {
 
 // checkPictures sets the defaults of preprocess and refuses what this server cannot do.
 func (d *Descriptor) checkPictures() error {
-	builtIn := d.Model == modelcache.Image
+	builtIn := d.Model == control.Image
 	if builtIn && len(d.Preprocess) == 0 {
-		d.Preprocess = map[string]Preprocess{modelcache.ImageInput: {}}
+		d.Preprocess = map[string]Preprocess{control.ImageInput: {}}
 	}
 	for name, p := range d.Preprocess {
 		check := p.check
@@ -121,7 +121,7 @@ func (p *Preprocess) check() error {
 // checkBuiltIn is check for the built-in model, which makes pictures of pictures.
 func (p *Preprocess) checkBuiltIn() error {
 	if p.Scale != nil || p.Offset != nil || p.DType != "" {
-		return fmt.Errorf("scale, offset and dtype are for tensors; the model %q makes pictures, leave them out", modelcache.Image)
+		return fmt.Errorf("scale, offset and dtype are for tensors; the model %q makes pictures, leave them out", control.Image)
 	}
 	if p.Size == nil && (p.Resize != "" || p.Antialias || p.Fit != "") {
 		return fmt.Errorf("resize, antialias and fit want a size")
@@ -163,7 +163,7 @@ func (p *Preprocess) Type() savedmodel.DType { return pictureTypes[p.DType] }
 func (d *Descriptor) made(signature savedmodel.Signature) (map[string]tensor.Made, error) {
 	all := make(map[string]tensor.Made, len(d.Preprocess))
 	for name, p := range d.Preprocess {
-		if d.Model == modelcache.Image {
+		if d.Model == control.Image {
 			all[name] = tensor.Made{DType: savedmodel.String, Shape: []int64{-1}}
 			continue
 		}

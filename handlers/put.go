@@ -10,7 +10,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/fault"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
 // maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
@@ -50,7 +50,7 @@ func parsePut(fd *flight.FlightDescriptor) (*putCommand, error) {
 	if command.Digest == "" {
 		return command, nil
 	}
-	return command, modelcache.CheckDigest(command.Digest)
+	return command, repository.CheckDigest(command.Digest)
 }
 
 // DoPut takes a SavedModel as one plain POSIX tar of its folder, in the rows of the column chunk (binary). It answers
@@ -69,9 +69,9 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
 	}
-	result := PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Cache.Known(command.Digest)}
+	result := PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Cache.Push(archive, command.Digest); err != nil {
+		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
 			return err
 		}
 	}

@@ -15,10 +15,10 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // Engine is the loaded model of a runner. Its methods are safe for concurrent use.
@@ -49,7 +49,7 @@ type RunnerOptions struct {
 	Events  StreamEvents
 	Key     []byte // for leases
 	Server  string // who answers, for instance "host:1234"; goes into app_metadata
-	// StreamRest is after how long without anything moving a stream counts as resting; modelcache.StreamRest if 0.
+	// StreamRest is after how long without anything moving a stream counts as resting; control.StreamRest if 0.
 	StreamRest time.Duration
 	Memory     memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
 	Log        *zap.Logger
@@ -74,7 +74,7 @@ type Runner struct {
 
 // NewRunner returns the service for one loaded model.
 func NewRunner(options RunnerOptions) *Runner {
-	options.StreamRest = cmp.Or(options.StreamRest, modelcache.StreamRest)
+	options.StreamRest = cmp.Or(options.StreamRest, control.StreamRest)
 	return &Runner{options: options, leases: leases{key: options.Key, used: map[string]time.Time{}}, ahead: newAhead()}
 }
 
@@ -134,9 +134,9 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 }
 
 // Counts returns what the runner has done so far, and what waits.
-func (r *Runner) Counts() modelcache.Counts {
+func (r *Runner) Counts() control.Counts {
 	c := r.options.Batches.Counts()
-	return modelcache.Counts{
+	return control.Counts{
 		Rows: r.rows.Load(), Errors: r.errors.Load(), Runs: c.Runs, JoinedRuns: c.JoinedRuns, Queued: c.Queued,
 		QueueSeconds: c.QueueTime.Seconds(), RunSeconds: c.RunTime.Seconds(),
 	}

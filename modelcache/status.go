@@ -5,6 +5,9 @@ import (
 	"os"
 	"slices"
 	"time"
+
+	"flightsvc/internal/control"
+	"flightsvc/modelcache/tuning"
 )
 
 // ModelStatus says what is known of a model version that is in memory or on its way there, or that could not be
@@ -27,10 +30,10 @@ type ModelStatus struct {
 	Reserved     int64 `json:"reserved"`                // bytes of the host that it is counted with
 	DeviceMemory int64 `json:"device_memory,omitempty"` // bytes of the device that the process has
 
-	Counts             // of its runner, a second ago at most
-	Tuned      *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
-	NotFrozen  string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
-	Superseded bool    `json:"superseded,omitempty"` // a newer version serves
+	control.Counts                // of its runner, a second ago at most
+	Tuned          *tuning.Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
+	NotFrozen      string         `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
+	Superseded     bool           `json:"superseded,omitempty"` // a newer version serves
 }
 
 // Status lists model versions by folder.
@@ -95,10 +98,10 @@ func (c *Cache) Totals() Totals {
 }
 
 // counted adds what a runner has done since it last said so.
-func (c *Cache) counted(more Counts) {
+func (c *Cache) counted(more control.Counts) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.counts = c.counts.plus(more, 1)
+	c.counts = c.counts.Add(more)
 }
 
 func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
@@ -109,7 +112,7 @@ func (c *Cache) statusLocked(s *slot, now time.Time) ModelStatus {
 	if s.claim != nil {
 		status.Reserved = s.claim.bytes
 	}
-	if choice, ok := s.profile.Tuned[Machine()]; ok {
+	if choice, ok := s.profile.Tuned[tuning.Machine()]; ok {
 		status.Tuned = &choice
 	}
 	status.NotFrozen = s.profile.NotFrozen

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "prove"
 BAR_SECONDS = 20 * 60
 
-TESTS = "pyspark-shim/tests"
 FUZZ_JSON = [
     "FuzzAction",
     "FuzzCriteria",
@@ -35,69 +34,53 @@ FUZZ_JSON = [
     "FuzzPutCommand",
     "FuzzTensorShape",
 ]
-BARS = {
-    "equality": [f"{TESTS}/test_equality.py"],
-    "soak": [f"{TESTS}/test_soak.py"],
-    "latency": ["benchmarks/latency.py"],
-    "kills-executors": [f"{TESTS}/test_kills.py", "-k", "executor and not lost"],
-    "kills-lost": [f"{TESTS}/test_kills.py", "-k", "lost or early"],
-    "kills-programs": [f"{TESTS}/test_kills.py", "-k", "front or runner or python_is"],
-    "kills-jobs": [f"{TESTS}/test_kills.py", "-k", "session or cancelled"],
-    "kills-drivers": [f"{TESTS}/test_kills.py", "-k", "driver"],
-    "bad-input": [f"{TESTS}/test_bad_input.py", f"{TESTS}/test_errors.py", f"{TESTS}/test_timeouts.py"],
-    "models": [f"{TESTS}/test_models.py", f"{TESTS}/test_types.py"],
-    "property": [f"{TESTS}/test_property.py"],
-    "sql": [f"{TESTS}/test_sql.py"],
-    "shipping": [f"{TESTS}/test_shipping.py", f"{TESTS}/test_keras.py"],
-    "preprocess": [f"{TESTS}/test_preprocess.py", f"{TESTS}/test_image.py"],
-    "pictures": [f"{TESTS}/test_pictures.py"],
-    "together": [f"{TESTS}/test_together.py"],
-    "pool": [f"{TESTS}/test_pool.py"],
-    "swap": [f"{TESTS}/test_swap.py"],
-    "gpu": [f"{TESTS}/test_gpu.py"],
-    "plugin": [f"{TESTS}/test_plugin.py"],
-    "clusters": [f"{TESTS}/test_clusters.py", "-k", "not 3_5 and not plugin"],
-    "clusters-3.5": [
-        f"{TESTS}/test_columns.py",
-        f"{TESTS}/test_clusters.py",
-        "-k",
-        "columns or 3_5 or plugin",
-    ],
-    "stages": [f"{TESTS}/test_ml.py", f"{TESTS}/test_loading.py", f"{TESTS}/test_graph.py"],
-    "predictor": [f"{TESTS}/test_deep_image.py"],
-    "networks": [f"{TESTS}/test_networks.py", "-k", "not every_network_answers"],
-    "networks-sparkdl": [
-        f"{TESTS}/test_networks.py",
-        "-k",
-        "every_network_answers and (Inception or Xception or VGG or ResNet50)",
-    ],
-    "networks-efficient": [
-        f"{TESTS}/test_networks.py",
-        "-k",
-        "every_network_answers and Efficient and not (B4 or B5 or B6 or V2S)",
-    ],
-    "networks-efficient-large": [
-        f"{TESTS}/test_networks.py",
-        "-k",
-        "every_network_answers and (EfficientNetB4 or EfficientNetB5 or EfficientNetB6 or EfficientNetV2S)",
-    ],
-    "networks-others": [
-        f"{TESTS}/test_networks.py",
-        "-k",
-        "every_network_answers and not (Inception or Xception or VGG or ResNet50 or Efficient)",
-    ],
-    "transfer": [f"{TESTS}/test_notebook.py", f"{TESTS}/test_docs.py"],
-    "featurizer-memory": [f"{TESTS}/test_featurizer_memory.py"],
-    "sparkdl": [
-        f"{TESTS}/test_sparkdl_{part}.py"
-        for part in ("graph", "image", "names", "param", "transformers", "udf")
-    ],
-    "wheel": [f"{TESTS}/test_wheel.py", f"{TESTS}/test_deploy.py"],
-    "bench-pictures": ["benchmarks/pictures.py"],
-    "bench-quick": ["benchmarks/quick.py"],
-    "bench-tuning": ["benchmarks/tuning.py"],
-    "fuzz-streams": ["tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
+# The files of tests of each bar. Of a file with several bars, tests carry the mark `bar`.
+TESTS = {
+    "equality": "equality",
+    "soak": "soak",
+    **dict.fromkeys(
+        ["kills-executors", "kills-lost", "kills-programs", "kills-jobs", "kills-drivers"], "kills"
+    ),
+    "bad-input": "bad_input errors timeouts",
+    "models": "models types",
+    "property": "property",
+    "sql": "sql",
+    "shipping": "shipping keras",
+    "preprocess": "preprocess image",
+    "pictures": "pictures",
+    "together": "together",
+    "pool": "pool",
+    "swap": "swap",
+    "gpu": "gpu",
+    "plugin": "plugin",
+    "clusters": "clusters",
+    "clusters-3.5": "columns clusters",
+    "stages": "ml loading graph",
+    "predictor": "deep_image",
+    **dict.fromkeys(
+        [
+            "networks",
+            "networks-sparkdl",
+            "networks-efficient",
+            "networks-efficient-large",
+            "networks-others",
+        ],
+        "networks",
+    ),
+    "transfer": "notebook docs",
+    "featurizer-memory": "featurizer_memory",
+    "sparkdl": "sparkdl_graph sparkdl_image sparkdl_names sparkdl_param sparkdl_transformers sparkdl_udf",
+    "wheel": "wheel deploy",
+}
+COMMANDS = {
+    "race": ["make", "test-race"],
+    "latency": [sys.executable, "benchmarks/latency.py"],
+    "bench-pictures": [sys.executable, "benchmarks/pictures.py"],
+    "bench-quick": [sys.executable, "benchmarks/quick.py"],
+    "bench-tuning": [sys.executable, "benchmarks/tuning.py"],
+    "fuzz-streams": [sys.executable, "tools/fuzz.py", "--seconds", "300", "FuzzStream", "FuzzChunks"],
     "fuzz-files": [
+        sys.executable,
         "tools/fuzz.py",
         "--seconds",
         "200",
@@ -107,8 +90,9 @@ BARS = {
         "FuzzFrame",
         "FuzzWarmup",
     ],
-    "fuzz-json": ["tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
+    "fuzz-json": [sys.executable, "tools/fuzz.py", "--seconds", "100", *FUZZ_JSON],
 }
+BARS = [*TESTS, *COMMANDS]
 
 
 def git(*arguments: str) -> str:
@@ -153,8 +137,11 @@ def run(bar: str, code: str) -> dict[str, Any]:
     figures = kept.with_suffix(".figures")
     kept.parent.mkdir(parents=True, exist_ok=True)
     figures.unlink(missing_ok=True)
-    script = BARS[bar]
-    command = [sys.executable, *(["-m", "pytest", "-q", "-x"] if "tests/" in script[0] else []), *script]
+    if bar in TESTS:
+        files = [f"pyspark-shim/tests/test_{name}.py" for name in TESTS[bar].split()]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--bar", bar, *files]
+    else:
+        command = COMMANDS[bar]
     environ = {**os.environ, "FLIGHTSVC_PROVE": "1", "FLIGHTSVC_FIGURES": str(figures)}
     print(f"== {bar}: {' '.join(command[1:])}", flush=True)
     started = time.monotonic()

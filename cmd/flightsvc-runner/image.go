@@ -9,11 +9,11 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // imageEngine is the built-in model: it makes Spark's image structs of pictures. The work is done where
@@ -31,12 +31,12 @@ const (
 // maxImageBytes is the most that the pixels of one picture may have, which leaves room for the rest of its row.
 const maxImageBytes = tensor.MaxRowBytes - 1<<20
 
-func newImageEngine(setup modelcache.Setup) *imageEngine {
+func newImageEngine(setup control.Setup) *imageEngine {
 	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
 }
 
 // Model returns the signature of the built-in model.
-func (e *imageEngine) Model() *savedmodel.Model { return modelcache.ImageModel }
+func (e *imageEngine) Model() *savedmodel.Model { return control.ImageModel }
 
 // Pictures returns what makes pixels of pictures.
 func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
@@ -121,7 +121,7 @@ func (e *imageEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration
 				out.Strings = append(out.Strings, p[:len(p)-trailerBytes])
 			}
 		default:
-			return nil, fault.New(fault.Internal, "the model %s has no output %q", modelcache.Image, fetch)
+			return nil, fault.New(fault.Internal, "the model %s has no output %q", control.Image, fetch)
 		}
 		outputs[i] = out
 	}

@@ -8,10 +8,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"flightsvc/handlers"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
@@ -30,7 +30,7 @@ type graphs[G any] struct {
 	built map[preprocess.Spec]G
 }
 
-func newGraphs[G any](setup modelcache.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
+func newGraphs[G any](setup control.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
 	limits := preprocess.Limits{Pixels: setup.MaxImagePixels, Bytes: setup.MaxImageBytes, Working: workingBytes}
 	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build,
 		built: map[preprocess.Spec]G{}}

@@ -7,7 +7,7 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/client"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/tuning"
 )
 
 type modelsCommand struct {
@@ -174,7 +174,7 @@ func orNone(text string) string {
 }
 
 // tuned returns a configuration that was found by measuring, for people.
-func tuned(choice *modelcache.Choice) string {
+func tuned(choice *tuning.Choice) string {
 	if choice == nil {
 		return ""
 	}

@@ -15,7 +15,7 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/client"
-	"flightsvc/modelcache"
+	"flightsvc/modelcache/tuning"
 )
 
 // tuneCommand asks a front to tune a model.
@@ -46,7 +46,7 @@ func (c *tuneCommand) Run(about *cli) error {
 		Quick     bool   `json:"quick"`
 	}{model, c.Signature, c.Quick}
 	tried := 0
-	var tuning *modelcache.Tuning
+	var tuning *tuning.Tuning
 	err = client.Action(ctx, front, "model.tune", body, func(told handlers.TuneResult) error {
 		tuning = told.Tuning
 		if tried++; told.Candidate != nil && !c.JSON {
@@ -66,7 +66,7 @@ func (c *tuneCommand) Run(about *cli) error {
 }
 
 // line describes a candidate while the search goes on.
-func line(c modelcache.Candidate) string {
+func line(c tuning.Candidate) string {
 	about := configuration(c.Choice)
 	switch {
 	case c.Reason != "":
@@ -77,11 +77,11 @@ func line(c modelcache.Candidate) string {
 	return fmt.Sprintf("%s: %s rows/s", about, rate(c.RowsPerSecond))
 }
 
-func configuration(c modelcache.Choice) string {
+func configuration(c tuning.Choice) string {
 	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
 }
 
-func graphOf(c modelcache.Choice) string {
+func graphOf(c tuning.Choice) string {
 	if c.Frozen != "" {
 		return "frozen"
 	}
@@ -104,7 +104,7 @@ func rate(rows float64) string {
 }
 
 // show prints the table and what follows from it.
-func show(out io.Writer, t *modelcache.Tuning) error {
+func show(out io.Writer, t *tuning.Tuning) error {
 	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "\tgraph\toneDNN\tthreads\tat once\tbatch\trows/s\tto default\tagrees\t")

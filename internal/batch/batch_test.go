@@ -1,3 +1,5 @@
+// Tests of cutting, joining, padding, halving and leaving, on a machine that stands for TensorFlow.
+
 package batch
 
 import (
@@ -83,8 +85,7 @@ func (m *machine) run(feeds []tensor.Feed, _ []string, _ time.Duration) (Outputs
 	return &outputs{m, []tensor.Value{y}}, nil
 }
 
-// newScheduler returns a scheduler on a machine. At the end of its test no goroutine, no byte and no output may be
-// left.
+// newScheduler returns a scheduler on a machine. At the end of the test no goroutine, byte or output may be left.
 func newScheduler(t *testing.T, change func(*Options)) (*Scheduler, *machine) {
 	t.Helper()
 	m := &machine{mem: &offheap.Allocator{}}
@@ -323,8 +324,7 @@ func TestTooLargeForTheDevice(t *testing.T) {
 	}
 }
 
-// TestLimitFallsBeforeAJoinedRun lets another thread find that the device holds fewer rows than were just taken
-// together.
+// TestLimitFallsBeforeAJoinedRun lowers the row limit after two tasks were joined and before they run.
 func TestLimitFallsBeforeAJoinedRun(t *testing.T) {
 	s, m := newScheduler(t, func(o *Options) {
 		o.NumBatchThreads = 1
@@ -335,7 +335,7 @@ func TestLimitFallsBeforeAJoinedRun(t *testing.T) {
 	start(t, s, m, &working, Limits{}, 1)
 	start(t, s, m, &working, Limits{}, 2)
 	s.mu.Lock()
-	tasks := s.take(time.Now())
+	tasks := s.takeLocked(time.Now())
 	s.mu.Unlock()
 	s.shrink(2)
 	s.serve(tasks)
@@ -589,8 +589,7 @@ func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
 	}
 }
 
-// TestSuchOutputsWithAllowedBatchSizes needs one run for a record batch, which none of the sizes may be large enough
-// for.
+// TestSuchOutputsWithAllowedBatchSizes needs a record batch in one run; no allowed size may be large enough.
 func TestSuchOutputsWithAllowedBatchSizes(t *testing.T) {
 	s, m := newScheduler(t, func(o *Options) {
 		o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 4}, 4
@@ -647,8 +646,8 @@ func TestOtherStreamsAreNotTouched(t *testing.T) {
 	}
 }
 
-// TestOtherStreamsHearNothing lets a joined run fail for a reason that no row can be blamed for.
-func TestOtherStreamsHearNothing(t *testing.T) {
+// TestOtherStreamsSeeNoError lets a joined run fail for a reason that no row can be blamed for.
+func TestOtherStreamsSeeNoError(t *testing.T) {
 	secret := fault.New(fault.Internal, "DATA_LOSS: what is in row 13")
 	s, m := newScheduler(t, func(o *Options) {
 		run := o.Run
@@ -685,11 +684,9 @@ func TestErrorsOfARunAreNotHalved(t *testing.T) {
 		kind  fault.Kind
 		text  string
 	}{
-		"of TensorFlow": {run: func() error { return fault.New(fault.Internal, "broken") }, kind: fault.Internal,
-			text: "broken"},
-		"a panic": {run: func() error { panic("secret") }, kind: fault.Internal, text: "its log has the details"},
-		"of the check": {check: fault.New(fault.BadRequest, "no batch dimension"), kind: fault.BadRequest,
-			text: "no batch dimension"},
+		"of TensorFlow": {func() error { return fault.New(fault.Internal, "broken") }, nil, fault.Internal, "broken"},
+		"a panic":       {func() error { panic("secret") }, nil, fault.Internal, "its log has the details"},
+		"of the check":  {nil, fault.New(fault.BadRequest, "no batch"), fault.BadRequest, "no batch"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var m *machine
@@ -714,7 +711,7 @@ func TestErrorsOfARunAreNotHalved(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 			if n := runs.Load(); n > 4 {
-				t.Errorf("%d runs of 4 pieces", n)
+				t.Errorf("%d runs of 4 tasks", n)
 			}
 		})
 	}
@@ -727,8 +724,8 @@ func TestCallersLeave(t *testing.T) {
 	var working sync.WaitGroup
 	for range 3 {
 		working.Go(func() {
-			if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, make([]int64, 20)...), 20, false); !errors.Is(err,
-				context.Canceled) {
+			_, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, make([]int64, 20)...), 20, false)
+			if !errors.Is(err, context.Canceled) {
 				t.Errorf("got %v", err)
 			}
 		})

@@ -1,3 +1,5 @@
+// The Scheduler: the queue of all streams of one model, and the threads that run what waits there.
+
 package batch
 
 import (
@@ -18,12 +20,11 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// How late a run may be. TensorFlow looks at its timeout between operations, so a run may end
-// after it. A stream is answered lateAnswer after the timeout in any case, and lateEnd after it
-// the run counts as stuck.
+// TensorFlow checks its timeout only between operations, so a run may end later. A stream is answered answerGrace after
+// the timeout at the latest; a run that has not ended stuckGrace after it counts as stuck.
 const (
-	lateAnswer = time.Second
-	lateEnd    = 10 * time.Second
+	answerGrace = time.Second
+	stuckGrace  = 10 * time.Second
 )
 
 // Outputs are the results of one run. The values view memory that is not theirs until Close.
@@ -32,38 +33,39 @@ type Outputs interface {
 	Close()
 }
 
-// Options are what a Scheduler needs. The numbers are limits that a stream may only lower.
+// Options configure a Scheduler. Its numbers are limits; a stream can only lower them.
 type Options struct {
 	MaxBatchSize int // rows of one run
-	// bytes of the inputs of one run with its padding, unless a single row, or the smallest allowed size, has more
+	// MaxBatchBytes bounds the inputs of one run, padding included. Only a single row, or a run of the smallest
+	// allowed size, may have more.
 	MaxBatchBytes      int64
-	BatchTimeout       time.Duration // the longest that a batch which is not full may wait for further rows
+	BatchTimeout       time.Duration // how long a batch that is not full may wait for further rows
 	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
-	NumBatchThreads    int           // runs at once
-	// AllowedBatchSizes are the only numbers of rows that Run is given, ascending: a batch of another size is
-	// padded to the next with copies of its first row. None allows all.
+	NumBatchThreads    int           // concurrent runs
+	// AllowedBatchSizes are the only numbers of rows that Run is given, ascending; a batch of another size is
+	// padded to the next one with copies of its first row. Empty allows every size.
 	AllowedBatchSizes []int
-	// Shrink, if set, says that a run which fails as Exhausted had too many rows for the memory of a device.
+	// Shrink, if set, makes the scheduler lower the rows of a run that fails as Exhausted: the device has too
+	// little memory for them.
 	Shrink *Shrink
-	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them, also on
-	// error. A fault of kind BadRequest says that the rows are to blame. timeout bounds the run, 0
-	// is none. It is called by several goroutines at once.
+	// Run feeds graph tensors and fetches others. It takes over the feeds and releases them, also on error. A
+	// fault of kind BadRequest blames the rows. timeout bounds the run; 0 does not. Several goroutines call it at
+	// once.
 	Run func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error)
-	// Stuck is called when a run has ignored its timeout for 10 s. It ends the process; only that
+	// Stuck is called when a run has ignored its timeout for 10 s. It ends the process, because nothing else
 	// ends such a run.
 	Stuck  func(timeout time.Duration)
-	Memory memory.Allocator // for what is joined; 64-byte aligned and off the Go heap
+	Memory memory.Allocator // for joined feeds; 64-byte aligned and off the Go heap
 	Log    *zap.Logger
 }
 
-// Shrink is how a scheduler gets along with the memory of a device. A run that does not fit is cut in two, or with
-// AllowedBatchSizes to the next lower one, and no later run has more rows than that.
+// Shrink adapts a scheduler to the memory of a device. A run that does not fit is halved, or cut to the next smaller of
+// AllowedBatchSizes, and no later run has more rows than that.
 type Shrink struct {
-	// Fits is called when a run has succeeded with fewer rows than one that failed before, with the most rows
-	// that a run has from then on.
+	// Fits is called with the new row limit as soon as a run within it has succeeded.
 	Fits func(rows int)
 	// Pressed is called when a run fails that cannot have fewer rows. It is tried once more after Wait, in which
-	// others may give memory back, and then fails for good.
+	// others may free memory, and then fails for good.
 	Pressed func()
 	Wait    time.Duration
 }
@@ -71,9 +73,9 @@ type Shrink struct {
 // Counts are what a scheduler has done so far.
 type Counts struct {
 	Runs       int64
-	JoinedRuns int64         // that served more than one stream
-	RunTime    time.Duration // of all runs; those at once count each
-	QueueTime  time.Duration // that tasks have waited
+	JoinedRuns int64         // runs that served more than one stream
+	RunTime    time.Duration // sum over all runs, concurrent ones included
+	QueueTime  time.Duration // sum of the waiting times of all tasks
 	Queued     int64         // rows that wait now
 }
 
@@ -84,31 +86,31 @@ type Scheduler struct {
 
 	runs, joined       atomic.Int64
 	runTime, queueTime atomic.Int64 // nanoseconds
-	recent             atomic.Int64 // how long the last run took, in nanoseconds
-	most               atomic.Int64 // rows of one run, also where a stream is not to be cut; lowered by Shrink
-	told               atomic.Int64 // what Fits was called with, or most at the start
+	lastRun            atomic.Int64 // duration of the last run, in nanoseconds
+	rowLimit           atomic.Int64 // of one run, even where Limits.Off; lowered by Shrink
+	reportedLimit      atomic.Int64 // the rowLimit at the start, or of the last call of Shrink.Fits
 
-	mu      sync.Mutex // guards the fields below, and those of tasks and streams
-	work    *sync.Cond // there may be a batch to run
-	turns   []*Stream  // streams with waiting tasks; the first has its turn
-	waiting int        // tasks
-	closed  bool
-	timer   *time.Timer // wakes a thread when a batch has waited for long enough
+	mu       sync.Mutex // guards the fields below, and those of tasks and streams
+	runnable *sync.Cond // signalled when there may be a batch to run
+	turns    []*Stream  // streams with waiting tasks; the first is served next
+	waiting  int        // tasks
+	closed   bool
+	timer    *time.Timer // wakes a thread when a batch has waited for its BatchTimeout
 }
 
-// New returns a scheduler with its threads running.
+// New starts a scheduler with its threads.
 func New(options Options) *Scheduler {
 	s := &Scheduler{options: options}
-	s.most.Store(math.MaxInt)
+	s.rowLimit.Store(math.MaxInt)
 	if len(options.AllowedBatchSizes) > 0 {
-		s.most.Store(int64(s.allowed(options.MaxBatchSize)))
+		s.rowLimit.Store(int64(s.allowed(options.MaxBatchSize)))
 	}
-	s.told.Store(s.most.Load())
-	s.work = sync.NewCond(&s.mu)
+	s.reportedLimit.Store(s.rowLimit.Load())
+	s.runnable = sync.NewCond(&s.mu)
 	s.timer = time.AfterFunc(time.Hour, func() {
-		s.mu.Lock() // else it could come between a thread's last look and its wait
+		s.mu.Lock() // else the broadcast could come between a thread's last check and its wait
 		defer s.mu.Unlock()
-		s.work.Broadcast()
+		s.runnable.Broadcast()
 	})
 	for range max(options.NumBatchThreads, 1) {
 		s.threads.Go(s.thread)
@@ -116,7 +118,7 @@ func New(options Options) *Scheduler {
 	return s
 }
 
-// Counts returns what was done so far, and what waits.
+// Counts returns what was done so far, and how many rows wait.
 func (s *Scheduler) Counts() Counts {
 	c := Counts{Runs: s.runs.Load(), JoinedRuns: s.joined.Load(), RunTime: time.Duration(s.runTime.Load()),
 		QueueTime: time.Duration(s.queueTime.Load())}
@@ -128,15 +130,15 @@ func (s *Scheduler) Counts() Counts {
 	return c
 }
 
-// Full reports whether max_enqueued_batches record batches are waiting, each of its stream, and for
-// how long, about, a new stream had better stay away.
+// Full reports whether the record batches of MaxEnqueuedBatches streams are waiting and, if so, after about what time a
+// new stream should try again.
 func (s *Scheduler) Full() (retryAfter time.Duration, full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.turns) < s.options.MaxEnqueuedBatches {
 		return 0, false
 	}
-	took := time.Duration(s.recent.Load()) * time.Duration(s.waiting/max(s.options.NumBatchThreads, 1))
+	took := time.Duration(s.lastRun.Load()) * time.Duration(s.waiting/max(s.options.NumBatchThreads, 1))
 	return min(max(took, 50*time.Millisecond), 5*time.Second), true
 }
 
@@ -147,19 +149,19 @@ func (s *Scheduler) Close() {
 	s.timer.Stop()
 	for _, stream := range s.turns {
 		for _, t := range stream.tasks {
-			t.answer(result{err: errClosed})
+			t.answerLocked(result{err: errClosed})
 		}
 		stream.tasks = nil
 	}
 	s.turns, s.waiting = nil, 0
 	s.mu.Unlock()
-	s.work.Broadcast()
+	s.runnable.Broadcast()
 	s.threads.Wait()
 }
 
-var errClosed = fault.New(fault.Unavailable, "the server is ending; ask again")
+var errClosed = fault.New(fault.Unavailable, "the server is shutting down; try again")
 
-// allowed returns the largest allowed batch size up to a number of rows, at least the smallest there is.
+// allowed returns the largest allowed batch size up to a number of rows, or the smallest one if all are larger.
 func (s *Scheduler) allowed(rows int) int {
 	sizes := s.options.AllowedBatchSizes
 	if len(sizes) == 0 {
@@ -173,7 +175,7 @@ func (s *Scheduler) allowed(rows int) int {
 	return sizes[0]
 }
 
-// padded returns the rows that a run of so many gets.
+// padded returns how many rows a run of so many has with its padding.
 func (s *Scheduler) padded(rows int) int {
 	for _, size := range s.options.AllowedBatchSizes {
 		if size >= rows {
@@ -183,7 +185,7 @@ func (s *Scheduler) padded(rows int) int {
 	return rows
 }
 
-// shrink keeps later runs below one of so many rows, which the device had no memory for, where that can be.
+// shrink lowers the row limit after a run of so many rows did not fit into the device's memory, if fewer are possible.
 func (s *Scheduler) shrink(rows int) {
 	rows = s.padded(rows)
 	lower := int64(rows+1) / 2
@@ -191,65 +193,62 @@ func (s *Scheduler) shrink(rows int) {
 		lower = int64(s.allowed(rows - 1))
 	}
 	for {
-		most := s.most.Load()
-		if lower >= min(most, int64(rows)) || s.most.CompareAndSwap(most, lower) {
+		limit := s.rowLimit.Load()
+		if lower >= min(limit, int64(rows)) || s.rowLimit.CompareAndSwap(limit, lower) {
 			return
 		}
 	}
 }
 
-// fits tells how many rows fit, once something has run since that was found.
-func (s *Scheduler) fits() {
+// reportLimit calls Shrink.Fits after a run that succeeded, if the row limit has fallen since the last call.
+func (s *Scheduler) reportLimit() {
 	if s.options.Shrink == nil {
 		return
 	}
-	if most := s.most.Load(); s.told.Swap(most) != most {
-		s.options.Shrink.Fits(int(most))
+	if limit := s.rowLimit.Load(); s.reportedLimit.Swap(limit) != limit {
+		s.options.Shrink.Fits(int(limit))
 	}
 }
 
-// tooLarge reports whether a run failed, or would fail, for the number of its rows.
+// tooLarge reports whether a run failed, or would fail, because it has too many rows.
 func (s *Scheduler) tooLarge(err error) bool {
 	kind, ok := fault.KindOf(err)
 	return err == errTooLarge || s.options.Shrink != nil && ok && kind == fault.Exhausted
 }
 
-// errTooLarge is the result of a task that no run may have.
+// errTooLarge is the result of a task with more rows than any run may have.
 var errTooLarge = fault.New(fault.Exhausted, "its outputs depend on all rows of a run together, "+
 	"and it has more rows than one run may have; send fewer rows in a record batch")
 
-// Call is what a stream asks of each run.
+// Call is what all runs of a stream have in common.
 type Call struct {
 	Fetches []string
-	Timeout time.Duration // bounds each run; 0 is none
-	// Check says what is wrong with the outputs of a run of so many rows; nil is nothing. It is
-	// called before they are cut.
-	Check func(outputs []tensor.Value, rows int) error
-	// Limits are the stream's own.
+	Timeout time.Duration // bounds each run; 0 does not
+	// Check validates the outputs of a run of so many rows, before they are divided among its tasks.
+	Check  func(outputs []tensor.Value, rows int) error
 	Limits Limits
 }
 
-// Limits are what a stream asks of batching. Numbers may only lower the scheduler's; 0 leaves
-// them, but a stream waits for others only if it says so.
+// Limits are a stream's own limits of batching; they can only lower the scheduler's.
 type Limits struct {
-	// each record batch is one run, unless it is larger than all allowed batch sizes or a device's memory, or its
-	// padding too large
+	// Off makes each record batch one run, unless it has more rows than the largest allowed batch size or than fit
+	// into a device's memory, or unless its padding would exceed MaxBatchBytes.
 	Off          bool
-	Alone        bool // record batches are cut, but not joined with other streams'
-	MaxBatchSize int
-	BatchTimeout time.Duration
+	Alone        bool          // record batches are cut, but not joined with those of other streams
+	MaxBatchSize int           // 0 is the scheduler's
+	BatchTimeout time.Duration // 0 does not wait for further rows
 }
 
-// Stream is one stream's place in the queue, for one record batch after the other.
+// Stream is the place of one stream in the queue; its record batches come one after the other.
 type Stream struct {
 	scheduler *Scheduler
 	call      Call
-	key       string // of what its tasks may run together with, without the shapes
+	key       string // tasks of streams with the same key may run together if their shapes agree
 
 	tasks []*task // waiting, the oldest first; guarded by scheduler.mu
 }
 
-// Stream returns a place for a stream. It needs no closing.
+// Stream makes a place for a stream. It needs no closing.
 func (s *Scheduler) Stream(call Call) *Stream {
 	limit := s.options.MaxBatchSize
 	if call.Limits.MaxBatchSize > 0 {
@@ -261,19 +260,19 @@ func (s *Scheduler) Stream(call Call) *Stream {
 	return &Stream{scheduler: s, call: call, key: key}
 }
 
-// most returns the rows that a run of the stream may have.
-func (st *Stream) most() int {
-	most := int(st.scheduler.most.Load())
+// rowLimit returns how many rows a run of the stream may have.
+func (st *Stream) rowLimit() int {
+	limit := int(st.scheduler.rowLimit.Load())
 	if !st.call.Limits.Off {
-		most = min(most, st.call.Limits.MaxBatchSize)
+		limit = min(limit, st.call.Limits.MaxBatchSize)
 	}
-	return most
+	return limit
 }
 
-// task is a piece of a stream's record batch.
+// task is a slice of a stream's record batch that waits for a run.
 type task struct {
 	stream *Stream
-	key    string // tasks of one key may run together; "" runs alone
+	key    string // tasks with the same key may run together; "" runs alone
 	feeds  []tensor.Feed
 	rows   int
 	bytes  int64
@@ -281,23 +280,23 @@ type task struct {
 	done   chan result // takes one
 
 	// Guarded by the scheduler's mu.
-	taken   bool     // by a thread
-	left    bool     // its stream waits no more
-	running *running // its run, once that has begun
+	taken    bool     // by a thread
+	returned bool     // its caller has returned without the result
+	running  *running // its run, once that has begun
 }
 
 // running is a run under way.
 type running struct {
-	callers int           // tasks whose stream waits; guarded by the scheduler's mu
-	gone    chan struct{} // closed when there are none left
+	callers   int           // tasks whose caller waits; guarded by the scheduler's mu
+	abandoned chan struct{} // closed when no caller waits any more
 }
 
-// result is what becomes of a task.
+// result is the outcome of a task.
 type result struct {
 	outputs *share // of the run; nil with err
 	values  []tensor.Value
 	err     error
-	checked bool // err is of Call.Check: no row is to blame
+	checked bool // err is Call.Check's: no row is to blame
 	ran     int  // rows of the run, without padding
 	queue   time.Duration
 	run     time.Duration
@@ -312,7 +311,7 @@ func (r *result) close() {
 	}
 }
 
-// share closes outputs with the last of those who have a part of them.
+// share is the outputs of a run that several tasks own; the last to close it closes them.
 type share struct {
 	outputs Outputs
 	owners  atomic.Int32
@@ -324,12 +323,11 @@ func (s *share) close() {
 	}
 }
 
-// answer gives the task its result, or closes it if nobody waits any more. The feeds are released.
-// The scheduler's mu is held.
-func (t *task) answer(r result) {
+// answerLocked releases the feeds and gives the task its result, or closes that if its caller has returned.
+func (t *task) answerLocked(r result) {
 	tensor.ReleaseFeeds(t.feeds)
 	t.feeds = nil
-	if t.left {
+	if t.returned {
 		r.close()
 		return
 	}
@@ -352,7 +350,7 @@ func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		t.answer(result{err: errClosed})
+		t.answerLocked(result{err: errClosed})
 		return t
 	}
 	if len(st.tasks) == 0 {
@@ -360,12 +358,12 @@ func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
 	}
 	st.tasks = append(st.tasks, t)
 	s.waiting++
-	s.work.Signal()
+	s.runnable.Signal()
 	return t
 }
 
-// wait returns the task's result. When ctx ends first, a task that waits is dropped, and what a
-// task that runs brings is closed when it comes.
+// wait returns the task's result. If ctx ends first, a waiting task is dropped, and the result of a running one is
+// closed when it comes.
 func (t *task) wait(ctx context.Context) result {
 	select {
 	case r := <-t.done:
@@ -379,21 +377,21 @@ func (t *task) wait(ctx context.Context) result {
 	case r := <-t.done:
 		r.close()
 	default:
-		t.left = true
+		t.returned = true
 		if !t.taken {
-			s.remove(t)
-			t.answer(result{})
+			s.removeLocked(t)
+			t.answerLocked(result{})
 		} else if r := t.running; r != nil {
 			if r.callers--; r.callers == 0 {
-				close(r.gone)
+				close(r.abandoned)
 			}
 		}
 	}
 	return result{err: ctx.Err()}
 }
 
-// remove takes a waiting task out of the queue. mu is held.
-func (s *Scheduler) remove(t *task) {
+// removeLocked takes a waiting task out of the queue.
+func (s *Scheduler) removeLocked(t *task) {
 	st := t.stream
 	st.tasks = slices.DeleteFunc(st.tasks, func(other *task) bool { return other == t })
 	if len(st.tasks) == 0 {
@@ -413,26 +411,25 @@ func (s *Scheduler) thread() {
 	}
 }
 
-// next waits for a batch and takes it.
+// next waits for a batch and takes it; nil when the scheduler is closed.
 func (s *Scheduler) next() []*task {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for !s.closed {
-		if tasks := s.take(time.Now()); tasks != nil {
+		if tasks := s.takeLocked(time.Now()); tasks != nil {
 			return tasks
 		}
-		s.work.Wait()
+		s.runnable.Wait()
 	}
 	return nil
 }
 
-// take returns the batch whose turn it is: the task of the first stream, and those of other
-// streams that may run with it. One that is not full and may wait longer is passed over. mu is
-// held.
-func (s *Scheduler) take(now time.Time) []*task {
+// takeLocked returns the batch to run next: the first task of a stream, and those of other streams that may run with
+// it. A batch that is not full and may wait longer is passed over.
+func (s *Scheduler) takeLocked(now time.Time) []*task {
 	var wake time.Time
 	for _, first := range s.turns {
-		tasks, ready := s.gather(first)
+		tasks, ready := s.gatherLocked(first)
 		if due := tasks[0].queued.Add(first.call.Limits.BatchTimeout); !ready && due.After(now) {
 			if wake.IsZero() || due.Before(wake) {
 				wake = due
@@ -441,16 +438,16 @@ func (s *Scheduler) take(now time.Time) []*task {
 		}
 		for _, t := range tasks {
 			t.taken = true
-			s.remove(t)
+			s.removeLocked(t)
 			s.queueTime.Add(int64(now.Sub(t.queued)))
 		}
-		for _, t := range tasks { // behind all others, if they have more
+		for _, t := range tasks { // a stream with further tasks goes to the end
 			if at := slices.Index(s.turns, t.stream); at >= 0 {
 				s.turns = append(slices.Delete(s.turns, at, at+1), t.stream)
 			}
 		}
 		if s.waiting > 0 {
-			s.work.Signal()
+			s.runnable.Signal()
 		}
 		return tasks
 	}
@@ -460,73 +457,73 @@ func (s *Scheduler) take(now time.Time) []*task {
 	return nil
 }
 
-// gather returns the first task of a stream with those of other streams that fit into its batch,
-// in the order of their turns, and whether there is nothing to wait for. mu is held.
-func (s *Scheduler) gather(first *Stream) (tasks []*task, ready bool) {
+// gatherLocked returns the first task of a stream with those of other streams that fit into its batch, in queue order.
+// ready is false if the batch is not full and may wait.
+func (s *Scheduler) gatherLocked(first *Stream) (tasks []*task, ready bool) {
 	seed := first.tasks[0]
 	tasks = []*task{seed}
 	if seed.key == "" {
 		return tasks, true
 	}
-	rows, bytes, most := seed.rows, seed.bytes, first.most()
+	rows, bytes, limit := seed.rows, seed.bytes, first.rowLimit()
 	for _, st := range s.turns {
 		t := st.tasks[0]
 		if st == first || t.key != seed.key {
 			continue
 		}
-		// What fits into the padding costs nothing.
+		// Rows that replace padding cost nothing.
 		more := s.padded(rows + t.rows)
-		if rows+t.rows > most || more > s.padded(rows) &&
+		if rows+t.rows > limit || more > s.padded(rows) &&
 			int64(more)*((bytes+t.bytes)/int64(rows+t.rows)) > s.options.MaxBatchBytes {
-			ready = true // waiting would not make it fuller, only those that follow wait longer
+			ready = true // the next task does not fit, so waiting would only delay it
 			continue
 		}
 		rows, bytes = rows+t.rows, bytes+t.bytes
 		tasks = append(tasks, t)
 	}
-	return tasks, ready || rows >= most || first.call.Limits.BatchTimeout == 0
+	return tasks, ready || rows >= limit || first.call.Limits.BatchTimeout == 0
 }
 
 // serve runs one batch and answers its tasks.
 func (s *Scheduler) serve(tasks []*task) {
 	started := time.Now()
-	tasks, under := s.begin(tasks)
+	tasks, current := s.begin(tasks)
 	if len(tasks) == 0 {
 		return
 	}
 	total := rowsOf(tasks)
-	if int64(total) > s.most.Load() { // since it was queued
+	if int64(total) > s.rowLimit.Load() { // which has fallen since the tasks were taken
 		if len(tasks) > 1 {
-			s.part(tasks)
-		} else { // its stream cuts it again
+			s.separate(tasks)
+		} else { // its stream cuts it into smaller tasks
 			s.deliver(tasks, started, nil, errTooLarge)
 		}
 		return
 	}
-	outputs, err := s.run(tasks, under)
+	outputs, err := s.run(tasks, current)
 	switch {
 	case err == nil:
-		s.fits()
+		s.reportLimit()
 	case s.tooLarge(err):
 		s.shrink(total)
 	}
 	switch {
 	case err == errAnswered:
 	case err != nil && len(tasks) > 1:
-		s.part(tasks) // one stream's rows may be to blame; the others' must not suffer, nor hear of them
+		s.separate(tasks) // one stream's rows may be to blame; the others must neither fail nor see its error
 	default:
 		s.deliver(tasks, started, outputs, err)
 	}
 }
 
-// part puts tasks that ran together back, each to run alone.
-func (s *Scheduler) part(tasks []*task) {
+// separate puts joined tasks back into the queue, each to run alone.
+func (s *Scheduler) separate(tasks []*task) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range tasks {
 		switch t.key, t.running = "", nil; {
-		case t.left, s.closed:
-			t.answer(result{err: errClosed})
+		case t.returned, s.closed:
+			t.answerLocked(result{err: errClosed})
 			continue
 		case len(t.stream.tasks) == 0:
 			s.turns = append(s.turns, t.stream)
@@ -535,25 +532,25 @@ func (s *Scheduler) part(tasks []*task) {
 		t.stream.tasks = slices.Insert(t.stream.tasks, 0, t)
 		s.waiting++
 	}
-	s.work.Broadcast()
+	s.runnable.Broadcast()
 }
 
-// begin drops the tasks whose stream has left and notes the run of the others.
+// begin drops the tasks whose caller has returned and registers the run of the others.
 func (s *Scheduler) begin(tasks []*task) ([]*task, *running) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	under := &running{gone: make(chan struct{})}
-	stay := make([]*task, 0, len(tasks))
+	current := &running{abandoned: make(chan struct{})}
+	kept := make([]*task, 0, len(tasks))
 	for _, t := range tasks {
-		if t.left {
-			t.answer(result{})
+		if t.returned {
+			t.answerLocked(result{})
 			continue
 		}
-		t.running = under
-		under.callers++
-		stay = append(stay, t)
+		t.running = current
+		current.callers++
+		kept = append(kept, t)
 	}
-	return stay, under
+	return kept, current
 }
 
 func rowsOf(tasks []*task) (rows int) {
@@ -563,8 +560,8 @@ func rowsOf(tasks []*task) (rows int) {
 	return rows
 }
 
-// join returns the feeds of one run. Those of a single task are its own with references of
-// their own; those of several, and what is padded, are copied together.
+// join returns the feeds of one run: of a single task without padding its own, with further references; else copies of
+// the rows of all tasks and of the padding.
 func (s *Scheduler) join(tasks []*task) (feeds []tensor.Feed, err error) {
 	defer s.guard(&err)
 	total := rowsOf(tasks)
@@ -599,19 +596,18 @@ func (s *Scheduler) guard(err *error) {
 	}
 }
 
-// errAnswered says that the tasks were answered, or left, while their run went on.
+// errAnswered means that run has answered the tasks itself, while TensorFlow goes on.
 var errAnswered = fmt.Errorf("answered already")
 
-// outcome is what comes of a run.
+// outcome is what Options.Run returns.
 type outcome struct {
 	outputs Outputs
 	err     error
 }
 
-// run runs tasks together. It does not wait for a run that ignores its timeout, whose tasks are
-// answered then, or whose streams have all left: TensorFlow cannot be stopped, but the thread has
-// others to serve.
-func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
+// run runs tasks together. It answers them and returns early if the run ignores its timeout or if all callers have
+// returned: TensorFlow cannot be stopped, but the thread has other tasks to run.
+func (s *Scheduler) run(tasks []*task, current *running) (Outputs, error) {
 	call := tasks[0].stream.call
 	feeds, err := s.join(tasks)
 	if err != nil {
@@ -629,18 +625,18 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 		defer s.guard(&o.err)
 		o.outputs, o.err = s.options.Run(feeds, call.Fetches, call.Timeout)
 	}()
-	var late, stuck <-chan time.Time // never, without a timeout
+	var late, stuck <-chan time.Time // without a timeout they never fire
 	if call.Timeout > 0 {
-		late, stuck = time.After(call.Timeout+lateAnswer), time.After(call.Timeout+lateEnd)
+		late, stuck = time.After(call.Timeout+answerGrace), time.After(call.Timeout+stuckGrace)
 	}
 	select {
 	case o := <-done:
 		took := int64(time.Since(started))
-		s.recent.Store(took)
+		s.lastRun.Store(took)
 		s.runTime.Add(took)
 		return o.outputs, o.err
-	case <-under.gone:
-		// The last who left have been told; deliver gives the tasks back.
+	case <-current.abandoned:
+		// Every caller has returned; deliver releases the tasks.
 		s.deliver(tasks, started, nil, context.Canceled)
 	case <-late:
 		s.deliver(tasks, started, nil, fault.New(fault.Deadline,
@@ -660,7 +656,7 @@ func (s *Scheduler) run(tasks []*task, under *running) (Outputs, error) {
 	return nil, errAnswered
 }
 
-// deliver gives each task its rows of the outputs, and drops those of the padding.
+// deliver gives each task its rows of the outputs, or the error; rows of the padding are dropped.
 func (s *Scheduler) deliver(tasks []*task, started time.Time, outputs Outputs, err error) {
 	took := time.Since(started)
 	total := rowsOf(tasks)
@@ -690,6 +686,6 @@ func (s *Scheduler) deliver(tasks []*task, started time.Time, outputs Outputs, e
 			}
 		}
 		at += t.rows
-		t.answer(r)
+		t.answerLocked(r)
 	}
 }

@@ -1,3 +1,5 @@
+// A stream's record batch on its way: cut into tasks, run, halved where TensorFlow refuses it, and put together again.
+
 package batch
 
 import (
@@ -11,21 +13,21 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// maxRuns is how many runs a record batch that TensorFlow refuses may take, the first included, until the
-// rows to blame are found. 21 are enough for one row among 1,024.
+// maxRuns bounds the runs that the search for the rows to blame in one record batch may take, the first included. 21
+// find one row among 1,024.
 const maxRuns = 64
 
-// Answer is what became of one record batch.
+// Answer is the outcome of one record batch.
 type Answer struct {
 	// Values are the outputs of the rows that were not refused, in the order of Call.Fetches; nil if
 	// none is left. They view memory of the runs until Close.
 	Values []tensor.Value
-	// Refused holds TensorFlow's reason by row. Under Run's first it has one row at most.
+	// Refused holds TensorFlow's reason by row; with Run's first one row at most.
 	Refused map[int]string
-	// rows of all runs that served this record batch: those of other streams included, padding not
+	// TFRows counts the rows of all runs that served this record batch, with those of other streams, without padding.
 	TFRows int
-	Queue  time.Duration // the longest that a part waited
-	Run    time.Duration // of all runs
+	Queue  time.Duration // the longest wait of a task
+	Run    time.Duration // sum over all runs
 
 	results []result
 	joined  []tensor.Value
@@ -41,16 +43,15 @@ func (a *Answer) Close() {
 	}
 }
 
-// piece is a range of a record batch's rows.
-type piece struct{ lo, hi int }
+// slice is a range of a record batch's rows, [lo, hi).
+type slice struct{ lo, hi int }
 
-// Run runs the rows of one record batch, in several runs where it is too large for one, and
-// together with other streams' where those wait. It takes over the feeds, each of which has
-// the given number of rows, at least one. Rows that TensorFlow refuses are found by halving; with
-// first it stops at the first of them. The caller closes the answer.
+// Run runs the rows of one record batch: in several runs if it is too large for one, and joined with waiting rows of
+// other streams. It takes over the feeds, each of which has the given number of rows, at least one. Rows that
+// TensorFlow refuses are found by halving; with first it stops at the first of them. The caller closes the answer.
 //
-// Errors are faults of the run, of Call.Check, Exhausted where a device has no memory even for the fewest rows, or
-// those of ctx, whose end drops what waits.
+// Errors are faults of a run or of Call.Check, Exhausted if a device has no memory even for the fewest rows, or those
+// of ctx, whose end drops waiting tasks.
 func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first bool) (*Answer, error) {
 	defer tensor.ReleaseFeeds(feeds)
 	a := &Answer{}
@@ -59,9 +60,9 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 		w.rowBytes += feeds[i].Value.ByteSize()
 	}
 	w.rowBytes /= int64(rows)
-	parts, failed := w.each(st.cut(piece{0, rows}, w.rowBytes), false)
-	if failed == nil && !a.gather(parts, st) {
-		failed = w.again(rows)
+	ran, failed := w.each(st.cut(slice{0, rows}, w.rowBytes), false)
+	if failed == nil && !a.concat(ran, st) {
+		failed = w.inOneRun(rows)
 	}
 	if failed != nil {
 		a.Close()
@@ -70,85 +71,80 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 	return a, nil
 }
 
-// part is a range of rows that ran, with its result's place in the answer.
-type part struct{ lo, result int }
+// ranSlice is a slice that ran: its first row, and the index of its result in the answer.
+type ranSlice struct{ lo, result int }
 
-// cut divides a range of rows into pieces, none above the limits. They are of about one size, but as large as can be
-// where batch sizes are prescribed, so that little is padded.
-func (st *Stream) cut(all piece, rowBytes int64) []piece {
-	rows, most := all.hi-all.lo, st.most()
+// cut divides a slice into slices within the limits: of about equal size or, with allowed batch sizes, as large as
+// possible, so that only the last needs padding.
+func (st *Stream) cut(all slice, rowBytes int64) []slice {
+	rows, limit := all.hi-all.lo, st.rowLimit()
 	s := st.scheduler
 	switch padded := s.padded(rows); {
 	case !st.call.Limits.Off && rowBytes > 0:
-		most = s.allowed(min(most, int(max(s.options.MaxBatchBytes/rowBytes, 1))))
+		limit = s.allowed(min(limit, int(max(s.options.MaxBatchBytes/rowBytes, 1))))
 	case padded > rows && int64(padded)*rowBytes > s.options.MaxBatchBytes:
-		most = min(most, s.allowed(rows))
+		limit = min(limit, s.allowed(rows))
 	}
-	count := (rows-1)/most + 1
-	pieces := make([]piece, count)
-	for i := range pieces {
-		pieces[i] = piece{lo: all.lo + i*rows/count, hi: all.lo + (i+1)*rows/count}
+	count := (rows-1)/limit + 1
+	cuts := make([]slice, count)
+	for i := range cuts {
+		cuts[i] = slice{lo: all.lo + i*rows/count, hi: all.lo + (i+1)*rows/count}
 		if len(s.options.AllowedBatchSizes) > 0 {
-			pieces[i] = piece{lo: all.lo + i*most, hi: min(all.lo+(i+1)*most, all.hi)}
+			cuts[i] = slice{lo: all.lo + i*limit, hi: min(all.lo+(i+1)*limit, all.hi)}
 		}
 	}
-	return pieces
+	return cuts
 }
 
-// slice views a range of rows of all feeds.
-func slice(feeds []tensor.Feed, lo, hi int) []tensor.Feed {
-	out := make([]tensor.Feed, len(feeds))
-	for i := range feeds {
-		out[i] = tensor.Feed{Tensor: feeds[i].Tensor, Value: feeds[i].Value.Slice(lo, hi)}
-	}
-	return out
-}
-
-// work is one record batch under way.
+// work is the state of one record batch while its tasks run.
 type work struct {
 	st       *Stream
 	ctx      context.Context
 	feeds    []tensor.Feed
 	rowBytes int64 // of all feeds
 	answer   *Answer
-	halvings int  // runs that may still be spent on rows to blame
+	halvings int  // runs that the search for rows to blame may still take
 	first    bool // stop at the first refused row
 }
 
-// each runs pieces, as many at once as can be and one that waits for its turn, and settles them in their order.
-// It stops where the first refused row is enough.
-func (w *work) each(pieces []piece, alone bool) ([]part, error) {
+// each runs slices and resolves their results in order. It keeps one task more queued than there are threads, and stops
+// after the first refused row if that is enough.
+func (w *work) each(all []slice, alone bool) ([]ranSlice, error) {
 	ctx, drop := context.WithCancel(w.ctx)
 	defer drop()
-	var parts []part
+	var ran []ranSlice
 	var submitted []*task
-	for i, p := range pieces {
-		for len(submitted) < len(pieces) && len(submitted) <= i+w.st.scheduler.options.NumBatchThreads {
-			submitted = append(submitted, w.submit(pieces[len(submitted)], alone))
+	for i, rows := range all {
+		for len(submitted) < len(all) && len(submitted) <= i+w.st.scheduler.options.NumBatchThreads {
+			submitted = append(submitted, w.submit(all[len(submitted)], alone))
 		}
-		found, err := w.settle(p, submitted[i].wait(ctx))
-		parts = append(parts, found...)
+		found, err := w.resolve(rows, submitted[i].wait(ctx))
+		ran = append(ran, found...)
 		if err != nil || w.enough() {
 			drop()
 			for _, t := range submitted[i+1:] {
 				r := t.wait(ctx)
 				r.close()
 			}
-			return parts, err
+			return ran, err
 		}
 	}
-	return parts, nil
+	return ran, nil
 }
 
 func (w *work) enough() bool { return w.first && len(w.answer.Refused) > 0 }
 
-func (w *work) submit(p piece, alone bool) *task {
-	return w.st.submit(slice(w.feeds, p.lo, p.hi), p.hi-p.lo, alone)
+func (w *work) submit(rows slice, alone bool) *task {
+	feeds := make([]tensor.Feed, len(w.feeds))
+	for i := range w.feeds {
+		feeds[i] = tensor.Feed{Tensor: w.feeds[i].Tensor, Value: w.feeds[i].Value.Slice(rows.lo, rows.hi)}
+	}
+	return w.st.submit(feeds, rows.hi-rows.lo, alone)
 }
 
-// settle notes the result of a piece. If it had too many rows for the device it is cut again; if TensorFlow refused
-// it, it is halved, the earlier half first, and each half runs alone.
-func (w *work) settle(p piece, r result) ([]part, error) {
+// resolve handles the result of a slice. If it has too many rows for the device it is cut again; if TensorFlow refused
+// it, it is halved, and first the earlier half, then the later one runs alone.
+func (w *work) resolve(rows slice, r result) ([]ranSlice, error) {
 	a := w.answer
 	a.TFRows += r.ran
 	a.Run += r.run
@@ -157,45 +153,45 @@ func (w *work) settle(p piece, r result) ([]part, error) {
 	switch {
 	case r.err == nil:
 		a.results = append(a.results, r)
-		return []part{{lo: p.lo, result: len(a.results) - 1}}, nil
+		return []ranSlice{{lo: rows.lo, result: len(a.results) - 1}}, nil
 	case r.checked:
 		return nil, r.err
 	case w.st.scheduler.tooLarge(r.err):
-		if p.hi-p.lo > w.st.most() {
-			return w.each(w.st.cut(p, w.rowBytes), true)
+		if rows.hi-rows.lo > w.st.rowLimit() {
+			return w.each(w.st.cut(rows, w.rowBytes), true)
 		}
-		return w.retry(p, r.err)
+		return w.retry(rows, r.err)
 	case kind != fault.BadRequest:
 		return nil, r.err
-	case p.hi-p.lo == 1:
-		a.refuse(p.lo, r.err.Error())
+	case rows.hi-rows.lo == 1:
+		a.refuse(rows.lo, r.err.Error())
 		return nil, nil
 	case w.halvings < 2:
-		for row := p.lo; row < p.hi; row++ {
-			a.refuse(row,
-				fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v",
-					p.hi-p.lo, maxRuns, r.err))
+		reason := fmt.Sprintf("one of %d rows that were refused together, after %d runs to find those to blame: %v",
+			rows.hi-rows.lo, maxRuns, r.err)
+		for row := rows.lo; row < rows.hi; row++ {
+			a.refuse(row, reason)
 		}
 		return nil, nil
 	}
 	w.halvings -= 2
-	middle := p.lo + (p.hi-p.lo)/2
-	var parts []part
-	for _, half := range []piece{{p.lo, middle}, {middle, p.hi}} {
+	middle := rows.lo + (rows.hi-rows.lo)/2
+	var ran []ranSlice
+	for _, half := range []slice{{rows.lo, middle}, {middle, rows.hi}} {
 		if w.enough() {
 			break
 		}
-		found, err := w.settle(half, w.submit(half, true).wait(w.ctx))
-		parts = append(parts, found...)
+		found, err := w.resolve(half, w.submit(half, true).wait(w.ctx))
+		ran = append(ran, found...)
 		if err != nil {
-			return parts, err
+			return ran, err
 		}
 	}
-	return parts, nil
+	return ran, nil
 }
 
-// retry runs a piece that cannot have fewer rows once more, when others have had time to give memory back.
-func (w *work) retry(p piece, why error) ([]part, error) {
+// retry runs a slice that cannot have fewer rows once more, after others have had time to free memory.
+func (w *work) retry(rows slice, why error) ([]ranSlice, error) {
 	shrink := w.st.scheduler.options.Shrink
 	shrink.Pressed()
 	select {
@@ -203,12 +199,12 @@ func (w *work) retry(p piece, why error) ([]part, error) {
 	case <-w.ctx.Done():
 		return nil, w.ctx.Err()
 	}
-	r := w.submit(p, true).wait(w.ctx)
+	r := w.submit(rows, true).wait(w.ctx)
 	if r.err != nil && w.st.scheduler.tooLarge(r.err) {
 		return nil, fault.New(fault.Exhausted, "a run of %d rows, the fewest there can be, failed twice: %w",
-			w.st.scheduler.padded(p.hi-p.lo), why)
+			w.st.scheduler.padded(rows.hi-rows.lo), why)
 	}
-	return w.settle(p, r)
+	return w.resolve(rows, r)
 }
 
 func (a *Answer) refuse(row int, reason string) {
@@ -218,20 +214,20 @@ func (a *Answer) refuse(row int, reason string) {
 	a.Refused[row] = reason
 }
 
-// gather puts the values of the parts together, in the order of their rows. It reports false if
-// they do not agree in the dimensions after the first.
-func (a *Answer) gather(parts []part, st *Stream) bool {
-	slices.SortFunc(parts, func(x, y part) int { return cmp.Compare(x.lo, y.lo) })
-	if len(parts) == 1 {
-		a.Values = a.results[parts[0].result].values
+// concat joins the values of all slices in the order of their rows. It returns false if they differ in a dimension
+// after the first.
+func (a *Answer) concat(ran []ranSlice, st *Stream) bool {
+	slices.SortFunc(ran, func(x, y ranSlice) int { return cmp.Compare(x.lo, y.lo) })
+	if len(ran) == 1 {
+		a.Values = a.results[ran[0].result].values
 	}
-	if len(parts) < 2 {
+	if len(ran) < 2 {
 		return true
 	}
 	for i := range st.call.Fetches {
-		values := make([]tensor.Value, len(parts))
-		for j, p := range parts {
-			values[j] = a.results[p.result].values[i]
+		values := make([]tensor.Value, len(ran))
+		for j, rows := range ran {
+			values[j] = a.results[rows.result].values[i]
 			if !slices.Equal(values[j].Shape[1:], values[0].Shape[1:]) {
 				return false
 			}
@@ -242,9 +238,9 @@ func (a *Answer) gather(parts []part, st *Stream) bool {
 	return true
 }
 
-// again runs the rows that were not refused once more, in one run. The size of an output may depend on
-// all rows of a run, and parts of a record batch then have several.
-func (w *work) again(rows int) error {
+// inOneRun runs the rows that were not refused once more, together: the size of an output may depend on all rows of a
+// run, and then slices of one record batch differ.
+func (w *work) inOneRun(rows int) error {
 	a := w.answer
 	kept := make([]int, 0, rows)
 	for row := range rows {

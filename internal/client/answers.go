@@ -1,6 +1,6 @@
 package client
 
-import "flightsvc/modelcache"
+import "flightsvc/modelcache/tuning"
 
 // Status is the answer of the action status, as far as people are shown it. Sizes are bytes.
 type Status struct {
@@ -21,16 +21,16 @@ type Memory struct {
 
 // ModelStatus is a model in memory or on its way there. Device is the UUID of a GPU, or "" for the processor.
 type ModelStatus struct {
-	Model     string             `json:"model"`
-	Version   string             `json:"version"`
-	State     string             `json:"state"`
-	Reason    string             `json:"reason"`
-	Device    string             `json:"device"`
-	Streams   int                `json:"streams"`
-	Memory    int64              `json:"memory"`
-	Reserved  int64              `json:"reserved"`
-	Tuned     *modelcache.Choice `json:"tuned"`
-	NotFrozen string             `json:"not_frozen"`
+	Model     string         `json:"model"`
+	Version   string         `json:"version"`
+	State     string         `json:"state"`
+	Reason    string         `json:"reason"`
+	Device    string         `json:"device"`
+	Streams   int            `json:"streams"`
+	Memory    int64          `json:"memory"`
+	Reserved  int64          `json:"reserved"`
+	Tuned     *tuning.Choice `json:"tuned"`
+	NotFrozen string         `json:"not_frozen"`
 }
 
 // Device is a GPU, or an instance of one, whose UUID Parent is then.

@@ -1,3 +1,5 @@
+// Elements: conversions from Arrow types to dtypes, and the tensor made of the elements of an array.
+
 package tensor
 
 import (
@@ -11,7 +13,7 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// integer is an element type of whole numbers, number one that Go can convert.
+// integer holds the element types of whole numbers, number all that Go can convert.
 type integer interface {
 	~int8 | ~int16 | ~int32 | ~int64 | ~uint8 | ~uint16 | ~uint32 | ~uint64
 }
@@ -20,15 +22,15 @@ type number interface {
 	integer | ~float32 | ~float64
 }
 
-// conversion says how the elements of a column become those of a tensor.
+// conversion turns the elements of a column into those of a tensor.
 type conversion struct {
-	convert func(dst, src []byte)   // nil: the bits stay
-	outside func(src []byte) []bool // marks elements that do not fit, nil for none; nil: all fit
+	convert func(dst, src []byte)   // nil: the bits are the same
+	outside func(src []byte) []bool // marks the elements out of range, nil for none; nil: all are in range
 }
 
-// conversions holds what is converted without being asked for, by type of the column: the same
-// bits; exact widening; float64 to float32; and, checked value by value, what Spark has in place
-// of unsigned and 16-bit types. Booleans, strings and nulls are not here.
+// conversions holds the implicit conversions by type of the column: the same bits; exact widening; float64 to float32;
+// and, with a check of each value, from the types that Spark has in place of unsigned and 16-bit ones. Booleans,
+// strings and nulls are not here.
 var conversions = map[arrow.Type]map[savedmodel.DType]conversion{
 	arrow.INT8: {
 		savedmodel.Int8: {}, savedmodel.Int16: widened[int8, int16](), savedmodel.Int32: widened[int8, int32](),
@@ -95,8 +97,8 @@ var conversions = map[arrow.Type]map[savedmodel.DType]conversion{
 
 func widened[S, D number]() conversion { return conversion{convert: cast[S, D]} }
 
-// cast converts the elements of src into dst, which has room for exactly as many. Both
-// must be aligned for their types, which Arrow buffers are.
+// cast converts the elements of src into dst, which has room for exactly as many. Both must be aligned for their types,
+// as Arrow buffers are.
 func cast[S, D number](dst, src []byte) {
 	from, to := view[S](src), view[D](dst)
 	for i, x := range from {
@@ -104,7 +106,7 @@ func cast[S, D number](dst, src []byte) {
 	}
 }
 
-// checked is for unsigned D.
+// checked converts to an unsigned type and marks what is out of its range.
 func checked[S, D integer]() conversion {
 	return conversion{convert: cast[S, D], outside: func(src []byte) (marks []bool) {
 		for i, x := range view[S](src) {
@@ -116,7 +118,7 @@ func checked[S, D integer]() conversion {
 	}}
 }
 
-// marked marks element i of n.
+// marked marks element i of n, and allocates the marks with the first.
 func marked(marks []bool, i, n int) []bool {
 	if marks == nil {
 		marks = make([]bool, n)
@@ -148,7 +150,8 @@ func expand[D float32 | float64](from func(uint16) float32) func(dst, src []byte
 	}
 }
 
-// rounded narrows to a 16-bit float with the given infinity. Only what is infinite already may become so.
+// rounded narrows to a 16-bit float, inf being its infinity. A finite number that would become infinite is out of
+// range.
 func rounded(to func(float32) uint16, inf uint16) conversion {
 	return conversion{
 		convert: round[float32](to),
@@ -178,7 +181,7 @@ func marking[S any](bad func(S) bool) func(src []byte) []bool {
 	}
 }
 
-// ranges says what fits the dtypes that are checked.
+// ranges holds the range of each dtype whose values are checked, as errors name it.
 var ranges = map[savedmodel.DType]string{
 	savedmodel.Uint8: "0 to 255", savedmodel.Uint16: "0 to 65535", savedmodel.Uint32: "0 to 4294967295",
 	savedmodel.Uint64:  "0 to 18446744073709551615",
@@ -194,8 +197,8 @@ func view[T any](b []byte) []T {
 	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/int(unsafe.Sizeof(zero)))
 }
 
-// convertible returns how elements of an Arrow type, of a dictionary its values, become
-// elements of dtype; false if they do not.
+// convertible returns the conversion of elements of an Arrow type, or of a dictionary's values, to dtype; false if
+// there is none.
 func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
 	if dictionary, ok := t.(*arrow.DictionaryType); ok {
 		t = dictionary.ValueType
@@ -211,7 +214,7 @@ func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
 		return conversion{}, dtype == savedmodel.String && t.ByteWidth > 0
 	case *arrow.BooleanType:
 		return conversion{}, dtype == savedmodel.Bool
-	case *arrow.NullType: // no element of it ever takes part
+	case *arrow.NullType: // rows of nulls never take part
 		return conversion{}, dtype.Size() > 0 || dtype == savedmodel.String
 	case *arrow.Decimal128Type:
 		if t.Scale != 0 {
@@ -222,8 +225,8 @@ func convertible(t arrow.DataType, dtype savedmodel.DType) (conversion, bool) {
 	return how, ok
 }
 
-// piece is a run of elements of an array, [lo, hi), and pad elements of filling after them.
-type piece struct{ lo, hi, pad int }
+// segment is a range of elements of an array, [lo, hi), with pad elements of filling behind it.
+type segment struct{ lo, hi, pad int }
 
 // leaf makes tensors from arrays of elements whose type convertible has approved.
 type leaf struct {
@@ -232,21 +235,21 @@ type leaf struct {
 	filling []byte // one element of padding
 }
 
-// value makes a value of the given shape from pieces of an array. It shares the array's
-// buffer when one run is all that is needed and the bits stay; TensorFlow itself copies if
-// that memory is not 64-byte aligned.
-func (l *leaf) value(a arrow.Array, pieces []piece, shape []int64, mem memory.Allocator) (Value, error) {
+// value makes a value of the given shape from segments of an array. It shares the array's buffer if there is a single
+// segment of the same bits; TensorFlow copies if that memory is not 64-byte aligned.
+func (l *leaf) value(a arrow.Array, segments []segment, shape []int64, mem memory.Allocator) (Value, error) {
 	if l.dtype == savedmodel.String {
-		return l.strings(a, pieces, shape)
+		return l.strings(a, segments, shape)
 	}
-	if l.convert == nil && len(pieces) == 1 && pieces[0].pad == 0 && plain(a) {
+	if l.convert == nil && len(segments) == 1 && segments[0].pad == 0 && plain(a) {
 		buffer := a.Data().Buffers()[1]
 		buffer.Retain()
-		return Value{DType: l.dtype, Shape: shape, Data: bytesOf(a, pieces[0].lo, pieces[0].hi), buffer: buffer}, nil
+		return Value{DType: l.dtype, Shape: shape, Data: bytesOf(a, segments[0].lo, segments[0].hi), buffer: buffer},
+			nil
 	}
 	value := Allocate(l.dtype, shape, mem)
 	rest := value.Data
-	for _, p := range pieces {
+	for _, p := range segments {
 		n := (p.hi - p.lo) * l.dtype.Size()
 		switch {
 		case n == 0:
@@ -265,7 +268,7 @@ func (l *leaf) value(a arrow.Array, pieces []piece, shape []int64, mem memory.Al
 	return value, nil
 }
 
-// outsiders marks the elements of an array that do not fit the dtype; nil for none.
+// outsiders marks the elements of an array that are out of the dtype's range; nil for none.
 func (l *leaf) outsiders(a arrow.Array) []bool {
 	switch {
 	case l.outside == nil || a.Len() == 0 || a.DataType().ID() == arrow.NULL:
@@ -276,15 +279,15 @@ func (l *leaf) outsiders(a arrow.Array) []bool {
 	return l.outside(packed(a, 0, a.Len()))
 }
 
-// strings makes a string tensor, which views the array's memory and holds it.
-func (l *leaf) strings(a arrow.Array, pieces []piece, shape []int64) (Value, error) {
+// strings makes a string tensor that views the array's memory and holds a reference to it.
+func (l *leaf) strings(a arrow.Array, segments []segment, shape []int64) (Value, error) {
 	list := make([][]byte, 0, elements(shape))
 	var at func(int) []byte
-	if a.Len() > 0 { // else there may be no dictionary
+	if a.Len() > 0 { // an empty array may have no dictionary
 		at = bytesAt(a)
 	}
 	size := 0
-	for _, p := range pieces {
+	for _, p := range segments {
 		for i := p.lo; i < p.hi; i++ {
 			s := at(i)
 			size += len(s)
@@ -301,7 +304,7 @@ func (l *leaf) strings(a arrow.Array, pieces []piece, shape []int64) (Value, err
 	return viewStrings(l.dtype, shape, list, a.Data()), nil
 }
 
-// plain reports whether the elements of an array lie one after the other in its buffer.
+// plain reports whether the elements of an array are contiguous in its buffer, byte by byte.
 func plain(a arrow.Array) bool {
 	switch a.DataType().ID() {
 	case arrow.BOOL, arrow.DICTIONARY, arrow.NULL:
@@ -310,7 +313,7 @@ func plain(a arrow.Array) bool {
 	return a.Data().Buffers()[1] != nil
 }
 
-// width returns the bytes of one element of an array as pack writes it.
+// width returns how many bytes one element of an array has, as pack writes it.
 func width(t arrow.DataType) int {
 	switch t := t.(type) {
 	case *arrow.BooleanType:
@@ -321,13 +324,13 @@ func width(t arrow.DataType) int {
 	return t.(arrow.FixedWidthDataType).Bytes()
 }
 
-// bytesOf returns the elements [lo, hi) of a plain array, never the padding behind them.
+// bytesOf returns the elements [lo, hi) of a plain array.
 func bytesOf(a arrow.Array, lo, hi int) []byte {
 	whole, offset, width := a.Data().Buffers()[1].Bytes(), a.Data().Offset(), width(a.DataType())
 	return whole[:len(whole):len(whole)][(offset+lo)*width : (offset+hi)*width]
 }
 
-// pack writes the elements [lo, hi) of an array into dst, one after the other. Null slots get any bytes.
+// pack writes the elements [lo, hi) of an array contiguously into dst. The bytes of nulls are undefined.
 func pack(dst []byte, a arrow.Array, lo, hi int) {
 	switch a := a.(type) {
 	case *array.Boolean:
@@ -350,7 +353,7 @@ func pack(dst []byte, a arrow.Array, lo, hi int) {
 	}
 }
 
-// packed returns the elements [lo, hi) of an array, one after the other.
+// packed returns the elements [lo, hi) of an array, contiguously.
 func packed(a arrow.Array, lo, hi int) []byte {
 	if plain(a) {
 		return bytesOf(a, lo, hi)
@@ -362,15 +365,15 @@ func packed(a arrow.Array, lo, hi int) []byte {
 	return dst
 }
 
-// fill repeats element all over dst.
+// fill fills dst with copies of element.
 func fill(dst, element []byte) {
 	for n := copy(dst, element); n < len(dst); n *= 2 {
 		copy(dst[n:], dst[:n])
 	}
 }
 
-// bytesAt returns a reader of one string or binary element, viewed in the array's memory. It
-// is nil for an array of nulls, of which no element is read.
+// bytesAt returns a reader of single string or binary elements, which view the array's memory. It is nil for an array
+// of nulls, of which no element is read.
 func bytesAt(a arrow.Array) func(int) []byte {
 	text := func(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 	switch a := a.(type) {
@@ -389,7 +392,7 @@ func bytesAt(a arrow.Array) func(int) []byte {
 	return nil
 }
 
-// viewStrings returns a string tensor whose elements view data, which it holds until Release.
+// viewStrings returns a string tensor whose elements view data; it holds a reference to data until Release.
 func viewStrings(dtype savedmodel.DType, shape []int64, strings [][]byte, data arrow.ArrayData) Value {
 	data.Retain()
 	return Value{DType: dtype, Shape: shape, Strings: strings, held: []arrow.ArrayData{data}}

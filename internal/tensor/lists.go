@@ -1,3 +1,5 @@
+// Lists: the tensor made of a column of elements or of nested lists, by their offsets.
+
 package tensor
 
 import (
@@ -12,35 +14,34 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// MaxTensorBytes is the size above which an input tensor of one record batch is refused. Record
-// batches of 64 MiB stay below it whatever they widen to; padding, dictionaries and overlapping views
-// can make much of little. A string counts with its bytes and textBytes.
+// MaxTensorBytes bounds the input tensor of one record batch. Widening does not take a record batch of 64 MiB above it,
+// but padding, dictionaries and overlapping views may. A string counts with its bytes and textBytes.
 const MaxTensorBytes = 1 << 30
 
-// textBytes is what TensorFlow spends on a string besides its bytes, and maxPieces bounds the runs
-// of elements that a tensor is put together from.
+// textBytes is the size of TensorFlow's TF_TString, which a string takes besides its bytes. maxSegments bounds how many
+// segments of an array a tensor is made of.
 const (
-	textBytes = 24
-	maxPieces = 1 << 24
+	textBytes   = 24
+	maxSegments = 1 << 24
 )
 
 func tooLarge() error {
-	return fault.New(fault.Exhausted, "the tensor of this record batch is too large, more than %d MiB or %d pieces; "+
-		"send fewer rows in a record batch", MaxTensorBytes>>20, maxPieces)
+	return fault.New(fault.Exhausted, "the tensor of this record batch is too large, more than %d MiB or %d runs of "+
+		"elements; send fewer rows in a record batch", MaxTensorBytes>>20, maxSegments)
 }
 
-// lists is the source of an input whose column has elements, in one level of list for each
-// dimension after the first.
+// lists is the source of an input whose column has elements inside one level of list for each dimension after the
+// first.
 type lists struct {
 	leaf
 	spec    savedmodel.Spec
 	shape   []int64 // dimensions of an arrow.fixed_shape_tensor, else nil
-	pad     bool    // lists shorter than the dimension are filled up
-	counted bool    // lengths are asked for
-	most    int64   // longest list that the input of lengths can count
+	pad     bool    // shorter lists are filled up to the dimension
+	counted bool    // another input receives the lengths
+	most    int64   // largest length that the dtype of that input holds
 }
 
-// want returns the signature's dimension, -1 if it is open.
+// want returns a dimension of the signature, -1 if it is open.
 func (l *lists) want(dim int) int64 {
 	if l.spec.UnknownRank || dim >= len(l.spec.Shape) {
 		return -1
@@ -48,8 +49,8 @@ func (l *lists) want(dim int) int64 {
 	return l.spec.Shape[dim]
 }
 
-// unnest returns the type of the elements below all lists and, from outside in, the size of
-// each list level, -1 where it varies.
+// unnest returns the type of the elements below all lists and, from outside in, the size of each level of lists, -1 if
+// it varies.
 func unnest(t arrow.DataType) (leaf arrow.DataType, sizes []int64) {
 	for {
 		switch list := t.(type) {
@@ -69,8 +70,8 @@ func unnest(t arrow.DataType) (leaf arrow.DataType, sizes []int64) {
 	}
 }
 
-// marks returns for each entry of an array what own says of it or else of the first of its elements,
-// at any depth, of which own says something; nil where it says nothing. The zero of T is nothing.
+// marks returns the mark of each entry of an array: that which own gives it, or else that of the first marked element
+// below it, at any depth. The zero of T is no mark; nil stands for an array without marks.
 func marks[T comparable](a arrow.Array, dim int, own func(a arrow.Array, dim int) []T) []T {
 	all := own(a, dim)
 	list, ok := a.(array.ListLike)
@@ -122,7 +123,7 @@ func nulls(a arrow.Array, _ int) (marks []bool) {
 
 func (l *lists) nulls(column arrow.Array) []bool { return marks(column, 0, nulls) }
 
-// misfit is a list that cannot be part of the tensor.
+// misfit is a list whose length does not fit the tensor: the dimension that it is at, and the length.
 type misfit struct{ dim, length int64 }
 
 func (l *lists) screen(column arrow.Array, refuse func(row int, reason string)) {
@@ -155,7 +156,7 @@ func (l *lists) screen(column arrow.Array, refuse func(row int, reason string)) 
 	}
 }
 
-// misfits marks the lists whose length is not that of a known dimension.
+// misfits marks the lists whose length does not fit a known dimension, or cannot be counted.
 func (l *lists) misfits(a arrow.Array, dim int) (all []misfit) {
 	list, ok := a.(array.ListLike)
 	want, most := l.want(dim), int64(math.MaxInt64)
@@ -179,10 +180,10 @@ func (l *lists) misfits(a arrow.Array, dim int) (all []misfit) {
 }
 
 func (l *lists) value(column arrow.Array, rows []span, mem memory.Allocator) (value Value, lengths []int64, err error) {
-	pieces := make([]piece, len(rows))
+	segments := make([]segment, len(rows))
 	shape := []int64{0}
 	for i, r := range rows {
-		pieces[i] = piece{lo: r.lo, hi: r.hi}
+		segments[i] = segment{lo: r.lo, hi: r.hi}
 		shape[0] += int64(r.hi - r.lo)
 	}
 	for {
@@ -193,14 +194,14 @@ func (l *lists) value(column arrow.Array, rows []span, mem memory.Allocator) (va
 		if len(shape) == 1 && l.counted {
 			lengths = l.lengths(list, rows, shape[0])
 		}
-		size, err := l.size(list, pieces, len(shape))
+		size, err := l.size(list, segments, len(shape))
 		if err != nil {
 			return Value{}, nil, err
 		}
 		if shape = append(shape, size); !fits(l.dtype, shape) {
 			return Value{}, nil, tooLarge()
 		}
-		if pieces, err = descend(list, pieces, int(size)); err != nil {
+		if segments, err = descend(list, segments, int(size)); err != nil {
 			return Value{}, nil, err
 		}
 		column = list.ListValues()
@@ -208,17 +209,17 @@ func (l *lists) value(column arrow.Array, rows []span, mem memory.Allocator) (va
 	if l.shape != nil {
 		shape = append(shape[:1], l.shape...)
 	}
-	for dim := len(shape); dim < len(l.spec.Shape); dim++ { // an empty array<void> does not say
+	for dim := len(shape); dim < len(l.spec.Shape); dim++ { // an array<void> hides the dimensions below it
 		shape = append(shape, max(l.want(dim), 0))
-		pieces = []piece{{pad: -1}}
+		segments = []segment{{pad: -1}}
 	}
 	if !fits(l.dtype, shape) {
 		return Value{}, nil, tooLarge()
 	}
-	if len(pieces) == 1 && pieces[0].pad < 0 {
-		pieces[0].pad = int(elements(shape))
+	if len(segments) == 1 && segments[0].pad < 0 {
+		segments[0].pad = int(elements(shape))
 	}
-	value, err = l.leaf.value(column, pieces, shape, mem)
+	value, err = l.leaf.value(column, segments, shape, mem)
 	return value, lengths, err
 }
 
@@ -237,7 +238,7 @@ func (l *lists) lengths(list array.ListLike, rows []span, n int64) []int64 {
 	return lengths
 }
 
-// fits reports whether a tensor stays below MaxTensorBytes, its strings without their bytes.
+// fits reports whether a tensor has at most MaxTensorBytes, the bytes of strings not counted.
 func fits(dtype savedmodel.DType, shape []int64) bool {
 	size := int64(dtype.Size())
 	if dtype == savedmodel.String {
@@ -257,9 +258,9 @@ func fits(dtype savedmodel.DType, shape []int64) bool {
 	return true
 }
 
-// size returns the size of a dimension: the signature's, or that of the lists in the pieces, the
-// longest with padding. Where there is no list to tell, it is 0.
-func (l *lists) size(list array.ListLike, pieces []piece, dim int) (int64, error) {
+// size returns the size of a dimension: that of the signature or, if it is open there, the length of the lists in the
+// segments, with padding that of the longest; 0 without a list.
+func (l *lists) size(list array.ListLike, segments []segment, dim int) (int64, error) {
 	if want := l.want(dim); want >= 0 && l.shape == nil {
 		return want, nil
 	}
@@ -267,7 +268,7 @@ func (l *lists) size(list array.ListLike, pieces []piece, dim int) (int64, error
 		return int64(fixed.Len()), nil
 	}
 	size := int64(-1)
-	for _, p := range pieces {
+	for _, p := range segments {
 		for at := p.lo; at < p.hi; at++ {
 			lo, hi := list.ValueOffsets(at)
 			if size >= 0 && hi-lo != size && !l.pad {
@@ -281,22 +282,22 @@ func (l *lists) size(list array.ListLike, pieces []piece, dim int) (int64, error
 	return max(size, 0), nil
 }
 
-// descend returns the pieces of a list array's elements that make up the given pieces of the
-// array, each list filled up to size.
-func descend(list array.ListLike, pieces []piece, size int) ([]piece, error) {
-	inner := make([]piece, 0, len(pieces))
+// descend returns the segments of a list array's elements that the given segments of the array consist of, each list
+// padded to size.
+func descend(list array.ListLike, segments []segment, size int) ([]segment, error) {
+	inner := make([]segment, 0, len(segments))
 	add := func(lo, hi, pad int) {
 		n := len(inner)
 		switch {
 		case lo < hi && n > 0 && inner[n-1].pad == 0 && inner[n-1].hi == lo:
 			inner[n-1].hi, inner[n-1].pad = hi, pad
 		case lo < hi || n == 0:
-			inner = append(inner, piece{lo, hi, pad})
+			inner = append(inner, segment{lo, hi, pad})
 		default:
 			inner[n-1].pad += pad
 		}
 	}
-	for _, p := range pieces {
+	for _, p := range segments {
 		for at := p.lo; at < p.hi; at++ {
 			lo, hi := list.ValueOffsets(at)
 			add(int(lo), int(hi), size-int(hi-lo))
@@ -304,7 +305,7 @@ func descend(list array.ListLike, pieces []piece, size int) ([]piece, error) {
 		if p.pad > 0 {
 			add(0, 0, p.pad*size)
 		}
-		if len(inner) > maxPieces {
+		if len(inner) > maxSegments {
 			return nil, tooLarge()
 		}
 	}

@@ -1,3 +1,5 @@
+// Outputs: output tensors become the columns of an answer, in record batches of bounded size.
+
 package tensor
 
 import (
@@ -17,8 +19,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// MaxAnswerBytes is the size above which an answer is cut into several record batches, and
-// MaxRowBytes the size above which a single row is refused.
+// MaxAnswerBytes is the size above which an answer comes in several parts, each a record batch; MaxRowBytes is the size
+// above which a single row of it is a fault.
 const (
 	MaxAnswerBytes = 64 << 20
 	MaxRowBytes    = 256 << 20
@@ -27,7 +29,7 @@ const (
 // output is an output of the signature that becomes a column.
 type output struct {
 	spec   savedmodel.Spec // with the shape that the mapping gives
-	given  bool            // the mapping gives a shape
+	shaped bool            // the mapping has a shape for it
 	column string
 	text   bool                  // elements must be UTF-8
 	flat   bool                  // each row is one fixed-size list with all its elements
@@ -35,14 +37,13 @@ type output struct {
 	widen  func(dst, src []byte) // nil: same bits
 }
 
-// leafOut says how the elements of an output become elements of a column.
+// leafOut turns the elements of an output into elements of a column.
 type leafOut struct {
 	column arrow.DataType
 	widen  func(dst, src []byte) // nil: same bits
 }
 
-// leafOuts is the layout "list": only types that Spark reads, so small unsigned integers and
-// 16-bit floats widen.
+// leafOuts is the layout "list": only types that Spark reads, so unsigned integers and 16-bit floats widen.
 var leafOuts = map[savedmodel.DType]leafOut{
 	savedmodel.Float16:  {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](FromHalf)},
 	savedmodel.Bfloat16: {column: arrow.PrimitiveTypes.Float32, widen: expand[float32](FromBfloat)},
@@ -77,8 +78,8 @@ func toDecimal(dst, src []byte) {
 	}
 }
 
-// planOutput joins an output with its entry and returns the field of its column: in the layout
-// "tensor" one fixed-size list, else the leaf inside one list for each dimension after the first.
+// planOutput joins an output with its entry in the mapping and returns the field of its column: in the layout "tensor"
+// a fixed-size list, else the element type inside one list for each dimension after the first.
 func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.Field, error) {
 	refused := func(format string, args ...any) (output, arrow.Field, error) {
 		return output{}, arrow.Field{}, fault.New(fault.BadRequest, "output "+format, args...)
@@ -87,7 +88,7 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	if own, differs := tensorLeafOuts[spec.DType]; tensor && differs {
 		leaf = own
 	}
-	o := output{spec: spec, given: entry.Shape != nil, column: entry.Column, leaf: leaf.column, widen: leaf.widen}
+	o := output{spec: spec, shaped: entry.Shape != nil, column: entry.Column, leaf: leaf.column, widen: leaf.widen}
 	if !ok {
 		return refused("%q is %s, which has no column type; cast it in the model or leave it out of outputs", spec.Name,
 			spec.DType)
@@ -102,7 +103,7 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	default:
 		return refused("%q has the type %q; this server knows %q", spec.Name, entry.Type, typeUTF8)
 	}
-	if o.given {
+	if o.shaped {
 		if len(entry.Shape) == 0 || entry.Shape[0] != -1 || slices.Min(entry.Shape) < -1 {
 			return refused("%q has the shape %d; want -1 for the rows, then a size or -1 for each dimension", spec.Name,
 				entry.Shape)
@@ -158,8 +159,8 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	return o, field, nil
 }
 
-// merge returns a signature's shape with the open dimensions taken from the mapping's; false if
-// they contradict each other.
+// merge returns a signature's shape with its open dimensions taken from the mapping's shape; false if the two
+// contradict each other.
 func merge(spec savedmodel.Spec, given []int64) ([]int64, bool) {
 	if spec.UnknownRank {
 		return given, true
@@ -178,8 +179,8 @@ func merge(spec savedmodel.Spec, given []int64) ([]int64, bool) {
 	return shape, true
 }
 
-// CheckOutputs compares the outputs of a run, in the order of Fetches, with the plan before anything
-// reads them: type, dimensions, and one entry for each of the rows that ran.
+// CheckOutputs compares the outputs of a run, in the order of Fetches, with the plan before anything reads them: types,
+// dimensions, and one entry for each of the rows that ran.
 func (p *Plan) CheckOutputs(outputs []Value, rows int) error {
 	if len(outputs) != len(p.outputs) {
 		return fault.New(fault.Internal, "%d outputs came back, want %d", len(outputs), len(p.outputs))
@@ -192,11 +193,10 @@ func (p *Plan) CheckOutputs(outputs []Value, rows int) error {
 	return nil
 }
 
-// Settle refuses the rows whose outputs cannot be written, which are those with text that is not
-// UTF-8, and returns the outputs of the rows that are left, for Records; outputs has passed
-// CheckOutputs. Where no row is refused it returns outputs itself. Else owned is set: the caller
-// releases each settled value, and before the memory behind outputs is freed, since strings go
-// on viewing that; settled is empty if no row is left. Outputs stay the caller's either way.
+// Settle refuses the rows whose outputs cannot be written, because their text is not UTF-8, and returns the outputs of
+// the other rows for Records. outputs has passed CheckOutputs and remains the caller's. If no row is refused, settled
+// is outputs. Else owned is true: the caller releases each value of settled, before the memory behind outputs is freed,
+// which strings still view; settled is empty if no row is left.
 func (p *Plan) Settle(outputs []Value, rows *Rows, mem memory.Allocator) (settled []Value, owned bool) {
 	var before []int
 	refused := false
@@ -230,10 +230,9 @@ func (p *Plan) Settle(outputs []Value, rows *Rows, mem memory.Allocator) (settle
 	return settled, true
 }
 
-// Records cuts the answer to one input batch into record batches of at most MaxAnswerBytes and
-// gives each to write, in row order, with whether it is the last. outputs hold only
-// the rows that take part, in the order of Fetches; nil when no row does. A record batch
-// views their memory and is released when write returns.
+// Records cuts the answer to one record batch into parts of at most MaxAnswerBytes and passes each to write, in row
+// order, with whether it is the last. outputs have only the rows that take part, in the order of Fetches; nil if none
+// does. A part views their memory and is released when write returns.
 func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator,
 	write func(rec arrow.Record, last bool) error) error {
 	if rows.Kept() > 0 {
@@ -258,8 +257,8 @@ func (p *Plan) Records(outputs []Value, rows *Rows, mem memory.Allocator,
 	}
 }
 
-// part says for the rows from lo on that fit into one record batch, at least one if there is any,
-// which of them take part. These are the rows [kept, next) of the outputs.
+// part returns, for the rows from lo that fit into one part, at least one if there is any, which of them take part.
+// Those are the rows [kept, next) of the outputs.
 func (p *Plan) part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, next int, err error) {
 	empty := 0
 	for i := range p.outputs {
@@ -295,8 +294,7 @@ func (p *Plan) part(outputs []Value, rows *Rows, lo, kept int) (valid []bool, ne
 	return valid, next, nil
 }
 
-// record makes one record batch of the rows [lo, lo+len(valid)): those that are valid take
-// the rows kept of the outputs.
+// record makes the part with the rows [lo, lo+len(valid)); the valid ones are the rows kept of the outputs.
 func (p *Plan) record(outputs []Value, kept span, valid []bool, rows *Rows, lo int, mem memory.Allocator) arrow.Record {
 	columns := make([]arrow.Array, 0, len(p.schema.Fields()))
 	for i, out := range p.outputs {
@@ -327,14 +325,14 @@ func (p *Plan) record(outputs []Value, kept span, valid []bool, rows *Rows, lo i
 	return rec
 }
 
-// check compares an output with its plan before anything reads it.
+// check compares an output with its plan.
 func (o *output) check(value *Value, rows int) error {
 	agrees := len(value.Shape) == len(o.spec.Shape)
 	for i := 1; agrees && i < len(value.Shape); i++ {
 		agrees = o.spec.Shape[i] < 0 || o.spec.Shape[i] == value.Shape[i]
 	}
 	switch {
-	case !agrees && o.given:
+	case !agrees && o.shaped:
 		return fault.New(fault.BadRequest, "output %q came back with the shape %s, but its shape in outputs is %s",
 			o.spec.Name, shapeText(value.Shape), shapeText(o.spec.Shape))
 	case value.DType != o.spec.DType || !agrees:
@@ -347,7 +345,7 @@ func (o *output) check(value *Value, rows int) error {
 	return nil
 }
 
-// rowSize returns the bytes that one row of a value takes in an answer.
+// rowSize returns how many bytes one row of a value has in an answer.
 func (o *output) rowSize(value *Value, row int) int {
 	if value.DType != savedmodel.String {
 		return (int(elements(value.Shape[1:]))*o.leaf.(arrow.FixedWidthDataType).BitWidth() + 7) / 8
@@ -359,7 +357,7 @@ func (o *output) rowSize(value *Value, row int) int {
 	return n
 }
 
-// emptySize returns the bytes that the elements of a row without an answer take.
+// emptySize returns how many bytes a row without an answer has.
 func (o *output) emptySize() int {
 	switch {
 	case !o.flat:
@@ -386,7 +384,7 @@ func (o *output) array(dtype arrow.DataType, value *Value, kept span, valid []bo
 		return fromBuffers(dtype, len(valid), []*memory.Buffer{optional(bitmap(valid, nulls))},
 			[]arrow.ArrayData{child.Data()}, nulls)
 	case len(value.Shape) > 1:
-		// A list level of its own at the top lets null rows have no elements: nothing is moved.
+		// Null rows are empty lists of the outermost level, so the elements need not be moved.
 		width := int(value.Shape[1])
 		offsets := make([]int32, 1, len(valid)+1)
 		for _, ok := range valid {
@@ -404,8 +402,8 @@ func (o *output) array(dtype arrow.DataType, value *Value, kept span, valid []bo
 	return o.scattered(value, kept.lo, valid, 1)
 }
 
-// dense builds an array of the elements [r.lo, r.hi), each of the given inner dimensions, with
-// no nulls. The offsets of an answer fit int32: it has at most MaxAnswerBytes, or one row.
+// dense builds an array without nulls of the elements [r.lo, r.hi), each with the given inner dimensions. Offsets fit
+// int32, because a part has at most MaxAnswerBytes, or one row.
 func (o *output) dense(dtype arrow.DataType, value *Value, inner []int64, r span) arrow.Array {
 	if len(inner) > 0 {
 		width := int(inner[0])
@@ -436,8 +434,8 @@ func (o *output) dense(dtype arrow.DataType, value *Value, inner []int64, r span
 	return fixedArray(dtype, r.hi-r.lo, nil, data, 0)
 }
 
-// scattered builds an array of width elements per row; the rows that are valid come from
-// those of value from row at on. The elements of the others are zero, and null unless the column is flat.
+// scattered builds an array of width elements per row. Its valid rows are the rows of value from at; the elements of
+// the others are zero, and null unless the column is flat.
 func (o *output) scattered(value *Value, at int, valid []bool, width int) arrow.Array {
 	count := 0
 	for _, ok := range valid {

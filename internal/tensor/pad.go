@@ -10,8 +10,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// padding returns the bytes of one element that a JSON value stands for: a number for numeric
-// dtypes, a string for strings, a bool for bools.
+// padding encodes a JSON value as one element of a dtype: a number for numeric dtypes, a string for strings, a bool for
+// bools.
 func padding(value json.RawMessage, dtype savedmodel.DType) ([]byte, error) {
 	refused := func(want string) error { return fmt.Errorf("pad must be %s for %s", want, dtype) }
 	switch dtype {

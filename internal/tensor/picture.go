@@ -1,3 +1,5 @@
+// Pictures: columns of files or of Spark's image structs, whose cells a decoder turns into tensors.
+
 package tensor
 
 import (
@@ -13,10 +15,10 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Picture is one cell of a column of pictures: a view of the column's memory, valid as long as that is.
+// Picture is one cell of a column of pictures; it views the column's memory.
 type Picture struct {
-	// Data is an encoded file where Height is 0, else pixels: rows from the top, the channels of a
-	// pixel together, in the order of Spark's image struct: grey, or blue, green, red, alpha.
+	// Data is an encoded file if Height is 0, else pixels: rows from the top, the channels of a pixel interleaved in
+	// the order of Spark's image struct, which is grey, or blue, green, red, alpha.
 	Data []byte
 
 	Height, Width int
@@ -29,16 +31,16 @@ func (p Picture) Encoded() bool { return p.Height == 0 }
 
 // Pictures makes tensors of pictures. It is safe for concurrent use.
 type Pictures interface {
-	// Bytes returns how many bytes of the input's tensor a picture becomes, without decoding it; about
-	// as many where that depends on what is in it.
+	// Bytes returns how many bytes a picture has in the input's tensor, without decoding it; it is an estimate if that
+	// depends on the content.
 	Bytes(input string, picture Picture) int64
-	// Decode makes a value of so many rows, in order. refused holds a reason for each picture that
-	// cannot be decoded; such a row's part of the value is not defined. ctx ends the work.
+	// Decode makes a value with one row for each picture, in order. refused holds a reason for each picture that
+	// cannot be decoded, whose row of the value is undefined. The end of ctx ends the work.
 	Decode(ctx context.Context, input string, pictures []Picture, mem memory.Allocator) (value Value,
 		refused map[int]string, err error)
 }
 
-// Kinds of Spark's images by their mode, which is OpenCV's number of the type.
+// imageModes holds the pixel formats of Spark's images by their mode, which is OpenCV's number of the type.
 var imageModes = map[int32]struct {
 	channels int
 	dtype    savedmodel.DType
@@ -47,7 +49,7 @@ var imageModes = map[int32]struct {
 	5: {1, savedmodel.Float32}, 21: {3, savedmodel.Float32}, 29: {4, savedmodel.Float32},
 }
 
-// ImageMode returns the mode that Spark gives a picture of pixels.
+// ImageMode returns Spark's mode of a picture of pixels.
 func ImageMode(p Picture) int32 {
 	for mode, kind := range imageModes {
 		if kind.channels == p.Channels && kind.dtype == p.DType {
@@ -62,7 +64,7 @@ type pictureColumn struct {
 	fields []int // positions of height, width, nChannels, mode and data in Spark's image struct; nil for files
 }
 
-// bindPictures finds out how a column holds pictures.
+// bindPictures checks how a column holds pictures: as files or as image structs.
 func (in *boundInput) bindPictures(field arrow.Field) error {
 	t := field.Type
 	if dictionary, ok := t.(*arrow.DictionaryType); ok {
@@ -91,7 +93,7 @@ func (in *boundInput) bindPictures(field arrow.Field) error {
 
 func holdsBytes(t arrow.DataType) bool {
 	switch t.ID() {
-	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.NULL: // the last holds nothing
+	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.NULL: // all rows of the last are null
 		return true
 	}
 	return false
@@ -111,8 +113,7 @@ func (p *pictureColumn) nulls(column arrow.Array) []bool {
 	return all
 }
 
-// reader returns what reads the picture of a row that is not null; reason says what is wrong with it,
-// or is "".
+// reader returns a function that reads the picture of a row that is not null; reason is why it is not valid, or "".
 func (p *pictureColumn) reader(column arrow.Array) func(row int) (picture Picture, reason string) {
 	if p.fields == nil {
 		at := bytesAt(column)
@@ -127,10 +128,10 @@ func (p *pictureColumn) reader(column arrow.Array) func(row int) (picture Pictur
 	}
 }
 
-// screen refuses the rows that take part and hold no picture.
+// screen refuses the rows that take part and have no valid picture.
 func (p *pictureColumn) screen(column arrow.Array, rows *Rows, refuse func(row int, reason string)) {
 	if p.fields == nil {
-		return // files are looked at when they are decoded
+		return // files are checked when they are decoded
 	}
 	read := p.reader(column)
 	for _, row := range rows.Positions() {
@@ -165,10 +166,9 @@ func pixels(height, width, channels, mode int32, data []byte) (Picture, string) 
 	return Picture{Data: data, Height: int(height), Width: int(width), Channels: kind.channels, DType: kind.dtype}, ""
 }
 
-// Cut says where to cut the rows of a record batch so that the pictures of each piece become at most so
-// many bytes, unless a single row is more: the end of each piece, the last being all rows. A record batch without
-// pictures, or without rows, is one piece.
-func (b *Binding) Cut(rec arrow.Record, pictures Pictures, most int64) []int64 {
+// Cut returns the ends of the slices of a record batch whose pictures become at most limit bytes of tensors, or are a
+// single row; the last end is the number of rows. A record batch without pictures, or without rows, is one slice.
+func (b *Binding) Cut(rec arrow.Record, pictures Pictures, limit int64) []int64 {
 	rows := int(rec.NumRows())
 	if !slices.ContainsFunc(b.inputs, func(in boundInput) bool { return in.pictures != nil }) {
 		return []int64{int64(rows)}
@@ -193,7 +193,7 @@ func (b *Binding) Cut(rec arrow.Record, pictures Pictures, most int64) []int64 {
 	var ends []int64
 	held := int64(0)
 	for row, size := range sizes {
-		if held > 0 && held+size > most {
+		if held > 0 && held+size > limit {
 			ends, held = append(ends, int64(row)), 0
 		}
 		held += size

@@ -1,3 +1,5 @@
+// Tests of pictures: columns of files and of image structs, and where record batches of them are cut.
+
 package tensor
 
 import (

@@ -1,3 +1,5 @@
+// Plan: a signature joined with a request, checked before any row is read.
+
 package tensor
 
 import (
@@ -15,24 +17,24 @@ const (
 	LayoutTensor = "tensor" // arrow.fixed_shape_tensor, and the tensor's own types
 )
 
-// Options are the parts of a request that shape a plan.
+// Options are the fields of a request that shape a plan.
 type Options struct {
 	Inputs      Inputs          // nil: same names, or the only column to the only input
 	Outputs     Outputs         // nil: all outputs, by tensor name
 	Layout      string          // LayoutList or LayoutTensor; "" is LayoutList
-	Pictures    map[string]Made // inputs fed by pictures, and what the caller makes of them
+	Pictures    map[string]Made // inputs fed by pictures, and the tensors that these become
 	ErrorColumn string          // column for error texts; "" for none
-	Metadata    arrow.Metadata  // put into the answer's schema
+	Metadata    arrow.Metadata  // of the answer's schema
 }
 
-// Made is what becomes of the pictures of an input.
+// Made is the tensor that the pictures of an input become.
 type Made struct {
 	DType savedmodel.DType
 	Shape []int64 // of the tensor, -1 for its rows
 }
 
-// Plan is a signature joined with a request: which inputs are fed, which outputs answer,
-// and the schema of the answer. It is immutable and safe for concurrent use.
+// Plan holds which inputs are fed, which outputs answer, and the schema of the answer. It is immutable and safe for
+// concurrent use.
 type Plan struct {
 	options Options
 	inputs  []input
@@ -45,13 +47,13 @@ type input struct {
 	Input
 	spec    savedmodel.Spec
 	picture bool
-	filling []byte          // one element of padding; nil without
+	filling []byte          // one element of padding, or nil
 	lengths savedmodel.Spec // input that receives the lengths, if Lengths names one
-	most    int64           // longest length that it holds
+	most    int64           // largest length that its dtype holds
 }
 
-// NewPlan checks a request against a signature. Its faults name the input, output or
-// column, and what the signature has instead.
+// NewPlan checks a request against a signature. Its faults name the input, output or column, and those of the
+// signature.
 func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 	plan := &Plan{options: options}
 	if err := plan.planInputs(signature.Inputs); err != nil {
@@ -149,7 +151,7 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 					spec.Name, describe(specs...))
 			}
 		}
-		if err := in.settle(specs); err != nil {
+		if err := in.check(specs); err != nil {
 			return err
 		}
 		p.inputs = append(p.inputs, in)
@@ -157,8 +159,8 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 	return nil
 }
 
-// settle checks encoding, pad and lengths.
-func (in *input) settle(specs []savedmodel.Spec) error {
+// check validates encoding, pad and lengths, and encodes the padding.
+func (in *input) check(specs []savedmodel.Spec) error {
 	listless := !in.spec.UnknownRank && len(in.spec.Shape) < 2
 	switch {
 	case in.picture && (in.Encoding != "" || in.Pad != nil || in.Lengths != ""):
@@ -221,8 +223,7 @@ func (p *Plan) Fetches() []string {
 	return names
 }
 
-// Open reports whether an output has a dimension after the first that the signature leaves open, so
-// that it may depend on all rows of a run.
+// Open reports whether an output has an open dimension after the first, whose size may depend on all rows of a run.
 func (p *Plan) Open() bool {
 	return slices.ContainsFunc(p.outputs, func(out output) bool { return slices.Contains(out.spec.Shape[1:], -1) })
 }

@@ -10,8 +10,7 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// raw is the source of an input whose binary cells hold the bytes of a row, row-major and
-// little endian.
+// raw is the source of an input whose binary cells hold the bytes of a row, row-major and little endian.
 type raw struct {
 	dtype savedmodel.DType
 	inner []int64 // dimensions after the first
@@ -44,18 +43,17 @@ func (r *raw) screen(column arrow.Array, refuse func(row int, reason string)) {
 	}
 }
 
-// value shares the column's memory if the cells lie there one after the other.
+// value shares the column's memory if the cells are contiguous there.
 func (r *raw) value(column arrow.Array, rows []span, mem memory.Allocator) (Value, []int64, error) {
 	at, size := bytesAt(column), r.size()
 	var cells [][]byte
-	inSequence := true
+	contiguous := true
 	for _, span := range rows {
 		for row := span.lo; row < span.hi; row++ {
 			cell := at(row)
 			if n := len(cells); n > 0 && size > 0 {
-				inSequence = inSequence &&
-					unsafe.Pointer(unsafe.SliceData(cell)) == unsafe.Add(unsafe.Pointer(unsafe.SliceData(cells[n-1])),
-						size)
+				end := unsafe.Add(unsafe.Pointer(unsafe.SliceData(cells[n-1])), size)
+				contiguous = contiguous && unsafe.Pointer(unsafe.SliceData(cell)) == end
 			}
 			cells = append(cells, cell)
 		}
@@ -64,7 +62,7 @@ func (r *raw) value(column arrow.Array, rows []span, mem memory.Allocator) (Valu
 	if !fits(r.dtype, shape) {
 		return Value{}, nil, tooLarge()
 	}
-	if inSequence && size > 0 {
+	if contiguous && size > 0 {
 		for _, buffer := range column.Data().Buffers() {
 			if whole := within(buffer, unsafe.SliceData(cells[0]), len(cells)*size); whole != nil {
 				buffer.Retain()
@@ -79,7 +77,7 @@ func (r *raw) value(column arrow.Array, rows []span, mem memory.Allocator) (Valu
 	return value, nil, nil
 }
 
-// within returns the n bytes from start on if they lie in the buffer, else nil.
+// within returns the n bytes from start if they lie in the buffer, else nil.
 func within(buffer *memory.Buffer, start *byte, n int) []byte {
 	if buffer == nil || buffer.Len() == 0 {
 		return nil

@@ -1,3 +1,5 @@
+// Tests of answers: output tensors as columns, their parts, and the rows whose text is not UTF-8.
+
 package tensor
 
 import (

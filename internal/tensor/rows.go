@@ -1,11 +1,12 @@
+// Rows: which rows of a record batch take part in a run, and why the others do not.
+
 package tensor
 
-// Rows says what becomes of each row of one record batch: it takes part in the run, it
-// has a null input, or it was refused for a reason. Rows that do not take part never reach
-// TensorFlow and have null outputs.
+// Rows holds the state of each row of one record batch: it takes part in the run, it has a null input, or it was
+// refused for a reason. Rows that do not take part never reach TensorFlow and have null outputs.
 type Rows struct {
 	state []rowState
-	texts []string // reason by row, for refused rows; nil without any
+	texts []string // reasons of refused rows, by row; nil without any
 	kept  int
 }
 
@@ -95,7 +96,7 @@ func (r *Rows) Positions() []int {
 // span is the half-open range of positions [lo, hi).
 type span struct{ lo, hi int }
 
-// spans returns the rows that take part as maximal ranges.
+// spans returns the rows that take part as the longest possible ranges.
 func (r *Rows) spans() []span {
 	if r.kept == len(r.state) {
 		return []span{{0, len(r.state)}}

@@ -1,3 +1,5 @@
+// Tests of raw cells, Spark vectors, fixed-shape tensors and dictionaries as columns of an input.
+
 package tensor
 
 import (

@@ -1,3 +1,5 @@
+// Validation: offsets, indices and buffer sizes of the columns are checked before anything follows them.
+
 package tensor
 
 import (
@@ -9,9 +11,8 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// Check looks at the offsets, indices and buffer sizes of the columns that are read, so that nothing
-// which a stream says of itself leads outside its memory or makes much work of few bytes. It must
-// come before all else. Its fault names the column.
+// Check validates the offsets, indices and buffer sizes of the columns that are read, so that none leads outside its
+// memory or makes much work of few bytes. It comes before any other use of rec. Its fault names the column.
 func (b *Binding) Check(rec arrow.Record) error {
 	for i := range b.inputs {
 		in := &b.inputs[i]
@@ -25,11 +26,10 @@ func (b *Binding) Check(rec arrow.Record) error {
 	return nil
 }
 
-// What takes no bytes, or the same bytes again and again, is bounded: the nulls of an array<void>, and the
-// elements that the entries of one list view have together.
+// Bounds of what a few bytes can stand for.
 const (
-	maxNulls    = 1 << 24
-	maxViewable = 1 << 27
+	maxNulls    = 1 << 24 // of an array<void>, whose entries take no bytes
+	maxViewable = 1 << 27 // elements that the views of one list view array have together, which may overlap
 )
 
 // inBounds reports whether an array lies within its buffers, at any depth.
@@ -47,11 +47,11 @@ func inBounds(data arrow.ArrayData) bool {
 	switch bits := size(0); {
 	case bits > 0 && n > 8*bits:
 		return false
-	case bits == 0 && data.NullN() != 0 && data.DataType().ID() != arrow.NULL: // none at all means no nulls
+	case bits == 0 && data.NullN() != 0 && data.DataType().ID() != arrow.NULL: // nulls without a validity bitmap
 		return false
 	}
 	if data.Len() == 0 {
-		n = 0 // such an array may have no buffers
+		n = 0 // an empty array may have no buffers
 	}
 	child := func(i int) arrow.ArrayData { return data.Children()[i] }
 	switch t := data.DataType().(type) {
@@ -87,10 +87,10 @@ func inBounds(data arrow.ArrayData) bool {
 	case arrow.FixedWidthDataType:
 		return t.Bytes() > 0 && n <= size(1)/int64(t.Bytes())
 	}
-	return false // Bind lets no other type through
+	return false // Bind admits no other type
 }
 
-// present returns whether an element of data is not null.
+// present returns a function that reports whether an element of data is not null.
 func present(data arrow.ArrayData) func(i int) bool {
 	bits := data.Buffers()[0]
 	if bits == nil || bits.Len() == 0 {
@@ -99,8 +99,7 @@ func present(data arrow.ArrayData) func(i int) bool {
 	return func(i int) bool { return bitutil.BitIsSet(bits.Bytes(), data.Offset()+i) }
 }
 
-// ascend reports whether the offsets of an array, in a buffer of size bytes, never fall and
-// stay within limit.
+// ascend reports whether the offsets of an array, in a buffer of size bytes, ascend from 0 or more to limit at most.
 func ascend[T int32 | int64](data arrow.ArrayData, size, limit int64) bool {
 	if data.Len() == 0 {
 		return true
@@ -120,8 +119,8 @@ func ascend[T int32 | int64](data arrow.ArrayData, size, limit int64) bool {
 	return int64(last) <= limit
 }
 
-// viewable reports whether the views of a list view array, in buffers of the given bytes, lie within
-// its elements and have no more than maxViewable together. Null ones may say anything.
+// viewable reports whether the views of a list view array, in buffers of the given sizes, lie within its elements and
+// have at most maxViewable together. Null views are not looked at.
 func viewable[T int32 | int64](data arrow.ArrayData, offsetBytes, sizeBytes int64) bool {
 	if data.Len() == 0 {
 		return true
@@ -148,8 +147,8 @@ func viewable[T int32 | int64](data arrow.ArrayData, offsetBytes, sizeBytes int6
 	return true
 }
 
-// readable reports whether the long elements of a view array, whose headers are within bounds,
-// lie in its buffers. Null ones may say anything.
+// readable reports whether the elements of a view array that are not inline lie in its buffers; the headers are within
+// bounds. Null elements are not looked at.
 func readable(data arrow.ArrayData) bool {
 	if data.Len() == 0 {
 		return true
@@ -176,8 +175,7 @@ func readable(data arrow.ArrayData) bool {
 	return true
 }
 
-// indexed reports whether the indices of a dictionary array, which are within bounds, lie in
-// its dictionary, and that is well-formed. Those of nulls may say anything.
+// indexed reports whether the dictionary of a dictionary array is valid, and all indices but those of nulls lie in it.
 func indexed(data arrow.ArrayData, index arrow.DataType) bool {
 	if data.Len() == 0 {
 		return true
@@ -187,7 +185,7 @@ func indexed(data arrow.ArrayData, index arrow.DataType) bool {
 		return false
 	}
 	bytes, limit := data.Buffers()[1].Bytes(), uint64(dictionary.Len())
-	switch index.(arrow.FixedWidthDataType).Bytes() { // a negative index is a large one without its sign
+	switch index.(arrow.FixedWidthDataType).Bytes() { // read as unsigned, a negative index is too large
 	case 1:
 		return below(view[uint8](bytes), data, limit)
 	case 2:

@@ -1,3 +1,5 @@
+// Value: a dense tensor on the host, and who holds the memory behind it.
+
 package tensor
 
 import (
@@ -9,11 +11,9 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Value is a dense tensor on the host, row-major. Elements of fixed size lie in Data,
-// little endian; elements of a string tensor lie in Strings. An input value owns one
-// reference to the Arrow memory behind Data or Strings and gives it back in Release; an
-// output value views memory of the runtime that produced it and is valid until its owner
-// frees that.
+// Value is a dense tensor on the host, row-major. Elements of fixed size are in Data, little endian; those of a string
+// tensor are in Strings. An input value owns one reference to the Arrow memory behind Data or Strings and drops it in
+// Release; an output value views memory of the runtime that made it and is valid until that is freed.
 type Value struct {
 	DType   savedmodel.DType
 	Shape   []int64
@@ -24,16 +24,16 @@ type Value struct {
 	held   []arrow.ArrayData // behind Strings
 }
 
-// Allocate returns a value of fixed-size elements with memory from mem, not zeroed. The
-// caller fills Data and calls Release.
+// Allocate returns a value of fixed-size elements in memory from mem that is not zeroed. The caller fills Data and
+// calls Release.
 func Allocate(dtype savedmodel.DType, shape []int64, mem memory.Allocator) Value {
 	buffer := memory.NewResizableBuffer(mem)
 	buffer.Resize(int(elements(shape)) * dtype.Size())
 	return Value{DType: dtype, Shape: shape, Data: buffer.Bytes(), buffer: buffer}
 }
 
-// Release gives back the memory behind Data and Strings. It must be called once for each
-// input value, when nothing reads them any more.
+// Release drops the references to the memory behind Data and Strings. It must be called once for each input value, when
+// nothing reads it any more.
 func (v *Value) Release() {
 	if v.buffer != nil {
 		v.buffer.Release()
@@ -53,8 +53,7 @@ func (v *Value) Rows() int64 {
 	return v.Shape[0]
 }
 
-// Slice returns a value that views the rows [lo, hi) and has references of its own. The caller
-// releases both values.
+// Slice returns a value that views the rows [lo, hi) and has references of its own. The caller releases both values.
 func (v *Value) Slice(lo, hi int) Value {
 	out := Value{DType: v.DType, Shape: append([]int64{int64(hi - lo)}, v.Shape[1:]...), buffer: v.buffer,
 		held: slices.Clone(v.held)}
@@ -69,7 +68,7 @@ func (v *Value) Slice(lo, hi int) Value {
 	return out
 }
 
-// retain takes a further reference on the memory behind a value.
+// retain adds a reference to the memory behind a value.
 func (v *Value) retain() {
 	if v.buffer != nil {
 		v.buffer.Retain()
@@ -79,10 +78,9 @@ func (v *Value) retain() {
 	}
 }
 
-// Concat returns a value that holds the rows of all values, which agree in type and in all
-// dimensions but the first, copied into memory from mem. Strings are shared, not copied: where
-// they view memory that no value holds a reference to, it must outlive the result. The
-// caller releases all values and the result.
+// Concat returns a value with the rows of all values, which agree in type and in all dimensions but the first, copied
+// into memory from mem. Strings are shared, not copied: memory that they view and to which no value holds a reference
+// must outlive the result. The caller releases all values and the result.
 func Concat(values []Value, mem memory.Allocator) Value {
 	shape := slices.Clone(values[0].Shape)
 	shape[0] = 0
@@ -115,8 +113,8 @@ func (v *Value) ByteSize() int64 {
 	return n
 }
 
-// Take returns a value that holds the rows at the given positions, in that order, copied
-// into memory from mem. Strings are shared, not copied. The caller releases both values.
+// Take returns a value with the rows at the given positions, in that order, copied into memory from mem. Strings are
+// shared, not copied. The caller releases both values.
 func (v *Value) Take(rows []int, mem memory.Allocator) Value {
 	shape := append([]int64{int64(len(rows))}, v.Shape[1:]...)
 	width := int(elements(v.Shape[1:]))

@@ -1,3 +1,5 @@
+// Input tensors: which rows of a record batch take part, and the tensors made of them.
+
 package tensor
 
 import (
@@ -11,8 +13,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Nulls takes the rows out of the run in which any input is null at any depth.
-// If refuse is set they are refused rows with a reason, else null rows as in SQL.
+// Nulls takes the rows out of the run in which an input is null at any depth. With refuse they are refused, with a
+// reason; else they are null rows, as in SQL.
 func (b *Binding) Nulls(rec arrow.Record, rows *Rows, refuse bool) {
 	for i := range b.inputs {
 		in := &b.inputs[i]
@@ -42,14 +44,13 @@ type Feed struct {
 	Value  Value
 }
 
-// Values makes the input tensors from the rows that take part; there must be at least one.
-// Rows that cannot be part of a tensor, and those whose picture cannot be decoded, are refused in
-// rows; if none is left the result is empty. String tensors view rec's memory and hold it. The
-// caller releases each value. Faults name input, column, and lengths or sizes.
+// Values makes the input tensors from the rows that take part, at least one. It refuses in rows those that cannot be
+// part of a tensor or whose picture cannot be decoded; if none is left the result is empty. String tensors view rec's
+// memory and hold a reference to it. The caller releases each value. Faults name input, column, and lengths or sizes.
 func (b *Binding) Values(ctx context.Context, rec arrow.Record, rows *Rows, pictures Pictures,
 	mem memory.Allocator) (feeds []Feed, err error) {
 	made := false
-	defer func() { // also after a panic, such as one for want of memory
+	defer func() { // also after a panic, for instance of an allocation
 		if !made {
 			ReleaseFeeds(feeds)
 			feeds = nil
@@ -133,7 +134,7 @@ func ReleaseFeeds(feeds []Feed) {
 	}
 }
 
-// remaining returns the positions within before of the rows that still take part.
+// remaining returns the indices into before of the rows that still take part.
 func remaining(before []int, rows *Rows) []int {
 	positions := make([]int, 0, rows.Kept())
 	for i, row := range before {
@@ -144,7 +145,7 @@ func remaining(before []int, rows *Rows) []int {
 	return positions
 }
 
-// longest returns the largest number that an integer dtype holds, as far as lengths go.
+// longest returns the largest length that an integer dtype holds.
 func longest(dtype savedmodel.DType) (most int64, ok bool) {
 	bits := 8 * dtype.Size()
 	switch dtype {

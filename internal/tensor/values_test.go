@@ -1,3 +1,5 @@
+// Tests of input tensors: random columns against an oracle that goes row by row, and each kind of error.
+
 package tensor
 
 import (

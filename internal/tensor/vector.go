@@ -1,3 +1,5 @@
+// Vectors: the tensor made of a column of Spark ML vectors, sparse or dense.
+
 package tensor
 
 import (
@@ -11,14 +13,14 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// vectors is the source of an input whose column has Spark ML vectors: structs of type (0 sparse,
-// 1 dense), size, indices and values, of which dense ones have the values alone.
+// vectors is the source of an input whose column has Spark ML vectors: structs of type (0 sparse, 1 dense), size,
+// indices and values; dense ones have only values.
 type vectors struct {
 	dtype savedmodel.DType // float32 or float64
 	want  int64            // the signature's dimension, -1 if it is open
 }
 
-// isVector reports whether an Arrow type is what Spark sends for its vectors.
+// isVector reports whether an Arrow type is that of Spark's vectors.
 func isVector(t arrow.DataType) bool {
 	s, ok := t.(*arrow.StructType)
 	if !ok || len(s.Fields()) != 4 {
@@ -29,13 +31,13 @@ func isVector(t arrow.DataType) bool {
 		return ok && l.Elem().ID() == element
 	}
 	f := s.Fields()
-	return f[0].Name == "type" && f[0].Type.ID() == arrow.INT8 && f[1].Name == "size" &&
-		f[1].Type.ID() == arrow.INT32 &&
-		f[2].Name == "indices" && list(f[2].Type, arrow.INT32) && f[3].Name == "values" &&
-		list(f[3].Type, arrow.FLOAT64)
+	return f[0].Name == "type" && f[0].Type.ID() == arrow.INT8 &&
+		f[1].Name == "size" && f[1].Type.ID() == arrow.INT32 &&
+		f[2].Name == "indices" && list(f[2].Type, arrow.INT32) &&
+		f[3].Name == "values" && list(f[3].Type, arrow.FLOAT64)
 }
 
-// cells are the parts of a column of vectors.
+// cells are the fields of a column of vectors, and the elements of its two lists.
 type cells struct {
 	kind       *array.Int8
 	size       *array.Int32
@@ -54,7 +56,7 @@ func cellsOf(column arrow.Array) cells {
 	return c
 }
 
-// row returns one vector: indices are nil and size is the number of values if it is dense.
+// row returns one vector; a dense one has nil indices, and its size is the number of values.
 func (c *cells) row(row int) (size int, indices []int32, values []float64) {
 	lo, hi := c.values.ValueOffsets(row)
 	values = c.allValues[lo:hi]
@@ -98,8 +100,7 @@ func (v *vectors) screen(column arrow.Array, refuse func(row int, reason string)
 	}
 }
 
-// ascending reports whether indices rise, each by at least one, within [0, size); size must not be
-// negative.
+// ascending reports whether indices are strictly ascending within [0, size), and size is not negative.
 func ascending(indices []int32, size int) bool {
 	last := -1
 	for _, i := range indices {
@@ -138,7 +139,7 @@ func (v *vectors) value(column arrow.Array, rows []span, mem memory.Allocator) (
 	return value, nil, nil
 }
 
-// scatter writes vectors of one size into dst, one after the other.
+// scatter writes vectors of one size contiguously into dst.
 func scatter[D float32 | float64](dst []D, c *cells, rows []span, size int) {
 	for _, r := range rows {
 		for row := r.lo; row < r.hi; row++ {

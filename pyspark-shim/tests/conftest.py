@@ -15,10 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from figures import PROVE
 
 import flightsvc
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bar", help="of the tests marked with a bar, only those of this one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what uses the Spark session, skip what only `make prove` runs, and select a bar's tests."""
+    wanted, others = config.getoption("bar"), []
+    for item in items:
+        if "spark" in item.fixturenames:
+            item.add_marker("spark")
+        if item.get_closest_marker("prove") and not PROVE:
+            item.add_marker(pytest.mark.skip("make prove runs it"))
+        bar = item.get_closest_marker("bar")
+        if wanted and bar and bar.args != (wanted,):
+            others.append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session", autouse=True)

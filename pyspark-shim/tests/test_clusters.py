@@ -19,8 +19,8 @@ from figures import PROVE, report
 import flightsvc
 
 QUICK = ("transform", "sql", "sidecars")
-only_proved = pytest.mark.skipif(not PROVE, reason="make prove runs it")
 
+pytestmark = [pytest.mark.java, pytest.mark.bar("clusters")]
 Check = Callable[[dict[str, Any]], None]
 
 
@@ -129,12 +129,12 @@ def older() -> Spark:
     return OLDER
 
 
-@only_proved
+@pytest.mark.prove
 def test_local(models: Path, agree: Check):
     agree(HERE.script(models, ("--master", "local[2]"), *checks()))
 
 
-@only_proved
+@pytest.mark.prove
 def test_local_cluster(models: Path, agree: Check, tmp_path: Path):
     environ = HERE.elsewhere(tmp_path / "spark")
     said = HERE.script(models, ("--master", "local-cluster[2,1,768]"), environ=environ)
@@ -149,7 +149,7 @@ def test_standalone(models: Path, agree: Check, tmp_path: Path):
     assert len(said["answers"]["sidecars"]["answered"]) == 2
 
 
-@only_proved
+@pytest.mark.prove
 def test_standalone_on_two_hosts(models: Path, agree: Check, tmp_path: Path):
     with contextlib.ExitStack() as stack:
         try:
@@ -170,7 +170,7 @@ def test_connect_from_a_process_without_java(models: Path, agree: Check, tmp_pat
         agree(HERE.script(models, ("--remote", remote), *checks(), conf={}, environ=without))
 
 
-@only_proved
+@pytest.mark.prove
 def test_executors_come_and_go(models: Path, tmp_path: Path):
     conf = {
         **SMALL,
@@ -189,7 +189,7 @@ def test_executors_come_and_go(models: Path, tmp_path: Path):
     assert said["left"] == [[], []]
 
 
-@only_proved
+@pytest.mark.prove
 def test_a_stage_with_a_gpu_that_is_not_there(models: Path, tmp_path: Path):
     script = tmp_path / "gpus.sh"
     script.write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["5"]}'\n""")
@@ -209,7 +209,7 @@ def test_a_stage_with_a_gpu_that_is_not_there(models: Path, tmp_path: Path):
     assert said["fallback"] == [[i, i + 1] for i in range(40)]
 
 
-@only_proved
+@pytest.mark.prove
 def test_a_slow_task_runs_twice_and_counts_once(models: Path, tmp_path: Path):
     conf = {
         **SMALL,
@@ -225,7 +225,8 @@ def test_a_slow_task_runs_twice_and_counts_once(models: Path, tmp_path: Path):
     assert said["rows"] == [[i, i + 1] for i in range(40)]
 
 
-@only_proved
+@pytest.mark.prove
+@pytest.mark.bar("clusters-3.5")
 @pytest.mark.parametrize("master", ["local[2]", "local-cluster[2,1,768]"])
 def test_spark_3_5(older: Spark, models: Path, agree: Check, master: str, tmp_path: Path):
     said = older.script(models, ("--master", master), environ=older.elsewhere(tmp_path / "spark"))
@@ -233,7 +234,8 @@ def test_spark_3_5(older: Spark, models: Path, agree: Check, master: str, tmp_pa
     agree(said)
 
 
-@only_proved
+@pytest.mark.prove
+@pytest.mark.bar("clusters-3.5")
 def test_spark_3_5_standalone(older: Spark, models: Path, agree: Check, tmp_path: Path):
     with standalone(older, tmp_path / "older") as master:
         said = older.script(models, ("--master", master))
@@ -241,7 +243,8 @@ def test_spark_3_5_standalone(older: Spark, models: Path, agree: Check, tmp_path
     assert len(said["answers"]["sidecars"]["answered"]) == 2
 
 
-@only_proved
+@pytest.mark.prove
+@pytest.mark.bar("clusters-3.5")
 @pytest.mark.parametrize("version", ["4.3", "3.5"])
 def test_standalone_with_the_plugin(version: str, models: Path, agree: Check, tmp_path: Path, request: Any):
     spark = HERE if version == "4.3" else request.getfixturevalue("older")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from figures import PROVE
 from fronts import BIN
 
 import flightsvc
@@ -86,7 +85,8 @@ def test_scripts_are_bash(script):
     assert os.access(DEPLOY / script, os.X_OK)
 
 
-@pytest.mark.skipif(not PROVE, reason="its linters come from PyPI; make prove runs it")
+@pytest.mark.prove
+@pytest.mark.network
 @pytest.mark.parametrize(
     ("package", "command"),
     [

@@ -100,7 +100,8 @@ def featurize(pictures: int, folder: Path) -> None:
     spark.stop()
 
 
-@pytest.mark.skipif(not PROVE, reason="skipped: with make prove alone")
+@pytest.mark.prove
+@pytest.mark.java
 def test_memory_stays_flat(surroundings: Path, tmp_path: Path):
     if not (Path(__file__).resolve().parents[1] / "src" / "flightsvc" / "_jars").exists():
         pytest.skip("needs the Spark plugin: make spark-plugin")

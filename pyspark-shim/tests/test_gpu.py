@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from figures import PROVE, report
+from figures import report
 from fronts import BIN, Front, front, make_scaled
 from processes import until
 
@@ -27,7 +27,7 @@ from flightsvc.connection import Connection
 from flightsvc.settings import Settings
 from flightsvc.stream import Exchange
 
-pytestmark = pytest.mark.skipif(not PROVE, reason="make prove runs it; make test has the parts, in Go")
+pytestmark = pytest.mark.prove  # make test has the parts, in Go
 
 ROOT = BIN.parent
 GIB, MIB = 1 << 30, 1 << 20

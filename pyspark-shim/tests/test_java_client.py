@@ -20,6 +20,8 @@ from figures import count
 
 import flightsvc
 
+pytestmark = pytest.mark.java
+
 SIZES = (3, 1, 5)
 NULL = 2  # this row of the last record batch has no a
 SCHEMA = pa.schema({"a": pa.list_(pa.float32()), "b": pa.list_(pa.float32())})

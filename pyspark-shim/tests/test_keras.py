@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from figures import PROVE
 
 import flightsvc
 
@@ -196,7 +195,7 @@ def test_one_layer_with_two_outputs(client: flightsvc.Client, keras: Any):
     check(client, flightsvc.Model(model), {"steps": x}, {"gru": last, "gru_1": state})
 
 
-@pytest.mark.skipif(not PROVE, reason="make prove runs it; layers of its kinds are in make test, too")
+@pytest.mark.prove  # make test has layers of its kinds
 def test_an_application_of_keras(client: flightsvc.Client, keras: Any):
     network = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
     model = flightsvc.Model(network)

@@ -32,7 +32,7 @@ WANTED = 20
 TIMES = count(1, WANTED)  # each kill
 FEWER = count(1, 10)  # where executors or an application have to start anew: all kills are to take an hour
 
-in_full = pytest.mark.skipif(not PROVE, reason="skipped: with make prove alone")
+pytestmark = pytest.mark.java
 
 
 class Cluster:
@@ -95,6 +95,7 @@ def until_gone(it: Application, executors: list[psutil.Process], fronts: list[Fr
     return until_clean(lambda: [found for one in left for found in one()] + it.leftovers())
 
 
+@pytest.mark.bar("kills-executors")
 def test_an_executor_is_killed(cluster: Cluster):
     seconds = []
     for _ in range(TIMES):
@@ -109,7 +110,8 @@ def test_an_executor_is_killed(cluster: Cluster):
     )
 
 
-@in_full
+@pytest.mark.bar("kills-executors")
+@pytest.mark.prove
 def test_executors_are_replaced(cluster: Cluster):
     """All are killed at once, so those that Spark starts in their place end the job."""
     seconds = []
@@ -131,7 +133,8 @@ def test_executors_are_replaced(cluster: Cluster):
     )
 
 
-@in_full
+@pytest.mark.bar("kills-lost")
+@pytest.mark.prove
 def test_an_executor_is_lost(cluster: Cluster):
     """It stands still until the driver has given it up, and is woken then; Spark ends it."""
     seconds = []
@@ -154,7 +157,8 @@ def test_an_executor_is_lost(cluster: Cluster):
     )
 
 
-@in_full
+@pytest.mark.bar("kills-executors")
+@pytest.mark.prove
 def test_an_executor_is_decommissioned(cluster: Cluster):
     """It ends its tasks first, and no task fails."""
     seconds = []
@@ -173,6 +177,7 @@ def test_an_executor_is_decommissioned(cluster: Cluster):
     )
 
 
+@pytest.mark.bar("kills-programs")
 def test_a_front_is_killed(cluster: Cluster):
     """No task fails; the next front takes the place of the dead one."""
     seconds = []
@@ -193,7 +198,8 @@ def test_a_front_is_killed(cluster: Cluster):
     report(front_kills=TIMES, front_kills_wanted=WANTED, seconds_until_clean_after_front_kill=seconds)
 
 
-@in_full
+@pytest.mark.bar("kills-programs")
+@pytest.mark.prove
 def test_a_runner_is_killed(cluster: Cluster):
     """No task fails, and the front stays."""
     seconds = []
@@ -218,7 +224,8 @@ def daemon_of(executor: psutil.Process) -> psutil.Process:
     return daemon
 
 
-@in_full
+@pytest.mark.bar("kills-programs")
+@pytest.mark.prove
 @pytest.mark.parametrize("victim", ["worker", "daemon"])
 def test_python_is_killed(cluster: Cluster, victim: str):
     """A worker's stream ends with it, a daemon's workers go on; the front stays."""
@@ -252,7 +259,8 @@ def streams(it: Application) -> int:
     return sum(about["streams"] for front in it.fronts() for about in front.models())
 
 
-@in_full
+@pytest.mark.bar("kills-jobs")
+@pytest.mark.prove
 def test_a_job_is_cancelled(cluster: Cluster):
     """What waits in the queue is dropped: runs are half a second long, and no stream stays for its four."""
     seconds, dropped = [], 0
@@ -288,7 +296,8 @@ def test_a_job_is_cancelled(cluster: Cluster):
     )
 
 
-@in_full
+@pytest.mark.bar("kills-lost")
+@pytest.mark.prove
 def test_stopping_early(cluster: Cluster):
     """LIMIT, take and a consumer that stops: no error, and the same worker works afterwards."""
     times = count(1, 5)
@@ -306,7 +315,8 @@ def test_stopping_early(cluster: Cluster):
     report(early_stops=4 * times, early_stop_workers_used_again=answer["again"])
 
 
-@in_full
+@pytest.mark.bar("kills-jobs")
+@pytest.mark.prove
 def test_a_session_ends(cluster: Cluster):
     """In the middle of its job; the driver lives on, and its next session works."""
     seconds = []
@@ -326,6 +336,7 @@ def test_a_session_ends(cluster: Cluster):
     report(sessions_ended=FEWER, sessions_ended_wanted=WANTED, seconds_until_clean_after_session_end=seconds)
 
 
+@pytest.mark.bar("kills-drivers")
 @pytest.mark.parametrize("victim", ["exit", "python", "jvm"] if PROVE else ["jvm"])
 def test_a_driver_ends(cluster: Cluster, victim: str):
     """It exits without a stop when its job is done, or is killed in the middle of one."""

@@ -532,6 +532,7 @@ def same(found: Any, wanted: Any) -> None:
             np.testing.assert_allclose(one, other, **CLOSE)
 
 
+@pytest.mark.java
 def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
     folder, wanted, every = saved
     streamed = every if PROVE else STREAMED
@@ -539,7 +540,8 @@ def test_saved_and_used_in_a_fresh_process(saved: Any) -> None:
     report(ml_stages_saved=len(every), ml_stages_streamed=len(streamed))
 
 
-@pytest.mark.skipif(not PROVE, reason="skipped: with make prove alone")
+@pytest.mark.prove
+@pytest.mark.java
 def test_connect(saved: Any, tmp_path: Path) -> None:
     folder, wanted, every = saved
     with connect_server(HERE, tmp_path / "connect") as remote:

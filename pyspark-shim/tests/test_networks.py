@@ -27,7 +27,7 @@ from flightsvc.ml.networks import (
     register_network,
 )
 
-full = pytest.mark.skipif(not PROVE, reason="takes minutes; make prove runs it")
+pytestmark = pytest.mark.bar("networks")
 
 KNOWN = networks()  # before any test registers one
 OF_KERAS = [name for name in KNOWN if name != LITE0]
@@ -234,39 +234,29 @@ def test_a_network_answers_as_keras_does(client, small, name):
     compare(name, small)
 
 
-UNDER_50_M_PARAMETERS = [
-    "MobileNetV3Small",
-    "MobileNetV2",
-    "MobileNet",
-    "EfficientNetB0",
-    "NASNetMobile",
-    "MobileNetV3Large",
-    "EfficientNetV2B0",
-    "EfficientNetB1",
-    "DenseNet121",
-    "EfficientNetV2B1",
-    "EfficientNetB2",
-    "EfficientNetV2B2",
-    "EfficientNetB3",
-    "DenseNet169",
-    "EfficientNetV2B3",
-    "EfficientNetB4",
-    "DenseNet201",
-    "EfficientNetV2S",
-    "Xception",
-    "InceptionV3",
-    "ResNet50",
-    "ResNet50V2",
-    "ConvNeXtTiny",
-    "EfficientNetB5",
-    "EfficientNetB6",
-    "ResNet101",
-    "ResNet101V2",
-]
+# Those of fewer than 50 million parameters, and VGG, by the bar that has time for them.
+COMPARED = {
+    "networks-sparkdl": ["InceptionV3", "Xception", "ResNet50", "ResNet50V2", "VGG16", "VGG19"],
+    "networks-efficient": [
+        *(f"EfficientNetB{size}" for size in range(4)),
+        *(f"EfficientNetV2B{size}" for size in range(4)),
+    ],
+    "networks-efficient-large": [
+        *(f"EfficientNetB{size}" for size in range(4, 7)),
+        "EfficientNetV2S",
+    ],
+    "networks-others": [
+        *("MobileNetV3Small", "MobileNetV3Large", "MobileNetV2", "MobileNet", "NASNetMobile"),
+        *("DenseNet121", "DenseNet169", "DenseNet201", "ConvNeXtTiny", "ResNet101", "ResNet101V2"),
+    ],
+}
 
 
-@full
-@pytest.mark.parametrize("name", [*UNDER_50_M_PARAMETERS, "VGG16", "VGG19"])
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.bar(bar)) for bar, names in COMPARED.items() for name in names],
+)
 def test_every_network_answers_as_keras_does(client, tmp_path, name, monkeypatch):
     """With seeded random weights; each is deleted after its turn."""
     import keras
@@ -280,7 +270,7 @@ def test_every_network_answers_as_keras_does(client, tmp_path, name, monkeypatch
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-@full
+@pytest.mark.prove
 @pytest.mark.parametrize("name", ["EfficientNetB0"])
 def test_the_file_of_imagenet_goes_keras_own_way(name, tmp_path, monkeypatch):
     """EfficientNet is built otherwise for it, wherever the file lies; in Keras's folder it is found."""

@@ -34,6 +34,8 @@ import flightsvc
 from flightsvc import sidecar
 from flightsvc.settings import Settings, spark_key
 
+pytestmark = pytest.mark.java
+
 JAR = ROOT / "build" / "spark-plugin" / "flightsvc-spark-plugin.jar"
 PREFIX = "plugin.io.flightsvc.spark.FlightsvcPlugin."
 SPARK_PREFIX = "spark.flightsvc."

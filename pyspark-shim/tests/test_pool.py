@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
-from figures import PROVE, count, report
+from figures import count, report
 from fronts import Front, Sampler, front, host_memory_but, lost_streams, make_scaled, own_memory
 from processes import is_gone, until
 
@@ -226,7 +226,7 @@ def ends_right_or_says_who(collect: Any, wanted: list[float], one: Path, other: 
     return ended
 
 
-@pytest.mark.skipif(not PROVE, reason="make prove runs it; streams that rest are in make test, too")
+@pytest.mark.prove  # make test has streams that rest
 def test_two_models_in_one_select_with_room_for_one(spark: Any, small: Front, scaled: list[Path]):
     one, other = scaled[1], scaled[2]
     frame = spark.range(SELECT_ROWS).selectExpr("cast(id AS float) AS x").repartition(2)

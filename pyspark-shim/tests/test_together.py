@@ -34,6 +34,8 @@ from together_job import OFFSET, SCALE, SIZE
 
 from flightsvc import archive, sidecar
 
+pytestmark = pytest.mark.java
+
 SPARK = Path(importlib.util.find_spec("pyspark").submodule_search_locations[0])
 SCRIPT = Path(__file__).with_name("together_job.py")
 PICTURES, LABELS = count(24, 1200), ("bird", "cat", "dog")

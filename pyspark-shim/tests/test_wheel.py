@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from figures import PROVE, report
+from figures import report
 from fronts import Front, front
 from test_equality import ATOL, SAME_RTOL, column, lists
 
@@ -29,12 +29,12 @@ import flightsvc
 from flightsvc import sidecar
 from flightsvc.ml import lite0
 
+pytestmark = pytest.mark.wheel
+
 ROOT = Path(__file__).resolve().parents[2]
 WHEEL = ROOT / "dist" / f"flightsvc-{flightsvc.__version__}-py3-none-manylinux_2_28_x86_64.whl"
 OLDER = ROOT / "build" / "tensorflow-2.19" / "tensorflow"
 UV = ROOT / "build" / "uv" / "bin" / "uv"
-
-full = pytest.mark.skipif(not PROVE, reason="installs from PyPI; make prove runs it")
 
 
 def run(*command: str | Path, **how: object) -> str:
@@ -126,7 +126,8 @@ def test_a_library_in_another_environment(models):
         shutil.rmtree(place)
 
 
-@full
+@pytest.mark.prove
+@pytest.mark.network
 def test_an_older_tensorflow_answers_the_same(models):
     """What two versions answer is compared for all models that both can load."""
     import tensorflow as tf
@@ -200,7 +201,8 @@ def commands() -> list[str]:
     return re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
 
 
-@full
+@pytest.mark.prove
+@pytest.mark.network
 def test_three_commands_to_a_first_result_in_sql(environment, tmp_path):
     for name in ("dist", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -215,7 +217,8 @@ def test_three_commands_to_a_first_result_in_sql(environment, tmp_path):
     assert rows == [("-40.0", "-40.0"), ("0.0", "32.0"), ("37.0", "98.6")]
 
 
-@full
+@pytest.mark.prove
+@pytest.mark.network
 def test_the_demo_runs_from_the_wheel(environment, tmp_path):
     """In the environment of the test before, with what the demo needs besides."""
     locked = (ROOT / "pyspark-shim" / "requirements.in").read_text().splitlines()

@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"cmp"
@@ -9,11 +9,80 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"go.uber.org/zap"
+
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
+
+// Options are what a Repository needs.
+type Options struct {
+	ModelRoot    string        // folder or URI in which names are looked up; "" for none
+	CacheDir     string        // for fetched and pushed models; made when the first arrives
+	CacheBytes   int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
+	PollInterval time.Duration // how old a listing of a store may be; 0 is any age
+	OpLibraries  []string      // files and folders of custom operations that models may load
+	Quiet        time.Duration // for which a version must stay the same before it counts; a second if 0
+	Log          *zap.Logger
+}
+
+// Repository finds models in folders and in stores, and keeps those that were fetched or pushed. Its methods are safe
+// for concurrent use.
+type Repository struct {
+	options Options
+	ctx     context.Context // ends when the Repository closes
+	stop    context.CancelFunc
+	mu      sync.Mutex     // held while work begins, and while ctx ends
+	working sync.WaitGroup // fetches, digests, pushes and collections
+
+	read      readings
+	seen      sightings
+	stores    stores
+	fetches   shared[string] // digests, by URI and stamp
+	origins   sync.Map       // digests, by path of the note
+	digesting shared[string]
+	digests   sync.Map // by folder and stamp
+
+	collecting atomic.Bool // a collection is on its way and has not begun
+	collected  sync.Mutex  // held by a collection
+}
+
+// New returns a repository. It clears away what dead fronts left in the cache-dir.
+func New(options Options) *Repository {
+	ctx, stop := context.WithCancel(context.Background())
+	options.Quiet = cmp.Or(options.Quiet, quiet)
+	r := &Repository{options: options, ctx: ctx, stop: stop}
+	r.sweep()
+	r.collectSoon()
+	return r
+}
+
+// ErrClosing is the fault of whatever is asked of a server that ends.
+var ErrClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
+
+// begin counts work that Close has to await, with working.Done at its end; false where the repository is closing.
+func (r *Repository) begin() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ctx.Err() != nil {
+		return false
+	}
+	r.working.Add(1)
+	return true
+}
+
+// Close ends what is under way and awaits it, and pushes, which end with their callers' streams.
+func (r *Repository) Close() {
+	r.mu.Lock()
+	r.stop()
+	r.mu.Unlock()
+	r.working.Wait()
+	r.stores.close()
+}
 
 // Model is a reference that was resolved to a folder.
 type Model struct {
@@ -28,54 +97,54 @@ type Model struct {
 	Settings Settings
 }
 
-// latest asks for the highest version.
-const latest = "latest"
+// Latest asks for the highest version.
+const Latest = "latest"
 
-// find returns what a reference names now. The highest version is the highest that has settled; where there is none
+// Find returns what a reference names now. The highest version is the highest that has settled; where there is none
 // yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is fetched.
-func (c *Cache) find(ctx context.Context, ref, version string) (Model, error) {
-	return c.lookUp(ctx, ref, version, true)
+func (r *Repository) Find(ctx context.Context, ref, version string) (Model, error) {
+	return r.lookUp(ctx, ref, version, true)
 }
 
 // lookUp is find; without wait it neither waits for a version nor marks a cached model as used.
-func (c *Cache) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
-	version = cmp.Or(version, latest)
-	if ref == Image {
+func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
+	version = cmp.Or(version, Latest)
+	if ref == control.Image {
 		model, ok := resolveImage(version)
 		if !ok {
 			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref, version, model.Version)
 		}
 		return model, nil
 	}
-	base, at, err := c.locate(ref)
+	base, at, err := r.locate(ref)
 	if err != nil {
 		return Model{}, err
 	}
 	if at != nil {
-		return c.findRemote(ctx, ref, version, *at, wait)
+		return r.findRemote(ctx, ref, version, *at, wait)
 	}
-	model, now, err := c.findLocal(ctx, ref, version, base, wait)
+	model, now, err := r.findLocal(ctx, ref, version, base, wait)
 	if err != nil {
 		return Model{}, err
 	}
-	if filepath.Dir(base) == c.models() {
+	if filepath.Dir(base) == r.models() {
 		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
-			c.touch(base)
+			r.touch(base)
 		}
 	}
 	if model.Settings, err = readSettings(base); err != nil {
 		return Model{}, err
 	}
-	return c.withSaved(ctx, model, now)
+	return r.withSaved(ctx, model, now)
 }
 
-func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
+func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
 	if info, err := os.Stat(base); err != nil || !info.IsDir() {
 		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
 	}
 	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
 	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
-		if version != latest && version != model.Version {
+		if version != Latest && version != model.Version {
 			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
 		}
 		if now, err = scan(base); err != nil {
@@ -84,7 +153,7 @@ func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait b
 		model.Stamp = now.stamp
 		return model, now, nil
 	}
-	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return c.local(base), nil })
+	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return r.local(base), nil })
 	switch {
 	case err != nil:
 	case number == "":
@@ -96,8 +165,8 @@ func (c *Cache) findLocal(ctx context.Context, ref, version, base string, wait b
 }
 
 // withSaved reads what the model says about itself, as far as its settings let it be served.
-func (c *Cache) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
-	saved, err := c.read.model(ctx, model.Dir, now)
+func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
+	saved, err := r.read.model(ctx, model.Dir, now)
 	if err != nil {
 		return Model{}, err
 	}
@@ -142,10 +211,15 @@ func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedm
 	return model, nil
 }
 
+// resolveImage is Find for the model that is built in.
+func resolveImage(version string) (Model, bool) {
+	return Model{Ref: control.Image, Version: "1", Saved: control.ImageModel}, version == Latest || version == "1"
+}
+
 // locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place
 // in a store.
-func (c *Cache) locate(ref string) (string, *location, error) {
-	root := c.options.ModelRoot
+func (r *Repository) locate(ref string) (string, *location, error) {
+	root := r.options.ModelRoot
 	scheme, rest, hasScheme := strings.Cut(ref, ":")
 	switch {
 	case filepath.IsAbs(ref):
@@ -157,7 +231,7 @@ func (c *Cache) locate(ref string) (string, *location, error) {
 		}
 		return filepath.Clean(uri.Path), nil, nil
 	case hasScheme && scheme == "sha256":
-		dir, err := c.pushed(ref)
+		dir, err := r.pushed(ref)
 		return dir, nil, err
 	case hasScheme && (slices.Contains(schemes, scheme) || strings.HasPrefix(rest, "//")):
 		at, err := parseLocation(ref)

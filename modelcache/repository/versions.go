@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"cmp"
@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -253,7 +254,7 @@ func isNumber(text string) bool {
 }
 
 // local lists the numbered folders below base as candidates, by number.
-func (c *Cache) local(base string) []candidate {
+func (r *Repository) local(base string) []candidate {
 	entries, err := os.ReadDir(base)
 	if err != nil {
 		return nil
@@ -261,21 +262,21 @@ func (c *Cache) local(base string) []candidate {
 	var list []candidate
 	for _, entry := range entries {
 		if isNumber(entry.Name()) {
-			list = append(list, c.localVersion(base, entry.Name()))
+			list = append(list, r.localVersion(base, entry.Name()))
 		}
 	}
 	slices.SortFunc(list, func(a, b candidate) int { return byNumber(a.number, b.number) })
 	return list
 }
 
-func (c *Cache) localVersion(base, number string) candidate {
+func (r *Repository) localVersion(base, number string) candidate {
 	return candidate{number: number, look: func() (snapshot, condition) {
 		dir := filepath.Join(base, number)
 		now, err := scan(dir)
 		if err != nil {
 			return now, absent
 		}
-		return now, c.seen.judge(dir, now, c.quiet)
+		return now, r.seen.judge(dir, now, r.options.Quiet)
 	}}
 }
 
@@ -283,7 +284,7 @@ func (c *Cache) localVersion(base, number string) candidate {
 // place is waited for, rather than a lower one taken. busy names a version to wait for where there is none.
 func choose(list []candidate, version string) (found candidate, now snapshot, busy string) {
 	for _, one := range slices.Backward(list) {
-		if version != latest && version != one.number {
+		if version != Latest && version != one.number {
 			continue
 		}
 		now, state := one.look()
@@ -323,25 +324,25 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 	}
 }
 
-// settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without
+// Settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without
 // versions. It waits for nothing and fetches nothing. Its faults are those of find.
-func (c *Cache) settled(ctx context.Context, ref string) ([]string, error) {
-	if ref == Image {
+func (r *Repository) Settled(ctx context.Context, ref string) ([]string, error) {
+	if ref == control.Image {
 		return nil, nil
 	}
-	base, at, err := c.locate(ref)
+	base, at, err := r.locate(ref)
 	if err != nil {
 		return nil, err
 	}
 	var list []candidate
 	if at != nil {
-		listing, err := c.listed(ctx, ref, *at, c.options.PollInterval)
+		listing, err := r.listed(ctx, ref, *at, r.options.PollInterval)
 		if err != nil || listing.plain != nil {
 			return nil, err
 		}
-		list = c.remote(*at, listing)
+		list = r.remote(*at, listing)
 	} else if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err != nil {
-		list = c.local(base)
+		list = r.local(base)
 	}
 	var numbers []string
 	for _, one := range list {

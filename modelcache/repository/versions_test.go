@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
@@ -20,7 +21,7 @@ import (
 
 // modelFiles are those of a SavedModel with two data files; their texts tell of the version.
 func modelFiles(t testing.TB, number int) map[string]string {
-	files := map[string]string{savedmodel.File: graph(t)}
+	files := map[string]string{savedmodel.File: expect.SavedModel()}
 	for _, name := range []string{"fingerprint.pb", "variables/variables.index", "variables/variables.data-00000-of-00002", "variables/variables.data-00001-of-00002", "assets/words.txt"} {
 		files[name] = fmt.Sprintf("%s of %d", name, number)
 	}
@@ -71,7 +72,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 			for _, name := range names {
 				text, path := files[number][name], filepath.Join(base, number, name)
 				if v%3 == 0 { // as rsync: under another name first, and with an old time
-					write(t, path+".tmp", text)
+					expect.Write(t, path+".tmp", text)
 					old := time.Now().Add(-24 * time.Hour)
 					if err := os.Chtimes(path+".tmp", old, old); err != nil {
 						t.Error(err)
@@ -81,9 +82,9 @@ func TestNeverHalfAVersion(t *testing.T) {
 					}
 				} else { // as cp: in pieces
 					half := len(text) / 2
-					write(t, path, text[:half])
+					expect.Write(t, path, text[:half])
 					time.Sleep(time.Duration(random.IntN(120)) * time.Millisecond)
-					write(t, path, text)
+					expect.Write(t, path, text)
 				}
 				time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
 			}
@@ -94,7 +95,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 	seen, last, asked := map[string]bool{}, "0", 0
 	for ctx.Err() == nil {
 		before := copied.Load()
-		model, err := c.find(ctx, "m", "")
+		model, err := c.Find(ctx, "m", "")
 		if err != nil {
 			if kind, _ := fault.KindOf(err); ctx.Err() == nil && before > 0 && kind != fault.NotFound {
 				t.Fatalf("after %d versions: %v", before, err)
@@ -112,7 +113,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 		time.Sleep(2 * time.Millisecond)
 	}
 	<-done
-	if model, err := c.find(t.Context(), "m", ""); err != nil || model.Version != fmt.Sprint(versions) {
+	if model, err := c.Find(t.Context(), "m", ""); err != nil || model.Version != fmt.Sprint(versions) {
 		t.Errorf("at the end the latest is %s, %v", model.Version, err)
 	}
 	t.Logf("%d answers, all whole, of versions %v", asked, seen)
@@ -127,61 +128,61 @@ func TestVersions(t *testing.T) {
 		t.Helper()
 		for name, text := range modelFiles(t, 1) {
 			if !strings.Contains(strings.Join(leave, " "), name) {
-				write(t, filepath.Join(root, "m", number, name), text)
+				expect.Write(t, filepath.Join(root, "m", number, name), text)
 			}
 		}
 	}
 	put("1")
 	put("3", "variables/variables.data-00001-of-00002")
 	put("4", savedmodel.File)
-	write(t, filepath.Join(root, "plain", savedmodel.File), graph(t))
+	expect.Write(t, filepath.Join(root, "plain", savedmodel.File), expect.SavedModel())
 
-	if numbers, err := c.settled(t.Context(), "m"); err != nil || len(numbers) != 0 {
+	if numbers, err := c.Settled(t.Context(), "m"); err != nil || len(numbers) != 0 {
 		t.Errorf("settled at once: %v, %v", numbers, err)
 	}
 	started := time.Now()
-	model, err := c.find(t.Context(), "m", latest)
+	model, err := c.Find(t.Context(), "m", Latest)
 	if err != nil || model.Version != "1" || time.Since(started) < quiet/2 || model.Stamp == "" || model.Base != filepath.Join(root, "m") {
 		t.Errorf("the first is %+v, %v after %s", model, err, time.Since(started))
 	}
 	for _, number := range []string{"3", "4", "9", "label"} {
-		_, err = c.find(t.Context(), "m", number)
+		_, err = c.Find(t.Context(), "m", number)
 		expect.Fault(t, err, fault.NotFound, "model m", "version "+number)
 	}
-	if numbers, err := c.settled(t.Context(), "m"); err != nil || strings.Join(numbers, " ") != "1" {
+	if numbers, err := c.Settled(t.Context(), "m"); err != nil || strings.Join(numbers, " ") != "1" {
 		t.Errorf("settled: %v, %v", numbers, err)
 	}
-	if numbers, err := c.settled(t.Context(), "plain"); err != nil || numbers != nil {
+	if numbers, err := c.Settled(t.Context(), "plain"); err != nil || numbers != nil {
 		t.Errorf("a SavedModel without versions has %v, %v", numbers, err)
 	}
 
 	// One that serves is waited for when something in it changes, rather than a lower one taken.
 	put("2")
-	if model, err = c.find(t.Context(), "m", latest); err != nil || model.Version != "1" {
+	if model, err = c.Find(t.Context(), "m", Latest); err != nil || model.Version != "1" {
 		t.Errorf("while 2 settles: %s, %v", model.Version, err)
 	}
-	model, err = c.find(t.Context(), "m", "2")
+	model, err = c.Find(t.Context(), "m", "2")
 	if err != nil || model.Version != "2" {
 		t.Fatalf("2 is %+v, %v", model, err)
 	}
-	write(t, filepath.Join(model.Dir, "assets/words.txt"), "others")
-	if numbers, err := c.settled(t.Context(), "m"); err != nil || strings.Join(numbers, " ") != "1 2" {
+	expect.Write(t, filepath.Join(model.Dir, "assets/words.txt"), "others")
+	if numbers, err := c.Settled(t.Context(), "m"); err != nil || strings.Join(numbers, " ") != "1 2" {
 		t.Errorf("settled: %v, %v", numbers, err)
 	}
-	again, err := c.find(t.Context(), "m", latest)
+	again, err := c.Find(t.Context(), "m", Latest)
 	if err != nil || again.Version != "2" || again.Stamp == model.Stamp {
 		t.Errorf("after a change %s with stamp %s, %v", again.Version, again.Stamp, err)
 	}
 	if err := os.Remove(filepath.Join(again.Dir, savedmodel.File)); err != nil {
 		t.Fatal(err)
 	}
-	if model, err = c.find(t.Context(), "m", latest); err != nil || model.Version != "1" {
+	if model, err = c.Find(t.Context(), "m", Latest); err != nil || model.Version != "1" {
 		t.Errorf("when 2 is gone: %s, %v", model.Version, err)
 	}
 	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	put("7")
-	if _, err := c.find(short, "m", "7"); err == nil || short.Err() == nil {
+	if _, err := c.Find(short, "m", "7"); err == nil || short.Err() == nil {
 		t.Errorf("the caller's deadline did not end the wait: %v", err)
 	}
 }
@@ -213,7 +214,7 @@ func TestDigestOfFolders(t *testing.T) {
 	root, store := t.TempDir(), newStore(t)
 	entries := []entry{}
 	for name, text := range modelFiles(t, 1) {
-		write(t, filepath.Join(root, "m", name), text)
+		expect.Write(t, filepath.Join(root, "m", name), text)
 		entries = append(entries, entry{name: name, text: text})
 	}
 	want, _, err := store.Push(strings.NewReader(string(archived(t, entries...))), "")
@@ -221,11 +222,11 @@ func TestDigestOfFolders(t *testing.T) {
 		t.Fatal(err)
 	}
 	digestOf := func(ref string) (string, error) {
-		model, err := store.find(t.Context(), ref, "")
+		model, err := store.Find(t.Context(), ref, "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return store.digest(t.Context(), model)
+		return store.Digest(t.Context(), model)
 	}
 	dir := filepath.Join(root, "m")
 	for _, ref := range []string{dir, dir, want} {
@@ -233,20 +234,20 @@ func TestDigestOfFolders(t *testing.T) {
 			t.Errorf("%s has the digest %s, %v; pushed it is %s", ref, got, err, want)
 		}
 	}
-	if got, err := digestOf(Image); got != "" || err != nil {
+	if got, err := digestOf(control.Image); got != "" || err != nil {
 		t.Errorf("the built-in model has %q, %v", got, err)
 	}
-	write(t, filepath.Join(dir, "assets/words.txt"), "new")
+	expect.Write(t, filepath.Join(dir, "assets/words.txt"), "new")
 	if got, err := digestOf(dir); got == want || err != nil {
 		t.Errorf("after a change it is %s, %v", got, err)
 	}
-	write(t, filepath.Join(dir, "assets/words.txt"), "not new")
-	stale, err := store.find(t.Context(), dir, "")
+	expect.Write(t, filepath.Join(dir, "assets/words.txt"), "not new")
+	stale, err := store.Find(t.Context(), dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	write(t, filepath.Join(dir, "assets/words.txt"), "newer")
-	_, err = store.digest(t.Context(), stale)
+	expect.Write(t, filepath.Join(dir, "assets/words.txt"), "newer")
+	_, err = store.Digest(t.Context(), stale)
 	expect.Fault(t, err, fault.Unavailable, "just changed")
 	if err := os.Symlink("words.txt", filepath.Join(dir, "assets", "link")); err != nil {
 		t.Fatal(err)
@@ -263,12 +264,12 @@ func BenchmarkFind(b *testing.B) {
 	b.Cleanup(c.Close)
 	for v := 1; v <= 3; v++ {
 		for name, text := range modelFiles(b, v) {
-			write(b, filepath.Join(root, "m", fmt.Sprint(v), name), text)
+			expect.Write(b, filepath.Join(root, "m", fmt.Sprint(v), name), text)
 		}
 	}
 	time.Sleep(quiet)
 	for b.Loop() {
-		if _, err := c.find(b.Context(), "m", ""); err != nil {
+		if _, err := c.Find(b.Context(), "m", ""); err != nil {
 			b.Fatal(err)
 		}
 	}

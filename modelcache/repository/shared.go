@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"context"
@@ -20,29 +20,29 @@ type call[T any] struct {
 	err     error
 }
 
-// do returns what f returns, for this caller or for one before. f runs on a goroutine of the cache, which Close
+// do returns what f returns, for this caller or for one before. f runs on a goroutine of the repository, which Close
 // ends and awaits.
-func (s *shared[T]) do(ctx context.Context, c *Cache, key string, f func(context.Context) (T, error)) (T, error) {
+func (s *shared[T]) do(ctx context.Context, r *Repository, key string, f func(context.Context) (T, error)) (T, error) {
 	var none T
 	s.mu.Lock()
 	one, ok := s.calls[key]
 	if !ok {
-		if !c.begin() {
+		if !r.begin() {
 			s.mu.Unlock()
-			return none, errClosing
+			return none, ErrClosing
 		}
-		running, cancel := context.WithCancel(c.ctx)
+		running, cancel := context.WithCancel(r.ctx)
 		one = &call[T]{cancel: cancel, done: make(chan struct{})}
 		if s.calls == nil {
 			s.calls = map[string]*call[T]{}
 		}
 		s.calls[key] = one
 		go func() {
-			defer c.working.Done()
+			defer r.working.Done()
 			defer cancel()
 			one.value, one.err = f(running)
-			if one.err != nil && c.ctx.Err() != nil {
-				one.err = errClosing
+			if one.err != nil && r.ctx.Err() != nil {
+				one.err = ErrClosing
 			}
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -70,15 +70,4 @@ func (s *shared[T]) forget(key string, one *call[T]) {
 	if s.calls[key] == one {
 		delete(s.calls, key)
 	}
-}
-
-// begin counts work that Close has to await, with working.Done at its end; false where the cache is closing.
-func (c *Cache) begin() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.ctx.Err() != nil {
-		return false
-	}
-	c.working.Add(1)
-	return true
 }

@@ -1,4 +1,4 @@
-package modelcache
+package tuning
 
 import (
 	"cmp"
@@ -10,98 +10,104 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
-	"time"
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
+	"flightsvc/modelcache/repository"
 )
 
-// fakeMeasure reports speeds by a law: oneDNN makes a model 1.5 times as fast, freezing 1.3 times, one run at a time 1.2 times.
-func fakeMeasure(mode string, setup Setup, say func(Report)) {
-	_, err := os.Stat(filepath.Join(setup.Dir, "frozen"))
-	frozen := err == nil
+// fakePool measures by a law: oneDNN makes a model 1.5 times as fast, freezing 1.3 times, one run at a time 1.2 times.
+type fakePool struct {
+	mode     string
+	measures atomic.Int64
+	lucky    sync.Map // configurations that were measured
+	inMemory []repository.Model
+}
+
+func (p *fakePool) Busy() bool                   { return false }
+func (p *fakePool) InMemory() []repository.Model { return p.inMemory }
+
+func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice Choice, what control.Measurement) (control.Report, error) {
+	frozen := choice.Frozen != ""
+	count := p.measures.Add(1)
 	speed := 1000.0
-	if mode != "measures nothing" {
-		for factor, on := range map[float64]bool{1.3: frozen, 1.5: os.Getenv(oneDNN) == "1", 1.2: setup.Batching.NumBatchThreads == 1, 0.7: setup.Cores == 1} {
+	if p.mode != "nothing" {
+		for factor, on := range map[float64]bool{1.3: frozen, 1.5: choice.OneDNN, 1.2: choice.BatchThreads == 1, 0.7: choice.Cores == 1} {
 			if on {
 				speed *= factor
 			}
 		}
 	}
 	lucky := false // batches of 4, the first time
-	if mode == "measures by chance" {
-		mark := filepath.Join(setup.Dir, fmt.Sprint("lucky", os.Getenv(oneDNN), setup.Cores, setup.Batching.NumBatchThreads))
-		_, err := os.Stat(mark)
-		if lucky = err != nil; lucky {
-			_ = os.WriteFile(mark, nil, 0o600)
-		}
+	if p.mode == "by chance" {
+		_, again := p.lucky.LoadOrStore(choice.configuration(), true)
+		lucky = !again
 	}
 	value := float32(0.5)
 	switch {
-	case mode == "measures another model each time":
-		count, err := os.OpenFile(os.Args[0]+".count", os.O_APPEND|os.O_CREATE|os.O_RDWR, 0o600)
-		if err != nil {
-			panic(err)
-		}
-		_, _ = count.WriteString("x")
-		info, err := count.Stat()
-		if err != nil {
-			panic(err)
-		}
-		value = float32(int(1) << info.Size())
-	case mode == "measures forever":
-		time.Sleep(time.Hour)
-	case mode == "measures strings":
-		say(Report{Build: testBuild, Error: "model m, signature serving_default: input \"x\" takes strings", Kind: fault.BadRequest})
-		return
-	case mode == "measures frozen wrongly" && frozen:
+	case p.mode == "another model each time":
+		value = float32(int(1) << count)
+	case p.mode == "forever":
+		<-ctx.Done()
+		return control.Report{}, ctx.Err()
+	case p.mode == "strings":
+		return control.Report{}, fault.New(fault.BadRequest, "model m, signature serving_default: input \"x\" takes strings")
+	case p.mode == "frozen wrongly" && frozen:
 		value = 0.51
 	}
-	var measured []Measured
-	for _, size := range setup.Measure.BatchSizes {
+	var measured []control.Measured
+	for _, size := range what.BatchSizes {
 		of := speed
 		switch {
-		case mode == "measures by chance" && lucky && size == 4:
+		case lucky && size == 4:
 			of *= 1.08
-		case mode == "measures nothing", mode == "measures by chance":
+		case p.mode == "nothing", p.mode == "by chance":
 		default:
 			of *= float64(size) / float64(size+20)
 		}
-		measured = append(measured, Measured{BatchSize: size, Best: of, Median: of})
+		measured = append(measured, control.Measured{BatchSize: size, Best: of, Median: of})
 	}
-	if err := WriteAnswers(setup.Measure.Folder, []MeasuredOutput{floats("y", value)}); err != nil {
-		panic(err)
-	}
-	say(Report{Build: testBuild, Measured: measured})
+	return control.Report{Measured: measured}, control.WriteAnswers(what.Folder, []control.MeasuredOutput{floats("y", value)})
 }
 
-func floats(name string, values ...float32) MeasuredOutput {
-	o := MeasuredOutput{Name: name, DType: savedmodel.Float32, Shape: []int64{int64(len(values))}}
+func floats(name string, values ...float32) control.MeasuredOutput {
+	o := control.MeasuredOutput{Name: name, DType: savedmodel.Float32, Shape: []int64{int64(len(values))}}
 	for _, v := range values {
 		o.Data = binary.LittleEndian.AppendUint32(o.Data, math.Float32bits(v))
 	}
 	return o
 }
 
-// newTuned returns a cache of fake runners that measure, on two cores, and a Python that freezes what it is given, or says what it is told.
-func newTuned(t *testing.T, mode, says string) (*Cache, Model) {
+// newTuned returns a tuner of two cores, its model, and a Python that freezes what it is given, or says what it is told.
+func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 	t.Helper()
-	python := filepath.Join(t.TempDir(), "python")
-	write(t, python, `#!/bin/sh
+	python, root, cacheDir := filepath.Join(t.TempDir(), "python"), t.TempDir(), filepath.Join(t.TempDir(), "cache")
+	expect.Write(t, python, `#!/bin/sh
 `+cmp.Or(says, `mkdir "$4" && cp "$3/saved_model.pb" "$4" && touch "$4/frozen" && echo '{"frozen":true}'`)+"\n")
 	if err := os.Chmod(python, 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
-	return newCache(t, mode, func(o *Options) {
-		o.Cores, o.CacheDir = 2, filepath.Join(t.TempDir(), "cache")
-		o.Python = func(context.Context, string) (string, error) { return python, nil }
-		o.Log = zap.NewNop()
-	})
+	models := repository.New(repository.Options{ModelRoot: root, CacheDir: cacheDir, Quiet: 1, Log: zap.NewNop()})
+	t.Cleanup(models.Close)
+	expect.Write(t, filepath.Join(root, "m", savedmodel.File), expect.SavedModel())
+	model, err := models.Find(t.Context(), "m", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return New(Options{
+		Pool: &fakePool{mode: mode, inMemory: []repository.Model{model}}, Repository: models, Profiles: NewProfiles(cacheDir), Cores: 2,
+		Library: func(context.Context) (string, error) { return "/lib", nil },
+		Python:  func(context.Context, string) (string, error) { return python, nil },
+		Log:     zap.NewNop(),
+	}), model
 }
 
 func nothing(Candidate) {}
@@ -110,7 +116,7 @@ func TestTune(t *testing.T) {
 	t.Parallel()
 	for _, quick := range []bool{false, true} {
 		t.Run(fmt.Sprintf("quick %t", quick), func(t *testing.T) {
-			c, model := newTuned(t, "measures", "")
+			c, model := newTuned(t, "", "")
 			var seen []Candidate
 			about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, func(c Candidate) { seen = append(seen, c) })
 			if err != nil {
@@ -120,7 +126,7 @@ func TestTune(t *testing.T) {
 			if got.Frozen == "" || !got.OneDNN || got.Cores != 2 || got.BatchThreads != 1 || got.BatchSize != 1024 {
 				t.Errorf("chosen %+v", got)
 			}
-			if !c.Known(got.Frozen) {
+			if !c.options.Repository.Known(got.Frozen) {
 				t.Errorf("the frozen model %s is not kept", got.Frozen)
 			}
 			if math.Abs(about.Freezing-1.3) > 1e-9 || math.Abs(about.OneDNN-1.5) > 1e-9 || math.Abs(about.Chosen.Relative-1.3*1.2) > 1e-9 {
@@ -129,7 +135,7 @@ func TestTune(t *testing.T) {
 			if len(seen) != len(about.Candidates) || !quick && len(seen) != 2*2*3*len(tuneSizes) {
 				t.Errorf("%d candidates were told, %d are in the table", len(seen), len(about.Candidates))
 			}
-			if stored := c.profiles.read(about.Digest).Tuned[Machine()]; stored != got {
+			if stored := c.options.Profiles.Read(about.Digest).Tuned[Machine()]; stored != got {
 				t.Errorf("stored %+v", stored)
 			}
 		})
@@ -138,7 +144,7 @@ func TestTune(t *testing.T) {
 
 func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "measures nothing", "")
+	c, model := newTuned(t, "nothing", "")
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
 		t.Fatal(err)
@@ -152,7 +158,7 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 func TestTuneMeasuresAgain(t *testing.T) {
 	t.Parallel()
 	for _, quick := range []bool{false, true} {
-		c, model := newTuned(t, "measures by chance", "")
+		c, model := newTuned(t, "by chance", "")
 		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, nothing)
 		if err != nil {
 			t.Fatal(err)
@@ -167,7 +173,7 @@ func TestTuneMeasuresAgain(t *testing.T) {
 // TestTuneObeysTheVariable tries no other value of oneDNN than the one that was set; the reference is no candidate.
 func TestTuneObeysTheVariable(t *testing.T) {
 	t.Setenv(oneDNN, "1")
-	c, model := newTuned(t, "measures nothing", "")
+	c, model := newTuned(t, "nothing", "")
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
 		t.Fatal(err)
@@ -181,7 +187,7 @@ func TestTuneObeysTheVariable(t *testing.T) {
 
 func TestTuneRefusesOtherAnswers(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "measures frozen wrongly", "")
+	c, model := newTuned(t, "frozen wrongly", "")
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
 		t.Fatal(err)
@@ -200,7 +206,7 @@ func TestTuneWithoutFreezing(t *testing.T) {
 		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
 		`echo 'flightsvc.freeze: no' >&2; exit 1`:                   "freezing failed (exit status 1): flightsvc.freeze: no",
 	} {
-		c, model := newTuned(t, "measures", says)
+		c, model := newTuned(t, "", says)
 		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: true}, nothing)
 		if err != nil || about.NotFrozen != want || about.Chosen.Frozen != "" || about.Chosen.BatchThreads != 1 {
 			t.Errorf("%q, chosen %+v, %v", about.NotFrozen, about.Chosen.Choice, err)
@@ -210,8 +216,8 @@ func TestTuneWithoutFreezing(t *testing.T) {
 
 func TestTuneObeysTheOwner(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "measures", "")
-	model.Settings.Batching = Batching{AllowedBatchSizes: []int{2, 8}, MaxBatchSize: 8, NumBatchThreads: 2}
+	c, model := newTuned(t, "", "")
+	model.Settings.Batching = control.Batching{AllowedBatchSizes: []int{2, 8}, MaxBatchSize: 8, NumBatchThreads: 2}
 	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if err != nil {
 		t.Fatal(err)
@@ -225,18 +231,18 @@ func TestTuneObeysTheOwner(t *testing.T) {
 
 func TestTuneSaysWhyNot(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "measures strings", "")
+	c, model := newTuned(t, "strings", "")
 	_, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
 	if kind, _ := fault.KindOf(err); kind != fault.BadRequest || err == nil {
 		t.Errorf("strings: %v", err)
 	}
-	random, its := newTuned(t, "measures another model each time", "")
+	random, its := newTuned(t, "another model each time", "")
 	_, err = random.Tune(t.Context(), its, TuneOptions{}, nothing)
 	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "chance")
 	if _, err := c.Tune(t.Context(), model, TuneOptions{Signature: "x"}, nothing); err == nil {
 		t.Error("a signature that is not there")
 	}
-	if _, err := c.Tune(t.Context(), Model{Ref: Image, Saved: ImageModel}, TuneOptions{}, nothing); err == nil {
+	if _, err := c.Tune(t.Context(), repository.Model{Ref: control.Image, Saved: control.ImageModel}, TuneOptions{}, nothing); err == nil {
 		t.Error("the built-in model")
 	}
 }
@@ -244,17 +250,14 @@ func TestTuneSaysWhyNot(t *testing.T) {
 // TestTuneEndsAtOnce ends a search whose runner does not end by itself.
 func TestTuneEndsAtOnce(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "measures forever", "")
+	c, model := newTuned(t, "forever", "")
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
 		_, err := c.Tune(ctx, model, TuneOptions{}, nothing)
 		ended <- err
 	}()
-	expect.Eventually(t, "a runner measures", func() bool {
-		list, _ := filepath.Glob(filepath.Join(model.Dir, "*.started"))
-		return len(list) == 1
-	})
+	expect.Eventually(t, "a runner measures", func() bool { return c.options.Pool.(*fakePool).measures.Load() == 1 })
 	if _, err := c.Tune(ctx, model, TuneOptions{}, nothing); err == nil {
 		t.Error("two searches at once")
 	}
@@ -262,7 +265,7 @@ func TestTuneEndsAtOnce(t *testing.T) {
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Errorf("it ended with %v", err)
 	}
-	if _, stored := c.profiles.read(mustDigest(t, c, model)).Tuned[Machine()]; stored {
+	if _, stored := c.options.Profiles.Read(mustDigest(t, c, model)).Tuned[Machine()]; stored {
 		t.Error("something was stored")
 	}
 }
@@ -270,30 +273,26 @@ func TestTuneEndsAtOnce(t *testing.T) {
 // TestTuneIdleTriesAgain after a search that another one was in the way of, and not after one that the model cannot have.
 func TestTuneIdleTriesAgain(t *testing.T) {
 	t.Parallel()
-	c, model := newTuned(t, "good", "")
-	if _, err := c.Ready(t.Context(), model, ""); err != nil {
-		t.Fatal(err)
-	}
+	c, _ := newTuned(t, "strings", "")
 	gaveUp := func() bool {
 		c.tuneIdle(t.Context())
 		failed := false
 		c.untunable.Range(func(any, any) bool { failed = true; return false })
 		return failed
 	}
-	c.tuning.Lock() // somebody else tunes
+	c.searching.Lock() // somebody else tunes
 	if gaveUp() {
 		t.Error("given up for another's search")
 	}
-	c.tuning.Unlock()
-	behave(t, c.options.Binary, "measures strings")
+	c.searching.Unlock()
 	if !gaveUp() {
 		t.Error("not given up")
 	}
 }
 
-func mustDigest(t *testing.T, c *Cache, model Model) string {
+func mustDigest(t *testing.T, c *Tuner, model repository.Model) string {
 	t.Helper()
-	digest, err := c.digest(t.Context(), model)
+	digest, err := c.options.Repository.Digest(t.Context(), model)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,25 +300,25 @@ func mustDigest(t *testing.T, c *Cache, model Model) string {
 }
 
 func TestDifference(t *testing.T) {
-	theirs := []MeasuredOutput{floats("y", 1, -100, 0, float32(math.NaN()))}
+	theirs := []control.MeasuredOutput{floats("y", 1, -100, 0, float32(math.NaN()))}
 	for name, c := range map[string]struct {
-		ours   []MeasuredOutput
+		ours   []control.MeasuredOutput
 		agrees bool
 	}{
 		"itself":             {theirs, true},
-		"a last digit":       {[]MeasuredOutput{floats("y", 1.00001, -100.0001, 1e-4, float32(math.NaN()))}, true},
-		"another value":      {[]MeasuredOutput{floats("y", 1.02, -100, 0, float32(math.NaN()))}, false},
-		"a number for a NaN": {[]MeasuredOutput{floats("y", 1, -100, 0, 1)}, false},
-		"another name":       {[]MeasuredOutput{floats("z", 1, -100, 0, 0)}, false},
-		"another shape":      {[]MeasuredOutput{floats("y", 1)}, false},
+		"a last digit":       {[]control.MeasuredOutput{floats("y", 1.00001, -100.0001, 1e-4, float32(math.NaN()))}, true},
+		"another value":      {[]control.MeasuredOutput{floats("y", 1.02, -100, 0, float32(math.NaN()))}, false},
+		"a number for a NaN": {[]control.MeasuredOutput{floats("y", 1, -100, 0, 1)}, false},
+		"another name":       {[]control.MeasuredOutput{floats("z", 1, -100, 0, 0)}, false},
+		"another shape":      {[]control.MeasuredOutput{floats("y", 1)}, false},
 		"none":               {nil, false},
 	} {
 		if got := differenceOf(c.ours, theirs); (got <= 1) != c.agrees {
 			t.Errorf("%s: %g of the tolerance", name, got)
 		}
 	}
-	ints := func(n byte) []MeasuredOutput {
-		return []MeasuredOutput{{Name: "i", DType: savedmodel.Uint8, Shape: []int64{1}, Data: []byte{n}}}
+	ints := func(n byte) []control.MeasuredOutput {
+		return []control.MeasuredOutput{{Name: "i", DType: savedmodel.Uint8, Shape: []int64{1}, Data: []byte{n}}}
 	}
 	if differenceOf(ints(1), ints(1)) != 0 || differenceOf(ints(1), ints(2)) <= 1 {
 		t.Error("whole numbers must be equal")

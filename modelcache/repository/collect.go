@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"cmp"
@@ -30,10 +30,10 @@ const (
 	staleFile   = time.Hour        // age of a temporary file that nobody finishes
 )
 
-// hold keeps a model of the cache-dir where it is until release is called, which must be once. For any other folder it
+// Hold keeps a model of the cache-dir where it is until release is called, which must be once. For any other folder it
 // does nothing. Its fault is Unavailable where the model has just gone: find it again.
-func (c *Cache) hold(model Model) (release func(), err error) {
-	if filepath.Dir(model.Dir) != c.models() {
+func (r *Repository) Hold(model Model) (release func(), err error) {
+	if filepath.Dir(model.Dir) != r.models() {
 		return func() {}, nil
 	}
 	folder, err := os.Open(model.Dir)
@@ -44,7 +44,7 @@ func (c *Cache) hold(model Model) (release func(), err error) {
 		_ = folder.Close() // the collector has it
 		return nil, errGone(model)
 	}
-	c.touch(model.Dir)
+	r.touch(model.Dir)
 	return func() { _ = folder.Close() }, nil
 }
 
@@ -63,7 +63,7 @@ func isStill(folder *os.File, path string) bool {
 }
 
 // touch notes that a model of the cache-dir is used.
-func (c *Cache) touch(dir string) {
+func (r *Repository) touch(dir string) {
 	now := time.Now()
 	if info, err := os.Stat(dir); err == nil && now.Sub(info.ModTime()) > touchEvery {
 		_ = os.Chtimes(dir, now, now) // at worst it goes too early
@@ -71,16 +71,16 @@ func (c *Cache) touch(dir string) {
 }
 
 // collectSoon collects on a goroutine of the cache; of several calls at once one is enough.
-func (c *Cache) collectSoon() {
-	if c.options.CacheBytes == 0 || c.collecting.Swap(true) || !c.begin() {
+func (r *Repository) collectSoon() {
+	if r.options.CacheBytes == 0 || r.collecting.Swap(true) || !r.begin() {
 		return
 	}
 	go func() {
-		defer c.working.Done()
-		c.collected.Lock()
-		defer c.collected.Unlock()
-		c.collecting.Store(false) // whoever asks from now on may have brought something that this one does not see
-		c.collect(time.Now())
+		defer r.working.Done()
+		r.collected.Lock()
+		defer r.collected.Unlock()
+		r.collecting.Store(false) // whoever asks from now on may have brought something that this one does not see
+		r.collect(time.Now())
 	}()
 }
 
@@ -92,8 +92,8 @@ type cached struct {
 }
 
 // collect removes models until they fit, and then what is known of the origin of models that are gone.
-func (c *Cache) collect(now time.Time) {
-	entries, err := os.ReadDir(c.models())
+func (r *Repository) collect(now time.Time) {
+	entries, err := os.ReadDir(r.models())
 	if err != nil {
 		return // there is none yet
 	}
@@ -107,7 +107,7 @@ func (c *Cache) collect(now time.Time) {
 		if err != nil {
 			continue
 		}
-		files, err := scan(filepath.Join(c.models(), entry.Name()))
+		files, err := scan(filepath.Join(r.models(), entry.Name()))
 		if err != nil {
 			continue
 		}
@@ -116,24 +116,24 @@ func (c *Cache) collect(now time.Time) {
 	}
 	slices.SortFunc(list, func(a, b cached) int { return cmp.Or(a.used.Compare(b.used), strings.Compare(a.name, b.name)) })
 	for _, one := range list {
-		if total <= c.options.CacheBytes || c.ctx.Err() != nil || now.Sub(one.used) < justUsed {
+		if total <= r.options.CacheBytes || r.ctx.Err() != nil || now.Sub(one.used) < justUsed {
 			break
 		}
-		removed, err := c.discard(one.name)
+		removed, err := r.discard(one.name)
 		switch {
 		case err != nil:
-			c.options.Log.Warn("cached model not removed", zap.String("model", "sha256:"+one.name), zap.Error(err))
+			r.options.Log.Warn("cached model not removed", zap.String("model", "sha256:"+one.name), zap.Error(err))
 		case removed:
 			total -= one.bytes
-			c.options.Log.Info("cached model removed for space (cache-size)", zap.String("model", "sha256:"+one.name), zap.Stringer("size", config.Bytes(one.bytes)), zap.Time("last_used", one.used))
+			r.options.Log.Info("cached model removed for space (cache-size)", zap.String("model", "sha256:"+one.name), zap.Stringer("size", config.Bytes(one.bytes)), zap.Time("last_used", one.used))
 		}
 	}
-	c.forgetOrigins()
+	r.forgetOrigins()
 }
 
 // discard removes a model, unless somebody holds it.
-func (c *Cache) discard(name string) (bool, error) {
-	path := filepath.Join(c.models(), name)
+func (r *Repository) discard(name string) (bool, error) {
+	path := filepath.Join(r.models(), name)
 	folder, err := os.Open(path) //nolint:gosec // in the cache-dir
 	if errors.Is(err, fs.ErrNotExist) {
 		return true, nil // another front was first
@@ -145,7 +145,7 @@ func (c *Cache) discard(name string) (bool, error) {
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil || !isStill(folder, path) {
 		return false, nil
 	}
-	aside, err := c.beside(gonePattern)
+	aside, err := r.beside(gonePattern)
 	if err != nil {
 		return false, err
 	}
@@ -157,41 +157,41 @@ func (c *Cache) discard(name string) (bool, error) {
 }
 
 // forgetOrigins removes the notes about models that are not here any more.
-func (c *Cache) forgetOrigins() {
-	folder := filepath.Join(c.options.CacheDir, "origins")
+func (r *Repository) forgetOrigins() {
+	folder := filepath.Join(r.options.CacheDir, "origins")
 	entries, _ := os.ReadDir(folder)
 	for _, entry := range entries {
 		name := filepath.Join(folder, entry.Name())
 		var known origin
 		text, err := os.ReadFile(name) //nolint:gosec // in the cache-dir
-		if err != nil || !strings.HasSuffix(name, ".json") || json.Unmarshal(text, &known) == nil && c.known(known.Digest) {
+		if err != nil || !strings.HasSuffix(name, ".json") || json.Unmarshal(text, &known) == nil && r.known(known.Digest) {
 			continue
 		}
 		_ = os.Remove(name) // a fetch that ends just now is noted in memory
-		c.origins.Delete(name)
+		r.origins.Delete(name)
 	}
 }
 
 // sweep removes what processes that are dead were bringing or removing.
-func (c *Cache) sweep() {
-	entries, _ := os.ReadDir(c.models()) // where there is none, the first push says what is wrong
+func (r *Repository) sweep() {
+	entries, _ := os.ReadDir(r.models()) // where there is none, the first push says what is wrong
 	for _, entry := range entries {
 		for _, pattern := range []string{pushPattern, fetchPattern, gonePattern} {
 			var owner rundir.Process
 			if _, err := fmt.Sscanf(entry.Name(), pattern, &owner.PID, &owner.Start); err != nil || owner.Alive() {
 				continue
 			}
-			if err := os.RemoveAll(filepath.Join(c.models(), entry.Name())); err != nil {
-				c.options.Log.Warn("leavings of a dead front not cleared away", zap.Error(err))
+			if err := os.RemoveAll(filepath.Join(r.models(), entry.Name())); err != nil {
+				r.options.Log.Warn("leavings of a dead front not cleared away", zap.Error(err))
 			}
 		}
 	}
 	for folder, temporary := range map[string]string{"profiles": ".profile-", "origins": ".origin-"} {
-		entries, _ := os.ReadDir(filepath.Join(c.options.CacheDir, folder))
+		entries, _ := os.ReadDir(filepath.Join(r.options.CacheDir, folder))
 		for _, entry := range entries {
 			info, err := entry.Info()
 			if err == nil && strings.HasPrefix(entry.Name(), temporary) && time.Since(info.ModTime()) > staleFile {
-				_ = os.Remove(filepath.Join(c.options.CacheDir, folder, entry.Name()))
+				_ = os.Remove(filepath.Join(r.options.CacheDir, folder, entry.Name()))
 			}
 		}
 	}

@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"bytes"
@@ -18,13 +18,13 @@ import (
 )
 
 // pushSome pushes a model of some bytes that was used last so long ago.
-func pushSome(t *testing.T, c *Cache, name string, size int, ago time.Duration) Model {
+func pushSome(t *testing.T, c *Repository, name string, size int, ago time.Duration) Model {
 	t.Helper()
-	digest, _, err := c.Push(bytes.NewReader(archived(t, entry{name: "saved_model.pb", text: graph(t)}, entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
+	digest, _, err := c.Push(bytes.NewReader(archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	model, err := c.find(t.Context(), digest, "")
+	model, err := c.Find(t.Context(), digest, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,12 +42,12 @@ func age(t *testing.T, model Model, ago time.Duration) {
 
 func TestCollect(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "cache")
-	open := func(bytes int64) *Cache {
+	open := func(bytes int64) *Repository {
 		c := New(Options{CacheDir: dir, CacheBytes: bytes, Log: zap.NewNop()})
 		t.Cleanup(c.Close)
 		return c
 	}
-	collect := func(c *Cache) { // beside those of its own
+	collect := func(c *Repository) { // beside those of its own
 		c.collected.Lock()
 		defer c.collected.Unlock()
 		c.collect(time.Now())
@@ -59,7 +59,7 @@ func TestCollect(t *testing.T) {
 	old := pushSome(t, c, "c", 100_000, 3*time.Hour)
 	recent := pushSome(t, c, "d", 100_000, 2*time.Hour)
 	fresh := pushSome(t, c, "e", 100_000, 0)
-	release, err := open(0).hold(held) // by another front
+	release, err := open(0).Hold(held) // by another front
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,15 +78,15 @@ func TestCollect(t *testing.T) {
 	if got := tree(t, c.models()); strings.Contains(got, ".gone") {
 		t.Errorf("left behind: %s", got)
 	}
-	_, err = c.hold(old)
+	_, err = c.Hold(old)
 	expect.Fault(t, err, fault.Unavailable, old.Ref, "ask again")
-	_, err = c.find(t.Context(), old.Ref, "")
+	_, err = c.Find(t.Context(), old.Ref, "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host")
 	release()
 	age(t, fresh, 2*justUsed)
 	collect(open(1))
 	is("when nothing is held", false, false, false, false, false)
-	if release, err = c.hold(Model{Dir: t.TempDir()}); err != nil {
+	if release, err = c.Hold(Model{Dir: t.TempDir()}); err != nil {
 		t.Errorf("a folder of somebody's own: %v", err)
 	}
 	release()
@@ -96,7 +96,7 @@ func TestCollect(t *testing.T) {
 func TestNothingHeldGoes(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "cache")
-	var fronts []*Cache
+	var fronts []*Repository
 	for range 4 {
 		c := New(Options{CacheDir: dir, CacheBytes: 60_000, Log: zap.NewNop()})
 		t.Cleanup(c.Close)
@@ -104,7 +104,7 @@ func TestNothingHeldGoes(t *testing.T) {
 	}
 	archives := map[string][]byte{}
 	for i := range 12 {
-		archive := archived(t, entry{name: "saved_model.pb", text: graph(t)}, entry{name: "assets/x", text: strings.Repeat(fmt.Sprint(i%10), 20_000+i)})
+		archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/x", text: strings.Repeat(fmt.Sprint(i%10), 20_000+i)})
 		digest, _, err := fronts[0].Push(bytes.NewReader(archive), "")
 		if err != nil {
 			t.Fatal(err)
@@ -125,7 +125,7 @@ func TestNothingHeldGoes(t *testing.T) {
 			c := fronts[i%len(fronts)]
 			for time.Now().Before(deadline) {
 				digest := digests[random.IntN(len(digests))]
-				model, err := c.find(t.Context(), digest, "")
+				model, err := c.Find(t.Context(), digest, "")
 				if err != nil {
 					if _, _, err := c.Push(bytes.NewReader(archives[digest]), digest); err != nil {
 						t.Error(err)
@@ -133,7 +133,7 @@ func TestNothingHeldGoes(t *testing.T) {
 					}
 					continue
 				}
-				release, err := c.hold(model)
+				release, err := c.Hold(model)
 				if err != nil {
 					mu.Lock()
 					gone++

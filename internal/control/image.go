@@ -1,4 +1,4 @@
-package modelcache
+package control
 
 import "flightsvc/internal/savedmodel"
 
@@ -24,9 +24,4 @@ var ImageModel = &savedmodel.Model{Signatures: map[string]savedmodel.Signature{
 // column is a tensor with one element a row.
 func column(name string, dtype savedmodel.DType) savedmodel.Spec {
 	return savedmodel.Spec{Name: name, Tensor: name, DType: dtype, Shape: []int64{-1}}
-}
-
-// resolveImage is Resolve for the model Image.
-func resolveImage(version string) (Model, bool) {
-	return Model{Ref: Image, Version: "1", Saved: ImageModel}, version == latest || version == "1"
 }

@@ -1,4 +1,4 @@
-package modelcache
+package tuning
 
 import (
 	"crypto/sha256"
@@ -10,6 +10,8 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+
+	"flightsvc/modelcache/repository"
 )
 
 // Profile is what this host has learned of a model, by its digest. It lies in <cache-dir>/profiles and
@@ -50,19 +52,24 @@ var Machine = sync.OnceValue(func() string {
 	return fmt.Sprintf("%s-%d-%s", runtime.GOARCH, runtime.GOMAXPROCS(0), hex.EncodeToString(sum[:4]))
 })
 
-// profiles keeps them. Its methods are safe for concurrent use; fronts that share a cache-dir may
+// Profiles keeps them. Its methods are safe for concurrent use; fronts that share a cache-dir may
 // overwrite each other's last word, which is as good.
-type profiles struct {
+type Profiles struct {
 	dir string
 	mu  sync.Mutex // held while one is changed
 }
 
-func (p *profiles) path(digest string) string {
+// NewProfiles returns those in a cache-dir; the folder is made with the first.
+func NewProfiles(cacheDir string) *Profiles {
+	return &Profiles{dir: filepath.Join(cacheDir, "profiles")}
+}
+
+func (p *Profiles) path(digest string) string {
 	return filepath.Join(p.dir, strings.TrimPrefix(digest, "sha256:")+".json")
 }
 
-// read returns what is known, nothing where there is no digest, or the file is not there or broken.
-func (p *profiles) read(digest string) Profile {
+// Read returns what is known, nothing where there is no digest, or the file is not there or broken.
+func (p *Profiles) Read(digest string) Profile {
 	var known Profile
 	if digest == "" {
 		return known
@@ -74,15 +81,15 @@ func (p *profiles) read(digest string) Profile {
 	return known
 }
 
-// change reads a profile, lets f change it, and puts it back in one step.
-func (p *profiles) change(digest string, f func(*Profile)) error {
+// Change reads a profile, lets f change it, and puts it back in one step.
+func (p *Profiles) Change(digest string, f func(*Profile)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	known := p.read(digest)
+	known := p.Read(digest)
 	f(&known)
 	text, err := json.Marshal(known)
 	if err != nil {
 		return err
 	}
-	return replaceFile(p.path(digest), ".profile-", append(text, '\n'))
+	return repository.ReplaceFile(p.path(digest), ".profile-", append(text, '\n'))
 }

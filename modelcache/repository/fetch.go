@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"archive/tar"
@@ -13,7 +13,6 @@ import (
 	"hash"
 	"hash/fnv"
 	"io"
-	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -56,60 +55,60 @@ type origin struct {
 	URI    string `json:"uri"`
 }
 
-func (c *Cache) originPath(uri, stamp string) string {
+func (r *Repository) originPath(uri, stamp string) string {
 	sum := sha256.Sum256([]byte(uri + "\n" + stamp))
-	return filepath.Join(c.options.CacheDir, "origins", hex.EncodeToString(sum[:])+".json")
+	return filepath.Join(r.options.CacheDir, "origins", hex.EncodeToString(sum[:])+".json")
 }
 
 // fetched returns the digest under which a version lies on this host.
-func (c *Cache) fetched(uri, stamp string) (string, bool) {
-	name := c.originPath(uri, stamp)
-	if digest, ok := c.origins.Load(name); ok && c.known(digest.(string)) {
+func (r *Repository) fetched(uri, stamp string) (string, bool) {
+	name := r.originPath(uri, stamp)
+	if digest, ok := r.origins.Load(name); ok && r.known(digest.(string)) {
 		return digest.(string), true
 	}
 	var known origin
 	text, err := os.ReadFile(name)
-	if err != nil || json.Unmarshal(text, &known) != nil || CheckDigest(known.Digest) != nil || !c.known(known.Digest) {
+	if err != nil || json.Unmarshal(text, &known) != nil || CheckDigest(known.Digest) != nil || !r.known(known.Digest) {
 		return "", false
 	}
-	c.origins.Store(name, known.Digest)
+	r.origins.Store(name, known.Digest)
 	return known.Digest, true
 }
 
 // fetch brings a version to this host, unless it is here, and returns its digest. Callers of all fronts share one
 // transfer; it goes on when one of them leaves, and stops when the last does.
-func (c *Cache) fetch(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
-	digest, ok := c.fetched(at.uri, now.stamp)
+func (r *Repository) fetch(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
+	digest, ok := r.fetched(at.uri, now.stamp)
 	if !ok {
 		var err error
-		digest, err = c.fetches.do(ctx, c, at.uri+"\n"+now.stamp, func(ctx context.Context) (string, error) {
-			unlock, err := c.lockFetch(ctx, at.uri+"\n"+now.stamp)
+		digest, err = r.fetches.do(ctx, r, at.uri+"\n"+now.stamp, func(ctx context.Context) (string, error) {
+			unlock, err := r.lockFetch(ctx, at.uri+"\n"+now.stamp)
 			if err != nil {
 				return "", err
 			}
 			defer unlock()
-			if digest, ok := c.fetched(at.uri, now.stamp); ok {
+			if digest, ok := r.fetched(at.uri, now.stamp); ok {
 				return digest, nil
 			}
-			return c.download(ctx, ref, number, at, now)
+			return r.download(ctx, ref, number, at, now)
 		})
 		if err != nil {
 			return "", err
 		}
 	}
-	c.touch(c.place(digest))
+	r.touch(r.Place(digest))
 	return digest, nil
 }
 
 // lockFetch waits until no other process fetches the same. The lock is on one byte of a file that all share (an open
 // file description lock, see fcntl(2)): it ends with the process, and nothing is left to clear.
-func (c *Cache) lockFetch(ctx context.Context, key string) (unlock func(), err error) {
-	if err := rundir.Ensure(c.options.CacheDir); err != nil {
+func (r *Repository) lockFetch(ctx context.Context, key string) (unlock func(), err error) {
+	if err := rundir.Ensure(r.options.CacheDir); err != nil {
 		return nil, fault.New(fault.Precondition, "cache-dir: %w", err)
 	}
-	lock, err := os.OpenFile(filepath.Join(c.options.CacheDir, "fetch.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := os.OpenFile(filepath.Join(r.options.CacheDir, "fetch.lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, c.diskFault(err)
+		return nil, r.diskFault(err)
 	}
 	sum := fnv.New64a()
 	_, _ = io.WriteString(sum, key)
@@ -121,7 +120,7 @@ func (c *Cache) lockFetch(ctx context.Context, key string) (unlock func(), err e
 		}
 		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EACCES) {
 			_ = lock.Close()
-			return nil, c.diskFault(err)
+			return nil, r.diskFault(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -134,7 +133,7 @@ func (c *Cache) lockFetch(ctx context.Context, key string) (unlock func(), err e
 
 // transfer is one fetch under way.
 type transfer struct {
-	c      *Cache
+	r      *Repository
 	ref    string
 	at     location
 	bucket *blob.Bucket
@@ -143,34 +142,34 @@ type transfer struct {
 }
 
 // download fetches a version and keeps it under its digest. After an error nothing of it is left.
-func (c *Cache) download(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
-	bucket, err := c.stores.open(ctx, at)
+func (r *Repository) download(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
+	bucket, err := r.stores.open(ctx, at)
 	if err != nil {
 		return "", storeFault(ref, at, err)
 	}
-	dir, err := c.beside(fetchPattern)
+	dir, err := r.beside(fetchPattern)
 	if err != nil {
-		return "", c.diskFault(err)
+		return "", r.diskFault(err)
 	}
 	defer func() {
 		if rmErr := os.RemoveAll(dir); rmErr != nil { // nothing is there once it has its name
-			c.options.Log.Warn("fetch not cleared away", zap.Error(rmErr))
+			r.options.Log.Warn("fetch not cleared away", zap.Error(rmErr))
 		}
 	}()
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return "", c.diskFault(err)
+		return "", r.diskFault(err)
 	}
 	defer func() { _ = root.Close() }()
-	log := c.options.Log.With(zap.String("model", ref), zap.String("version", number), zap.String("uri", at.uri))
+	log := r.options.Log.With(zap.String("model", ref), zap.String("version", number), zap.String("uri", at.uri))
 	log.Info("model being fetched", zap.Stringer("size", config.Bytes(now.size())))
 	started := time.Now()
-	t := &transfer{c: c, ref: ref, at: at, bucket: bucket, root: root}
+	t := &transfer{r: r, ref: ref, at: at, bucket: bucket, root: root}
 	files, err := t.run(ctx, now, log)
 	if err != nil {
 		return "", fetchFault(ref, number, err)
 	}
-	again, err := c.list(ctx, at)
+	again, err := r.list(ctx, at)
 	switch {
 	case err != nil:
 		return "", storeFault(ref, at, err)
@@ -181,20 +180,20 @@ func (c *Cache) download(ctx context.Context, ref, number string, at location, n
 		return "", fault.New(fault.BadRequest, "model %s: %s of version %s at %s cannot be read: %w", ref, savedmodel.File, number, at.name, errors.Unwrap(err))
 	}
 	digest := files.digest()
-	if err := c.keep(dir, digest); err != nil {
-		return "", c.diskFault(err)
+	if err := r.keep(dir, digest); err != nil {
+		return "", r.diskFault(err)
 	}
-	if err := c.remember(at.uri, now.stamp, digest); err != nil {
+	if err := r.remember(at.uri, now.stamp, digest); err != nil {
 		log.Warn("fetched model not noted; another front may fetch it again", zap.Error(err))
 	}
 	log.Info("model fetched", zap.String("digest", digest), zap.Stringer("size", config.Bytes(now.size())), zap.Duration("fetch_time", time.Since(started)))
-	c.collectSoon()
+	r.collectSoon()
 	return digest, nil
 }
 
 // keep gives a folder that is whole, and lies beside the models, the name of its digest.
-func (c *Cache) keep(dir, digest string) error {
-	err := os.Rename(dir, c.place(digest))
+func (r *Repository) keep(dir, digest string) error {
+	err := os.Rename(dir, r.Place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // it was pushed, or fetched from elsewhere
 		return nil
 	}
@@ -202,18 +201,18 @@ func (c *Cache) keep(dir, digest string) error {
 }
 
 // remember notes where a model came from.
-func (c *Cache) remember(uri, stamp, digest string) error {
-	name := c.originPath(uri, stamp)
-	c.origins.Store(name, digest)
+func (r *Repository) remember(uri, stamp, digest string) error {
+	name := r.originPath(uri, stamp)
+	r.origins.Store(name, digest)
 	text, err := json.Marshal(origin{Digest: digest, URI: uri})
 	if err != nil {
 		return err
 	}
-	return replaceFile(name, ".origin-", append(text, '\n'))
+	return ReplaceFile(name, ".origin-", append(text, '\n'))
 }
 
-// replaceFile writes a file in one step, in a private folder that is made if need be.
-func replaceFile(name, temporary string, text []byte) error {
+// ReplaceFile writes a file in one step, in a private folder that is made if need be.
+func ReplaceFile(name, temporary string, text []byte) error {
 	if err := rundir.Ensure(filepath.Dir(name)); err != nil {
 		return fmt.Errorf("cache-dir: %w", err)
 	}
@@ -284,17 +283,17 @@ func (t *transfer) file(ctx context.Context, about file) (listed, error) {
 	}
 	if folder := path.Dir(name); folder != "." {
 		if err := t.root.MkdirAll(folder, 0o700); err != nil {
-			return listed{}, t.c.diskFault(err)
+			return listed{}, t.r.diskFault(err)
 		}
 	}
 	out, err := t.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return listed{}, t.c.diskFault(err)
+		return listed{}, t.r.diskFault(err)
 	}
 	sum, plain := sha256.New(), md5.New() //nolint:gosec // see the import
 	err = t.read(ctx, about, out, sum, plain)
 	if closeErr := out.Close(); err == nil && closeErr != nil {
-		err = t.c.diskFault(closeErr)
+		err = t.r.diskFault(closeErr)
 	}
 	if err == nil && about.md5 != nil && !bytes.Equal(plain.Sum(nil), about.md5) && !t.otherTags() {
 		err = t.second(ctx, about, sum.Sum(nil))
@@ -305,7 +304,7 @@ func (t *transfer) file(ctx context.Context, about file) (listed, error) {
 // otherTags reports whether this bucket's checksums are known to be no MD5 of the content: S3 gives some other one for
 // objects that are encrypted with keys of KMS.
 func (t *transfer) otherTags() bool {
-	s := &t.c.stores
+	s := &t.r.stores
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.otherTag[t.at.bucket]
@@ -320,7 +319,7 @@ func (t *transfer) second(ctx context.Context, about file, first []byte) error {
 	if !bytes.Equal(sum.Sum(nil), first) {
 		return fault.New(fault.Unavailable, "%s arrived damaged: its checksum is not the store's", about.path)
 	}
-	s := &t.c.stores
+	s := &t.r.stores
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.otherTag == nil {
@@ -344,7 +343,7 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 		var disk errDisk
 		switch {
 		case errors.As(err, &disk):
-			return t.c.diskFault(disk.error)
+			return t.r.diskFault(disk.error)
 		case err == nil && offset == about.size:
 			return nil
 		case ctx.Err() != nil:
@@ -397,79 +396,4 @@ func fetchFault(ref, number string, err error) error {
 		return fault.New(kind, "model %s: version %s cannot be fetched: %w", ref, number, err)
 	}
 	return err
-}
-
-// digest returns the digest of a model's files, which it reads, once for each stamp. It is "" for the model that is
-// built in and for a folder with links in it, which has none. Its faults are Unavailable for files that change meanwhile, and
-// Precondition for files that cannot be read.
-func (c *Cache) digest(ctx context.Context, model Model) (string, error) {
-	if model.Digest != "" || model.Dir == "" {
-		return model.Digest, nil
-	}
-	key := model.Dir + "\n" + model.Stamp
-	if digest, ok := c.digests.Load(key); ok {
-		return digest.(string), nil
-	}
-	return c.digesting.do(ctx, c, key, func(ctx context.Context) (string, error) {
-		digest, err := digestOf(ctx, model)
-		if err == nil {
-			c.digests.Store(key, digest)
-		}
-		return digest, err
-	})
-}
-
-func digestOf(ctx context.Context, model Model) (string, error) {
-	before, err := scan(model.Dir)
-	if err != nil {
-		return "", fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
-	}
-	if before.links {
-		return "", nil
-	}
-	var files contents
-	buffer := make([]byte, 1<<20)
-	for _, one := range before.files {
-		sum := sha256.New()
-		n, err := readAll(ctx, filepath.Join(model.Dir, filepath.FromSlash(one.path)), sum, buffer)
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return "", errChanging(model)
-			}
-			if ctx.Err() != nil {
-				return "", ctx.Err()
-			}
-			return "", fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
-		}
-		files = append(files, listed{path: one.path, size: n, sum: [sha256.Size]byte(sum.Sum(nil))})
-	}
-	if after, err := scan(model.Dir); err != nil || after.stamp != before.stamp || before.stamp != model.Stamp {
-		return "", errChanging(model)
-	}
-	return files.digest(), nil
-}
-
-func errChanging(model Model) error {
-	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again", model.Ref, model.Version, model.Dir)
-}
-
-// readAll hashes a file.
-func readAll(ctx context.Context, name string, sum hash.Hash, buffer []byte) (n int64, err error) {
-	in, err := os.Open(name) //nolint:gosec // of a model
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = in.Close() }()
-	for ctx.Err() == nil {
-		got, err := in.Read(buffer)
-		_, _ = sum.Write(buffer[:got])
-		n += int64(got)
-		if err == io.EOF {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
-	return n, ctx.Err()
 }

@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"archive/tar"

@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"context"
@@ -26,6 +26,7 @@ import (
 	_ "gocloud.dev/blob/gcsblob"
 	_ "gocloud.dev/blob/s3blob"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 )
@@ -45,7 +46,7 @@ type s3 struct {
 // newS3 starts versitygw, which `make test` builds, on a folder of its own.
 func newS3(t *testing.T) *s3 {
 	t.Helper()
-	binary, err := filepath.Abs("../build/s3/versitygw")
+	binary, err := filepath.Abs("../../build/s3/versitygw")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +194,7 @@ func largeModel(t testing.TB, number int) map[string]string {
 	return files
 }
 
-func remoteCache(t *testing.T, cacheDir, root string) *Cache {
+func remoteCache(t *testing.T, cacheDir, root string) *Repository {
 	t.Helper()
 	c := New(Options{ModelRoot: root, CacheDir: cacheDir, PollInterval: 200 * time.Millisecond, Log: zap.NewNop()})
 	t.Cleanup(c.Close)
@@ -206,13 +207,13 @@ func TestS3(t *testing.T) {
 	store := newS3(t)
 	c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), store.uri("repository"))
 	store.put("repository/m/1", largeModel(t, 1))
-	store.put("repository/m", map[string]string{SettingsFile: `{"warm_up":"off"}`})
+	store.put("repository/m", map[string]string{control.SettingsFile: `{"warm_up":"off"}`})
 
 	entries, err := c.Index(t.Context())
 	if err != nil || len(entries) != 2 || entries[1].Ref != "m" || store.reads.Load() != 0 {
 		t.Errorf("the index is %+v, %v after %d reads", entries, err, store.reads.Load())
 	}
-	model, err := c.find(t.Context(), "m", "")
+	model, err := c.Find(t.Context(), "m", "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,18 +228,18 @@ func TestS3(t *testing.T) {
 	}
 	local := filepath.Join(t.TempDir(), "m")
 	for name, text := range largeModel(t, 1) {
-		write(t, filepath.Join(local, name), text)
+		expect.Write(t, filepath.Join(local, name), text)
 	}
-	same, err := c.find(t.Context(), local, "")
+	same, err := c.Find(t.Context(), local, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if digest, err := c.digest(t.Context(), same); digest != model.Digest || err != nil {
+	if digest, err := c.Digest(t.Context(), same); digest != model.Digest || err != nil {
 		t.Errorf("fetched as %s, in a folder it is %s, %v", model.Digest, digest, err)
 	}
 	reads := store.reads.Load()
 	other := remoteCache(t, c.options.CacheDir, "")
-	if again, err := other.find(t.Context(), store.uri("repository/m/1"), ""); err != nil || again.Dir != model.Dir || again.Version != "1" {
+	if again, err := other.Find(t.Context(), store.uri("repository/m/1"), ""); err != nil || again.Dir != model.Dir || again.Version != "1" {
 		t.Errorf("another front finds %+v, %v", again, err)
 	}
 	if n := store.reads.Load() - reads; n != 0 {
@@ -252,37 +253,37 @@ func TestS3(t *testing.T) {
 	// A new version, and its end.
 	store.put("repository/m/2", largeModel(t, 2))
 	expect.Eventually(t, "version 2 is seen", func() bool {
-		numbers, err := c.settled(t.Context(), "m")
+		numbers, err := c.Settled(t.Context(), "m")
 		return err == nil && slices.Equal(numbers, []string{"1", "2"})
 	})
-	if model, err = c.find(t.Context(), "m", ""); err != nil || model.Version != "2" {
+	if model, err = c.Find(t.Context(), "m", ""); err != nil || model.Version != "2" {
 		t.Fatalf("the latest is %+v, %v", model, err)
 	}
-	if first, err := c.find(t.Context(), "m", "1"); err != nil || first.Version != "1" {
+	if first, err := c.Find(t.Context(), "m", "1"); err != nil || first.Version != "1" {
 		t.Errorf("pinned: %+v, %v", first, err)
 	}
 	store.remove("repository/m/2")
 	expect.Eventually(t, "version 2 is gone", func() bool {
-		numbers, err := c.settled(t.Context(), "m")
+		numbers, err := c.Settled(t.Context(), "m")
 		return err == nil && slices.Equal(numbers, []string{"1"})
 	})
-	_, err = c.find(t.Context(), "m", "2")
+	_, err = c.Find(t.Context(), "m", "2")
 	expect.Fault(t, err, fault.NotFound, "model m", "version 2")
 
 	// One that changes where it lies is fetched again.
-	before, err := c.find(t.Context(), "m", "1")
+	before, err := c.Find(t.Context(), "m", "1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	store.put("repository/m/1", map[string]string{"assets/words.txt": "other words, more of them"})
 	expect.Eventually(t, "the change is seen", func() bool {
-		model, err = c.find(t.Context(), "m", "1")
+		model, err = c.Find(t.Context(), "m", "1")
 		return err == nil && model.Digest != before.Digest && model.Stamp != before.Stamp
 	})
 
 	store.down.Store(true)
 	time.Sleep(c.options.PollInterval)
-	if again, err := c.find(t.Context(), "m", "1"); err != nil || again.Digest != model.Digest {
+	if again, err := c.Find(t.Context(), "m", "1"); err != nil || again.Digest != model.Digest {
 		t.Errorf("with the store away: %+v, %v", again, err)
 	}
 }
@@ -297,7 +298,7 @@ func TestSettingsOfOneSecond(t *testing.T) {
 		t.Fatal(err)
 	}
 	for cores := 1; cores < 4; cores++ {
-		store.put("m", map[string]string{SettingsFile: fmt.Sprintf(`{"cores":%d}`, cores)})
+		store.put("m", map[string]string{control.SettingsFile: fmt.Sprintf(`{"cores":%d}`, cores)})
 		found, err := c.list(t.Context(), at)
 		if err != nil {
 			t.Fatal(err)
@@ -329,7 +330,7 @@ func TestOneFetch(t *testing.T) {
 		c := remoteCache(t, dir, "")
 		for range callers {
 			asked.Go(func() {
-				if model, err := c.find(t.Context(), store.uri("m"), ""); err != nil || wholeOf(t, model.Dir, files) != nil {
+				if model, err := c.Find(t.Context(), store.uri("m"), ""); err != nil || wholeOf(t, model.Dir, files) != nil {
 					t.Errorf("found %+v, %v", model, err)
 				}
 			})
@@ -352,7 +353,7 @@ func TestFetchWithoutItsCaller(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
 		left := make(chan error, 1)
 		go func() {
-			_, err := c.find(ctx, store.uri("m"), "")
+			_, err := c.Find(ctx, store.uri("m"), "")
 			left <- err
 		}()
 		return leave, left
@@ -395,7 +396,7 @@ func TestBrokenFetches(t *testing.T) {
 	t.Run("cut once", func(t *testing.T) {
 		c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
 		store.cut.Store(2)
-		model, err := c.find(t.Context(), store.uri("m"), "")
+		model, err := c.Find(t.Context(), store.uri("m"), "")
 		if err != nil || wholeOf(t, model.Dir, files) != nil {
 			t.Errorf("found %+v, %v", model, err)
 		}
@@ -403,22 +404,22 @@ func TestBrokenFetches(t *testing.T) {
 	t.Run("cut always", func(t *testing.T) {
 		c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
 		store.cut.Store(1000)
-		_, err := c.find(t.Context(), store.uri("m"), "")
+		_, err := c.Find(t.Context(), store.uri("m"), "")
 		expect.Fault(t, err, fault.Unavailable, "model "+store.uri("m"), "version 1", "was cut after", "ask again")
 		if got := tree(t, c.models()); got != "" {
 			t.Errorf("left behind: %s", got)
 		}
 		store.cut.Store(0)
-		if _, err := c.find(t.Context(), store.uri("m"), ""); err != nil {
+		if _, err := c.Find(t.Context(), store.uri("m"), ""); err != nil {
 			t.Errorf("tried again: %v", err)
 		}
 	})
 	t.Run("disk full", func(t *testing.T) {
 		dir := small(t, 1<<20)
 		filler := filepath.Join(dir, "filler")
-		write(t, filler, strings.Repeat("x", 700_000))
+		expect.Write(t, filler, strings.Repeat("x", 700_000))
 		c := remoteCache(t, dir, "")
-		_, err := c.find(t.Context(), store.uri("m"), "")
+		_, err := c.Find(t.Context(), store.uri("m"), "")
 		expect.Fault(t, err, fault.Exhausted, "model "+store.uri("m"), "version 1", "no space left", "cache-dir")
 		if got := tree(t, c.models()); got != "" {
 			t.Errorf("left behind: %s", got)
@@ -426,7 +427,7 @@ func TestBrokenFetches(t *testing.T) {
 		if err := os.Remove(filler); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.find(t.Context(), store.uri("m"), ""); err != nil {
+		if _, err := c.Find(t.Context(), store.uri("m"), ""); err != nil {
 			t.Errorf("tried again: %v", err)
 		}
 		c.Close()
@@ -434,7 +435,7 @@ func TestBrokenFetches(t *testing.T) {
 	t.Run("no SavedModel", func(t *testing.T) {
 		c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
 		store.put("broken/1", map[string]string{"saved_model.pb": "this is no protocol buffer"})
-		_, err := c.find(t.Context(), store.uri("broken"), "")
+		_, err := c.Find(t.Context(), store.uri("broken"), "")
 		expect.Fault(t, err, fault.BadRequest, "saved_model.pb of version 1", "cannot be read")
 		if got := tree(t, c.models()); got != "" {
 			t.Errorf("left behind: %s", got)
@@ -466,7 +467,7 @@ func fetchAlone(arguments string) {
 		panic(err)
 	}
 	c := New(Options{CacheDir: ask[0], PollInterval: time.Second, Log: zap.NewNop()})
-	model, err := c.find(context.Background(), ask[1], "")
+	model, err := c.Find(context.Background(), ask[1], "")
 	c.Close()
 	fmt.Println(model.Dir, err)
 }
@@ -491,7 +492,7 @@ func TestKilledFetch(t *testing.T) {
 	c := remoteCache(t, dir, "")
 	found := make(chan error, 1)
 	go func() {
-		model, err := c.find(t.Context(), store.uri("m"), "")
+		model, err := c.Find(t.Context(), store.uri("m"), "")
 		if err == nil {
 			err = wholeOf(t, model.Dir, files)
 		}
@@ -568,7 +569,7 @@ func TestStoreFaults(t *testing.T) {
 		"gs, no credentials": {"gs://models/m", fault.Precondition, []string{"no credentials for gs://models", "GOOGLE_APPLICATION_CREDENTIALS"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := c.find(t.Context(), one.ref, "")
+			_, err := c.Find(t.Context(), one.ref, "")
 			expect.Fault(t, err, one.kind, append(one.parts, "model ")...)
 			if err != nil && (len(err.Error()) > 500 || strings.Contains(err.Error(), "hidden")) {
 				t.Errorf("%d characters: %s", len(err.Error()), err)
@@ -578,7 +579,7 @@ func TestStoreFaults(t *testing.T) {
 	}
 	t.Run("wrong key", func(t *testing.T) {
 		t.Setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-		_, err := remoteCache(t, t.TempDir(), "").find(t.Context(), store.uri("m"), "")
+		_, err := remoteCache(t, t.TempDir(), "").Find(t.Context(), store.uri("m"), "")
 		expect.Fault(t, err, fault.Precondition, "does not take the server's credentials", "AWS_ACCESS_KEY_ID")
 		t.Log(err)
 	})
@@ -586,7 +587,7 @@ func TestStoreFaults(t *testing.T) {
 		t.Setenv("AWS_SECRET_ACCESS_KEY", "")
 		t.Setenv("AWS_ACCESS_KEY_ID", "")
 		t.Setenv("HOME", t.TempDir())
-		_, err := remoteCache(t, t.TempDir(), "").find(t.Context(), store.uri("m"), "")
+		_, err := remoteCache(t, t.TempDir(), "").Find(t.Context(), store.uri("m"), "")
 		expect.Fault(t, err, fault.Precondition, "no credentials for s3://models", "AWS_ACCESS_KEY_ID")
 		t.Log(err)
 	})

@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"bytes"
@@ -12,17 +12,14 @@ import (
 	"strconv"
 
 	"flightsvc/internal/config"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
 
-// SettingsFile is the name of a model's settings. It lies beside the numbered folders of its versions, or in the
-// folder of a SavedModel that has none.
-const SettingsFile = "flightsvc.json"
-
 // Settings are what the owner of a model says about serving it. The zero value is the default of each.
 type Settings struct {
-	Batching      Batching          `json:"batching,omitzero"`
+	Batching      control.Batching  `json:"batching,omitzero"`
 	Signatures    []string          `json:"signatures,omitempty"`     // those that are served; none means all
 	OpLibraries   []string          `json:"op_libraries,omitempty"`   // files with custom operations, relative to the settings' folder
 	VersionLabels map[string]uint64 `json:"version_labels,omitempty"` // names of versions
@@ -40,33 +37,10 @@ const (
 	WarmUpOff  = "off"
 )
 
-// Batching is how a model is batched, in TF Serving's words. Zero leaves a number at its default.
-type Batching struct {
-	MaxBatchSize       int   `json:"max_batch_size,omitempty"`       // rows of one run, 1,024
-	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"` // the longest that a stream may ask to wait for others' rows, 10,000
-	MaxEnqueuedBatches int   `json:"max_enqueued_batches,omitempty"` // waiting record batches at which a runner takes no further stream, 128
-	NumBatchThreads    int   `json:"num_batch_threads,omitempty"`    // runs at once, as many as cores
-	// AllowedBatchSizes are the only numbers of rows that TensorFlow sees, ascending: a smaller batch is padded
-	// with copies of its first row. The last one is MaxBatchSize. None allows all.
-	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
-}
-
-// upTo returns the same with no more rows of a run than most, but for the smallest of the allowed batch sizes.
-func (b Batching) upTo(most int) Batching {
-	if sizes := b.AllowedBatchSizes; len(sizes) > 0 {
-		n, _ := slices.BinarySearch(sizes, most+1)
-		b.AllowedBatchSizes = sizes[:max(n, 1)]
-		b.MaxBatchSize = b.AllowedBatchSizes[len(b.AllowedBatchSizes)-1]
-	} else if b.MaxBatchSize == 0 || b.MaxBatchSize > most {
-		b.MaxBatchSize = most
-	}
-	return b
-}
-
 // readSettings reads the settings file in a folder; without one all is at its default. Its fault is
 // BadRequest and names the file and what is wrong in it.
 func readSettings(folder string) (Settings, error) {
-	path := filepath.Join(folder, SettingsFile)
+	path := filepath.Join(folder, control.SettingsFile)
 	text, err := os.ReadFile(path) //nolint:gosec // beside the model
 	if errors.Is(err, fs.ErrNotExist) {
 		return Settings{}, nil
@@ -107,8 +81,8 @@ func (s *Settings) check() error {
 		return fmt.Errorf("warm_up is %q; want %q or %q", s.WarmUp, WarmUpAuto, WarmUpOff)
 	}
 	for name := range s.VersionLabels {
-		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == latest || name == "" {
-			return fmt.Errorf("version_labels has %q; a label is neither a number nor %q", name, latest)
+		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == Latest || name == "" {
+			return fmt.Errorf("version_labels has %q; a label is neither a number nor %q", name, Latest)
 		}
 	}
 	sizes := b.AllowedBatchSizes
@@ -135,7 +109,7 @@ func (s *Settings) served(saved *savedmodel.Model) (*savedmodel.Model, error) {
 	for _, name := range s.Signatures {
 		signature, ok := saved.Signatures[name]
 		if !ok {
-			return nil, fault.New(fault.BadRequest, "%s serves the signature %q, which the model does not have; it has %q", SettingsFile, name, saved.Names())
+			return nil, fault.New(fault.BadRequest, "%s serves the signature %q, which the model does not have; it has %q", control.SettingsFile, name, saved.Names())
 		}
 		left.Signatures[name] = signature
 	}

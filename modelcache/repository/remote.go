@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"bytes"
@@ -17,6 +17,7 @@ import (
 	"gocloud.dev/blob"
 	"gocloud.dev/gcerrors"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 )
@@ -157,18 +158,18 @@ func (s *stores) close() {
 
 // listed returns what lies at a location, as it was at most age ago; 0 is any age. Where the store does not answer, an older
 // listing goes on to serve.
-func (c *Cache) listed(ctx context.Context, ref string, at location, age time.Duration) (listing, error) {
-	s := &c.stores
+func (r *Repository) listed(ctx context.Context, ref string, at location, age time.Duration) (listing, error) {
+	s := &r.stores
 	s.mu.Lock()
 	last, ok := s.listings[at.uri]
 	s.mu.Unlock()
 	if ok && (age == 0 || time.Since(last.at) < age) {
 		return last, nil
 	}
-	fresh, err := s.listing.do(ctx, c, at.uri, func(ctx context.Context) (listing, error) {
+	fresh, err := s.listing.do(ctx, r, at.uri, func(ctx context.Context) (listing, error) {
 		ctx, cancel := context.WithTimeout(ctx, listTimeout)
 		defer cancel()
-		found, err := c.list(ctx, at)
+		found, err := r.list(ctx, at)
 		if err != nil {
 			return listing{}, err
 		}
@@ -186,16 +187,16 @@ func (c *Cache) listed(ctx context.Context, ref string, at location, age time.Du
 	case ctx.Err() != nil:
 		return listing{}, ctx.Err()
 	case ok && gcerrors.Code(err) != gcerrors.NotFound && gcerrors.Code(err) != gcerrors.PermissionDenied:
-		c.options.Log.Warn("store does not answer; what it held before goes on to count", zap.String("model", ref), zap.String("uri", at.uri), zap.Error(err))
+		r.options.Log.Warn("store does not answer; what it held before goes on to count", zap.String("model", ref), zap.String("uri", at.uri), zap.Error(err))
 		return last, nil
 	}
 	return listing{}, storeFault(ref, at, err)
 }
 
 // list asks the store.
-func (c *Cache) list(ctx context.Context, at location) (listing, error) {
+func (r *Repository) list(ctx context.Context, at location) (listing, error) {
 	found := listing{at: time.Now(), versions: map[string]*snapshot{}}
-	bucket, err := c.stores.open(ctx, at)
+	bucket, err := r.stores.open(ctx, at)
 	if err != nil {
 		return found, err
 	}
@@ -217,7 +218,7 @@ func (c *Cache) list(ctx context.Context, at location) (listing, error) {
 			continue // a console's mark of a folder
 		}
 		one := file{path: name, size: object.Size, changed: object.ModTime, md5: object.MD5}
-		if name == SettingsFile {
+		if name == control.SettingsFile {
 			found.settings = &one
 		}
 		plain.files = append(plain.files, one)
@@ -242,10 +243,10 @@ func (c *Cache) list(ctx context.Context, at location) (listing, error) {
 }
 
 // remote returns the versions of a listing as candidates, by number; a SavedModel without versions is version 1.
-func (c *Cache) remote(at location, found listing) (list []candidate) {
+func (r *Repository) remote(at location, found listing) (list []candidate) {
 	add := func(number string, place location, now snapshot) {
 		list = append(list, candidate{number: number, look: func() (snapshot, condition) {
-			return now, c.seen.judge(place.uri, now, quietRemote)
+			return now, r.seen.judge(place.uri, now, quietRemote)
 		}})
 	}
 	if found.plain != nil {
@@ -259,18 +260,18 @@ func (c *Cache) remote(at location, found listing) (list []candidate) {
 }
 
 // findRemote is find for a place in a store.
-func (c *Cache) findRemote(ctx context.Context, ref, version string, at location, wait bool) (Model, error) {
+func (r *Repository) findRemote(ctx context.Context, ref, version string, at location, wait bool) (Model, error) {
 	var found listing
 	attempt := func(age time.Duration) (number string, now snapshot, err error) {
 		return await(ctx, ref, version, wait, func(again int) (_ []candidate, err error) {
 			if again > 0 {
 				age = freshListing // a listing that is looked at twice says nothing new
 			}
-			found, err = c.listed(ctx, ref, at, age)
-			return c.remote(at, found), err
+			found, err = r.listed(ctx, ref, at, age)
+			return r.remote(at, found), err
 		})
 	}
-	number, now, err := attempt(c.options.PollInterval)
+	number, now, err := attempt(r.options.PollInterval)
 	if err == nil && number == "" && time.Since(found.at) > freshListing {
 		number, now, err = attempt(freshListing) // it may be there by now
 	}
@@ -288,25 +289,25 @@ func (c *Cache) findRemote(ctx context.Context, ref, version string, at location
 	if found.plain == nil {
 		place = at.below(number)
 	}
-	digest, err := c.fetch(ctx, ref, number, place, now)
+	digest, err := r.fetch(ctx, ref, number, place, now)
 	if err != nil {
 		return Model{}, err
 	}
-	model := Model{Ref: ref, Version: number, Dir: c.place(digest), Base: at.uri, Stamp: now.stamp, Digest: digest}
+	model := Model{Ref: ref, Version: number, Dir: r.Place(digest), Base: at.uri, Stamp: now.stamp, Digest: digest}
 	if found.plain != nil {
 		model.Settings, err = readSettings(model.Dir)
 	} else if found.settings != nil {
-		model.Settings, err = c.storedSettings(ctx, ref, at, *found.settings)
+		model.Settings, err = r.storedSettings(ctx, ref, at, *found.settings)
 	}
 	if err != nil {
 		return Model{}, err
 	}
-	return c.withSaved(ctx, model, snapshot{}) // the files of a digest never change
+	return r.withSaved(ctx, model, snapshot{}) // the files of a digest never change
 }
 
 // storedSettings reads a settings file beside versions in a store.
-func (c *Cache) storedSettings(ctx context.Context, ref string, at location, about file) (Settings, error) {
-	s := &c.stores
+func (r *Repository) storedSettings(ctx context.Context, ref string, at location, about file) (Settings, error) {
+	s := &r.stores
 	s.mu.Lock()
 	known, ok := s.settings[at.uri]
 	s.mu.Unlock()
@@ -318,18 +319,18 @@ func (c *Cache) storedSettings(ctx context.Context, ref string, at location, abo
 		return Settings{}, storeFault(ref, at, err)
 	}
 	if about.size > maxSettings {
-		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref, SettingsFile, at.name, about.size, maxSettings)
+		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref, control.SettingsFile, at.name, about.size, maxSettings)
 	}
-	text, err := bucket.ReadAll(ctx, at.prefix+SettingsFile)
+	text, err := bucket.ReadAll(ctx, at.prefix+control.SettingsFile)
 	if err != nil {
 		return Settings{}, storeFault(ref, at, err)
 	}
-	settings, err := parseSettings(text, at.prefix+SettingsFile)
+	settings, err := parseSettings(text, at.prefix+control.SettingsFile)
 	if err != nil {
 		return Settings{}, fault.New(fault.BadRequest, "model %s: settings in the store: %w", ref, err)
 	}
 	if slices.ContainsFunc(settings.OpLibraries, func(library string) bool { return !path.IsAbs(library) }) {
-		return Settings{}, fault.New(fault.BadRequest, "model %s: op_libraries in %s beside versions in a store must be absolute paths of the server's host", ref, SettingsFile)
+		return Settings{}, fault.New(fault.BadRequest, "model %s: op_libraries in %s beside versions in a store must be absolute paths of the server's host", ref, control.SettingsFile)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -341,8 +342,8 @@ func (c *Cache) storedSettings(ctx context.Context, ref string, at location, abo
 }
 
 // names lists the folders of a location, at most maxNames.
-func (c *Cache) names(ctx context.Context, at location) ([]string, error) {
-	bucket, err := c.stores.open(ctx, at)
+func (r *Repository) names(ctx context.Context, at location) ([]string, error) {
+	bucket, err := r.stores.open(ctx, at)
 	if err != nil {
 		return nil, err
 	}
@@ -355,7 +356,7 @@ func (c *Cache) names(ctx context.Context, at location) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != Image {
+		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != control.Image {
 			names = append(names, name)
 		}
 	}

@@ -1,7 +1,6 @@
-package modelcache
+package tuning
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -10,15 +9,18 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
-	"flightsvc/gpu"
+	"go.uber.org/zap"
+
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
+	"flightsvc/modelcache/repository"
 )
 
 // oneDNN is the variable with which TensorFlow's oneDNN kernels are switched. TensorFlow reads it once, so each value needs
@@ -78,19 +80,54 @@ type Tuning struct {
 	Stored   string  `json:"stored"` // the file of the profile
 }
 
-// tuner is one search.
-type tuner struct {
-	c         *Cache
-	model     Model
+// Pool is what a search asks of those who keep models in memory.
+type Pool interface {
+	// Measure runs one more runner of a model, beside those that serve, with a choice in place of the model's own. It
+	// waits for memory, as a load does, and the process is gone when it returns.
+	Measure(ctx context.Context, model repository.Model, choice Choice, what control.Measurement) (control.Report, error)
+	// Busy reports whether anybody uses a model.
+	Busy() bool
+	// InMemory returns the models that are ready.
+	InMemory() []repository.Model
+}
+
+// Options are what a Tuner needs.
+type Options struct {
+	Pool       Pool
+	Repository *repository.Repository // gets the frozen models
+	Profiles   *Profiles
+	Cores      int // threads of a runner's pools; 0 is as many as there are
+	// Library finds the folder of libtensorflow; its error is a sentence that says what to install.
+	Library func(context.Context) (string, error)
+	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
+	// error is a sentence that says what to install. Nil means that no graph is frozen.
+	Python func(ctx context.Context, library string) (string, error)
+	Log    *zap.Logger
+}
+
+// Tuner finds out how models run fastest, one at a time.
+type Tuner struct {
+	options   Options
+	searching sync.Mutex // held while Tune measures
+	untunable sync.Map   // digests of models that tuneIdle has given up
+}
+
+// New returns a tuner.
+func New(options Options) *Tuner { return &Tuner{options: options} }
+
+// search is one search.
+type search struct {
+	t         *Tuner
+	model     repository.Model
 	digest    string
-	options   TuneOptions
+	ask       TuneOptions
 	signature savedmodel.Signature
 	library   string
 	cores     int
 	standard  Choice // what runs without a choice; its BatchSize is set once it was measured
 	sizes     []int
 	onednn    []bool // the values to try
-	reference []MeasuredOutput
+	reference []control.MeasuredOutput
 	progress  func(Candidate)
 	tried     []Candidate
 	notFrozen string // what is wrong with the model itself
@@ -102,59 +139,59 @@ type tuner struct {
 //
 // Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
 // while another search runs; those of a load.
-func (c *Cache) Tune(ctx context.Context, model Model, options TuneOptions, progress func(Candidate)) (Tuning, error) {
-	if !c.tuning.TryLock() {
+func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOptions, progress func(Candidate)) (Tuning, error) {
+	if !t.searching.TryLock() {
 		return Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
 	}
-	defer c.tuning.Unlock()
-	options.Signature = cmp.Or(options.Signature, savedmodel.DefaultSignature)
+	defer t.searching.Unlock()
+	ask.Signature = cmp.Or(ask.Signature, savedmodel.DefaultSignature)
 	if model.Dir == "" {
 		return Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
 	}
-	signature, err := model.Saved.Signature(options.Signature)
+	signature, err := model.Saved.Signature(ask.Signature)
 	if err != nil {
 		return Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
 	}
 	if signature.Assigns != "" {
-		return Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, options.Signature, signature.Assigns)
+		return Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, ask.Signature, signature.Assigns)
 	}
-	digest, err := c.digest(ctx, model)
+	digest, err := t.options.Repository.Digest(ctx, model)
 	if err != nil {
 		return Tuning{}, err
 	}
 	if digest == "" {
 		return Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
 	}
-	library, err := c.options.Library(ctx)
+	library, err := t.options.Library(ctx)
 	if err != nil {
 		return Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
-	t := &tuner{c: c, model: model, digest: digest, options: options, signature: signature, library: library, progress: progress}
-	t.cores = cmp.Or(c.options.Cores, runtime.GOMAXPROCS(0))
+	s := &search{t: t, model: model, digest: digest, ask: ask, signature: signature, library: library, progress: progress}
+	s.cores = cmp.Or(t.options.Cores, runtime.GOMAXPROCS(0))
 	if model.Settings.Cores > 0 {
-		t.cores = min(t.cores, model.Settings.Cores)
+		s.cores = min(s.cores, model.Settings.Cores)
 	}
-	t.standard = Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: t.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, t.cores)}
-	t.onednn = []bool{true, false}
+	s.standard = Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
+	s.onednn = []bool{true, false}
 	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
-		t.onednn = []bool{t.standard.OneDNN}
+		s.onednn = []bool{s.standard.OneDNN}
 	}
-	t.sizes = sizesFor(model.Settings.Batching)
-	about := Tuning{Model: model.Ref, Version: model.Version, Signature: options.Signature, Digest: digest, Machine: Machine(), Quick: options.Quick}
-	if err := t.search(ctx, &about); err != nil {
+	s.sizes = sizesFor(model.Settings.Batching)
+	about := Tuning{Model: model.Ref, Version: model.Version, Signature: ask.Signature, Digest: digest, Machine: Machine(), Quick: ask.Quick}
+	if err := s.run(ctx, &about); err != nil {
 		return Tuning{}, err
 	}
-	about.Stored = c.profiles.path(digest)
-	err = c.profiles.change(digest, func(p *Profile) {
+	about.Stored = t.options.Profiles.path(digest)
+	err = t.options.Profiles.Change(digest, func(p *Profile) {
 		if p.Tuned == nil {
 			p.Tuned = map[string]Choice{}
 		}
-		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, t.notFrozen
+		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, s.notFrozen
 	})
 	return about, err
 }
 
-func sizesFor(b Batching) []int {
+func sizesFor(b control.Batching) []int {
 	if len(b.AllowedBatchSizes) > 0 {
 		return b.AllowedBatchSizes
 	}
@@ -166,45 +203,45 @@ func sizesFor(b Batching) []int {
 	return sizes
 }
 
-// search measures, and fills in what came of it.
-func (t *tuner) search(ctx context.Context, about *Tuning) (err error) {
-	plain := t.standard // without the reference nothing can be compared
+// run measures, and fills in what came of it.
+func (s *search) run(ctx context.Context, about *Tuning) (err error) {
+	plain := s.standard // without the reference nothing can be compared
 	plain.OneDNN = false
-	if _, t.reference, err = t.run(ctx, plain, t.sizes[:1], 1); err != nil {
+	if _, s.reference, err = s.measure(ctx, plain, s.sizes[:1], 1); err != nil {
 		return err
 	}
-	frozen, err := t.freeze(ctx)
+	frozen, err := s.freeze(ctx)
 	var cannot notFrozen
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.As(err, &cannot):
-		t.notFrozen, about.NotFrozen = string(cannot), string(cannot)
+		s.notFrozen, about.NotFrozen = string(cannot), string(cannot)
 	case err != nil: // of this host, and no reason to leave the rest alone
 		about.NotFrozen = err.Error()
 	}
 	graphs := slices.Compact([]string{"", frozen})
-	if t.options.Quick {
-		err = t.quick(ctx, graphs)
+	if s.ask.Quick {
+		err = s.quick(ctx, graphs)
 	} else {
-		err = t.grid(ctx, graphs, t.threads(), t.sizes)
+		err = s.grid(ctx, graphs, s.threads(), s.sizes)
 	}
 	if err != nil {
 		return err
 	}
-	list, err := t.finals(ctx)
+	list, err := s.finals(ctx)
 	if err == nil {
-		t.conclude(about, list)
+		s.conclude(about, list)
 	}
 	return err
 }
 
 // grid tries all combinations.
-func (t *tuner) grid(ctx context.Context, graphs []string, threads [][2]int, sizes []int) error {
+func (s *search) grid(ctx context.Context, graphs []string, threads [][2]int, sizes []int) error {
 	for _, graph := range graphs {
 		for _, n := range threads {
-			for _, on := range t.onednn {
-				if err := t.try(ctx, Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
+			for _, on := range s.onednn {
+				if err := s.try(ctx, Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
 					return err
 				}
 			}
@@ -215,22 +252,22 @@ func (t *tuner) grid(ctx context.Context, graphs []string, threads [][2]int, siz
 
 // quick asks one question after the other, each of the best configuration so far: which batch sizes, frozen and oneDNN or
 // not, and which threads.
-func (t *tuner) quick(ctx context.Context, graphs []string) error {
-	if err := t.try(ctx, t.standard, t.sizes); err != nil {
+func (s *search) quick(ctx context.Context, graphs []string) error {
+	if err := s.try(ctx, s.standard, s.sizes); err != nil {
 		return err
 	}
-	sizes := t.sizesOf(t.standard)
-	if err := t.grid(ctx, graphs, [][2]int{{t.standard.Cores, t.standard.BatchThreads}}, sizes); err != nil {
+	sizes := s.sizesOf(s.standard)
+	if err := s.grid(ctx, graphs, [][2]int{{s.standard.Cores, s.standard.BatchThreads}}, sizes); err != nil {
 		return err
 	}
-	best, err := t.best()
+	best, err := s.best()
 	if err != nil {
 		return err
 	}
-	for _, n := range t.threads() {
+	for _, n := range s.threads() {
 		choice := best[0].Choice
 		choice.Cores, choice.BatchThreads = n[0], n[1]
-		if err := t.try(ctx, choice, sizes); err != nil {
+		if err := s.try(ctx, choice, sizes); err != nil {
 			return err
 		}
 	}
@@ -238,10 +275,10 @@ func (t *tuner) quick(ctx context.Context, graphs []string) error {
 }
 
 // sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it has none.
-func (t *tuner) sizesOf(choice Choice) (sizes []int) {
+func (s *search) sizesOf(choice Choice) (sizes []int) {
 	var own []Candidate
 	fastest := 0.0
-	for _, c := range t.tried {
+	for _, c := range s.tried {
 		if c.Reason == "" && c.configuration() == choice.configuration() {
 			own, fastest = append(own, c), max(fastest, c.RowsPerSecond)
 		}
@@ -252,7 +289,7 @@ func (t *tuner) sizesOf(choice Choice) (sizes []int) {
 		}
 	}
 	if len(sizes) == 0 {
-		return t.sizes
+		return s.sizes
 	}
 	return sizes
 }
@@ -265,50 +302,50 @@ func (c Choice) configuration() Choice {
 
 // threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large run at a
 // time, as many small ones as cores, and what lies between.
-func (t *tuner) threads() [][2]int {
-	n := t.cores
+func (s *search) threads() [][2]int {
+	n := s.cores
 	list := [][2]int{{n, n}, {n, 1}, {1, n}}
 	if n >= 4 {
 		list = append(list, [2]int{n / 2, 2})
 	}
-	if t.model.Settings.Batching.NumBatchThreads > 0 { // the owner has decided
-		list = [][2]int{{n, t.standard.BatchThreads}}
+	if s.model.Settings.Batching.NumBatchThreads > 0 { // the owner has decided
+		list = [][2]int{{n, s.standard.BatchThreads}}
 	}
 	slices.SortFunc(list, func(a, b [2]int) int { return cmp.Or(-cmp.Compare(a[0], b[0]), -cmp.Compare(a[1], b[1])) })
 	return slices.Compact(list)
 }
 
 // try measures one configuration with several batch sizes, unless that has been done.
-func (t *tuner) try(ctx context.Context, choice Choice, sizes []int) error {
-	if slices.ContainsFunc(t.tried, func(c Candidate) bool { return c.configuration() == choice.configuration() }) {
+func (s *search) try(ctx context.Context, choice Choice, sizes []int) error {
+	if slices.ContainsFunc(s.tried, func(c Candidate) bool { return c.configuration() == choice.configuration() }) {
 		return nil
 	}
-	found, answers, err := t.run(ctx, choice, sizes, tuneWindows)
+	found, answers, err := s.measure(ctx, choice, sizes, tuneWindows)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	if err != nil {
-		t.note(Candidate{Choice: choice, Reason: err.Error()})
+		s.note(Candidate{Choice: choice, Reason: err.Error()})
 	}
-	difference := differenceOf(answers, t.reference)
+	difference := differenceOf(answers, s.reference)
 	for _, m := range found {
 		choice.BatchSize = m.BatchSize
-		t.note(Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
+		s.note(Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
 	}
 	return nil
 }
 
-func (t *tuner) note(candidate Candidate) {
-	t.tried = append(t.tried, candidate)
-	t.progress(candidate)
+func (s *search) note(candidate Candidate) {
+	s.tried = append(s.tried, candidate)
+	s.progress(candidate)
 }
 
 // best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
-func (t *tuner) best() ([]Candidate, error) {
-	list := slices.DeleteFunc(slices.Clone(t.tried), func(c Candidate) bool { return !c.Agrees || c.Reason != "" })
+func (s *search) best() ([]Candidate, error) {
+	list := slices.DeleteFunc(slices.Clone(s.tried), func(c Candidate) bool { return !c.Agrees || c.Reason != "" })
 	if len(list) == 0 {
-		why := cmp.Or(t.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
-		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", t.model.Ref, t.options.Signature, why)
+		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
+		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.ask.Signature, why)
 	}
 	bySpeed(list)
 	return list, nil
@@ -321,13 +358,13 @@ func bySpeed(list []Candidate) {
 // finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were fast, and
 // returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a candidate
 // counts by its part of the fastest of the same round, the median of the rounds.
-func (t *tuner) finals(ctx context.Context) ([]Candidate, error) {
-	list, err := t.best()
+func (s *search) finals(ctx context.Context) ([]Candidate, error) {
+	list, err := s.best()
 	if err != nil {
 		return nil, err
 	}
 	first, again := finalists, []Choice{}
-	if t.options.Quick {
+	if s.ask.Quick {
 		first = finalists / 2
 	}
 	for _, c := range list {
@@ -335,14 +372,14 @@ func (t *tuner) finals(ctx context.Context) ([]Candidate, error) {
 			again = append(again, one)
 		}
 	}
-	if !slices.Contains(again, t.standard) && slices.ContainsFunc(list, func(c Candidate) bool { return c.configuration() == t.standard }) {
-		again = append(again, t.standard)
+	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list, func(c Candidate) bool { return c.configuration() == s.standard }) {
+		again = append(again, s.standard)
 	}
 	parts, fastest := map[Choice][]float64{}, []float64{}
 	for range rounds {
 		speeds, most := map[Choice]float64{}, 0.0
 		for _, choice := range again {
-			found, _, err := t.run(ctx, choice, t.sizesOf(choice), tuneWindows)
+			found, _, err := s.measure(ctx, choice, s.sizesOf(choice), tuneWindows)
 			if err != nil { // it ran before; who fails now is no choice
 				if ctx.Err() != nil {
 					return nil, ctx.Err()
@@ -360,14 +397,14 @@ func (t *tuner) finals(ctx context.Context) ([]Candidate, error) {
 		fastest = append(fastest, most)
 	}
 	list = nil
-	for i, c := range t.tried {
+	for i, c := range s.tried {
 		if len(parts[c.Choice]) == rounds {
-			t.tried[i].RowsPerSecond = median(parts[c.Choice]) * median(fastest)
-			list = append(list, t.tried[i])
+			s.tried[i].RowsPerSecond = median(parts[c.Choice]) * median(fastest)
+			list = append(list, s.tried[i])
 		}
 	}
 	if len(list) == 0 {
-		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; the log has what its runners said", t.model.Ref)
+		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; the log has what its runners said", s.model.Ref)
 	}
 	bySpeed(list)
 	return list, nil
@@ -380,9 +417,9 @@ func median(list []float64) float64 {
 }
 
 // deviation counts in how many ways a configuration is not the default.
-func (t *tuner) deviation(c Choice) int {
+func (s *search) deviation(c Choice) int {
 	n := 0
-	for _, differs := range []bool{c.Frozen != "", c.OneDNN != t.standard.OneDNN, c.Cores != t.standard.Cores || c.BatchThreads != t.standard.BatchThreads} {
+	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores || c.BatchThreads != s.standard.BatchThreads} {
 		if differs {
 			n++
 		}
@@ -391,30 +428,30 @@ func (t *tuner) deviation(c Choice) int {
 }
 
 // conclude chooses among the finalists, the fastest first.
-func (t *tuner) conclude(about *Tuning, list []Candidate) {
+func (s *search) conclude(about *Tuning, list []Candidate) {
 	about.Chosen = list[0]
 	for _, c := range list {
-		if t.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
+		if s.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
 			about.Default = c
 		}
-		simpler := cmp.Or(cmp.Compare(t.deviation(about.Chosen.Choice), t.deviation(c.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
+		simpler := cmp.Or(cmp.Compare(s.deviation(about.Chosen.Choice), s.deviation(c.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
 		if c.RowsPerSecond >= (1-tie)*list[0].RowsPerSecond && simpler > 0 {
 			about.Chosen = c
 		}
 	}
-	for i := range t.tried {
-		t.tried[i].Relative = ratio(t.tried[i].RowsPerSecond, about.Default.RowsPerSecond)
+	for i := range s.tried {
+		s.tried[i].Relative = ratio(s.tried[i].RowsPerSecond, about.Default.RowsPerSecond)
 	}
 	about.Default.Relative = 1
 	about.Chosen.Relative = ratio(about.Chosen.RowsPerSecond, about.Default.RowsPerSecond)
-	about.Candidates = slices.Clone(t.tried)
+	about.Candidates = slices.Clone(s.tried)
 	bySpeed(about.Candidates)
-	about.Freezing = t.effect(func(c Choice) (bool, Choice) {
+	about.Freezing = s.effect(func(c Choice) (bool, Choice) {
 		on := c.Frozen != ""
 		c.Frozen = ""
 		return on, c
 	})
-	about.OneDNN = t.effect(func(c Choice) (bool, Choice) {
+	about.OneDNN = s.effect(func(c Choice) (bool, Choice) {
 		on := c.OneDNN
 		c.OneDNN = false
 		return on, c
@@ -422,9 +459,9 @@ func (t *tuner) conclude(about *Tuning, list []Candidate) {
 }
 
 // effect returns the median ratio of the speeds of candidates that differ only in what split takes away.
-func (t *tuner) effect(split func(Choice) (on bool, rest Choice)) float64 {
+func (s *search) effect(split func(Choice) (on bool, rest Choice)) float64 {
 	with, without := map[Choice]float64{}, map[Choice]float64{}
-	for _, c := range t.tried {
+	for _, c := range s.tried {
 		on, rest := split(c.Choice)
 		if on {
 			with[rest] = c.RowsPerSecond
@@ -451,98 +488,29 @@ func ratio(a, b float64) float64 {
 	return a / b
 }
 
-// environment is what a runner of a choice needs besides its Setup.
-func (c Choice) environment() []string {
+// Environment is what a runner of a choice needs besides its Setup.
+func (c Choice) Environment() []string {
 	if c.OneDNN {
 		return []string{oneDNN + "=1"}
 	}
 	return []string{oneDNN + "=0"}
 }
 
-// run measures one configuration in a process of its own, which is gone when it returns.
-func (t *tuner) run(ctx context.Context, choice Choice, sizes []int, windows int) ([]Measured, []MeasuredOutput, error) {
-	release, err := t.c.borrow(ctx, t.model, t.digest)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer release()
+// measure measures one configuration in a process of its own.
+func (s *search) measure(ctx context.Context, choice Choice, sizes []int, windows int) ([]control.Measured, []control.MeasuredOutput, error) {
 	folder, err := os.MkdirTemp("", "flightsvc-tune-")
 	if err != nil {
 		return nil, nil, err
 	}
 	defer func() { _ = os.RemoveAll(folder) }()
-	setup := Setup{
-		Model: t.model.Ref, Dir: t.model.Dir, Server: t.c.options.Server, LogLevel: t.c.options.LogLevel,
-		Cores: choice.Cores, Batching: Batching{NumBatchThreads: choice.BatchThreads},
-		MaxImagePixels: t.c.options.MaxImagePixels, MaxImageBytes: t.c.options.MaxImageBytes,
-		Measure: &Measurement{
-			Signature: t.options.Signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
-		},
-	}
-	if choice.Frozen != "" {
-		setup.Dir = t.c.place(choice.Frozen)
-	}
-	if setup.OpLibraries, err = t.c.allowedLibraries(t.model); err != nil {
-		return nil, nil, err
-	}
-	unhold, err := t.c.hold(Model{Ref: t.model.Ref, Dir: setup.Dir})
+	report, err := s.t.options.Pool.Measure(ctx, s.model, choice, control.Measurement{
+		Signature: s.ask.Signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
+	})
 	if err != nil {
 		return nil, nil, err
 	}
-	defer unhold()
-	var processor *gpu.Placement // it is what is tuned
-	env := append(runnerEnv(os.Environ(), t.library, nil, processor.Env()), choice.environment()...)
-	report, err := runToEnd(ctx, t.c.options, setup, env)
-	if err != nil {
-		return nil, nil, err
-	}
-	answers, err := ReadAnswers(folder)
+	answers, err := control.ReadAnswers(folder)
 	return report.Measured, answers, err
-}
-
-// runToEnd starts a runner that ends by itself and returns its report.
-func runToEnd(ctx context.Context, options Options, setup Setup, env []string) (Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, options.LoadTimeout+5*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, options.Binary) //nolint:gosec // the binary lies beside our own
-	cmd.Env, cmd.Stderr = env, os.Stderr
-	cmd.WaitDelay = runnerGrace
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return Report{}, err
-	}
-	defer func() { _ = stdin.Close() }() // its end would end the runner
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return Report{}, err
-	}
-	line, err := json.Marshal(setup)
-	if err != nil {
-		return Report{}, err
-	}
-	if err := cmd.Start(); err != nil {
-		return Report{}, fault.New(fault.Precondition, "model %s: start %s: %w", setup.Model, options.Binary, err)
-	}
-	_, _ = stdin.Write(append(line, '\n')) // a runner that is gone says nothing, which is an error below
-	var last Report
-	for lines := bufio.NewScanner(stdout); lines.Scan(); {
-		var report Report
-		if json.Unmarshal(lines.Bytes(), &report) == nil && (report.Measured != nil || report.Error != "") {
-			last = report
-		}
-	}
-	err = cmd.Wait()
-	switch {
-	case ctx.Err() != nil:
-		return last, ctx.Err()
-	case last.Error != "":
-		return last, fault.New(last.Kind, "%s", last.Error)
-	case last.Measured == nil:
-		return last, fault.New(fault.Internal, "model %s: its runner ended while it was measured (%v); the log has what it said", setup.Model, err)
-	case last.Build != options.Build:
-		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", last.Build, options.Build)
-	}
-	return last, nil
 }
 
 // notFrozen is why a model has to be served as it is.
@@ -550,57 +518,47 @@ type notFrozen string
 
 func (n notFrozen) Error() string { return string(n) }
 
-// freeze makes constants of the model's variables, with Python, and keeps the result among the pushed models; it returns its
+// freeze makes constants of the model's variables, with Python, and keeps the result in the repository; it returns its
 // digest. Its error is a notFrozen where the model is the reason.
-func (t *tuner) freeze(ctx context.Context) (digest string, err error) {
-	c := t.c
-	if c.options.Python == nil {
+func (s *search) freeze(ctx context.Context) (digest string, err error) {
+	options := s.t.options
+	if options.Python == nil {
 		return "", errors.New("this server has no Python to freeze it with")
 	}
-	python, err := c.options.Python(ctx, t.library)
+	python, err := options.Python(ctx, s.library)
 	if err != nil {
 		return "", err
 	}
-	dir, err := c.beside(pushPattern)
-	if err != nil {
-		return "", c.diskFault(err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	out := filepath.Join(dir, "frozen")
-	args := []string{"-m", "flightsvc.freeze", t.model.Dir, out}
-	for _, name := range t.model.Saved.Names() {
-		if t.model.Saved.Signatures[name].Assigns == "" {
+	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error { return s.freezeInto(ctx, python, folder) })
+}
+
+func (s *search) freezeInto(ctx context.Context, python, folder string) error {
+	args := []string{"-m", "flightsvc.freeze", s.model.Dir, folder}
+	for _, name := range s.model.Saved.Names() {
+		if s.model.Saved.Signatures[name].Assigns == "" {
 			args = append(args, "--signature", name)
 		}
 	}
 	cmd := exec.CommandContext(ctx, python, args...) //nolint:gosec // the user's own interpreter
-	cmd.WaitDelay = runnerGrace
+	cmd.WaitDelay = freezerGrace
 	var said, cause strings.Builder
 	cmd.Stdout, cmd.Stderr = &said, &cause
-	err = cmd.Run()
+	err := cmd.Run()
 	var told struct {
 		Frozen bool   `json:"frozen"`
 		Reason string `json:"reason"`
 	}
 	switch {
 	case json.Unmarshal([]byte(lastLine(said.String())), &told) != nil:
-		return "", fmt.Errorf("freezing failed (%w): %s", cmp.Or(err, io.ErrUnexpectedEOF), lastLine(cause.String()))
+		return fmt.Errorf("freezing failed (%w): %s", cmp.Or(err, io.ErrUnexpectedEOF), lastLine(cause.String()))
 	case !told.Frozen:
-		return "", notFrozen(told.Reason)
+		return notFrozen(told.Reason)
 	}
-	files, err := scan(out)
-	if err != nil {
-		return "", c.diskFault(err)
-	}
-	if digest, err = digestOf(ctx, Model{Ref: t.model.Ref, Version: t.model.Version, Dir: out, Stamp: files.stamp}); err != nil {
-		return "", err
-	}
-	if err := c.keep(out, digest); err != nil {
-		return "", c.diskFault(err)
-	}
-	c.collectSoon()
-	return digest, nil
+	return nil
 }
+
+// freezerGrace is how long what Python has started may keep its pipes open once it has ended.
+const freezerGrace = 2 * time.Second
 
 func lastLine(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")

@@ -1,10 +1,9 @@
-package modelcache
+package repository
 
 import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -20,24 +19,12 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/rundir"
-	"flightsvc/internal/savedmodel"
 )
-
-// graph is a saved_model.pb of one signature.
-func graph(t testing.TB) string {
-	t.Helper()
-	dir := t.TempDir()
-	saved(t, dir)
-	data, err := os.ReadFile(filepath.Join(dir, savedmodel.File))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(data)
-}
 
 // entry is one of an archive; a regular file unless the header says otherwise.
 type entry struct {
@@ -68,7 +55,7 @@ func archived(t testing.TB, entries ...entry) []byte {
 }
 
 // newStore is a cache that is used for its pushed models alone.
-func newStore(t testing.TB) *Cache {
+func newStore(t testing.TB) *Repository {
 	t.Helper()
 	c := New(Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
 	t.Cleanup(c.Close)
@@ -125,7 +112,7 @@ func TestDigest(t *testing.T) {
 }
 
 func TestPush(t *testing.T) {
-	c, pb := newStore(t), graph(t)
+	c, pb := newStore(t), expect.SavedModel()
 	archive := archived(t, entry{name: "saved_model.pb", text: pb}, entry{name: "variables/v", text: "weights"})
 	if tree(t, c.options.CacheDir) != "" {
 		t.Error("the cache-dir is there before its first use")
@@ -147,24 +134,24 @@ func TestPush(t *testing.T) {
 	if got := tree(t, c.options.CacheDir); got != want {
 		t.Errorf("after another push it holds %s", got)
 	}
-	model, err := c.Resolve(t.Context(), digest, "")
+	model, err := c.Find(t.Context(), digest, "")
 	if err != nil || model.Ref != digest || model.Version != "1" || len(model.Saved.Signatures) != 1 || model.Dir != filepath.Join(c.models(), hex) {
 		t.Errorf("resolved to %+v, %v", model, err)
 	}
 	entries, err := c.Index(t.Context())
-	if err != nil || len(entries) != 2 || entries[0].Ref != Image || entries[1].Ref != digest || entries[1].State != StateUnloaded || entries[1].Err != nil {
+	if err != nil || len(entries) != 2 || entries[0].Ref != control.Image || entries[1].Ref != digest || entries[1].Err != nil {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
-	_, err = c.Resolve(t.Context(), "sha256:"+strings.Repeat("0", 64), "")
+	_, err = c.Find(t.Context(), "sha256:"+strings.Repeat("0", 64), "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host", "DoPut")
 	for _, ref := range []string{"sha256:", "sha256:" + strings.Repeat("A", 64), "sha256:../../x", digest + "0", digest + "\n"} {
-		_, err = c.Resolve(t.Context(), ref, "")
+		_, err = c.Find(t.Context(), ref, "")
 		expect.Fault(t, err, fault.BadRequest, "64 lower-case hexadecimal digits")
 	}
 }
 
 func TestPushesOfOneModelAtOnce(t *testing.T) {
-	c, pb := newStore(t), graph(t)
+	c, pb := newStore(t), expect.SavedModel()
 	archive := archived(t, entry{name: "saved_model.pb", text: pb})
 	const callers = 8
 	all := make(chan struct{})
@@ -209,7 +196,7 @@ func (g *gate) Read([]byte) (int, error) {
 }
 
 func TestPushRefuses(t *testing.T) {
-	pb := graph(t)
+	pb := expect.SavedModel()
 	model := entry{name: "saved_model.pb", text: pb}
 	good := archived(t, model, entry{name: "variables/v", text: strings.Repeat("w", 2000)})
 	var zipped bytes.Buffer
@@ -350,7 +337,7 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	}
 	dead, live := fmt.Sprintf(".push-%d-%d-1", gone.Process.Pid, self.Start), fmt.Sprintf(".push-%d-%d-1", self.PID, self.Start)
 	for _, name := range []string{dead, live, ".push-x", "notes"} {
-		write(t, filepath.Join(c.models(), name, "f"), "")
+		expect.Write(t, filepath.Join(c.models(), name, "f"), "")
 	}
 	New(c.options).Close()
 	if got := tree(t, c.models()); got != fmt.Sprintf("%s %[1]s/f:0 .push-x .push-x/f:0 notes notes/f:0", live) {
@@ -373,7 +360,7 @@ func memoryFolder() string {
 // FuzzUnpack feeds damaged archives: nothing may appear beside the folder, a success has a digest and a
 // graph, and a push that fails leaves nothing.
 func FuzzUnpack(f *testing.F) {
-	pb := graph(f)
+	pb := expect.SavedModel()
 	f.Add(archived(f, entry{name: "saved_model.pb", text: pb}, entry{name: "variables/v", text: "w"}))
 	f.Add(archived(f, entry{name: "../x", text: "1"}, entry{name: "/x", text: "1"}))
 	f.Add(archived(f, entry{name: "a", header: tar.Header{Typeflag: tar.TypeSymlink, Linkname: ".."}}, entry{name: "a/x", text: "1"}))
@@ -400,58 +387,10 @@ func FuzzUnpack(f *testing.F) {
 				t.Errorf("the error is %v", err)
 			}
 			if err == nil {
-				if err := os.RemoveAll(c.place(digest)); err != nil {
+				if err := os.RemoveAll(c.Place(digest)); err != nil {
 					t.Error(err)
 				}
 			}
 		})
 	})
-}
-
-func TestIndex(t *testing.T) {
-	cache, model := newCache(t, "good", nil)
-	root := cache.options.ModelRoot
-	saved(t, filepath.Join(root, "many", "2"))
-	saved(t, filepath.Join(root, "many", "10"))
-	saved(t, filepath.Join(root, ".hidden"))
-	write(t, filepath.Join(root, "empty", "notes.txt"), "")
-	write(t, filepath.Join(root, "broken", savedmodel.File), "this is no protocol buffer")
-	write(t, filepath.Join(root, "file"), "")
-	outside := t.TempDir()
-	saved(t, outside)
-	list := func() string {
-		t.Helper()
-		entries, err := cache.Index(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		var words []string
-		for _, e := range entries {
-			words = append(words, fmt.Sprintf("%s/%s:%s:%t", e.Ref, e.Version, e.State, e.Err == nil))
-		}
-		return strings.Join(words, " ")
-	}
-	const rest = "broken/:unloaded:false empty/:unloaded:false image/1:unloaded:true m/1:%s:true many/2:unloaded:true many/10:unloaded:true"
-	if got := list(); got != fmt.Sprintf(rest, "unloaded") {
-		t.Errorf("the index is %s", got)
-	}
-	other, err := cache.Resolve(t.Context(), outside, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range []Model{model, other} {
-		if _, err := cache.Ready(context.Background(), m, ""); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if got := list(); got != outside+"/1:ready:true "+fmt.Sprintf(rest, "ready") {
-		t.Errorf("the index is %s", got)
-	}
-	write(t, filepath.Join(model.Dir, savedmodel.File), "broken since")
-	if got := list(); !strings.Contains(got, " m/:ready:false ") || strings.Count(got, "m/") != 1 {
-		t.Errorf("the index is %s", got)
-	}
-	cache.options.ModelRoot = filepath.Join(root, "nope")
-	_, err = cache.Index(t.Context())
-	expect.Fault(t, err, fault.Precondition, "model-root: ", "nope")
 }

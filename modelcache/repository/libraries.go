@@ -1,4 +1,4 @@
-package modelcache
+package repository
 
 import (
 	"cmp"
@@ -6,30 +6,31 @@ import (
 	"path/filepath"
 	"strings"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 )
 
-// allowedLibraries returns the files of custom operations that a model loads, without links. They are programs, so
+// AllowedLibraries returns the files of custom operations that a model loads, without links. They are programs, so
 // each has to be one of the files, or below one of the folders, of the setting op-libraries; a model cannot allow
 // its own. Its faults are Precondition and name the file and the setting.
-func (c *Cache) allowedLibraries(model Model) ([]string, error) {
+func (r *Repository) AllowedLibraries(model Model) ([]string, error) {
 	var list []string
 	for _, path := range model.Settings.OpLibraries {
 		real, err := filepath.EvalSymlinks(path)
 		if err != nil {
-			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s: %w", model.Ref, SettingsFile, path, err)
+			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s: %w", model.Ref, control.SettingsFile, path, err)
 		}
-		if !c.allowed(real) {
+		if !r.allowed(real) {
 			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s, which this server does not allow; it allows %s (op-libraries, FLIGHTSVC_OP_LIBRARIES)",
-				model.Ref, SettingsFile, real, cmp.Or(strings.Join(c.options.OpLibraries, ", "), "none"))
+				model.Ref, control.SettingsFile, real, cmp.Or(strings.Join(r.options.OpLibraries, ", "), "none"))
 		}
 		list = append(list, real)
 	}
 	return list, nil
 }
 
-func (c *Cache) allowed(path string) bool {
-	for _, allowed := range c.options.OpLibraries {
+func (r *Repository) allowed(path string) bool {
+	for _, allowed := range r.options.OpLibraries {
 		allowed, err := filepath.Abs(allowed)
 		if err == nil {
 			allowed, err = filepath.EvalSymlinks(allowed)
