@@ -204,7 +204,7 @@ func TestTuneWithoutFreezing(t *testing.T) {
 	t.Parallel()
 	for says, want := range map[string]string{
 		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
-		`echo 'flightsvc.freeze: no' >&2; exit 1`:                   "freezing failed (exit status 1): flightsvc.freeze: no",
+		`echo 'flightsvc.export.freeze: no' >&2; exit 1`:            "freezing failed (exit status 1): flightsvc.export.freeze: no",
 	} {
 		c, model := newTuned(t, "", says)
 		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: true}, nothing)

@@ -22,8 +22,9 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import Input, Output, connection, errors
-from flightsvc.connection import Connection
+from flightsvc import Input, Output, errors
+from flightsvc.server import connection
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,8 @@ from figures import PROVE, count
 
 import flightsvc
 from flightsvc import Input, InvalidArgumentError, Model, Output, TensorSpec
-from flightsvc.spark_types import ACCEPTED as SPARK_ACCEPTED
-from flightsvc.spark_types import check_input
+from flightsvc.spark.types import ACCEPTED as SPARK_ACCEPTED
+from flightsvc.spark.types import check_input
 
 INTEGERS = ("int8", "int16", "int32", "int64")
 UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
@@ -771,7 +771,7 @@ def test_spark_both_ways(spark: Any, made: Path, tf_run: Callable[..., dict[str,
     """Each tensor from each type that it takes, as a value and in an array."""
     from pyspark.sql.types import StructType
 
-    from flightsvc.spark_types import spark_type
+    from flightsvc.spark.types import spark_type
 
     scalars, arrays = Model(made / "scalars", signature=dtype), Model(made / "rows", signature=dtype)
     kinds = SPARK_ACCEPTED[dtype]

@@ -18,8 +18,8 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import archive, sidecar
-from flightsvc.connection import Connection
+from flightsvc.server import archive, sidecar
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
 CHUNKS = pa.schema([pa.field("chunk", pa.binary())])

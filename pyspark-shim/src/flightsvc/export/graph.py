@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
-from flightsvc.freeze import LIMIT, split_gathers
-from flightsvc.shipping import private_folder
+from flightsvc.export.freeze import LIMIT, split_gathers
+from flightsvc.server.shipping import private_folder
 
 if TYPE_CHECKING:
     import os

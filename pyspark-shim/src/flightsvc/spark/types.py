@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.loading import PICTURES
 from flightsvc.mapping import Input, TensorSpec
-from flightsvc.model import Model
+from flightsvc.spark.loading import PICTURES
 
 if TYPE_CHECKING:
     from pyspark.sql.types import DataType, StructField
+
+    from flightsvc.model import Model
 
 _INTEGERS = ("tinyint", "smallint", "int", "bigint")
 _UNSIGNED = (*_INTEGERS, "decimal(20,0)")  # checked value by value by the server

@@ -397,7 +397,7 @@ def _watch(owner: Owner) -> int:
 def _binary(settings: Settings) -> str:
     if settings.binary is not None:
         return settings.binary
-    bundled = Path(__file__).with_name("_bin") / "flightsvc"
+    bundled = Path(__file__).parents[1] / "_bin" / "flightsvc"
     found = str(bundled) if bundled.exists() else shutil.which("flightsvc")
     if found is None:
         raise SidecarError(

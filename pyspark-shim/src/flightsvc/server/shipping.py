@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, cast
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from flightsvc import archive
-from flightsvc.connection import Connection
 from flightsvc.errors import FLIGHT_ERRORS, InvalidArgumentError, NotFoundError
-from flightsvc.sidecar import locked, this_process
+from flightsvc.server import archive
+from flightsvc.server.connection import Connection
+from flightsvc.server.sidecar import locked, this_process
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -1,6 +1,6 @@
 """A SavedModel with its variables made constants, which TensorFlow can then fold and fuse.
 
-    python -m flightsvc.freeze MODEL_DIR OUT_DIR [--signature NAME]...
+    python -m flightsvc.export.freeze MODEL_DIR OUT_DIR [--signature NAME]...
 
 OUT_DIR becomes a SavedModel of one graph without variables. Its signatures, and the names, dtypes and shapes
 of their inputs and outputs, are those of MODEL_DIR; a server reads the same from both. Answers agree up to
@@ -12,7 +12,7 @@ TensorFlow reads a graph in one piece of at most 2 GB. Otherwise nothing is writ
 
 The last line on standard output is JSON: ``{"frozen": true, ...}``, or ``{"frozen": false, "reason": "..."}``
 with exit code 3. Exit code 1 is an error, such as a folder that is no SavedModel. Progress goes to standard
-error. Besides `flightsvc.keras_export` this is the one module that needs TensorFlow, on the host of a server.
+error. Besides `flightsvc.export.keras` this is the one module that needs TensorFlow, on the host of a server.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def _first_line(error: Exception) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Freeze the model that the command line names and print one line of JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m flightsvc.freeze", description=(__doc__ or "").splitlines()[0]
+        prog="python -m flightsvc.export.freeze", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a SavedModel")
     parser.add_argument("out", metavar="OUT_DIR", help="the new folder")
@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"frozen": False, "reason": str(why)}))
         return NOT_FROZEN
     except (FlightsvcError, OSError) as error:
-        print(f"flightsvc.freeze: {error}", file=sys.stderr)
+        print(f"flightsvc.export.freeze: {error}", file=sys.stderr)
         return 1
     print(json.dumps({"frozen": True, **about}))
     return 0

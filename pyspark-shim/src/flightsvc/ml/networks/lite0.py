@@ -10,7 +10,7 @@ in Keras and exported with the signature
 where ``image`` is RGB, normalised as (x - 127) / 128, and ``probabilities`` are those of the 1,000 ImageNet
 classes in the order of `labels`.
 
-    python -m flightsvc.ml.lite0   # exports into the cache folder, unless it is there, and prints the folder
+    python -m flightsvc.ml.networks.lite0   # prints the folder in the cache, exported if it is not there
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flightsvc.errors import FlightsvcError, NotFoundError
+from flightsvc.ml.networks.applications import load_weights
+from flightsvc.ml.networks.labels import imagenet_labels
 
 if TYPE_CHECKING:
     import keras
@@ -64,8 +66,6 @@ def cached(progress: Callable[[str], None] = lambda line: None) -> Path:
 
 def labels() -> list[str]:
     """Return the English names of the 1,000 classes, in the order of ``probabilities``."""
-    from flightsvc.ml.networks import imagenet_labels
-
     return [name.replace("_", " ") for _, name in imagenet_labels()]
 
 
@@ -173,6 +173,16 @@ def network(weights: dict[str, np.ndarray]) -> keras.Model:
     if rest:
         raise ValueError(f"these weights belong to no layer of EfficientNet-Lite0: {', '.join(sorted(rest))}")
     return keras.Model(image, probabilities)
+
+
+def build(weights: Path | None) -> keras.Model:
+    """Return the network with the weights of a file of PyTorch or Keras; of others, with its own first."""
+    assert weights is not None
+    own = weights.suffix == ".pth"
+    model = network(read_weights(weights if own else weights_file()))
+    if not own:
+        load_weights("EfficientNetLite0", model, weights)
+    return model
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from flightsvc import sidecar
 from flightsvc._version import __version__
 from flightsvc.errors import (
     FLIGHT_ERRORS,
@@ -24,6 +23,7 @@ from flightsvc.errors import (
     retry_after,
     translate,
 )
+from flightsvc.server import sidecar
 from flightsvc.settings import Settings
 
 log = logging.getLogger("flightsvc")

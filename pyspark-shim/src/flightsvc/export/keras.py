@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
-from flightsvc.shipping import private_folder
+from flightsvc.server.shipping import private_folder
 
 if TYPE_CHECKING:
     import keras

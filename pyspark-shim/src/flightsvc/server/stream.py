@@ -20,7 +20,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from flightsvc.connection import Connection
 from flightsvc.errors import (
     FLIGHT_ERRORS,
     LOST,
@@ -30,6 +29,7 @@ from flightsvc.errors import (
     retry_after,
     translate,
 )
+from flightsvc.server.connection import Connection
 
 log = logging.getLogger("flightsvc")
 
