@@ -13,6 +13,7 @@ import (
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 )
 
@@ -35,7 +36,7 @@ type serving struct {
 // Precondition for credentials that a store does not take, Exhausted for a disk that is full.
 func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Model, error) {
 	version = cmp.Or(version, repository.Latest)
-	if _, err := strconv.ParseUint(version, 10, 63); ref == control.Image || err == nil {
+	if _, err := strconv.ParseUint(version, 10, 63); ref == protocol.Image || err == nil {
 		return c.options.Repository.Find(ctx, ref, version)
 	}
 	if version == repository.Latest {

@@ -20,8 +20,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/control"
+	"flightsvc/internal/protocol"
 )
 
 // onDevice is a runner process that was built with the tag simulated_device.
@@ -111,9 +111,16 @@ func (r *onDevice) hear(what string, is func(control.Report) bool) control.Repor
 }
 
 // run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
-func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
+func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
-	lease, err := json.Marshal(handlers.Grant(leaseKey, time.Now()))
+	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := d.Grant(leaseKey, time.Now()); err != nil {
+		r.t.Fatal(err)
+	}
+	ticket, err := d.Command()
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -133,8 +140,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 		r.t.Fatal(err)
 	}
 	w := flight.NewRecordWriter(stream, ipc.WithSchema(rec.Schema()))
-	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD,
-		Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
+	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: ticket})
 	if err := w.Write(rec); err != nil {
 		r.t.Fatal(err)
 	}
@@ -144,7 +150,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 	if err := stream.CloseSend(); err != nil {
 		r.t.Fatal(err)
 	}
-	var meta handlers.AnswerMetadata
+	var meta protocol.AnswerMetadata
 	reader, err := flight.NewRecordReader(stream)
 	if err != nil {
 		return meta, err

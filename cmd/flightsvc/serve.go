@@ -26,9 +26,11 @@ import (
 
 	"flightsvc/gpu"
 	"flightsvc/handlers"
+	"flightsvc/handlers/front"
 	"flightsvc/internal/build"
 	"flightsvc/internal/config"
 	"flightsvc/internal/logging"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
 	"flightsvc/modelcache"
 	"flightsvc/modelcache/repository"
@@ -93,7 +95,7 @@ func serve(settings config.Serve) (err error) {
 		return err
 	}
 	activity := &activity{}
-	front := handlers.NewFront(handlers.FrontOptions{
+	front := front.New(front.Options{
 		Repository: models.repository, Cache: cache, Tuner: models.tuner, Version: build.Version, Build: build.ID(), Server: serverName(settings.Executor), Executor: settings.Executor,
 		Shutdown: func() { end(errAsked) }, Log: log,
 	})
@@ -113,7 +115,7 @@ func serve(settings config.Serve) (err error) {
 		go watchIdle(ctx, settings.IdleTimeout, activity, cache, func() { end(errIdle) })
 	}
 
-	greeting := hello{Flightsvc: build.Version, Build: build.ID(), Endpoint: handlers.Scheme + socket, PID: os.Getpid()}
+	greeting := hello{Flightsvc: build.Version, Build: build.ID(), Endpoint: protocol.Scheme + socket, PID: os.Getpid()}
 	if err := greeting.print(); err != nil {
 		return fmt.Errorf("write handshake: %w", err)
 	}
@@ -186,11 +188,11 @@ func claim(settings *config.Serve) (*rundir.Folder, string, error) {
 	}
 	socket := filepath.Join(runDir, folderName(), frontSocket)
 	if settings.Endpoint != "" {
-		if socket, err = handlers.SocketPath(settings.Endpoint); err != nil {
+		if socket, err = protocol.SocketPath(settings.Endpoint); err != nil {
 			return nil, "", err
 		}
 	}
-	if _, err := handlers.SocketPath(handlers.Scheme + socket); err != nil {
+	if _, err := protocol.SocketPath(protocol.Scheme + socket); err != nil {
 		return nil, "", err
 	}
 	place, err := rundir.Claim(runDir, filepath.Dir(socket))

@@ -19,6 +19,7 @@ import (
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -356,7 +357,7 @@ func (r *Repository) names(ctx context.Context, at location) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != control.Image {
+		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != protocol.Image {
 			names = append(names, name)
 		}
 	}

@@ -14,8 +14,8 @@ import (
 
 	"go.uber.org/zap"
 
-	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -109,7 +109,7 @@ func (r *Repository) Find(ctx context.Context, ref, version string) (Model, erro
 // lookUp is find; without wait it neither waits for a version nor marks a cached model as used.
 func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
 	version = cmp.Or(version, Latest)
-	if ref == control.Image {
+	if ref == protocol.Image {
 		model, ok := resolveImage(version)
 		if !ok {
 			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref, version, model.Version)
@@ -213,7 +213,7 @@ func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedm
 
 // resolveImage is Find for the model that is built in.
 func resolveImage(version string) (Model, bool) {
-	return Model{Ref: control.Image, Version: "1", Saved: control.ImageModel}, version == Latest || version == "1"
+	return Model{Ref: protocol.Image, Version: "1", Saved: protocol.ImageModel}, version == Latest || version == "1"
 }
 
 // locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place

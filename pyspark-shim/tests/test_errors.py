@@ -405,7 +405,7 @@ def test_a_server_is_asked_once_and_only_if_need_be():
 
 def test_every_feature_has_a_field():
     """What the server calls a feature and what this package takes for one are the same."""
-    source = (ROOT / "handlers" / "descriptor.go").read_text()
+    source = (ROOT / "internal" / "protocol" / "descriptor.go").read_text()
     listed = re.search(r"var Features = \[\]string\{(.*?)\}", source, re.DOTALL)
     assert listed
     tables = (connection._FEATURES, connection._COLUMN_FEATURES, connection._PICTURE_FEATURES)
