@@ -358,7 +358,7 @@ def test_an_unknown_field_names_both_builds(client: flightsvc.Client):
     theirs = rf"flightsvc {re.escape(client.status()['flightsvc'])}, build {client.status()['build']}"
     with pytest.raises(
         flightsvc.InvalidArgumentError,
-        match=rf'unknown field "frames"; this server is {theirs}, the caller is {ours}.*: run both of one',
+        match=rf'unknown field "frames"; this server is {theirs}, the caller is .*{ours}.*: run both',
     ):
         client._connection.answer_schema({"v": 1, "model": "m", "frames": True})
     with pytest.raises(flightsvc.InvalidArgumentError, match=rf'unknown field "pads"; .*{theirs}.*{ours}'):
