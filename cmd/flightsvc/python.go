@@ -15,5 +15,5 @@ type pythonCommand struct {
 func (pythonCommand) Run(ctx *kong.Context) error {
 	name := ctx.Selected().Name
 	return fmt.Errorf("%s is a command of the Python package, and this is the program alone: pip install the wheel "+
-		"of flightsvc, then run: flightsvc %s ...", name, name)
+		"of flightsvc, then run flightsvc %s", name, name)
 }

@@ -41,7 +41,9 @@ def answer(verb: str, arguments: list[str]) -> int:
         return run(arguments)
     except (FlightsvcError, OSError) as error:
         print(f"flightsvc: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("flightsvc: interrupted", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

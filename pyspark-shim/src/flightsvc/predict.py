@@ -49,32 +49,36 @@ _SENT = {
 def main(arguments: list[str]) -> int:
     """Answer ``flightsvc predict``."""
     given = _parsed(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     begun: list[tables.Writer] = []
+    ending = threading.Lock()  # held while the file is begun or ended
     done: Future[None] = Future()
 
     def work() -> None:
         try:
-            _predict(given, begun)
+            _predict(given, begun, ending)
             done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 
-    # In a thread of its own, since a call into Arrow that waits hears of no signal.
-    threading.Thread(target=work, name="flightsvc-predict", daemon=True).start()
+    # In a thread of its own, since signals wait for the end of a call into Arrow.
+    thread = threading.Thread(target=work, name="flightsvc-predict", daemon=True)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        thread.start()
         done.result()
     except KeyboardInterrupt:
-        for writer in begun:
-            writer.abort()
-        what = "" if given.out == tables.STANDARD else "; nothing was written"
-        print(f"flightsvc: interrupted{what}", file=sys.stderr, flush=True)
-        os._exit(1)
+        ending.acquire()  # for good: from now on no file appears
+        if not any(writer.whole for writer in begun):
+            for writer in begun:
+                writer.abort()
+            what = "" if given.out == tables.STANDARD else "; nothing was written"
+            print(f"flightsvc: interrupted{what}", file=sys.stderr, flush=True)
+            os._exit(1)
     return 0
 
 
-def _predict(given: argparse.Namespace, begun: list[tables.Writer]) -> None:
-    """Run the model; a file that is begun is added to ``begun``."""
+def _predict(given: argparse.Namespace, begun: list[tables.Writer], ending: threading.Lock) -> None:
+    """Run the model; the file is added to ``begun``, and begun and ended while ``ending`` is held."""
     reader = tables.Reader(given.sources, given.batch_rows)
     connection = shared(sidecar.for_user, Settings.read())
     model = Model(given.model, signature=given.signature, version=given.model_version)
@@ -94,8 +98,9 @@ def _predict(given: argparse.Namespace, begun: list[tables.Writer]) -> None:
                 "otherwise: --output TENSOR=COLUMN, or --error-column for the reason"
             )
     schema = pa.schema([*reader.schema, *made], reader.schema.metadata)
-    writer = tables.Writer(given.out, schema)
-    begun.append(writer)
+    with ending:
+        writer = tables.Writer(given.out, schema)
+        begun.append(writer)
     progress = Progress(reader.rows)
     try:
         for piece, answer in rows.answers(request, connection, feeds):
@@ -109,10 +114,12 @@ def _predict(given: argparse.Namespace, begun: list[tables.Writer]) -> None:
             columns = [*piece.batch.columns, *answer.columns[: len(made)]]
             writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
             progress.add(len(reasons))
-        writer.commit()
+        with ending:
+            writer.commit()
     finally:
         progress.clear()
-        writer.abort()
+        with ending:
+            writer.abort()
     progress.say_done(given.out)
 
 

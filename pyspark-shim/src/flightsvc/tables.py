@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -324,7 +323,11 @@ def _said(error: Exception) -> str:
 
 
 class Writer:
-    """A table in a file that has its name only once it is whole."""
+    """A table in a file that has its name only once it is whole.
+
+    Attributes:
+        whole: Whether the file has its name.
+    """
 
     def __init__(self, path: str, schema: pa.Schema):
         """Begin the file under another name beside it.
@@ -334,7 +337,7 @@ class Writer:
         """
         self._path = path
         self._partial: str | None = None
-        self._ending = threading.Lock()  # commit or abort, whichever is first
+        self.whole = False
         kind = format_of(path)
         for field in schema:
             if (kind == "csv" and pa.types.is_nested(field.type)) or (
@@ -354,7 +357,11 @@ class Writer:
                 file = open(partial, "xb")  # noqa: SIM115, closed by commit and abort
                 self._partial = partial
             self._file = file
-            self._sink = _sink(kind, file, schema)
+            try:
+                self._sink = _sink(kind, file, schema)
+            except BaseException:
+                self.abort()
+                raise
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows, with the columns of the schema."""
@@ -366,18 +373,15 @@ class Writer:
         with self._writing():
             self._sink.close()
             self._file.flush()
-            with self._ending:
-                if self._partial is not None:
-                    self._file.close()
-                    os.replace(self._partial, self._path)
-                    self._partial = None
+            if self._partial is not None:
+                self._file.close()
+                os.replace(self._partial, self._path)
+        self.whole = True
 
     def abort(self) -> None:
-        """Remove what was written, if it does not have its name yet."""
-        with self._ending:
-            if self._partial is not None:
-                os.unlink(self._partial)
-                self._partial = None
+        """Remove what was written, if it is not whole."""
+        if self._partial is not None and not self.whole:
+            Path(self._partial).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
