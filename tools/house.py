@@ -32,7 +32,7 @@ PENDING = {
     "opens": r"^(cmd/flightsvc|gpu|handlers|modelcache|pyspark-shim/tests)/|^internal/tensor/bind"
     r"|^internal/(client|control|preprocess|protocol|rundir|savedmodel|tablefile)/",
     "sizes": r"/graph\.py$",
-    "words": r"^(ARCHITECTURE|cmd/flightsvc/|gpu|handlers|modelcache|pyspark-shim)|^internal/(client|control)/",
+    "words": r"^(ARCHITECTURE|cmd/flightsvc/|gpu|handlers|modelcache|pyspark-shim|internal/(client|control))",
 }
 """For each rule the paths in which it does not hold yet, as a regular expression."""
 
