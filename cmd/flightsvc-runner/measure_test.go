@@ -73,7 +73,7 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
-// TestMeasureStopsAtLongRuns leaves out a batch that would take too long, by what the one before took.
+// TestMeasureStopsAtLongRuns leaves out a batch that would take too long, as the time of the one before predicts.
 func TestMeasureStopsAtLongRuns(t *testing.T) {
 	setup := measurement(t, 1, 2, 64)
 	setup.Measure.LongestRun = time.Nanosecond
