@@ -245,6 +245,31 @@ def check(frame: Any, wanted: Any, column: str = COLUMN) -> None:
     np.testing.assert_allclose([value for _, value in found], wanted, **CLOSE)
 
 
+def test_a_graph_becomes_a_model_once(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flightsvc.export.graph import TFInputGraph
+    from flightsvc.ml import TFTransformer
+
+    made: list[Any] = []
+    saved_model = TFInputGraph.saved_model
+    monkeypatch.setattr(
+        TFInputGraph,
+        "saved_model",
+        lambda self, *tensors: made.append(tensors) or saved_model(self, *tensors),
+    )
+    frame = spark.createDataFrame([(0, [1.0, 2.0, 3.0, 4.0])], "id bigint, x array<float>")
+    stage = TFTransformer(
+        model=frozen(tmp_path / "linear.pb"),
+        inputMapping={"x": "given:0"},
+        outputMapping={"result:0": COLUMN},
+    )
+    for _ in range(3):
+        assert COLUMN in stage.transform(frame).columns
+    assert made == [(["given:0"], ["result:0"])]
+    stage.setOutputMapping({"result": "other"})
+    assert "other" in stage.transform(frame).columns
+    assert made[1:] == [(["given:0"], ["result"])]
+
+
 def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any) -> None:
     from flightsvc.ml import TFTransformer
 
