@@ -1,3 +1,5 @@
+// Picture graphs: what streams ask of pictures, decoded in parallel within a budget of memory.
+
 package main
 
 import (
@@ -7,17 +9,17 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"golang.org/x/sync/errgroup"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/tensor"
 )
 
 // maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
 const maxGraphs = 64
 
-// workingBytes bounds what pictures that are being decoded take together, but for a single one.
+// workingBytes bounds the memory of all pictures that are being decoded; a single one may take more.
 const workingBytes = 512 << 20
 
 // graphs are the picture graphs of a runner, each built when the first stream asks for it.
@@ -37,7 +39,7 @@ func newGraphs[G any](setup control.Setup, build func(preprocess.Spec, *preproce
 }
 
 // of returns the graph of each input.
-func (g *graphs[G]) of(wanted map[string]handlers.Preprocess) (map[string]G, error) {
+func (g *graphs[G]) of(wanted map[string]protocol.Preprocess) (map[string]G, error) {
 	all := make(map[string]G, len(wanted))
 	for input, p := range wanted {
 		graph, err := g.one(specOf(p))
@@ -67,7 +69,7 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	return graph, err
 }
 
-func specOf(p handlers.Preprocess) preprocess.Spec {
+func specOf(p protocol.Preprocess) preprocess.Spec {
 	spec := preprocess.Spec{
 		Resize: p.Resize, Antialias: p.Antialias, Fit: p.Fit, Channels: p.Channels,
 		Scale: p.Scales(), Offset: p.Offsets(), DType: p.Type(),
@@ -78,8 +80,8 @@ func specOf(p handlers.Preprocess) preprocess.Spec {
 	return spec
 }
 
-// each calls decode for each picture, as many at once as there are cores, and returns why pictures were refused.
-// Its error names the input.
+// each calls decode for each picture, for as many at once as there are cores, and returns the reasons of refused
+// pictures by position. Its error names the input.
 func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture,
 	decode func(ctx context.Context, i int) error) (map[int]string, error) {
 	var mu sync.Mutex // guards refused
@@ -107,8 +109,8 @@ func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Pi
 	return refused, nil
 }
 
-// Pictures returns what makes tensors of pictures, with graphs that are built now or were built before.
-func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
+// Pictures returns the decoder of all inputs, and builds the graphs that are missing.
+func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	byInput, err := e.graphs.of(wanted)
 	if err != nil {
 		return nil, err
@@ -116,11 +118,11 @@ func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Picture
 	return &tensors{graphs: e.graphs, byInput: byInput, wanted: wanted}, nil
 }
 
-// tensors makes tensors of pictures.
+// tensors decodes pictures to tensors.
 type tensors struct {
 	graphs  *graphs[*preprocess.Graph]
 	byInput map[string]*preprocess.Graph
-	wanted  map[string]handlers.Preprocess
+	wanted  map[string]protocol.Preprocess
 }
 
 // Bytes is part of tensor.Pictures.

@@ -1,3 +1,5 @@
+// Tests of both engines with real models, and of what ends a runner before it serves.
+
 package main
 
 import (
@@ -17,11 +19,11 @@ import (
 	"testing"
 	"time"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
@@ -159,7 +161,7 @@ func blackPicture(t *testing.T, side int) tensor.Picture {
 func TestPictures(t *testing.T) {
 	e, mem := loadModel(t, "pictures"), &offheap.Allocator{}
 	black := blackPicture(t, 5)
-	wanted := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop",
+	wanted := map[string]protocol.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop",
 		Channels: "RGB", DType: "float32"}}
 	for range 2 {
 		pictures, err := e.Pictures(wanted)
@@ -199,11 +201,11 @@ func TestPictures(t *testing.T) {
 
 // TestImage runs the built-in model as handlers do.
 func TestImage(t *testing.T) {
-	e, err := open(control.Setup{Model: control.Image, Cores: 2, MaxImagePixels: 1_000, MaxImageBytes: 1 << 20})
+	e, err := open(control.Setup{Model: protocol.Image, Cores: 2, MaxImagePixels: 1_000, MaxImageBytes: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
-	pictures, err := e.Pictures(map[string]handlers.Preprocess{control.ImageInput: {}})
+	pictures, err := e.Pictures(map[string]protocol.Preprocess{protocol.ImageInput: {}})
 	if err != nil {
 		t.Fatal(err)
 	}

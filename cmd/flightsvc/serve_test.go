@@ -33,9 +33,8 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
-	"flightsvc/modelcache"
 )
 
 // These tests run the real programs: a front that is built here without cgo, as for a release, and a runner on the
@@ -194,7 +193,7 @@ func (f *process) connect(t *testing.T) {
 
 func dial(t *testing.T, endpoint string) *grpc.ClientConn {
 	t.Helper()
-	socket, err := handlers.SocketPath(endpoint)
+	socket, err := protocol.SocketPath(endpoint)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,9 +258,9 @@ func (f *process) act(t *testing.T, action, body string, result any) error {
 	return nil
 }
 
-func (f *process) status(t *testing.T) handlers.Status {
+func (f *process) status(t *testing.T) protocol.Status {
 	t.Helper()
-	var s handlers.Status
+	var s protocol.Status
 	if err := f.act(t, "status", "", &s); err != nil {
 		t.Fatal(err)
 	}
@@ -311,7 +310,7 @@ func TestServe(t *testing.T) {
 	if f.Flightsvc == "" || f.Build == "" || f.hello.Error != "" {
 		t.Errorf("the handshake is %+v", f.hello)
 	}
-	socket, _ := handlers.SocketPath(f.Endpoint)
+	socket, _ := protocol.SocketPath(f.Endpoint)
 	if filepath.Dir(filepath.Dir(socket)) != p.run || len(filepath.Base(filepath.Dir(socket))) != 8 {
 		t.Errorf("the socket is %s", socket)
 	}
@@ -329,7 +328,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	s := f.status(t)
-	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 || len(s.Features) == 0 {
+	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 {
 		t.Errorf("the status is %+v", s)
 	}
 	err = f.act(t, "nope", "", nil)
@@ -398,7 +397,7 @@ func TestReflection(t *testing.T) {
 func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 	p := newPlace(t)
 	f := p.serve(t, "--model-root", filepath.Dir(modelOf("two")), "--libtensorflow", "/nope")
-	var meta handlers.Metadata
+	var meta protocol.Metadata
 	if err := f.act(t, "model.metadata", `{"model":"two"}`, &meta); err != nil {
 		t.Fatal(err)
 	}
@@ -441,13 +440,16 @@ func TestServeRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		args  []string
 		parts []string
+		limit string // of the shell that starts it
 	}{
-		"dead owner":        {[]string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, []string{fmt.Sprint("process ", gone.Process.Pid)}},
-		"other owner":       {[]string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, []string{"has ended"}},
-		"no owner":          {[]string{"--owner", "x"}, []string{`process "x"`, "PID:START"}},
-		"long path":         {[]string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, []string{"at most 107 bytes", "shorter run-dir"}},
-		"TCP":               {[]string{"--endpoint", "grpc://0.0.0.0:1"}, []string{"want grpc+unix://"}},
-		"settings together": {[]string{"--load-timeout", "0s", "--cores=-1"}, []string{"load-timeout is 0s", "cores is -1"}},
+		"open files":        {limit: "ulimit -n 16", parts: []string{"open files (ulimit -n) is 16"}},
+		"address space":     {limit: "ulimit -v 1000000", parts: []string{"address space (ulimit -v) is 1024000000 bytes"}},
+		"dead owner":        {args: []string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, parts: []string{fmt.Sprint("process ", gone.Process.Pid)}},
+		"other owner":       {args: []string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, parts: []string{"has ended"}},
+		"no owner":          {args: []string{"--owner", "x"}, parts: []string{`process "x"`, "PID:START"}},
+		"long path":         {args: []string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, parts: []string{"at most 107 bytes", "shorter run-dir"}},
+		"TCP":               {args: []string{"--endpoint", "grpc://0.0.0.0:1"}, parts: []string{"want grpc+unix://"}},
+		"settings together": {args: []string{"--load-timeout", "0s", "--cores=-1"}, parts: []string{"load-timeout is 0s", "cores is -1"}},
 	} {
 		for _, mode := range []string{"foreground", "detached"} {
 			t.Run(name+"/"+mode, func(t *testing.T) {
@@ -457,6 +459,10 @@ func TestServeRefuses(t *testing.T) {
 					args = append(args, "--detach")
 				}
 				cmd := p.command(args...)
+				if c.limit != "" {
+					cmd.Path = "/bin/sh"
+					cmd.Args = append([]string{"sh", "-c", c.limit + ` && exec "$0" "$@"`, binary}, args...)
+				}
 				var stdout, stderr bytes.Buffer
 				cmd.Stdout, cmd.Stderr = &stdout, &stderr
 				err := cmd.Run()
@@ -567,7 +573,7 @@ func TestChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var total modelcache.Totals
+	var total protocol.Totals
 	for total.Rows < 4 && lines.Scan() {
 		if err := json.Unmarshal(lines.Bytes(), &total); err != nil {
 			t.Fatalf("%s: %v", lines.Bytes(), err)
@@ -738,7 +744,7 @@ func TestSettingsPrecedence(t *testing.T) {
 			cmd := p.command(c.args...)
 			cmd.Env = append(cmd.Env, c.env)
 			f := p.start(t, cmd)
-			var meta handlers.Metadata
+			var meta protocol.Metadata
 			err := f.act(t, "model.metadata", `{"model":"m"}`, &meta)
 			if c.want == "" {
 				wantStatus(t, err, codes.NotFound, "no model-root")
@@ -752,11 +758,16 @@ func TestSettingsPrecedence(t *testing.T) {
 func TestWithoutLibtensorflow(t *testing.T) {
 	p := newPlace(t)
 	empty := t.TempDir()
+	failing := filepath.Join(t.TempDir(), "python")
+	if err := os.WriteFile(failing, []byte("#!/bin/sh\necho MemoryError >&2\nexit 1\n"), 0o700); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		env   []string
 		parts []string
 	}{
 		"nowhere":      {[]string{"PATH=" + empty}, []string{"model " + modelOf("mlp"), "libtensorflow is not installed", "pip install tensorflow-cpu==", "--libtensorflow"}},
+		"no memory":    {[]string{"PATH=" + empty, "FLIGHTSVC_PYTHON=" + failing}, []string{"is not known", failing, "exit status 1: MemoryError"}},
 		"empty folder": {[]string{"PATH=" + empty, "FLIGHTSVC_LIBTENSORFLOW=" + empty}, []string{empty, "holds no libtensorflow_cc.so.2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -940,6 +951,37 @@ func TestDrainIsBounded(t *testing.T) {
 	}
 }
 
+// TestFrontEndsWhateverHangs stops a front whose runner leaves a child that keeps the runner's output open, so that the
+// end of it never comes.
+func TestFrontEndsWhateverHangs(t *testing.T) {
+	p := newPlace(t)
+	programs := t.TempDir()
+	child := filepath.Join(programs, "child")
+	script := fmt.Sprintf("#!/bin/sh\nsleep 600 2>/dev/null &\necho $! > %s.new\nmv %s.new %s\nread line\n", child, child, child)
+	err := errors.Join(
+		os.Link(binary, filepath.Join(programs, "flightsvc")),
+		os.WriteFile(filepath.Join(programs, "flightsvc-runner"), []byte(script), 0o700), //nolint:gosec // a program
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := p.command("serve", "--drain-timeout", "300ms")
+	cmd.Path = filepath.Join(programs, "flightsvc")
+	f := p.start(t, cmd)
+	go func() { _, _ = f.info(t, modelOf("ints"), "") }() // ends with the front
+	var pid int
+	eventually(t, 5*time.Second, "the runner's child runs", func() bool {
+		text, err := os.ReadFile(child)
+		_, scanErr := fmt.Sscan(string(text), &pid)
+		return err == nil && scanErr == nil
+	})
+	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
+	f.signal(t, syscall.SIGTERM)
+	if code := f.wait(t); code != exitFailed || !p.empty() || !strings.Contains(f.stderr.String(), "something does not end") {
+		t.Errorf("ended with %d: %s", code, f.stderr)
+	}
+}
+
 // TestEndingFrontLeavesNoHalfPush ends a front while a model arrives.
 func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	p := newPlace(t)
@@ -999,7 +1041,7 @@ func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {
 	// What a killed front leaves, the next one sweeps.
 	next := p.serve(t)
 	entries, err := os.ReadDir(p.run)
-	socket, _ := handlers.SocketPath(next.Endpoint)
+	socket, _ := protocol.SocketPath(next.Endpoint)
 	if err != nil || len(entries) != 1 || entries[0].Name() != filepath.Base(filepath.Dir(socket)) {
 		t.Errorf("the run-dir holds %v, %v", entries, err)
 	}
@@ -1060,7 +1102,7 @@ func TestSharedFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = foreign.Close() }()
-	endpoint := handlers.Scheme + filepath.Join(shared.run, "front.sock")
+	endpoint := protocol.Scheme + filepath.Join(shared.run, "front.sock")
 	f := p.serve(t, "--endpoint", endpoint)
 	if f.Endpoint != endpoint {
 		t.Errorf("the endpoint is %s", f.Endpoint)

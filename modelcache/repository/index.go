@@ -9,8 +9,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 )
 
 // Entry is one version of a model that this host knows.
@@ -37,7 +37,7 @@ func (r *Repository) Index(ctx context.Context) ([]Entry, error) {
 		for _, folder := range folders {
 			base := filepath.Join(root, folder.Name())
 			info, err := os.Stat(base) // a link to a folder is one
-			if err != nil || !info.IsDir() || strings.HasPrefix(folder.Name(), ".") || folder.Name() == control.Image {
+			if err != nil || !info.IsDir() || strings.HasPrefix(folder.Name(), ".") || folder.Name() == protocol.Image {
 				continue
 			}
 			numbers, err := r.Settled(ctx, folder.Name())

@@ -19,6 +19,7 @@ import (
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -302,7 +303,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	if err != nil {
 		return Model{}, err
 	}
-	return r.withSaved(model, snapshot{}) // the files of a digest never change
+	return r.withSaved(ctx, model, snapshot{}) // the files of a digest never change
 }
 
 // storedSettings reads a settings file beside versions in a store.
@@ -356,7 +357,7 @@ func (r *Repository) names(ctx context.Context, at location) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != control.Image {
+		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != protocol.Image {
 			names = append(names, name)
 		}
 	}

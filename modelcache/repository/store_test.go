@@ -19,10 +19,10 @@ import (
 
 	"go.uber.org/zap"
 
-	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
 )
 
@@ -139,7 +139,7 @@ func TestPush(t *testing.T) {
 		t.Errorf("resolved to %+v, %v", model, err)
 	}
 	entries, err := c.Index(t.Context())
-	if err != nil || len(entries) != 2 || entries[0].Ref != control.Image || entries[1].Ref != digest || entries[1].Err != nil {
+	if err != nil || len(entries) != 2 || entries[0].Ref != protocol.Image || entries[1].Ref != digest || entries[1].Err != nil {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 	_, err = c.Find(t.Context(), "sha256:"+strings.Repeat("0", 64), "")

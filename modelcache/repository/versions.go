@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -327,7 +327,7 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 // Settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without
 // versions. It waits for nothing and fetches nothing. Its faults are those of find.
 func (r *Repository) Settled(ctx context.Context, ref string) ([]string, error) {
-	if ref == control.Image {
+	if ref == protocol.Image {
 		return nil, nil
 	}
 	base, at, err := r.locate(ref)

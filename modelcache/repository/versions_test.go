@@ -13,9 +13,9 @@ import (
 
 	"go.uber.org/zap"
 
-	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -234,7 +234,7 @@ func TestDigestOfFolders(t *testing.T) {
 			t.Errorf("%s has the digest %s, %v; pushed it is %s", ref, got, err, want)
 		}
 	}
-	if got, err := digestOf(control.Image); got != "" || err != nil {
+	if got, err := digestOf(protocol.Image); got != "" || err != nil {
 		t.Errorf("the built-in model has %q, %v", got, err)
 	}
 	expect.Write(t, filepath.Join(dir, "assets/words.txt"), "new")

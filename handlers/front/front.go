@@ -1,4 +1,4 @@
-package handlers
+package front
 
 import (
 	"context"
@@ -11,14 +11,16 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"go.uber.org/zap"
 
+	"flightsvc/handlers"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
 
-// FrontOptions are what the front's service needs.
-type FrontOptions struct {
+// Options are what the front's service needs.
+type Options struct {
 	Repository *repository.Repository
 	Cache      *modelcache.Cache
 	Tuner      *tuning.Tuner
@@ -34,15 +36,15 @@ type FrontOptions struct {
 // a model in memory, makes models ready, and sends callers on to runners or relays for them.
 type Front struct {
 	flight.BaseFlightServer
-	options FrontOptions
+	options Options
 }
 
-// NewFront returns the service.
-func NewFront(options FrontOptions) *Front { return &Front{options: options} }
+// New returns the service.
+func New(options Options) *Front { return &Front{options: options} }
 
 // request is a descriptor with all that the repository knows about it.
 type request struct {
-	descriptor *Descriptor
+	descriptor *protocol.Descriptor
 	asked      string // version, as the caller wrote it
 	model      repository.Model
 	schema     *arrow.Schema
@@ -50,7 +52,7 @@ type request struct {
 
 // resolve reads a descriptor and plans it, without loading anything.
 func (f *Front) resolve(ctx context.Context, fd *flight.FlightDescriptor) (*request, error) {
-	d, err := ParseDescriptor(fd)
+	d, err := handlers.ParseDescriptor(fd)
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +66,7 @@ func (f *Front) plan(ctx context.Context, r *request) error {
 	if err != nil {
 		return err
 	}
-	plan, err := r.descriptor.Plan(model.Saved)
+	plan, err := handlers.Plan(r.descriptor, model.Saved)
 	if err != nil {
 		return err
 	}
@@ -85,11 +87,13 @@ func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, erro
 			}
 			return nil, err
 		}
-		lease := Grant(runner.Key(), time.Now())
+		if err := r.descriptor.Grant(runner.Key(), time.Now()); err != nil {
+			return nil, err
+		}
+		lease := r.descriptor.Lease
 		if !runner.Leased(lease.ID, r.descriptor.RequestID, time.UnixMilli(lease.Expires)) {
 			continue // it was unloaded, or ended, since
 		}
-		r.descriptor.Lease = &lease
 		f.options.Log.Info("stream admitted", zap.String("request_id", r.descriptor.RequestID), zap.String("model", r.descriptor.Model),
 			zap.Int("runner", runner.PID()), zap.Duration("wait_time", time.Since(started)))
 		return runner, nil
@@ -121,7 +125,7 @@ func (f *Front) GetFlightInfo(ctx context.Context, fd *flight.FlightDescriptor) 
 		return nil, err
 	}
 	endpoint := &flight.FlightEndpoint{Ticket: &flight.Ticket{Ticket: ticket}}
-	if r.descriptor.redirect() {
+	if r.descriptor.TakesLocation() {
 		endpoint.Location = []*flight.Location{{Uri: runner.Endpoint()}}
 	}
 	return &flight.FlightInfo{

@@ -1,4 +1,4 @@
-package handlers
+package front
 
 import (
 	"encoding/json"
@@ -9,40 +9,29 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/handlers"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 )
 
 // maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
 const maxPutBytes = 64 << 20
 
-// putCommand is the CMD of DoPut.
-type putCommand struct {
-	V      int    `json:"v"`
-	Put    string `json:"put"`              // "model"
-	Digest string `json:"digest,omitempty"` // that the model must have; "" for any
-}
-
-// PutResult is the app_metadata of DoPut's one answer.
-type PutResult struct {
-	Digest string `json:"digest"`
-	Known  bool   `json:"known"` // the host had the model already
-}
-
 // putSchema is what DoPut takes: rows are consecutive pieces of one archive.
 var putSchema = arrow.NewSchema([]arrow.Field{{Name: "chunk", Type: arrow.BinaryTypes.Binary}}, nil)
 
-func parsePut(fd *flight.FlightDescriptor) (*putCommand, error) {
+func parsePut(fd *flight.FlightDescriptor) (*protocol.PutCommand, error) {
 	const want = "DoPut wants a CMD descriptor like {\"v\":1,\"put\":\"model\",\"digest\":\"sha256:...\"}"
 	if fd == nil || fd.GetType() != flight.DescriptorCMD {
 		return nil, fault.New(fault.BadRequest, want)
 	}
-	command := &putCommand{}
-	if err := decodeBody(fd.GetCmd(), command); err != nil {
+	command := &protocol.PutCommand{}
+	if err := protocol.DecodeBody(fd.GetCmd(), command); err != nil {
 		return nil, fault.New(fault.BadRequest, want+": %w", err)
 	}
-	if command.V != WireVersion {
-		return nil, fault.New(fault.BadRequest, want+"; v is %d, this server speaks %d", command.V, WireVersion)
+	if command.V != protocol.Version {
+		return nil, fault.New(fault.BadRequest, want+"; v is %d, this server speaks %d", command.V, protocol.Version)
 	}
 	if command.Put != "model" {
 		return nil, fault.New(fault.BadRequest, want+"; put is %.80q, this server takes \"model\"", command.Put)
@@ -69,7 +58,7 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
 	}
-	result := PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
+	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
 	if !result.Known {
 		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
 			return err
@@ -85,7 +74,7 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 // archive is the bytes of a DoPut stream, one record batch in hand.
 type archive struct {
 	reader *flight.Reader
-	mem    *readMemory
+	mem    *handlers.ReadMemory
 	chunks *array.Binary // of the record batch in hand, nil before the first
 	next   int           // chunk of it
 	rest   []byte        // of the chunk before
@@ -93,8 +82,8 @@ type archive struct {
 }
 
 func openArchive(stream flight.FlightService_DoPutServer) (*archive, *flight.FlightDescriptor, error) {
-	mem := newReadMemory(memory.NewGoAllocator(), maxPutBytes)
-	reader, fd, err := openReader(stream, mem)
+	mem := handlers.NewReadMemory(memory.NewGoAllocator(), maxPutBytes)
+	reader, fd, err := handlers.OpenReader(stream, mem)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -138,10 +127,10 @@ func (a *archive) advance() error {
 		switch {
 		case err == nil:
 			return io.EOF
-		case a.mem.refused:
+		case a.mem.Refused():
 			return errPutSize
 		}
-		return streamError(err, "the archive cannot be read after chunk %d: %w", a.row, err)
+		return handlers.StreamError(err, "the archive cannot be read after chunk %d: %w", a.row, err)
 	}
 	rec := a.reader.Record()
 	a.chunks, a.next = rec.Column(0).(*array.Binary), 0

@@ -1,4 +1,4 @@
-package handlers
+package protocol
 
 import (
 	"fmt"
@@ -6,18 +6,11 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/apache/arrow/go/v15/arrow/flight"
-
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/savedmodel"
-	"flightsvc/internal/tensor"
 )
-
-func command(text string) *flight.FlightDescriptor {
-	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: []byte(text)}
-}
 
 func TestParseDescriptor(t *testing.T) {
 	minimal := func(change func(*Descriptor)) *Descriptor {
@@ -38,9 +31,9 @@ func TestParseDescriptor(t *testing.T) {
 		"version text":   {`{"v":1,"model":"m","version":"7"}`, minimal(func(d *Descriptor) { d.Version = "7" })},
 		"version null":   {`{"v":1,"model":"m","version":null}`, minimal(func(*Descriptor) {})},
 		"mapping order": {`{"v":1,"model":"m","outputs":{"z":"1","a":"2","m":"3"}}`, minimal(func(d *Descriptor) {
-			d.Outputs = tensor.Outputs{{Tensor: "z", Column: "1"}, {Tensor: "a", Column: "2"}, {Tensor: "m", Column: "3"}}
+			d.Outputs = Outputs{{Tensor: "z", Column: "1"}, {Tensor: "a", Column: "2"}, {Tensor: "m", Column: "3"}}
 		})},
-		"long form":      {`{"v":1,"model":"m","inputs":{"x":{"column":"c"},"y":"d"}}`, minimal(func(d *Descriptor) { d.Inputs = tensor.Inputs{{Tensor: "x", Column: "c"}, {Tensor: "y", Column: "d"}} })},
+		"long form":      {`{"v":1,"model":"m","inputs":{"x":{"column":"c"},"y":"d"}}`, minimal(func(d *Descriptor) { d.Inputs = Inputs{{Tensor: "x", Column: "c"}, {Tensor: "y", Column: "d"}} })},
 		"no run timeout": {`{"v":1,"model":"m","run_timeout_ms":0}`, minimal(func(d *Descriptor) { d.RunTimeoutMS = &limit })},
 		"relay":          {`{"v":1,"model":"m","redirect":false}`, minimal(func(d *Descriptor) { d.Redirect = &no })},
 		"hints":          {`{"v":1,"model":"m","plane":"shm","batching":{"max_batch_size":4}}`, minimal(func(d *Descriptor) { d.Plane, d.Batching = "shm", Batching{MaxBatchSize: 4} })},
@@ -70,7 +63,7 @@ func TestParseDescriptor(t *testing.T) {
 		"whitespace around": {" {\"v\":1,\"model\":\"m\"}\n", minimal(func(*Descriptor) {})},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got, err := ParseDescriptor(command(c.text))
+			got, err := ParseDescriptor([]byte(c.text))
 			if err != nil || !reflect.DeepEqual(got, c.want) {
 				t.Errorf("read %+v, %v; want %+v", got, err, c.want)
 			}
@@ -133,13 +126,9 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"too long":              {`{"v":1,"model":"` + strings.Repeat("m", MaxDescriptorBytes) + `"}`, []string{"bytes, more than 65536"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := ParseDescriptor(command(c.text))
+			_, err := ParseDescriptor([]byte(c.text))
 			expect.Fault(t, err, fault.BadRequest, c.parts...)
 		})
-	}
-	for _, fd := range []*flight.FlightDescriptor{nil, {Type: flight.DescriptorPATH, Path: []string{"m"}}} {
-		_, err := ParseDescriptor(fd)
-		expect.Fault(t, err, fault.BadRequest, "CMD descriptor")
 	}
 }
 
@@ -154,17 +143,8 @@ func TestScales(t *testing.T) {
 	}
 }
 
-func TestPlanNamesModelAndSignature(t *testing.T) {
-	d, err := ParseDescriptor(command(`{"v":1,"model":"m","signature":"nope"}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = d.Plan(doubler)
-	expect.Fault(t, err, fault.NotFound, "model m", `no signature "nope"`, "serving_default")
-	d.Signature, d.Outputs = savedmodel.DefaultSignature, tensor.Outputs{{Tensor: "nope", Column: "c"}}
-	_, err = d.Plan(doubler)
-	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", `no output "nope"`)
-}
+// fuzzBytes bounds the memory that a JSON text may take while it is read.
+const fuzzBytes = 64 << 20
 
 // FuzzParseDescriptor checks that no bytes do harm, and that a ticket means what its descriptor meant: what was read
 // and written is read as the same.
@@ -179,8 +159,8 @@ func FuzzParseDescriptor(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		fuzztest.Bounded(t, fuzzJSONBytes, func() {
-			d, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: data})
+		fuzztest.Bounded(t, fuzzBytes, func() {
+			d, err := ParseDescriptor(data)
 			if err != nil {
 				expect.Fault(t, err, fault.BadRequest)
 				return
@@ -192,7 +172,7 @@ func FuzzParseDescriptor(f *testing.F) {
 			if len(written) > MaxDescriptorBytes {
 				return // escapes are longer than what they stand for
 			}
-			again, err := ParseDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: written})
+			again, err := ParseDescriptor(written)
 			if err != nil {
 				t.Fatalf("%q was written as %q: %v", data, written, err)
 			}

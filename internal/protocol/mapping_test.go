@@ -1,4 +1,4 @@
-package tensor
+package protocol
 
 import (
 	"encoding/json"
@@ -61,7 +61,7 @@ func TestMappingsRefuse(t *testing.T) {
 		`{"x":{"Column":"c"}}`:               `unknown field "Column"`,
 		`{"x":{"column":"c","PAD":0}}`:       `unknown field "PAD"`,
 		`{"x":{"column":"c","pad":null}}`:    `field "pad" must not be null`,
-		`{"x":{"column":"c","column":"d"}}`:  `field "column" comes twice`,
+		`{"x":{"column":"c","column":"d"}}`:  `field "column" occurs twice`,
 		`{"x":{"column":"c","type":"utf8"}}`: `unknown field "type"`,
 	} {
 		var in Inputs

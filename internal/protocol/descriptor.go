@@ -1,28 +1,22 @@
-package handlers
+package protocol
 
 import (
 	"encoding/json"
 	"fmt"
-	"math"
 	"regexp"
 	"slices"
 	"strconv"
 	"time"
 
-	"github.com/apache/arrow/go/v15/arrow"
-	"github.com/apache/arrow/go/v15/arrow/flight"
-
-	"flightsvc/internal/batch"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
-	"flightsvc/internal/tensor"
 )
 
-// WireVersion is the value of the field v that this server speaks.
-const WireVersion = 1
+// Version is the value of the field v that this server speaks.
+const Version = 1
 
-// MaxDescriptorBytes bounds a descriptor. A ticket, which is one in other words, may be longer; anything
-// beyond maxTicketBytes is refused unread.
+// MaxDescriptorBytes bounds a descriptor. A ticket is a descriptor with all defaults written out and may be longer;
+// anything beyond maxTicketBytes is refused unread.
 const (
 	MaxDescriptorBytes = 64 << 10
 	maxTicketBytes     = 8 * MaxDescriptorBytes
@@ -38,8 +32,11 @@ const (
 	OnErrorColumn = "column" // the row's outputs are null and the error column says why
 )
 
-// Features are the fields that change answers and that a client may rely on.
-var Features = []string{"on_error", "nulls", "preprocess", "pictures", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout", "device"}
+// Layouts of output columns.
+const (
+	LayoutList   = "list"   // nested lists of what Spark reads
+	LayoutTensor = "tensor" // arrow.fixed_shape_tensor, and the tensor's own types
+)
 
 // Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
 type Descriptor struct {
@@ -48,8 +45,8 @@ type Descriptor struct {
 	Version   string `json:"version,omitempty"`
 	Signature string `json:"signature,omitempty"`
 
-	Inputs     tensor.Inputs         `json:"inputs,omitempty"`
-	Outputs    tensor.Outputs        `json:"outputs,omitempty"`
+	Inputs     Inputs                `json:"inputs,omitempty"`
+	Outputs    Outputs               `json:"outputs,omitempty"`
 	Preprocess map[string]Preprocess `json:"preprocess,omitempty"`
 
 	OnError     string `json:"on_error,omitempty"`
@@ -95,7 +92,7 @@ func (b *Batching) UnmarshalJSON(data []byte) error {
 		return nil
 	}
 	var numbers batchingNumbers
-	if err := decodeStrictly(data, &numbers); err != nil {
+	if err := Decode(data, &numbers); err != nil {
 		return fmt.Errorf("batching: %w", err)
 	}
 	if numbers.MaxBatchSize < 0 || numbers.BatchTimeoutMicros < 0 {
@@ -113,12 +110,6 @@ func (b Batching) MarshalJSON() ([]byte, error) {
 	return json.Marshal(batchingNumbers{b.MaxBatchSize, b.BatchTimeoutMicros})
 }
 
-// limits says the same to the batcher.
-func (b Batching) limits() batch.Limits {
-	const most = math.MaxInt64 / int64(time.Microsecond)
-	return batch.Limits{Off: b.Off, MaxBatchSize: b.MaxBatchSize, BatchTimeout: time.Duration(min(b.BatchTimeoutMicros, most)) * time.Microsecond}
-}
-
 // DefaultRunTimeout bounds a TensorFlow run when the descriptor does not.
 const DefaultRunTimeout = 300 * time.Second
 
@@ -126,21 +117,21 @@ const DefaultRunTimeout = 300 * time.Second
 func (d *Descriptor) UnmarshalJSON(data []byte) error {
 	type plain Descriptor
 	aux := struct {
-		Version versionNumber `json:"version"`
+		Version VersionNumber `json:"version"`
 		*plain
 	}{plain: (*plain)(d)}
-	if err := decodeStrictly(data, &aux); err != nil {
+	if err := Decode(data, &aux); err != nil {
 		return err
 	}
 	d.Version = string(aux.Version)
 	return nil
 }
 
-// versionNumber is a version as text, and as JSON either text or a number.
-type versionNumber string
+// VersionNumber is a version as text. In JSON it is text or a number.
+type VersionNumber string
 
 // UnmarshalJSON is part of json.Unmarshaler.
-func (v *versionNumber) UnmarshalJSON(data []byte) error {
+func (v *VersionNumber) UnmarshalJSON(data []byte) error {
 	if json.Unmarshal(data, (*string)(v)) == nil {
 		return nil
 	}
@@ -148,24 +139,21 @@ func (v *versionNumber) UnmarshalJSON(data []byte) error {
 	if err != nil {
 		return fmt.Errorf("version must be a number, \"latest\" or a label")
 	}
-	*v = versionNumber(strconv.FormatUint(number, 10))
+	*v = VersionNumber(strconv.FormatUint(number, 10))
 	return nil
 }
 
-// ParseDescriptor reads the command of a Flight descriptor, checks it and sets the defaults.
-// Its faults say which field is wrong.
-func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
-	if fd == nil || fd.GetType() != flight.DescriptorCMD {
-		return nil, fault.New(fault.BadRequest, "the stream's first message must hold a CMD descriptor, JSON such as {\"v\":1,\"model\":\"name\"}")
-	}
+// ParseDescriptor reads the command of a Flight descriptor, checks it and sets the defaults. Its faults are BadRequest
+// and say which field is wrong.
+func ParseDescriptor(command []byte) (*Descriptor, error) {
 	d := &Descriptor{}
-	if len(fd.GetCmd()) <= maxTicketBytes {
-		if err := d.UnmarshalJSON(fd.GetCmd()); err != nil {
+	if len(command) <= maxTicketBytes {
+		if err := d.UnmarshalJSON(command); err != nil {
 			return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
 		}
 	}
-	if len(fd.GetCmd()) > MaxDescriptorBytes && d.Lease == nil {
-		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(fd.GetCmd()), MaxDescriptorBytes)
+	if len(command) > MaxDescriptorBytes && d.Lease == nil {
+		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(command), MaxDescriptorBytes)
 	}
 	if err := d.check(); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
@@ -175,8 +163,8 @@ func ParseDescriptor(fd *flight.FlightDescriptor) (*Descriptor, error) {
 
 // check sets defaults and refuses what this server cannot do.
 func (d *Descriptor) check() error {
-	if d.V != WireVersion {
-		return fmt.Errorf("v is %d; this server speaks %d", d.V, WireVersion)
+	if d.V != Version {
+		return fmt.Errorf("v is %d; this server speaks %d", d.V, Version)
 	}
 	if d.Model == "" {
 		return fmt.Errorf("model is missing")
@@ -196,7 +184,7 @@ func (d *Descriptor) check() error {
 		{"version", &d.Version, []string{"latest", d.Version}},
 		{"on_error", &d.OnError, []string{OnErrorFail, OnErrorNull, OnErrorColumn}},
 		{"nulls", &d.Nulls, []string{"null", "fail"}},
-		{"layout", &d.Layout, []string{tensor.LayoutList, tensor.LayoutTensor}},
+		{"layout", &d.Layout, []string{LayoutList, LayoutTensor}},
 	} {
 		if err := choose(choice.field, choice.value, choice.known...); err != nil {
 			return err
@@ -205,14 +193,14 @@ func (d *Descriptor) check() error {
 	if d.Device == "" {
 		d.Device = DeviceAuto
 	}
-	if err := checkDevice(d.Device); err != nil {
+	if err := CheckDevice(d.Device); err != nil {
 		return err
 	}
 	return d.checkPictures()
 }
 
-// Devices that a request may name, besides the UUIDs of NVIDIA's GPUs and the addresses that Spark gives a task, one or
-// several with commas between them. Which device that is only the host that has it can tell.
+// Devices that a request may name. Besides them it may name UUIDs of NVIDIA's GPUs, and the addresses that Spark gives
+// a task, several with commas between them. Only the host itself can tell which device that is.
 const (
 	DeviceAuto = "auto" // a GPU if there is any
 	DeviceCPU  = "cpu"
@@ -221,12 +209,14 @@ const (
 
 // deviceForm is how a device may be written: a UUID as nvidia-smi -L prints it (of a MIG instance also in the form of
 // drivers before 470, with slashes), or an index.
-var deviceForm = regexp.MustCompile(`^(auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+))*)$`)
+var deviceForm = regexp.MustCompile(
+	`^(auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+))*)$`)
 
-// checkDevice refuses what cannot be a device on any host.
-func checkDevice(device string) error {
+// CheckDevice refuses what cannot be a device on any host.
+func CheckDevice(device string) error {
 	if !deviceForm.MatchString(device) {
-		return fmt.Errorf("device is %q; this server knows %q, a UUID that begins with GPU- or MIG-, or numbers such as \"0\" or \"0,1\"", device, []string{DeviceAuto, DeviceCPU, DeviceGPU})
+		return fmt.Errorf("device is %q; this server knows %q, a UUID that begins with GPU- or MIG-, "+
+			"or numbers such as \"0\" or \"0,1\"", device, []string{DeviceAuto, DeviceCPU, DeviceGPU})
 	}
 	return nil
 }
@@ -242,66 +232,22 @@ func choose(field string, value *string, known ...string) error {
 	return nil
 }
 
-// Plan joins the descriptor with the signature that it names.
-func (d *Descriptor) Plan(model *savedmodel.Model) (*tensor.Plan, error) {
-	signature, err := model.Signature(d.Signature)
-	if err != nil {
-		return nil, fault.New(kindOf(err), "model %s: %w", d.Model, err)
-	}
-	if signature.Assigns != "" {
-		return nil, d.say(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again after a fault would be answered differently; export a signature that only reads", signature.Assigns))
-	}
-	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: d.schemaMetadata(signature)}
-	if options.Pictures, err = d.made(signature); err != nil {
-		return nil, d.say(err)
-	}
-	if d.OnError == OnErrorColumn {
-		options.ErrorColumn = d.ErrorColumn
-	}
-	plan, err := tensor.NewPlan(signature, options)
-	if err != nil {
-		return nil, d.say(err)
-	}
-	return plan, nil
+// Annotate puts the names of model and signature in front of an error and keeps its kind.
+func (d *Descriptor) Annotate(err error) error {
+	kind, _ := fault.KindOf(err)
+	return fault.New(kind, "model %s, signature %s: %w", d.Model, d.Signature, err)
 }
 
-// schemaMetadata is what the schema of the answer says about the request.
-func (d *Descriptor) schemaMetadata(signature savedmodel.Signature) arrow.Metadata {
-	type input struct {
-		TensorMetadata
-		Column string `json:"column,omitempty"`
-	}
-	inputs := make([]input, 0, len(signature.Inputs))
-	for _, about := range tensorMetadata(signature.Inputs) {
-		inputs = append(inputs, input{about, d.Inputs.Column(about.Name)})
-	}
-	text := func(v any) string {
-		data, err := json.Marshal(v)
-		if err != nil {
-			panic(fmt.Sprintf("numbers and strings always encode: %v", err))
-		}
-		return string(data)
-	}
-	return arrow.NewMetadata(
-		[]string{"flightsvc.v", "flightsvc.features", "flightsvc.inputs"},
-		[]string{strconv.Itoa(WireVersion), text(Features), text(inputs)})
-}
-
-// say puts model and signature in front of an error and keeps its kind.
-func (d *Descriptor) say(err error) error {
-	return fault.New(kindOf(err), "model %s, signature %s: %w", d.Model, d.Signature, err)
-}
-
-// runTimeout returns the bound of each TensorFlow run, 0 for none.
-func (d *Descriptor) runTimeout() time.Duration {
+// RunTimeout returns the bound of each TensorFlow run, 0 for none.
+func (d *Descriptor) RunTimeout() time.Duration {
 	if d.RunTimeoutMS == nil {
 		return DefaultRunTimeout
 	}
 	return time.Duration(*d.RunTimeoutMS) * time.Millisecond
 }
 
-// redirect reports whether the caller takes a location.
-func (d *Descriptor) redirect() bool { return d.Redirect == nil || *d.Redirect }
+// TakesLocation reports whether the caller wants the address of a runner rather than a relay.
+func (d *Descriptor) TakesLocation() bool { return d.Redirect == nil || *d.Redirect }
 
 // Command returns the descriptor as CMD bytes.
 func (d *Descriptor) Command() ([]byte, error) { return json.Marshal(d) }

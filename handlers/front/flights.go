@@ -1,12 +1,12 @@
-package handlers
+package front
 
 import (
-	"encoding/json"
-
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/handlers"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 )
 
@@ -14,10 +14,8 @@ import (
 // and signature that this host knows, with the answer's schema and without an endpoint. It loads
 // nothing. Criteria are nothing, or {"model":"name"} for the flights of one reference.
 func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightService_ListFlightsServer) error {
-	var only struct {
-		Model string `json:"model"`
-	}
-	if err := decodeBody(criteria.GetExpression(), &only); err != nil {
+	var only protocol.Criteria
+	if err := protocol.DecodeBody(criteria.GetExpression(), &only); err != nil {
 		return fault.New(fault.BadRequest, "criteria are empty or JSON like {\"model\":\"name\"}: %w", err)
 	}
 	entries, err := f.options.Cache.Index(stream.Context())
@@ -36,14 +34,6 @@ func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightServi
 		}
 	}
 	return nil
-}
-
-// flightDescriptor is the command of a listed flight.
-type flightDescriptor struct {
-	V         int    `json:"v"`
-	Model     string `json:"model"`
-	Version   string `json:"version"`
-	Signature string `json:"signature"`
 }
 
 // flightsOf returns the flights of a model's signatures, by name, and why others cannot be served
@@ -67,16 +57,16 @@ func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []
 }
 
 func flightOf(entry modelcache.Entry, signature string) (*flight.FlightInfo, error) {
-	command, err := json.Marshal(flightDescriptor{V: WireVersion, Model: entry.Ref, Version: entry.Version, Signature: signature})
+	command, err := (&protocol.Descriptor{V: protocol.Version, Model: entry.Ref, Version: entry.Version, Signature: signature}).Command()
 	if err != nil {
 		return nil, err
 	}
 	fd := &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: command}
-	d, err := ParseDescriptor(fd)
+	d, err := handlers.ParseDescriptor(fd)
 	if err != nil {
 		return nil, err
 	}
-	plan, err := d.Plan(entry.Saved)
+	plan, err := handlers.Plan(d, entry.Saved)
 	if err != nil {
 		return nil, err
 	}

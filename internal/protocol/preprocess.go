@@ -1,14 +1,10 @@
-package handlers
+package protocol
 
 import (
 	"encoding/json"
 	"fmt"
-	"slices"
 
-	"flightsvc/internal/control"
-	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
-	"flightsvc/internal/tensor"
 )
 
 // Preprocess says what becomes of the pictures of an input: a tensor of [batch, height, width, channels].
@@ -33,12 +29,13 @@ var pictureTypes = map[string]savedmodel.DType{
 	"bfloat16": savedmodel.Bfloat16, "uint8": savedmodel.Uint8, "int32": savedmodel.Int32,
 }
 
-const pictureTypeNames = "float32, float64, float16, bfloat16, uint8 or int32"
+// PictureTypes names them in errors.
+const PictureTypes = "float32, float64, float16, bfloat16, uint8 or int32"
 
 // UnmarshalJSON is part of json.Unmarshaler.
 func (p *Preprocess) UnmarshalJSON(data []byte) error {
 	type plain Preprocess
-	return decodeStrictly(data, (*plain)(p))
+	return Decode(data, (*plain)(p))
 }
 
 // channels is a number, which stands for three, or one for each channel.
@@ -78,9 +75,9 @@ func (c channels) or(fallback float32) [3]float32 {
 
 // checkPictures sets the defaults of preprocess and refuses what this server cannot do.
 func (d *Descriptor) checkPictures() error {
-	builtIn := d.Model == control.Image
+	builtIn := d.Model == Image
 	if builtIn && len(d.Preprocess) == 0 {
-		d.Preprocess = map[string]Preprocess{control.ImageInput: {}}
+		d.Preprocess = map[string]Preprocess{ImageInput: {}}
 	}
 	for name, p := range d.Preprocess {
 		check := p.check
@@ -108,12 +105,12 @@ func (p *Preprocess) check() error {
 	for name, numbers := range map[string]channels{"scale": p.Scale, "offset": p.Offset} {
 		three := numbers.or(0)
 		number := len(numbers) == 3 && three[0] == three[1] && three[0] == three[2]
-		if numbers != nil && len(numbers) != p.channelCount() && !number {
-			return fmt.Errorf("%s has %d numbers, but %s has %d channels", name, len(numbers), p.Channels, p.channelCount())
+		if numbers != nil && len(numbers) != p.ChannelCount() && !number {
+			return fmt.Errorf("%s has %d numbers, but %s has %d channels", name, len(numbers), p.Channels, p.ChannelCount())
 		}
 	}
-	if _, ok := pictureTypes[p.DType]; !ok && p.DType != "" {
-		return fmt.Errorf("dtype is %q; pictures become %s", p.DType, pictureTypeNames)
+	if p.DType != "" && p.Type() == 0 {
+		return fmt.Errorf("dtype is %q; pictures become %s", p.DType, PictureTypes)
 	}
 	return nil
 }
@@ -121,7 +118,7 @@ func (p *Preprocess) check() error {
 // checkBuiltIn is check for the built-in model, which makes pictures of pictures.
 func (p *Preprocess) checkBuiltIn() error {
 	if p.Scale != nil || p.Offset != nil || p.DType != "" {
-		return fmt.Errorf("scale, offset and dtype are for tensors; the model %q makes pictures, leave them out", control.Image)
+		return fmt.Errorf("scale, offset and dtype are for tensors; the model %q makes pictures, leave them out", Image)
 	}
 	if p.Size == nil && (p.Resize != "" || p.Antialias || p.Fit != "") {
 		return fmt.Errorf("resize, antialias and fit want a size")
@@ -148,34 +145,13 @@ func (p *Preprocess) checkResize() error {
 	return choose("fit", &p.Fit, "crop", "stretch", "pad")
 }
 
-// channelCount returns the last dimension of the tensor.
-func (p *Preprocess) channelCount() int {
+// ChannelCount returns the last dimension of the tensor.
+func (p *Preprocess) ChannelCount() int {
 	if p.Channels == "L" {
 		return 1
 	}
 	return 3
 }
 
-// Type returns the element type of the tensor, once the descriptor has been planned.
+// Type returns the element type of the tensor, or 0 where DType names none that pictures can become.
 func (p *Preprocess) Type() savedmodel.DType { return pictureTypes[p.DType] }
-
-// made says what the pictures of each input become, and settles the types that the descriptor leaves open.
-func (d *Descriptor) made(signature savedmodel.Signature) (map[string]tensor.Made, error) {
-	all := make(map[string]tensor.Made, len(d.Preprocess))
-	for name, p := range d.Preprocess {
-		if d.Model == control.Image {
-			all[name] = tensor.Made{DType: savedmodel.String, Shape: []int64{-1}}
-			continue
-		}
-		at := slices.IndexFunc(signature.Inputs, func(spec savedmodel.Spec) bool { return spec.Name == name })
-		if p.DType == "" && at >= 0 { // a name that the signature lacks is the plan's to refuse
-			p.DType = signature.Inputs[at].DType.String()
-			if _, ok := pictureTypes[p.DType]; !ok {
-				return nil, fault.New(fault.BadRequest, "preprocess of input %q, which is %s: pictures become %s", name, p.DType, pictureTypeNames)
-			}
-			d.Preprocess[name] = p
-		}
-		all[name] = tensor.Made{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]), int64(p.channelCount())}}
-	}
-	return all, nil
-}

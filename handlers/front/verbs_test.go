@@ -1,10 +1,12 @@
-package handlers
+package front
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -13,14 +15,35 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/flight"
 	"github.com/apache/arrow/go/v15/arrow/ipc"
 	"github.com/apache/arrow/go/v15/arrow/memory"
+	"go.uber.org/zap"
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
+	"flightsvc/internal/protocol"
+	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
 )
 
+func command(text string) *flight.FlightDescriptor {
+	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: []byte(text)}
+}
+
+const (
+	fuzzJSON  = 64 << 20  // of memory that a JSON text may take while it is read
+	fuzzArrow = 512 << 20 // of memory that the messages of a stream may take
+)
+
+// captured is what was sent.
+type captured []*flight.FlightData
+
+func (c *captured) Send(data *flight.FlightData) error {
+	*c = append(*c, &flight.FlightData{DataHeader: bytes.Clone(data.DataHeader), DataBody: bytes.Clone(data.DataBody)})
+	return nil
+}
+
 func TestBodies(t *testing.T) {
-	for body, want := range map[string]modelBody{
+	for body, want := range map[string]protocol.ModelBody{
 		`{"model":"m"}`: {Model: "m"},
 		` {"model":"m","version":"latest"}` + "\n": {Model: "m", Version: "latest"},
 		`{"model":"m","version":7}`:                {Model: "m", Version: "7"},
@@ -38,10 +61,10 @@ func TestBodies(t *testing.T) {
 		`{"model":"m"`:               "unexpected EOF",
 		`{"model":"m"} {}`:           "text after the object",
 		`{"model":"m","sig":"x"}`:    `unknown field "sig"`,
-		`{"model":1}`:                "cannot unmarshal number",
+		`{"model":1}`:                `field "model" cannot be a number`,
 		`{"model":"m","version":-1}`: `version must be a number, "latest"`,
 		`{"model":"m","version":[]}`: `version must be a number, "latest"`,
-		strings.Repeat(" ", MaxActionBytes) + `{"model":"m"}`: "more than 65536",
+		strings.Repeat(" ", protocol.MaxActionBytes) + `{"model":"m"}`: "more than 65536",
 	} {
 		_, err := decodeModel([]byte(body))
 		expect.Fault(t, err, fault.BadRequest, `{"model":"name"}`, part)
@@ -163,7 +186,7 @@ func FuzzAction(f *testing.F) {
 	f.Add([]byte(`{"model":"m"}{`))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, body []byte) {
-		fuzztest.Bounded(t, fuzzJSONBytes, func() {
+		fuzztest.Bounded(t, fuzzJSON, func() {
 			ask, err := decodeModel(body)
 			if kind, ok := fault.KindOf(err); err == nil && ask.Model == "" || err != nil && (!ok || kind != fault.BadRequest) {
 				t.Errorf("%+v, %v", ask, err)
@@ -181,14 +204,79 @@ func FuzzPutCommand(f *testing.F) {
 	f.Add([]byte(`{"v":1,"put":"model"}`))
 	f.Add([]byte(`{"v":1,"put":"model","digest":"sha256:../../../../../../../../../../../../../../../../../../../../etc/passwd"}`))
 	f.Fuzz(func(t *testing.T, cmd []byte) {
-		fuzztest.Bounded(t, fuzzJSONBytes, func() {
+		fuzztest.Bounded(t, fuzzJSON, func() {
 			c, err := parsePut(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: cmd})
 			var refused *fault.Error
 			switch {
 			case err != nil && (!errors.As(err, &refused) || refused.Kind != fault.BadRequest):
 				t.Errorf("the error is %v", err)
-			case err == nil && (c.V != WireVersion || c.Put != "model" || strings.ContainsAny(c.Digest, "/.")):
+			case err == nil && (c.V != protocol.Version || c.Put != "model" || strings.ContainsAny(c.Digest, "/.")):
 				t.Errorf("taken: %+v", c)
+			}
+		})
+	})
+}
+
+// FuzzChunks feeds the messages of DoPut: what passes is an archive of as many bytes as arrived.
+func FuzzChunks(f *testing.F) {
+	for _, option := range []ipc.Option{ipc.WithDictionaryDeltas(false), ipc.WithLZ4(), ipc.WithZstd()} {
+		rec, _, err := array.RecordFromJSON(memory.DefaultAllocator, putSchema, strings.NewReader(`[{"chunk":"AAAA"},{"chunk":""},{"chunk":"AQID"}]`))
+		if err != nil {
+			f.Fatal(err)
+		}
+		out := &captured{}
+		writer := flight.NewRecordWriter(out, ipc.WithSchema(putSchema), option)
+		if err := writer.Write(rec); err != nil {
+			f.Fatal(err)
+		}
+		f.Add((*out)[0].DataHeader, (*out)[1].DataHeader, (*out)[1].DataBody)
+	}
+	f.Fuzz(func(t *testing.T, schema, header, body []byte) {
+		fuzztest.Bounded(t, fuzzArrow, func() {
+			message := &flight.FlightData{DataHeader: header, DataBody: body}
+			archive, _, err := openArchive(&sent{messages: []*flight.FlightData{{DataHeader: schema}, message, message}})
+			if err != nil {
+				expect.Fault(t, err, fault.BadRequest)
+				return
+			}
+			defer archive.reader.Release()
+			if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Type.ID() != arrow.BINARY {
+				return
+			}
+			if _, err := io.Copy(io.Discard, archive); err != nil {
+				expect.Fault(t, err, fault.BadRequest)
+			}
+		})
+	})
+}
+
+// unheard takes flights and forgets them.
+type unheard struct {
+	flight.FlightService_ListFlightsServer
+}
+
+// Context is part of grpc.ServerStream.
+func (unheard) Context() context.Context { return context.Background() }
+
+func (unheard) Send(*flight.FlightInfo) error { return nil }
+
+// FuzzCriteria feeds criteria of ListFlights: a list, or a fault of the caller.
+func FuzzCriteria(f *testing.F) {
+	f.Add([]byte(`{"model":"m"}`))
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`{"Model":"m"}`))
+	f.Add([]byte(``))
+	models := repository.New(repository.Options{CacheDir: filepath.Join(f.TempDir(), "cache"), Log: zap.NewNop()})
+	f.Cleanup(models.Close)
+	cache := modelcache.New(modelcache.Options{Repository: models, Log: zap.NewNop()})
+	f.Cleanup(cache.Close)
+	front := New(Options{Cache: cache})
+	f.Fuzz(func(t *testing.T, criteria []byte) {
+		fuzztest.Bounded(t, fuzzJSON, func() {
+			if err := front.ListFlights(&flight.Criteria{Expression: criteria}, unheard{}); err != nil {
+				expect.Fault(t, err, fault.BadRequest, "criteria")
+			} else if len(criteria) > 0 && !json.Valid(criteria) {
+				t.Error("what is no JSON was taken")
 			}
 		})
 	})
