@@ -251,17 +251,15 @@ def test_a_graph_becomes_a_model_once(spark: Any, tmp_path: Path, monkeypatch: p
 
     made: list[Any] = []
     saved_model = TFInputGraph.saved_model
-    monkeypatch.setattr(
-        TFInputGraph,
-        "saved_model",
-        lambda self, *tensors: made.append(tensors) or saved_model(self, *tensors),
-    )
+
+    def count(graph: Any, inputs: list[str], outputs: list[str]) -> Path:
+        made.append((inputs, outputs))
+        return saved_model(graph, inputs, outputs)
+
+    monkeypatch.setattr(TFInputGraph, "saved_model", count)
     frame = spark.createDataFrame([(0, [1.0, 2.0, 3.0, 4.0])], "id bigint, x array<float>")
-    stage = TFTransformer(
-        model=frozen(tmp_path / "linear.pb"),
-        inputMapping={"x": "given:0"},
-        outputMapping={"result:0": COLUMN},
-    )
+    graph, mapping = frozen(tmp_path / "linear.pb"), {"x": "given:0"}
+    stage = TFTransformer(model=graph, inputMapping=mapping, outputMapping={"result:0": COLUMN})
     for _ in range(3):
         assert COLUMN in stage.transform(frame).columns
     assert made == [(["given:0"], ["result:0"])]
