@@ -1144,6 +1144,23 @@ func TestValuesRefuse(t *testing.T) {
 		"half overflows": {input: spec("x", savedmodel.Float16, -1), column: f32,
 			rows:    []any{65519.0, 65520.0, math.Inf(1)},
 			refused: map[int]string{1: `column "c": a value is outside float16, -65504 to 65504`}},
+		"uint16 of int32": {input: spec("x", savedmodel.Uint16, -1), column: arrow.PrimitiveTypes.Int32,
+			rows: []any{int64(65535), int64(65536), int64(0), int64(-3077)},
+			refused: map[int]string{1: `column "c": a value is outside uint16, 0 to 65535`,
+				3: `column "c": a value is outside uint16, 0 to 65535`}},
+		"uint32 of uint64": {input: spec("x", savedmodel.Uint32, -1), column: arrow.PrimitiveTypes.Uint64,
+			rows:    []any{int64(math.MaxUint32), int64(1 << 32), int64(0)},
+			refused: map[int]string{1: `column "c": a value is outside uint32, 0 to 4294967295`}},
+		"uint64 of int64": {input: spec("x", savedmodel.Uint64, -1), column: arrow.PrimitiveTypes.Int64,
+			rows:    []any{int64(math.MaxInt64), int64(math.MinInt64)},
+			refused: map[int]string{1: `column "c": a value is outside uint64, 0 to 18446744073709551615`}},
+		"uint64 of decimals": {input: spec("x", savedmodel.Uint64, -1), column: &arrow.Decimal128Type{Precision: 20},
+			rows: []any{uint64(math.MaxUint64), huge{}, int64(-77)},
+			refused: map[int]string{1: `column "c": a value is outside uint64, 0 to 18446744073709551615`,
+				2: `column "c": a value is outside uint64, 0 to 18446744073709551615`}},
+		"bfloat16 overflows": {input: spec("x", savedmodel.Bfloat16, -1), column: f32,
+			rows:    []any{1.0, math.MaxFloat32, math.Inf(-1)},
+			refused: map[int]string{1: `column "c": a value is outside bfloat16, -3.39e38 to 3.39e38`}},
 		"raw size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs,
 			rows: []any{"12345678", "1234", ""}, refused: map[int]string{1: `column "c": a raw cell of 4 bytes, want 8`,
 				2: `column "c": a raw cell of 0 bytes, want 8`}},
@@ -1202,6 +1219,46 @@ func TestValuesRefuse(t *testing.T) {
 				t.Errorf("refused %v, want %v", refused, c.refused)
 			}
 		})
+	}
+}
+
+// TestEdges has the ends of what both a column and a tensor hold, each beside the bytes of the tensor.
+func TestEdges(t *testing.T) {
+	le := binary.LittleEndian
+	i64 := func(v int64) []byte { return le.AppendUint64(nil, uint64(v)) }
+	f32 := func(v float64) []byte { return le.AppendUint32(nil, math.Float32bits(float32(v))) }
+	f64 := func(v float64) []byte { return le.AppendUint64(nil, math.Float64bits(v)) }
+	f16 := func(v uint16) []byte { return le.AppendUint16(nil, v) }
+	double, single, whole := arrow.PrimitiveTypes.Float64, arrow.PrimitiveTypes.Float32, arrow.PrimitiveTypes.Int64
+	for _, c := range []struct {
+		column arrow.DataType
+		dtype  savedmodel.DType
+		cells  []any
+		want   [][]byte
+	}{
+		{whole, savedmodel.Int64, []any{int64(math.MinInt64), int64(math.MaxInt64)},
+			[][]byte{i64(math.MinInt64), i64(math.MaxInt64)}},
+		{arrow.PrimitiveTypes.Int8, savedmodel.Int64, []any{int64(-128), int64(127)}, [][]byte{i64(-128), i64(127)}},
+		{arrow.PrimitiveTypes.Uint32, savedmodel.Int64, []any{int64(math.MaxUint32)}, [][]byte{i64(math.MaxUint32)}},
+		{whole, savedmodel.Uint8, []any{int64(0), int64(255)}, [][]byte{{0}, {255}}},
+		{&arrow.Decimal128Type{Precision: 20}, savedmodel.Uint64, []any{uint64(math.MaxUint64)}, [][]byte{i64(-1)}},
+		{double, savedmodel.Float32, []any{1 + 0x1p-24, 1 + 0x1.8p-23, 0x1p-149, math.Inf(-1), math.Copysign(0, -1)},
+			[][]byte{f32(1), f32(1 + 0x1p-22), f32(0x1p-149), f32(math.Inf(-1)), {0, 0, 0, 0x80}}},
+		{arrow.PrimitiveTypes.Uint32, savedmodel.Float64, []any{int64(math.MaxUint32)}, [][]byte{f64(math.MaxUint32)}},
+		{single, savedmodel.Float64, []any{math.MaxFloat32, 0x1p-149}, [][]byte{f64(math.MaxFloat32), f64(0x1p-149)}},
+		{single, savedmodel.Float16, []any{65519.0, 0x1p-24, 0x1p-25, math.Inf(1)},
+			[][]byte{f16(0x7bff), f16(1), f16(0), f16(0x7c00)}},
+		{single, savedmodel.Bfloat16, []any{1 + 0x1p-8, 1 + 0x1.8p-7, math.Inf(1)},
+			[][]byte{f16(0x3f80), f16(0x3f82), f16(0x7f80)}},
+	} {
+		rec := record(t, memory.DefaultAllocator, "c", c.column, c.cells...)
+		binding := bindOne(t, spec("x", c.dtype, -1), Input{}, rec.Schema().Field(0))
+		feeds, err := binding.Values(t.Context(), rec, NewRows(len(c.cells)), nil, memory.DefaultAllocator)
+		if err != nil || !bytes.Equal(feeds[0].Value.Data, bytes.Join(c.want, nil)) {
+			t.Errorf("%v of %s as %s: %v, want %v (%v)", c.cells, c.column, c.dtype, feeds, c.want, err)
+		}
+		ReleaseFeeds(feeds)
+		rec.Release()
 	}
 }
 
