@@ -4,9 +4,9 @@
     python ml_script.py FOLDER --remote sc://127.0.0.1:15002
 
 FOLDER holds, for each case: ``stages/<case>``, a stage, and ``pipelines/<case>``, a PipelineModel of it
-alone; ``cases.json`` names the rows of each, with an ``id``, in ``data``. ``validated`` and ``estimator``, where
-they are there, hold a CrossValidatorModel and its CrossValidator, ``data/labelled`` their rows. ``--cases`` are
-run, ``--streamed`` in Structured Streaming, too. Nothing is asserted here.
+alone; ``cases.json`` names the rows of each, with an ``id``, in ``data``. ``validated`` and ``estimator``,
+where they are there, hold a CrossValidatorModel and its CrossValidator, ``data/labelled`` their rows.
+``--cases`` are run, ``--streamed`` in Structured Streaming, too. Nothing is asserted here.
 """
 
 from __future__ import annotations

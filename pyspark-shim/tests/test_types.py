@@ -1,8 +1,8 @@
 # mypy: disable-error-code="import-untyped,misc,untyped-decorator"
 """The type table as Spark sees it: values both ways, advice on the driver, and what goes into a descriptor.
 
-TensorFlow in Python runs the same SavedModels as oracle. Values of every other Arrow type are compared with it
-in ``test_property.py``; their edges are in ``internal/tensor``.
+TensorFlow in Python runs the same SavedModels as oracle. Values of every other Arrow type are compared with
+it in ``test_property.py``; their edges are in ``internal/tensor``.
 """
 
 from __future__ import annotations
