@@ -31,7 +31,7 @@ QUALITIES = (75, 95)
 
 
 def crops(count: int) -> Path:
-    """Return the folder with the first ``count`` crops, the same everywhere, made where it is not there."""
+    """Return the folder with the first ``count`` crops, the same on every machine; create them if needed."""
     folder = FOLDER / str(count)
     if folder.exists():
         return folder

@@ -1,4 +1,4 @@
-"""How soon a front serves, and how long one row takes, beside an echo on the same kind of socket.
+"""How soon a front serves, and how long one row takes, compared with an echo on the same kind of socket.
 
 The echo and the model take turns, so that a machine that slows down slows both; quote the ratio. Prints a
 table, writes build/bench/latency.json, and exits with 1 where a bound is missed.
@@ -46,7 +46,7 @@ def ended(server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def exchange(client: flight.FlightClient, command: bytes, schema: pa.Schema) -> Iterator[Any]:
-    """Open a stream and return what sends a record batch and waits for its answer."""
+    """Open a stream and return a function that sends a record batch and waits for its answer."""
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
     writer.begin(schema)
 

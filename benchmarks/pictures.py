@@ -1,4 +1,4 @@
-"""Decoding and resizing pictures: ours beside the same TensorFlow kernels in one `tf.data` pipeline.
+"""Decoding and resizing pictures: flightsvc against the same TensorFlow kernels in one `tf.data` pipeline.
 
 Both make batches of tensors of the same JPEG files from memory, on two cores: ours in Go, in two goroutines;
 the pipeline from Python, with a parallel map over two threads. They take turns, and ratios are taken within
@@ -27,18 +27,18 @@ from record import ROOT, keep, machine, place
 BATCH, SIZE, THREADS = 32, 224, 2
 RATIO_BOUND = 0.9
 DIFFERENCE_BOUND = 1e-5
-"""How much a value between -1 and 1 may differ."""
+"""Largest allowed difference of a value between -1 and 1."""
 
 PROGRAM = ROOT / "build" / "bench" / "pictures"
 TENSOR = ROOT / "build" / "bench" / "pictures.tensor"
 
 
 Seconds = tuple[float, float]
-"""How long something took, and how much time of the processor it had."""
+"""Wall-clock time and CPU time of a run."""
 
 
 def pipeline(files: list[Path]) -> tuple[Callable[[], Seconds], np.ndarray]:
-    """Return what runs the `tf.data` pipeline once, and its first batch."""
+    """Return a function that runs the `tf.data` pipeline once, and its first batch."""
 
     def picture(content: tf.Tensor) -> tf.Tensor:
         pixels = tf.io.decode_jpeg(content, channels=3)
@@ -61,7 +61,7 @@ def pipeline(files: list[Path]) -> tuple[Callable[[], Seconds], np.ndarray]:
 
 @contextmanager
 def goroutines(files: list[Path]) -> Iterator[Callable[[], Seconds]]:
-    """Give what lets the Go program take the files once."""
+    """Yield a function that makes the Go program process the files once."""
     command = [str(PROGRAM), str(TENSOR), *map(str, files)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
         assert program.stdin is not None and program.stdout is not None
@@ -80,7 +80,7 @@ def goroutines(files: list[Path]) -> Iterator[Callable[[], Seconds]]:
 
 
 def measure(images: int, rounds: int) -> dict[str, Any]:
-    """Let both take turns and return what came of it."""
+    """Run both alternately and return the results."""
     tf.config.threading.set_intra_op_parallelism_threads(THREADS)
     tf.config.threading.set_inter_op_parallelism_threads(THREADS)
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures to classes in Spark: ours beside `predict_batch_udf`, with TensorFlow in Spark's Python workers.
+"""Pictures to classes in Spark: flightsvc against `predict_batch_udf` with TensorFlow in the Python workers.
 
 EfficientNet-Lite0 over JPEG files on ``local[2]``. The ways take turns, each run in a process and a session
 of its own: a first job over a tenth of the files, which starts and loads all there is, then the measured one
@@ -24,35 +24,35 @@ from record import ROOT, keep, machine, place
 sys.path.append(str(ROOT / "examples"))
 import crops
 
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
 
 BENCH = ROOT / "build" / "bench"
 LOG = BENCH / "quick.log"
 
 RATIO_BOUND = 1.2
-"""How many times as many pictures a second as `predict_batch_udf` ours must answer at the least."""
+"""Least ratio of pictures per second, flightsvc to `predict_batch_udf`."""
 
 DIFFERENCE_BOUND = 1e-3
-"""How much a probability may differ: the ways decode and resize with the same kernels."""
+"""Largest allowed difference of a probability; all ways decode and resize with the same kernels."""
 
 LIMIT_S = 9 * 60
-"""No round is begun that would likely end later than this; the first always is."""
+"""After the first round, no round starts that would probably end later than this."""
 
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
-"""TensorFlow's own switch; unset, TensorFlow decides by the processor."""
+"""TensorFlow's own variable; if it is unset, TensorFlow decides by the CPU."""
 
 WAYS = {
     "flightsvc": {},
     "predict_batch_udf": {},
     "predict_batch_udf, oneDNN": {ONEDNN: "1"},
 }
-"""The ways by name, each with the environment of its Spark."""
+"""The ways by name, each with environment variables of its Spark."""
 
 OURS, THEIRS, _ = WAYS
 
 
 def ours(model: str) -> Callable[[Any], Any]:
-    """Return what adds the column ``p`` to a DataFrame of files, through the sidecar."""
+    """Return a function that adds the column ``p`` to a DataFrame of files, through the sidecar."""
     import flightsvc
 
     lite = flightsvc.Model(
@@ -62,7 +62,7 @@ def ours(model: str) -> Callable[[Any], Any]:
 
 
 def theirs(model: str) -> Callable[[Any], Any]:
-    """Return what adds the column ``p`` to a DataFrame of files, as the documentation of Spark shows it."""
+    """Return a function that adds the column ``p`` to a DataFrame of files, by Spark's documentation."""
     from pyspark.ml.functions import predict_batch_udf
     from pyspark.sql.types import ArrayType, FloatType
 
@@ -135,11 +135,11 @@ def started(way: str, folder: Path, model: Path) -> tuple[dict[str, float], np.n
 
 
 def measure(images: int, rounds: int) -> dict[str, Any]:
-    """Let the ways take turns and return what came of it; ratios are taken within each round."""
+    """Run the ways alternately and return the results; ratios are taken within each round."""
     BENCH.mkdir(parents=True, exist_ok=True)
     LOG.unlink(missing_ok=True)
     folder = crops.crops(images)
-    # TensorFlow leaves with the process that exports the model.
+    # A process of its own exports the model, so that TensorFlow's memory is freed.
     subprocess.run([sys.executable, "-m", lite0.__name__], stdout=subprocess.DEVNULL, check=True)
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     answers: dict[str, np.ndarray] = {}

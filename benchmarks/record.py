@@ -1,4 +1,4 @@
-"""What a figure depends on, and where figures are kept."""
+"""Records figures, with the machine and versions that they depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Return this machine's processor, its load now, and the versions of Python and of ``packages``."""
+    """Return this machine's CPU, its current load, and the versions of Python and of ``packages``."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     cpu = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return {

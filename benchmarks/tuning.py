@@ -1,4 +1,4 @@
-"""What tuning finds for EfficientNet-Lite0 and MobileNetV2, beside the best there is and a raw session loop.
+"""What tuning finds for EfficientNet-Lite0 and MobileNetV2, against the best configuration and a bare loop.
 
 `flightsvc tune` searches, all combinations and quickly. What it chose, what else was fast, and each of frozen
 or not and oneDNN on or off are then measured again in turns, each in a runner of its own; a bare loop over
@@ -21,15 +21,15 @@ from typing import Any
 
 from record import ROOT, keep, machine, place
 
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
 
 CHOSEN_BOUND = 0.95
-"""How fast the chosen configuration must be, as a part of the fastest one."""
+"""Least speed of the chosen configuration, as a fraction of the fastest one."""
 RAW_BOUND = 0.97
-"""How fast a runner must be, as a part of a raw session loop."""
+"""Least speed of a runner, as a fraction of the bare session loop."""
 WINDOW_MS, WINDOWS = 600, 4
 SECONDS = 540
-"""No round is begun that would likely end after so many seconds of one model."""
+"""No round starts that would probably end after this many seconds of one model."""
 FLAGS = ("sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile")
 
 SESSION = ROOT / "build" / "bench" / "session"
@@ -174,7 +174,7 @@ def choice_of(candidate: dict[str, Any]) -> Choice:
 
 
 def measure(name: str, model: Path, rounds: int, full: bool, run_dir: Path) -> dict[str, Any]:
-    """Tune a model and measure again what came of it."""
+    """Tune a model and measure the results again."""
     began = time.monotonic()
     bench = Bench(model, run_dir)
     quick = bench.tune("--quick")

@@ -27,7 +27,7 @@ try:
     from pyspark.sql import DataFrame, Row, SparkSession
 
     import flightsvc
-    from flightsvc.ml import lite0
+    from flightsvc.ml.networks import lite0
 except ModuleNotFoundError as error:
     sys.exit(f"demo: the Python package {error.name} is missing; run `make build` first")
 

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
-	"strings"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -13,33 +11,14 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
+
+	"flightsvc/internal/protocol"
 )
-
-// Scheme is how an address on a Unix socket is written everywhere: Scheme + absolute path.
-const Scheme = "grpc+unix://"
-
-// maxSocketPath is the longest path that a Unix socket address holds on Linux: sun_path has
-// 108 bytes, the last is 0 (unix(7)).
-const maxSocketPath = 107
-
-// SocketPath returns the path in an address. Its errors say what is wrong with the address.
-func SocketPath(address string) (string, error) {
-	path, ok := strings.CutPrefix(address, Scheme)
-	switch {
-	case !ok:
-		return "", fmt.Errorf("address %q: want %s and an absolute path", address, Scheme)
-	case !filepath.IsAbs(path):
-		return "", fmt.Errorf("address %q: the path must be absolute", address)
-	case len(path) > maxSocketPath:
-		return "", fmt.Errorf("address %q: a Unix socket's path has at most %d bytes, this one has %d; choose a shorter run-dir", address, maxSocketPath, len(path))
-	}
-	return path, nil
-}
 
 // Listen opens a Unix socket at path with mode 0600, in place of one that lies there already. Only
 // processes of the same user can connect: others are closed at accept.
 func Listen(path string, log *zap.Logger) (net.Listener, error) {
-	if _, err := SocketPath(Scheme + path); err != nil {
+	if _, err := protocol.SocketPath(protocol.Scheme + path); err != nil {
 		return nil, err
 	}
 	if info, err := os.Lstat(path); err == nil {

@@ -36,13 +36,13 @@ const (
 	maxSchemaText   = 16 << 20
 )
 
-// openReader reads the first messages of a stream: the descriptor and the schema. They may come
+// OpenReader reads the first messages of a stream: the descriptor and the schema. They may come
 // as one message or as two, and a client may repeat the descriptor; the first one counts.
-func openReader(stream flight.DataStreamReader, mem *readMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
+func OpenReader(stream flight.DataStreamReader, mem *ReadMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
 	first := &checkedStream{DataStreamReader: stream, mem: mem}
 	reader, err := flight.NewRecordReader(first, ipc.WithAllocator(mem))
 	if err != nil {
-		return nil, nil, streamError(err, "the stream must begin with a descriptor and a schema: %w", err)
+		return nil, nil, StreamError(err, "the stream must begin with a descriptor and a schema: %w", err)
 	}
 	return reader, first.descriptor, nil
 }
@@ -53,7 +53,7 @@ type checkedStream struct {
 	descriptor *flight.FlightDescriptor
 	schema     outline
 	awaited    int // dictionaries that must come before all else
-	mem        *readMemory
+	mem        *ReadMemory
 }
 
 // Recv is part of flight.DataStreamReader.
@@ -71,22 +71,22 @@ func (c *checkedStream) Recv() (*flight.FlightData, error) {
 	return message, c.check(message.GetDataHeader(), message.GetDataBody())
 }
 
-// streamError keeps errors of the transport and makes all others the caller's mistake.
-func streamError(err error, format string, args ...any) error {
+// StreamError keeps errors of the transport and makes all others the caller's mistake.
+func StreamError(err error, format string, args ...any) error {
 	if _, ok := status.FromError(err); ok || errors.Is(err, context.Canceled) {
 		return err
 	}
 	return fault.New(fault.BadRequest, format, args...)
 }
 
-// readMemory is the allocator of a stream's reader. When a record batch does not hold what it
+// ReadMemory is the allocator of a stream's reader. When a record batch does not hold what it
 // says, Arrow's reader loses the buffers that it was filling, which may be large and lie off the
-// Go heap; readMemory knows them. It refuses, by a panic that the reader turns into an error, what a
+// Go heap; ReadMemory knows them. It refuses, by a panic that the reader turns into an error, what a
 // stream may not hold.
 //
 // The reader may lose its hold on dictionaries then as well, which other record batches still read. So those lie on
 // the Go heap.
-type readMemory struct {
+type ReadMemory struct {
 	memory.Allocator
 
 	mu      sync.Mutex       // guards the fields below
@@ -98,12 +98,13 @@ type readMemory struct {
 	onHeap  map[*byte]bool   // those that do
 }
 
-func newReadMemory(mem memory.Allocator, limit int) *readMemory {
-	return &readMemory{Allocator: mem, fresh: map[*byte][]byte{}, limit: limit, onHeap: map[*byte]bool{}}
+// NewReadMemory returns an allocator on top of mem that lets limit bytes be out at once.
+func NewReadMemory(mem memory.Allocator, limit int) *ReadMemory {
+	return &ReadMemory{Allocator: mem, fresh: map[*byte][]byte{}, limit: limit, onHeap: map[*byte]bool{}}
 }
 
 // Allocate is part of memory.Allocator.
-func (m *readMemory) Allocate(size int) []byte {
+func (m *ReadMemory) Allocate(size int) []byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if size < 0 || size > m.limit-m.live {
@@ -124,15 +125,22 @@ func (m *readMemory) Allocate(size int) []byte {
 	return b
 }
 
-// collected says whether the next buffers are left to Go's collector.
-func (m *readMemory) collected(yes bool) {
+// Refused reports whether the limit was reached.
+func (m *ReadMemory) Refused() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.refused
+}
+
+// useGoHeap says whether the next buffers are left to Go's collector.
+func (m *ReadMemory) useGoHeap(yes bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.heap = yes
 }
 
 // Reallocate is part of memory.Allocator.
-func (m *readMemory) Reallocate(size int, b []byte) []byte {
+func (m *ReadMemory) Reallocate(size int, b []byte) []byte {
 	grown := m.Allocate(size)
 	copy(grown, b)
 	m.Free(b)
@@ -140,7 +148,7 @@ func (m *readMemory) Reallocate(size int, b []byte) []byte {
 }
 
 // Free is part of memory.Allocator.
-func (m *readMemory) Free(b []byte) {
+func (m *ReadMemory) Free(b []byte) {
 	at := unsafe.SliceData(b)
 	m.mu.Lock()
 	onHeap := m.onHeap[at]
@@ -153,15 +161,15 @@ func (m *readMemory) Free(b []byte) {
 	}
 }
 
-// whole says that the record batch was read: its buffers are its own from now on.
-func (m *readMemory) whole() {
+// Commit says that the record batch was read: its buffers are its own from now on.
+func (m *ReadMemory) Commit() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	clear(m.fresh)
 }
 
-// lost frees what a record batch that could not be read has left.
-func (m *readMemory) lost() {
+// Discard frees what a record batch that could not be read has left.
+func (m *ReadMemory) Discard() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, b := range m.fresh {
@@ -214,7 +222,7 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
 		return fault.New(fault.BadRequest, "the schema wants %d more dictionaries before anything else", c.awaited)
 	}
-	c.mem.collected(kind == headerDictionary)
+	c.mem.useGoHeap(kind == headerDictionary)
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
 		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked

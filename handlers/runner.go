@@ -2,7 +2,6 @@ package handlers
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -15,10 +14,11 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // Engine is the loaded model of a runner. Its methods are safe for concurrent use.
@@ -26,7 +26,7 @@ type Engine interface {
 	// Model says which signatures the loaded SavedModel has.
 	Model() *savedmodel.Model
 	// Pictures returns what decodes pictures for the given inputs.
-	Pictures(specs map[string]Preprocess) (tensor.Pictures, error)
+	Pictures(specs map[string]protocol.Preprocess) (tensor.Pictures, error)
 }
 
 // StreamEvents is told of streams, each by the lease that opened it. Its methods are called by several goroutines at
@@ -49,7 +49,7 @@ type RunnerOptions struct {
 	Events  StreamEvents
 	Key     []byte // for leases
 	Server  string // who answers, for instance "host:1234"; goes into app_metadata
-	// StreamRest is after how long without anything moving a stream counts as resting; modelcache.StreamRest if 0.
+	// StreamRest is after how long without anything moving a stream counts as resting; control.StreamRest if 0.
 	StreamRest time.Duration
 	Memory     memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
 	Log        *zap.Logger
@@ -74,7 +74,7 @@ type Runner struct {
 
 // NewRunner returns the service for one loaded model.
 func NewRunner(options RunnerOptions) *Runner {
-	options.StreamRest = cmp.Or(options.StreamRest, modelcache.StreamRest)
+	options.StreamRest = cmp.Or(options.StreamRest, control.StreamRest)
 	return &Runner{options: options, leases: leases{key: options.Key, used: map[string]time.Time{}}, ahead: newAhead()}
 }
 
@@ -86,8 +86,8 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 			r.errors.Add(1)
 		}
 	}()
-	mem := newReadMemory(r.options.Memory, maxStreamMemory)
-	reader, descriptor, err := openReader(stream, mem)
+	mem := NewReadMemory(r.options.Memory, maxStreamMemory)
+	reader, descriptor, err := OpenReader(stream, mem)
 	if err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	if err != nil {
 		return err
 	}
-	if err := r.leases.spend(d.Lease, time.Now()); err != nil {
+	if err := r.leases.spend(d, time.Now()); err != nil {
 		return err
 	}
 	r.options.Events.StreamOpened(d.Lease.ID)
@@ -134,44 +134,22 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 }
 
 // Counts returns what the runner has done so far, and what waits.
-func (r *Runner) Counts() modelcache.Counts {
+func (r *Runner) Counts() control.Counts {
 	c := r.options.Batches.Counts()
-	return modelcache.Counts{
+	return control.Counts{
 		Rows: r.rows.Load(), Errors: r.errors.Load(), Runs: c.Runs, JoinedRuns: c.JoinedRuns, Queued: c.Queued,
 		QueueSeconds: c.QueueTime.Seconds(), RunSeconds: c.RunTime.Seconds(),
 	}
 }
 
-// retryAfterHeader is the trailing metadata that says in milliseconds when to ask again.
-const retryAfterHeader = "retry-after-ms"
-
 // stayAway refuses a stream that comes at a bad time.
 func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
-	stream.SetTrailer(metadata.Pairs(retryAfterHeader, fmt.Sprint(retryAfter.Milliseconds())))
-	return fault.New(fault.Unavailable, "the runner takes no further stream now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), retryAfterHeader)
+	stream.SetTrailer(metadata.Pairs(protocol.RetryAfter, fmt.Sprint(retryAfter.Milliseconds())))
+	return fault.New(fault.Unavailable, "the runner takes no further stream now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), protocol.RetryAfter)
 }
 
 // Close waits until nothing reads any more. Call it after the gRPC server has stopped.
 func (r *Runner) Close() { r.readers.Wait() }
-
-// AnswerMetadata is the app_metadata of an answered record batch. Times are microseconds.
-type AnswerMetadata struct {
-	Batch   int64  `json:"batch"` // which input record batch this answers, from 0
-	Last    bool   `json:"last"`  // whether it is the last part of that answer
-	QueueUS int64  `json:"queue_us"`
-	RunUS   int64  `json:"run_us"`
-	TotalUS int64  `json:"total_us"`
-	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of: other streams' included, padding not
-	Server  string `json:"server,omitempty"` // on the first answer only
-}
-
-func (m AnswerMetadata) encode() []byte {
-	data, err := json.Marshal(m)
-	if err != nil {
-		panic(fmt.Sprintf("numbers and strings always encode: %v", err))
-	}
-	return data
-}
 
 // rowError is the fault of a refused row under on_error fail.
 func rowError(batch, row int64, reason string) error {

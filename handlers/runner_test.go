@@ -37,6 +37,7 @@ import (
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 )
@@ -59,7 +60,9 @@ type fakeEngine struct {
 
 func (e *fakeEngine) Model() *savedmodel.Model { return doubler }
 
-func (e *fakeEngine) Pictures(map[string]Preprocess) (tensor.Pictures, error) { return nil, nil }
+func (e *fakeEngine) Pictures(map[string]protocol.Preprocess) (tensor.Pictures, error) {
+	return nil, nil
+}
 
 func (e *fakeEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration) (batch.Outputs, error) {
 	defer tensor.ReleaseFeeds(feeds)
@@ -217,11 +220,7 @@ func socketDir(t *testing.T) string {
 // ticket is a descriptor with a good lease and more fields.
 func (s *service) ticket(t *testing.T, fields string) *flight.FlightDescriptor {
 	t.Helper()
-	lease, err := json.Marshal(Grant(s.key, time.Now()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return command(fmt.Sprintf(`{"v":1,"model":"m","lease":%s%s}`, lease, fields))
+	return commandOf(t, granted(t, s.key, time.Now(), fields))
 }
 
 var listSchema = arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.ListOf(arrow.PrimitiveTypes.Float32), Nullable: true}}, nil)
@@ -268,7 +267,7 @@ func (c *captured) Send(data *flight.FlightData) error {
 
 type answer struct {
 	rec  arrow.Record
-	meta AnswerMetadata
+	meta protocol.AnswerMetadata
 }
 
 // exchange sends messages, half-closes, and reads all answers. The sending side stops at the first error, which
@@ -430,7 +429,7 @@ func TestLargeAnswer(t *testing.T) {
 	if err != nil || len(answers) != 4 {
 		t.Fatalf("%d answers: %v", len(answers), err)
 	}
-	for i, want := range []AnswerMetadata{{Batch: 0, Last: true}, {Batch: 1}, {Batch: 1, Last: true}, {Batch: 2, Last: true}} {
+	for i, want := range []protocol.AnswerMetadata{{Batch: 0, Last: true}, {Batch: 1}, {Batch: 1, Last: true}, {Batch: 2, Last: true}} {
 		got := answers[i]
 		if got.meta.Batch != want.Batch || got.meta.Last != want.Last || got.rec.Column(0).(*array.Float32).Value(0) != float32(i+1) {
 			t.Errorf("part %d: %+v", i, got.meta)
@@ -440,10 +439,9 @@ func TestLargeAnswer(t *testing.T) {
 
 func TestRefusedStreams(t *testing.T) {
 	s := newService(t, nil)
-	expired, err := json.Marshal(Grant(s.key, time.Now().Add(-time.Hour)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	expired := granted(t, s.key, time.Now().Add(-time.Hour), "")
+	other := granted(t, s.key, time.Now(), "")
+	other.Model = "other"
 	used := s.ticket(t, "")
 	if _, _, err := s.exchange(t, encode(t, used, listSchema)); err != nil {
 		t.Fatal(err)
@@ -457,7 +455,8 @@ func TestRefusedStreams(t *testing.T) {
 		"no descriptor":     {encode(t, nil, listSchema), codes.InvalidArgument, []string{"CMD descriptor"}},
 		"no JSON":           {encode(t, command("{"), listSchema), codes.InvalidArgument, []string{"descriptor: "}},
 		"no lease":          {encode(t, command(`{"v":1,"model":"m"}`), listSchema), codes.Unavailable, []string{"ticket of GetFlightInfo"}},
-		"expired lease":     {encode(t, command(fmt.Sprintf(`{"v":1,"model":"m","lease":%s}`, expired)), listSchema), codes.Unavailable, []string{"expired"}},
+		"expired lease":     {encode(t, commandOf(t, expired), listSchema), codes.Unavailable, []string{"expired"}},
+		"another's ticket":  {encode(t, commandOf(t, other), listSchema), codes.Unavailable, []string{"unchanged ticket of GetFlightInfo"}},
 		"used lease":        {encode(t, used, listSchema), codes.Unavailable, []string{"opened a stream already"}},
 		"unknown signature": {encode(t, s.ticket(t, `,"signature":"nope"`), listSchema), codes.NotFound, []string{`no signature "nope"`}},
 		"wrong column":      {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument, []string{"model m, signature serving_default", `column "c" of int64`, "CAST(c AS FLOAT)", `"x" float32 [?,?]`}},
@@ -481,7 +480,7 @@ func TestRefusedStreams(t *testing.T) {
 			}
 		}
 	}
-	if c := s.runner.Counts(); c.Errors != 7+2 { // streams, three of which may come again, and rows
+	if c := s.runner.Counts(); c.Errors != 7+2 { // streams, four of which may come again, and rows
 		t.Errorf("the counts are %+v", c)
 	}
 }
@@ -748,22 +747,9 @@ func TestManyStreamsAtOnce(t *testing.T) {
 	working.Wait()
 }
 
-func TestSocketPath(t *testing.T) {
-	long := "/" + strings.Repeat("a", maxSocketPath-1)
-	for address, want := range map[string]string{
-		"grpc+unix:///a/b.sock": "/a/b.sock", "/a/b.sock": "want grpc+unix://", "grpc://h:1": "want grpc+unix://",
-		"grpc+unix://a": "must be absolute", "grpc+unix://": "must be absolute",
-		Scheme + long: long, Scheme + long + "a": "at most 107 bytes, this one has 108; choose a shorter run-dir",
-	} {
-		got, err := SocketPath(address)
-		if err != nil {
-			got = err.Error()
-		}
-		if err == nil && got != want || !strings.Contains(got, want) {
-			t.Errorf("%s: %s, want %s", address, got, want)
-		}
-	}
-	if _, err := Listen(long+"a", zap.NewNop()); err == nil || !strings.Contains(err.Error(), "107 bytes") {
+func TestListenRefusesLongPaths(t *testing.T) {
+	_, err := Listen("/"+strings.Repeat("a", 200), zap.NewNop())
+	if err == nil || !strings.Contains(err.Error(), "107 bytes") {
 		t.Errorf("listening on too long a path: %v", err)
 	}
 }

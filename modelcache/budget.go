@@ -13,6 +13,8 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // What a runner is counted with before it was ever measured: what TensorFlow and the runner have for themselves
@@ -27,7 +29,7 @@ const headroom = 8
 
 // claim is memory of the host that a runner has, or waits for. The Cache's mu guards it.
 type claim struct {
-	model  Model
+	model  repository.Model
 	bytes  int64
 	least  int64 // bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an estimate
 	ending bool  // the process is ending, and the memory comes back
@@ -41,7 +43,7 @@ type claim struct {
 }
 
 // newClaim returns what a runner of a model is counted with before it is measured now.
-func newClaim(model Model, known Profile) *claim {
+func newClaim(model repository.Model, known tuning.Profile) *claim {
 	least := int64(model.Settings.Memory)
 	c := &claim{model: model, bytes: max(estimate(model), least), least: least}
 	if known.HostBytes > 0 {
@@ -135,7 +137,7 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 		c.mu.Lock()
 		switch {
 		case c.ctx.Err() != nil:
-			return errClosing
+			return repository.ErrClosing
 		case err != nil && want.noRoom != nil:
 			return c.deviceFullLocked(want)
 		case err != nil:
@@ -147,8 +149,8 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 }
 
 // borrow waits for memory for one more runner of a model, as a load does, until release is called.
-func (c *Cache) borrow(ctx context.Context, model Model, digest string) (release func(), err error) {
-	want := newClaim(model, c.profiles.read(digest))
+func (c *Cache) borrow(ctx context.Context, model repository.Model, digest string) (release func(), err error) {
+	want := newClaim(model, c.options.Profiles.Read(digest))
 	if err := c.admit(want, func() bool { return ctx.Err() == nil }); err != nil {
 		return nil, err
 	}
@@ -237,7 +239,7 @@ func (c *Cache) holderLocked(s *slot, bytes int64) string {
 }
 
 // estimate guesses what a runner of a model will have in memory.
-func estimate(model Model) int64 {
+func estimate(model repository.Model) int64 {
 	total := int64(bareRunner)
 	if model.Dir == "" {
 		return total

@@ -4,46 +4,42 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"path/filepath"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
 	"flightsvc/gpu"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // Options are what a Cache needs.
 type Options struct {
-	ModelRoot   string         // folder or URI in which names are looked up; "" for none
-	CacheDir    string         // for fetched and pushed models and profiles; made when the first arrives
-	Folder      string         // the front's folder, in which runners make their sockets
-	Binary      string         // path of flightsvc-runner
-	Build       string         // of the front; a runner of another build is refused
-	Server      string         // name under which runners answer
-	Cores       int            // threads of a runner's pools; 0 leaves it to TensorFlow
-	Memory      int64          // bytes of the host for all runners together; 0 is no bound
-	Devices     *gpu.Inventory // nil is none
-	CPUFallback bool           // the processor stands in where no device has room, or the one asked for is gone
-	LogLevel    string         // of runners
+	Repository  *repository.Repository // where models come from
+	Profiles    *tuning.Profiles       // what was measured of them
+	Folder      string                 // the front's folder, in which runners make their sockets
+	Binary      string                 // path of flightsvc-runner
+	Build       string                 // of the front; a runner of another build is refused
+	Server      string                 // name under which runners answer
+	Cores       int                    // threads of a runner's pools; 0 leaves it to TensorFlow
+	Memory      int64                  // bytes of the host for all runners together; 0 is no bound
+	Devices     *gpu.Inventory         // nil is none
+	CPUFallback bool                   // the processor stands in where no device has room, or the one asked for is gone
+	LogLevel    string                 // of runners
 	// Bounds on a picture that a runner decodes: pixels, and bytes of its file.
 	MaxImagePixels, MaxImageBytes int64
-	OpLibraries                   []string      // files and folders of custom operations that models may load
 	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
 	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
-	CacheBytes                    int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
-	TuneWhenIdle                  bool          // measure models in memory when nobody uses any
 	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
 	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
 	// and its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)
-	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
-	// error is a sentence that says what to install. Nil means that no graph is frozen.
-	Python func(ctx context.Context, library string) (string, error)
-	Log    *zap.Logger
+	Log     *zap.Logger
 }
 
 // Cache keeps runners: at most one for each model version on each device.
@@ -58,44 +54,25 @@ type Cache struct {
 	memory  budget
 	healths map[string]*health  // by folder
 	serving map[string]*serving // by reference: which version "latest" is
-	counts  Counts              // of all runners, those that have ended included
+	counts  control.Counts      // of all runners, those that have ended included
 
-	profiles  profiles
-	read      readings
-	seen      sightings
-	stores    stores
-	fetches   shared[string] // digests, by URI and stamp
-	origins   sync.Map       // digests, by path of the note
-	digesting shared[string]
-	digests   sync.Map // by folder and stamp
-	quiet     time.Duration
-
-	collecting atomic.Bool // a collection is on its way and has not begun
-	collected  sync.Mutex  // held by a collection
-
-	tuning    sync.Mutex // held while Tune measures
-	untunable sync.Map   // digests of models that tuneIdle has given up
 }
 
 // tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
 const tick = 500 * time.Millisecond
 
-// New returns a cache without a model in memory. It clears away what dead fronts left in the cache-dir.
+// New returns a cache without a model in memory.
 func New(options Options) *Cache {
 	ctx, stop := context.WithCancel(context.Background())
 	c := &Cache{
 		options: options, ctx: ctx, stop: stop,
-		memory:   budget{total: options.Memory, changed: make(chan struct{})},
-		healths:  map[string]*health{},
-		serving:  map[string]*serving{},
-		profiles: profiles{dir: filepath.Join(options.CacheDir, "profiles")},
-		quiet:    quiet,
+		memory:  budget{total: options.Memory, changed: make(chan struct{})},
+		healths: map[string]*health{},
+		serving: map[string]*serving{},
 	}
 	if c.options.Devices == nil {
 		c.options.Devices = &gpu.Inventory{}
 	}
-	c.sweep()
-	c.collectSoon()
 	c.working.Go(c.tend)
 	c.working.Go(func() { c.options.Devices.Watch(ctx, c.drain) })
 	return c
@@ -106,8 +83,6 @@ func (c *Cache) tend() {
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
 	polled := time.Now()
-	tuning := idleTuning{cache: c, busy: polled}
-	defer tuning.stop()
 	for {
 		select {
 		case <-c.ctx.Done():
@@ -120,9 +95,6 @@ func (c *Cache) tend() {
 			c.poll()
 			polled = time.Now()
 		}
-		if c.options.TuneWhenIdle {
-			tuning.look(time.Now())
-		}
 	}
 }
 
@@ -131,7 +103,7 @@ func (c *Cache) tend() {
 //
 // Faults: those of the load; Precondition for a model in quarantine; Exhausted where it does not fit
 // into memory; Unavailable when the cache closes.
-func (c *Cache) Ready(ctx context.Context, model Model, device string) (*Runner, error) {
+func (c *Cache) Ready(ctx context.Context, model repository.Model, device string) (*Runner, error) {
 	for {
 		s, err := c.slotOf(model, device)
 		if err != nil {
@@ -160,7 +132,7 @@ func (c *Cache) Ready(ctx context.Context, model Model, device string) (*Runner,
 }
 
 // Loaded returns the live runner of a model, without loading anything.
-func (c *Cache) Loaded(model Model, device string) (*Runner, bool) {
+func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
 	w, err := c.wishFor(model, device)
 	if err != nil {
 		return nil, false
@@ -174,10 +146,8 @@ func (c *Cache) Loaded(model Model, device string) (*Runner, bool) {
 	return s.runner, true
 }
 
-var errClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
-
 // slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
-func (c *Cache) slotOf(model Model, device string) (*slot, error) {
+func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 	w, err := c.wishFor(model, device)
 	if err != nil {
 		return nil, err
@@ -185,7 +155,7 @@ func (c *Cache) slotOf(model Model, device string) (*slot, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
-		return nil, errClosing
+		return nil, repository.ErrClosing
 	}
 	s := c.slotLocked(model, w)
 	if s == nil {
@@ -202,7 +172,7 @@ func (c *Cache) slotOf(model Model, device string) (*slot, error) {
 }
 
 // slotLocked returns the slot of a model that grants a wish.
-func (c *Cache) slotLocked(model Model, w wish) *slot {
+func (c *Cache) slotLocked(model repository.Model, w wish) *slot {
 	for _, s := range c.slots {
 		if s.model.Dir == model.Dir && w.grants(s) {
 			return s
@@ -215,13 +185,13 @@ func (c *Cache) slotLocked(model Model, w wish) *slot {
 // no runner. A model whose files have gone is found by the reference with which it was loaded.
 // Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
 func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
-	version = cmp.Or(version, latest)
+	version = cmp.Or(version, repository.Latest)
 	model, err := c.Resolve(ctx, ref, version)
 	c.mu.Lock()
 	found := c.loadedAsLocked(func(s *slot) bool { return err == nil && s.model.Dir == model.Dir })
 	if err != nil {
 		found = c.loadedAsLocked(func(s *slot) bool {
-			return s.model.Ref == ref && (version == latest || version == s.model.Version)
+			return s.model.Ref == ref && (version == repository.Latest || version == s.model.Version)
 		})
 		if len(found) == 0 {
 			c.mu.Unlock()
@@ -230,7 +200,7 @@ func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error)
 		model, err = found[0].model, nil
 	}
 	if c.ctx.Err() != nil {
-		err = errClosing
+		err = repository.ErrClosing
 	}
 	for _, s := range found {
 		if err != nil {
@@ -282,17 +252,11 @@ func (c *Cache) forgetLocked(s *slot) {
 	c.slots = slices.DeleteFunc(c.slots, func(other *slot) bool { return other == s })
 }
 
-// Memory says how much of the host's memory there is for models.
-type Memory struct {
-	Budget   int64 `json:"budget"`   // bytes; 0 is no bound
-	Reserved int64 `json:"reserved"` // bytes that runners have, or are loading with
-}
-
 // Memory returns how the host's memory stands.
-func (c *Cache) Memory() Memory {
+func (c *Cache) Memory() protocol.Memory {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return Memory{Budget: c.memory.total, Reserved: c.memory.held()}
+	return protocol.Memory{Budget: c.memory.total, Reserved: c.memory.held()}
 }
 
 // Busy reports whether a model is loading, has an open stream, or an unexpired lease.
@@ -318,14 +282,12 @@ func (c *Cache) Streams() int {
 	return n
 }
 
-// Close ends all loads and runners and waits until their processes are gone, and until pushes have
-// ended, which their callers' streams must.
+// Close ends all loads and runners and waits until their processes are gone.
 func (c *Cache) Close() {
 	c.mu.Lock()
 	c.stop()
 	c.mu.Unlock()
 	c.working.Wait() // loads end with c.ctx
-	c.stores.close()
 	var ending sync.WaitGroup
 	c.mu.Lock()
 	for _, s := range slices.Clone(c.slots) {
@@ -346,7 +308,7 @@ func (c *Cache) load(s *slot) {
 		c.options.Log.Info("model ready", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
 			zap.Int("runner", runner.PID()), zap.Duration("load_time", time.Since(started)))
 	case c.ctx.Err() != nil:
-		err = errClosing
+		err = repository.ErrClosing
 	case errors.Is(err, context.DeadlineExceeded):
 		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref, c.options.LoadTimeout)
 	}
@@ -381,11 +343,11 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	if err := c.backOff(s); err != nil {
 		return nil, err
 	}
-	digest, err := c.digest(c.ctx, s.model)
+	digest, err := c.options.Repository.Digest(c.ctx, s.model)
 	if err != nil {
 		return nil, err
 	}
-	known := c.profiles.read(digest)
+	known := c.options.Profiles.Read(digest)
 	c.mu.Lock()
 	s.digest, s.profile = digest, known
 	c.mu.Unlock()
@@ -425,7 +387,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
 		var hold func() // before the files are read, until the process is gone
-		if hold, err = c.hold(Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
+		if hold, err = c.options.Repository.Hold(repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
 			release = hold
 		}
 	}
@@ -470,41 +432,41 @@ func (c *Cache) setState(s *slot, state string) {
 
 // setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
 // with the defaults. It returns what goes into the runner's environment besides.
-func (c *Cache) setupOf(model Model, known Profile, placement *gpu.Placement) (Setup, []string, error) {
-	libraries, err := c.allowedLibraries(model)
+func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement *gpu.Placement) (control.Setup, []string, error) {
+	libraries, err := c.options.Repository.AllowedLibraries(model)
 	if err != nil {
-		return Setup{}, nil, err
+		return control.Setup{}, nil, err
 	}
 	cores := c.options.Cores
 	if own := model.Settings.Cores; own > 0 {
 		cores = min(own, max(cores, 1))
 	}
-	setup := Setup{
+	setup := control.Setup{
 		Model: model.Ref, Dir: model.Dir, Server: c.options.Server, LogLevel: c.options.LogLevel,
-		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries, WarmUp: model.Settings.WarmUp != WarmUpOff,
+		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries, WarmUp: model.Settings.WarmUp != repository.WarmUpOff,
 		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
 		Device: placement.Device().UUID, DeviceBytes: int64(model.Settings.DeviceMemory),
 	}
 	var tuned []string
 	if setup.Device == "" {
-		if choice, ok := known.Tuned[Machine()]; ok {
+		if choice, ok := known.Tuned[tuning.Machine()]; ok {
 			tuned = c.apply(choice, &setup)
 		}
 	} else if most := known.DeviceBatch[placement.Device().Name]; most > 0 {
-		setup.Batching = setup.Batching.upTo(most)
+		setup.Batching = setup.Batching.UpTo(most)
 	}
 	return setup, tuned, nil
 }
 
 // apply puts a tuned choice into a setup. What the model's settings say goes over it.
-func (c *Cache) apply(choice Choice, setup *Setup) []string {
+func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
 	setup.Cores = min(cmp.Or(choice.Cores, setup.Cores), max(setup.Cores, 1))
 	setup.Batching.NumBatchThreads = cmp.Or(setup.Batching.NumBatchThreads, choice.BatchThreads)
 	setup.Batching.MaxBatchSize = cmp.Or(setup.Batching.MaxBatchSize, choice.BatchSize)
-	if choice.Frozen != "" && c.Known(choice.Frozen) {
-		setup.Dir = c.place(choice.Frozen)
+	if choice.Frozen != "" && c.options.Repository.Known(choice.Frozen) {
+		setup.Dir = c.options.Repository.Place(choice.Frozen)
 	}
-	return choice.environment()
+	return tuning.Environment(choice)
 }
 
 // failed remembers of a load that failed what is the model's fault.

@@ -13,6 +13,8 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // What a runner is counted with on a device before it was ever measured there: what CUDA and its libraries take
@@ -28,7 +30,7 @@ type wish struct {
 
 // wishFor returns what a caller's device means for a model. Its faults are those of gpu.Inventory.Choose, but
 // with CPUFallback the processor stands in for devices that are not there, or are drained.
-func (c *Cache) wishFor(model Model, device string) (wish, error) {
+func (c *Cache) wishFor(model repository.Model, device string) (wish, error) {
 	if device == "" || device == deviceAuto {
 		device = cmp.Or(model.Settings.Device, deviceAuto)
 	}
@@ -64,7 +66,7 @@ func (w *wish) grants(s *slot) bool {
 }
 
 // deviceNeed is what a model is counted with on a device of a name.
-func deviceNeed(model Model, known Profile, devices []gpu.Device) int64 {
+func deviceNeed(model repository.Model, known tuning.Profile, devices []gpu.Device) int64 {
 	if fixed := int64(model.Settings.DeviceMemory); fixed > 0 {
 		return fixed
 	}
@@ -166,7 +168,7 @@ func (c *Cache) pressed(s *slot) {
 func (c *Cache) shrunk(s *slot, rows int) {
 	name := s.claim.placement.Device().Name
 	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref), zap.String("device", s.uuid), zap.Int("max_batch_size", rows))
-	c.learn(s, func(p *Profile) {
+	c.learn(s, func(p *tuning.Profile) {
 		if p.DeviceBatch == nil {
 			p.DeviceBatch = map[string]int{}
 		}
@@ -189,7 +191,7 @@ func (c *Cache) measureDevice(s *slot, pid int) {
 	}
 	c.mu.Unlock()
 	if grown && bytes > s.profile.DeviceBytes[device.Name] {
-		c.learn(s, func(p *Profile) {
+		c.learn(s, func(p *tuning.Profile) {
 			if p.DeviceBytes == nil {
 				p.DeviceBytes = map[string]int64{}
 			}
@@ -199,11 +201,11 @@ func (c *Cache) measureDevice(s *slot, pid int) {
 }
 
 // learn changes what is known of a slot's model.
-func (c *Cache) learn(s *slot, change func(*Profile)) {
+func (c *Cache) learn(s *slot, change func(*tuning.Profile)) {
 	if s.digest == "" {
 		return
 	}
-	if err := c.profiles.change(s.digest, change); err != nil {
+	if err := c.options.Profiles.Change(s.digest, change); err != nil {
 		c.options.Log.Warn("profile not kept", zap.String("model", s.model.Ref), zap.Error(err))
 	}
 }

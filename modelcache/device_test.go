@@ -15,6 +15,7 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/modelcache/repository"
 )
 
 // devicesOf returns the 8 GPUs that go-nvml simulates, empty and of 40 GiB, in which no process is ever seen.
@@ -101,12 +102,12 @@ func TestBatchSizeIsRemembered(t *testing.T) {
 	cache.slots[0].digest = digest
 	cache.mu.Unlock()
 	tell(t, runner, "fits 24")
-	expect.Eventually(t, "the size is in the profile", func() bool { return cache.profiles.read(digest).DeviceBatch[device.Name] == 24 })
+	expect.Eventually(t, "the size is in the profile", func() bool { return cache.options.Profiles.Read(digest).DeviceBatch[device.Name] == 24 })
 	placement, err := devices.Place(t.Context(), []gpu.Device{device}, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	setup, tuned, err := cache.setupOf(models[0], cache.profiles.read(digest), placement)
+	setup, tuned, err := cache.setupOf(models[0], cache.options.Profiles.Read(digest), placement)
 	if env := strings.Join(placement.Env(), " "); err != nil || setup.Batching.MaxBatchSize != 24 || setup.Device != device.UUID || tuned != nil || !strings.Contains(env, "CUDA_VISIBLE_DEVICES="+device.UUID) {
 		t.Errorf("the next runner gets %+v, %q, %v", setup, env, err)
 	}
@@ -151,7 +152,7 @@ func TestADeviceThatIsLostWhileAModelLoads(t *testing.T) {
 	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, models[0])) == 1 })
 	lost.Store(true)
 	cache.drain(devices.Devices()[3], "it is lost") // as Watch does; nothing runs there yet
-	write(t, filepath.Join(models[0].Dir, "go"), "")
+	expect.Write(t, filepath.Join(models[0].Dir, "go"), "")
 	if runner := <-loaded; runner != nil {
 		if runner.Leased("l", "l", time.Now().Add(time.Hour)) {
 			t.Error("a runner on a lost device takes a lease")
@@ -195,7 +196,7 @@ func TestARunnerIsEvictedForWhatItMayTake(t *testing.T) {
 	cache, _ := poolOf(t, 3, 0, func(o *Options) { o.Devices, o.LoadTimeout = devicesOf(t), 2*time.Second })
 	one := add(t, cache, "one", `{"memory":"1GiB","device_memory":"30GiB"}`)
 	two := add(t, cache, "two", `{"memory":"1GiB","device_memory":"20GiB"}`)
-	for _, model := range []Model{one, two} {
+	for _, model := range []repository.Model{one, two} {
 		if _, err := cache.Ready(t.Context(), model, "3"); err != nil {
 			t.Fatal(err)
 		}

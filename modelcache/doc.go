@@ -1,8 +1,9 @@
-// Package modelcache keeps models ready: it finds a SavedModel for a reference, starts one
-// runner process for it, hands the same runner to all who ask, and ends it.
+// Package modelcache keeps models ready in memory: it starts one runner process for a model, hands the same runner to all
+// who ask, shares memory of the host and of devices among them, and ends them.
 //
 // Goroutines: each load runs on a goroutine of the Cache, so it survives the caller that
 // asked first; each Runner has one that follows its process. Cache.Close ends and awaits all.
 //
-// What may enter: references, versions, runner processes, and what is known of their state.
+// What may enter: runner processes, their state, and who may have memory. Where models come from is
+// modelcache/repository's, how they run fastest modelcache/tuning's.
 package modelcache

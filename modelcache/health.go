@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"flightsvc/internal/fault"
+	"flightsvc/modelcache/repository"
 )
 
 // Bounds on starting runners that crash.
@@ -30,7 +31,7 @@ type health struct {
 }
 
 // healthLocked returns the health of a model version.
-func (c *Cache) healthLocked(model Model) *health {
+func (c *Cache) healthLocked(model repository.Model) *health {
 	h, ok := c.healths[model.Dir]
 	if !ok || h.stamp != model.Stamp {
 		h = &health{ref: model.Ref, version: model.Version, stamp: model.Stamp}
@@ -40,14 +41,14 @@ func (c *Cache) healthLocked(model Model) *health {
 }
 
 // healthOf lets f see or change the health of a model version.
-func (c *Cache) healthOf(model Model, f func(*health)) {
+func (c *Cache) healthOf(model repository.Model, f func(*health)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f(c.healthLocked(model))
 }
 
 // refuses returns why no runner is started now, nil if one may be. Its fault is Precondition.
-func (h *health) refuses(model Model, now time.Time) error {
+func (h *health) refuses(model repository.Model, now time.Time) error {
 	if !now.Before(h.bars) {
 		return nil
 	}
@@ -114,12 +115,12 @@ func (c *Cache) backOff(s *slot) error {
 	case <-time.After(wait):
 		return nil
 	case <-c.ctx.Done():
-		return errClosing
+		return repository.ErrClosing
 	}
 }
 
 // Pardon ends a model's quarantine.
-func (c *Cache) Pardon(model Model) {
+func (c *Cache) Pardon(model repository.Model) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.healths, model.Dir)

@@ -19,21 +19,22 @@ import (
 	"testing"
 	"time"
 
-	"github.com/galeone/tensorflow/tensorflow/go/core/framework/types_go_proto"
-	corepb "github.com/galeone/tensorflow/tensorflow/go/core/protobuf/for_core_protos_go_proto"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
-	"google.golang.org/protobuf/proto"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // behave makes a name of this test's own binary a runner that behaves as mode says from its next start; see fakeRunner.
 func behave(t *testing.T, binary, mode string) {
 	t.Helper()
-	write(t, binary+modeSuffix, mode)
+	expect.Write(t, binary+modeSuffix, mode)
 }
 
 const modeSuffix = ".mode"
@@ -43,21 +44,9 @@ func TestMain(m *testing.M) {
 		fakeRunner(string(mode))
 		os.Exit(0)
 	}
-	if ask := os.Getenv(fetchVariable); ask != "" {
-		fetchAlone(ask)
-		os.Exit(0)
-	}
-	_ = flag.Set("test.parallel", "8") // they wait more than they work
-	_ = os.Unsetenv(oneDNN)
-	for name, value := range map[string]string{
-		"GORACE":            "atexit_sleep_ms=0", // a fake runner under the race detector ends at once
-		"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_EC2_METADATA_DISABLED": "true", "AWS_PROFILE": "", "AWS_REGION": "us-east-1",
-	} {
-		_ = os.Setenv(name, value)
-	}
-	goleak.VerifyTestMain(m, // connections to stores stay open for a while
-		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
-		goleak.IgnoreTopFunction("internal/poll.runtime_pollWait"), goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
+	_ = flag.Set("test.parallel", "8")           // they wait more than they work
+	_ = os.Setenv("GORACE", "atexit_sleep_ms=0") // a fake runner under the race detector ends at once
+	goleak.VerifyTestMain(m)
 }
 
 const testBuild = "build-1"
@@ -67,18 +56,18 @@ const testBuild = "build-1"
 func fakeRunner(mode string) {
 	input := bufio.NewReader(os.Stdin)
 	line, _ := input.ReadBytes('\n')
-	var setup Setup
+	var setup control.Setup
 	if err := json.Unmarshal(line, &setup); err != nil {
 		panic(err)
 	}
 	if err := os.WriteFile(filepath.Join(setup.Dir, fmt.Sprint(os.Getpid(), ".started")), nil, 0o600); err != nil {
 		panic(err)
 	}
-	say := func(report Report) { _ = json.NewEncoder(os.Stdout).Encode(report) }
-	ready := Report{Build: testBuild, TensorFlow: "none", Ready: true}
+	say := func(report control.Report) { _ = json.NewEncoder(os.Stdout).Encode(report) }
+	ready := control.Report{Build: testBuild, TensorFlow: "none", Ready: true}
 	switch mode {
-	case "measures", "measures nothing", "measures by chance", "measures frozen wrongly", "measures forever", "measures strings", "measures another model each time":
-		fakeMeasure(mode, setup, say)
+	case "measures":
+		say(control.Report{Build: testBuild, Measured: []control.Measured{{BatchSize: setup.Measure.BatchSizes[0], Median: float64(setup.Cores)}}})
 		return
 	case "dies":
 		os.Exit(3)
@@ -89,11 +78,11 @@ func fakeRunner(mode string) {
 		_ = os.Stdout.Close()
 		time.Sleep(time.Hour)
 	case "refuses":
-		say(Report{Build: testBuild, Error: "model m cannot be loaded: truncated", Kind: fault.BadRequest})
+		say(control.Report{Build: testBuild, Error: "model m cannot be loaded: truncated", Kind: fault.BadRequest})
 		os.Exit(1)
 	case "no memory": // at the first start
 		if others, _ := filepath.Glob(filepath.Join(setup.Dir, "*.started")); len(others) == 1 {
-			say(Report{Build: testBuild, Error: "the device has no memory for it", Kind: fault.Exhausted, NoMemory: true})
+			say(control.Report{Build: testBuild, Error: "the device has no memory for it", Kind: fault.Exhausted, NoMemory: true})
 			os.Exit(1)
 		}
 	case "other build":
@@ -122,51 +111,25 @@ func fakeRunner(mode string) {
 		verb, lease, _ := strings.Cut(strings.TrimSpace(line), " ")
 		switch verb {
 		case "open":
-			say(Report{Opened: lease})
+			say(control.Report{Opened: lease})
 		case "close":
-			say(Report{Closed: lease, Counts: &Counts{Rows: 70, Runs: 7, JoinedRuns: 3, Queued: 5}})
+			say(control.Report{Closed: lease, Counts: &control.Counts{Rows: 70, Runs: 7, JoinedRuns: 3, Queued: 5}})
 		case "rest":
-			say(Report{Resting: lease})
+			say(control.Report{Resting: lease})
 		case "stir":
-			say(Report{Stirring: lease})
+			say(control.Report{Stirring: lease})
 		case "answer":
-			say(Report{Answered: true})
+			say(control.Report{Answered: true})
 		case "fits":
 			rows, _ := strconv.Atoi(lease)
-			say(Report{DeviceBatch: rows})
+			say(control.Report{DeviceBatch: rows})
 		}
-	}
-}
-
-// saved writes a SavedModel of one signature into dir.
-func saved(t testing.TB, dir string) {
-	t.Helper()
-	tensor := func(name string) map[string]*corepb.TensorInfo {
-		return map[string]*corepb.TensorInfo{name: {Encoding: &corepb.TensorInfo_Name{Name: name + ":0"}, Dtype: types_go_proto.DataType_DT_FLOAT}}
-	}
-	data, err := proto.Marshal(&corepb.SavedModel{MetaGraphs: []*corepb.MetaGraphDef{{
-		MetaInfoDef:  &corepb.MetaGraphDef_MetaInfoDef{Tags: []string{savedmodel.ServeTag}},
-		SignatureDef: map[string]*corepb.SignatureDef{savedmodel.DefaultSignature: {Inputs: tensor("x"), Outputs: tensor("y")}},
-	}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	write(t, filepath.Join(dir, savedmodel.File), string(data))
-}
-
-func write(t testing.TB, path, text string) {
-	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
 	}
 }
 
 // newCache returns a cache of fake runners and a model for it. Closing the cache, at the latest at the end of the
 // test, must leave no process and no socket.
-func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) {
+func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, repository.Model) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -182,22 +145,25 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) 
 		t.Fatal(err)
 	}
 	root := t.TempDir()
-	saved(t, filepath.Join(root, "m"))
+	expect.Write(t, filepath.Join(filepath.Join(root, "m"), savedmodel.File), expect.SavedModel())
 	options := Options{
-		ModelRoot: root, Folder: folder, Binary: binary, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
+		Profiles: tuning.NewProfiles(t.TempDir()), Folder: folder, Binary: binary, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
 		Library: func(context.Context) (string, error) { return "/lib", nil }, Log: zap.NewNop(),
 	}
 	if change != nil {
 		change(&options)
 	}
+	if options.Repository == nil {
+		options.Repository = repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1, Log: zap.NewNop()})
+	}
 	cache := New(options)
-	cache.quiet = 0
 	model, err := cache.Resolve(t.Context(), "m", "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		cache.Close()
+		options.Repository.Close()
 		if entries, err := os.ReadDir(folder); err != nil || len(entries) != 0 {
 			t.Errorf("the folder holds %v, %v", entries, err)
 		}
@@ -212,7 +178,7 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, Model) 
 }
 
 // started returns the processes that were started for a model.
-func started(t *testing.T, model Model) []int {
+func started(t *testing.T, model repository.Model) []int {
 	t.Helper()
 	entries, err := filepath.Glob(filepath.Join(model.Dir, "*.started"))
 	if err != nil {
@@ -227,90 +193,6 @@ func started(t *testing.T, model Model) []int {
 		pids = append(pids, pid)
 	}
 	return pids
-}
-
-func TestResolve(t *testing.T) {
-	root := t.TempDir()
-	at := func(parts ...string) string { return filepath.Join(append([]string{root}, parts...)...) }
-	saved(t, at("plain"))
-	for _, version := range []string{"2", "10", "9"} {
-		saved(t, at("many", version))
-	}
-	saved(t, at("many", "draft"))
-	write(t, at("many", "11", "notes.txt"), "no SavedModel yet")
-	write(t, at("empty", "notes.txt"), "")
-	write(t, at("broken", savedmodel.File), "this is no protocol buffer")
-	write(t, at("file"), "")
-	saved(t, at("with space"))
-	cache := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Log: zap.NewNop()})
-	cache.quiet = 0
-	rootless := New(Options{CacheDir: t.TempDir(), Log: zap.NewNop()})
-	t.Cleanup(cache.Close)
-	t.Cleanup(rootless.Close)
-
-	for name, c := range map[string]struct{ ref, version, dir, number string }{
-		"a name":             {"plain", latest, at("plain"), "1"},
-		"a name, version 1":  {"plain", "1", at("plain"), "1"},
-		"a path":             {at("plain"), latest, at("plain"), "1"},
-		"an untidy path":     {at("plain") + "/../plain//", latest, at("plain"), "1"},
-		"a URI":              {"file://" + at("plain"), latest, at("plain"), "1"},
-		"a URI with escapes": {"file://" + at("with%20space"), latest, at("with space"), "1"},
-		"the highest":        {"many", latest, at("many", "10"), "10"},
-		"one of many":        {"many", "9", at("many", "9"), "9"},
-		"many by path":       {at("many"), latest, at("many", "10"), "10"},
-		"a version by path":  {at("many", "2"), latest, at("many", "2"), "1"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			for range 2 { // read, and remembered
-				got, err := cache.Resolve(t.Context(), c.ref, c.version)
-				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref || len(got.Saved.Signatures) != 1 {
-					t.Errorf("resolved to %+v, %v", got, err)
-				}
-			}
-		})
-	}
-	for name, c := range map[string]struct {
-		from         *Cache
-		ref, version string
-		kind         fault.Kind
-		parts        []string
-	}{
-		"unknown name":         {cache, "nope", latest, fault.NotFound, []string{"model nope", at("nope"), "no folder"}},
-		"unknown path":         {cache, "/nope/m", latest, fault.NotFound, []string{"/nope/m", "on this host"}},
-		"a file":               {cache, "file", latest, fault.NotFound, []string{"no folder"}},
-		"not a SavedModel":     {cache, "empty", latest, fault.NotFound, []string{"holds no saved_model.pb"}},
-		"broken":               {cache, "broken", latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
-		"unknown version":      {cache, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
-		"version without one":  {cache, "many", "11", fault.NotFound, []string{"version 11"}},
-		"label":                {cache, "many", "draft", fault.NotFound, []string{"version draft"}},
-		"traversing version":   {cache, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
-		"version of a plain":   {cache, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
-		"no root":              {rootless, "plain", latest, fault.NotFound, []string{"no model-root", "--model-root"}},
-		"traversal":            {cache, "../" + filepath.Base(root) + "/plain", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"dots":                 {cache, "..", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"nested":               {cache, "many/9", latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"other scheme":         {cache, "ftp://host/m", latest, fault.BadRequest, []string{"ftp://host/m", "no source \"ftp\"", "file:, s3:, gs: and azblob:"}},
-		"no scheme":            {cache, "m:2", latest, fault.BadRequest, []string{"m:2", "file:, s3:, gs: and azblob:", "sha256:"}},
-		"URI of another host":  {cache, "file://host/m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
-		"URI of relative path": {cache, "file:m", latest, fault.BadRequest, []string{"file:///absolute/path"}},
-		"URI with bad escape":  {cache, "file:///%zz", latest, fault.BadRequest, []string{"file:///absolute/path"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			_, err := c.from.Resolve(t.Context(), c.ref, c.version)
-			expect.Fault(t, err, c.kind, c.parts...)
-		})
-	}
-
-	// A model that changes is read again.
-	write(t, at("broken", savedmodel.File), "")
-	saved(t, at("broken"))
-	if _, err := cache.Resolve(t.Context(), "broken", latest); err != nil {
-		t.Error(err)
-	}
-	write(t, at("plain", savedmodel.File), "broken now")
-	if _, err := cache.Resolve(t.Context(), "plain", latest); err == nil {
-		t.Error("a model that was broken since is served from memory")
-	}
 }
 
 func TestOneLoadForAllCallers(t *testing.T) {
@@ -341,7 +223,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 	if _, ok := cache.Loaded(model, ""); ok || !cache.Busy() || cache.Status()[0].State != StateLoading {
 		t.Errorf("while it loads the status is %+v", cache.Status())
 	}
-	write(t, filepath.Join(model.Dir, "go"), "")
+	expect.Write(t, filepath.Join(model.Dir, "go"), "")
 	working.Wait()
 	one := <-runners
 	for range cap(runners) - 1 {
@@ -355,7 +237,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 	if got, ok := cache.Loaded(model, ""); !ok || got != one || cache.Busy() {
 		t.Errorf("loaded %v, %t; the status is %+v", got, ok, cache.Status())
 	}
-	want := ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
+	want := protocol.ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
 	got := cache.Status()
 	if len(got) == 1 { // what depends on the machine
 		want.Memory, want.Reserved, want.Digest = got[0].Memory, got[0].Reserved, got[0].Digest
@@ -610,7 +492,7 @@ func TestUnloadWhileLoading(t *testing.T) {
 	expect.Eventually(t, "the load has begun", func() bool { return len(started(t, model)) == 1 })
 	_, err := cache.Unload(t.Context(), "m", "1")
 	expect.Fault(t, err, fault.Precondition, "it is being loaded")
-	write(t, filepath.Join(model.Dir, "go"), "")
+	expect.Write(t, filepath.Join(model.Dir, "go"), "")
 	if err := <-loaded; err != nil {
 		t.Error(err)
 	}
@@ -636,11 +518,11 @@ func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
 				if !runner.Alive() {
 					t.Error("a lease was granted for a runner that has ended")
 				}
-				runner.note(Report{Opened: id})
+				runner.note(control.Report{Opened: id})
 				if _, err := cache.Unload(t.Context(), "m", ""); err == nil {
 					t.Error("unloaded under an open stream")
 				}
-				runner.note(Report{Closed: id})
+				runner.note(control.Report{Closed: id})
 				if _, err := cache.Unload(t.Context(), "m", ""); err != nil {
 					expect.Fault(t, err, fault.Precondition)
 				}

@@ -15,24 +15,28 @@ import (
 	"time"
 
 	"flightsvc/internal/config"
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // The models of these tests are counted with 1 GiB each, far more than a fake runner has.
 const modelMemory = int64(1 << 30)
 
 // poolOf returns a cache of fake runners with room for a number of models, and its models a, b, c ...
-func poolOf(t *testing.T, room, models int, change func(*Options)) (*Cache, []Model) {
+func poolOf(t *testing.T, room, models int, change func(*Options)) (*Cache, []repository.Model) {
 	t.Helper()
 	cache, _ := newCache(t, "good", func(o *Options) {
 		o.Memory = int64(room) * modelMemory
-		o.CacheDir = t.TempDir()
 		if change != nil {
 			change(o)
 		}
 	})
-	list := make([]Model, models)
+	list := make([]repository.Model, models)
 	for i := range list {
 		list[i] = add(t, cache, string(rune('a'+i)), `{"memory":"1GiB"}`)
 	}
@@ -40,11 +44,11 @@ func poolOf(t *testing.T, room, models int, change func(*Options)) (*Cache, []Mo
 }
 
 // add makes a model of one version, with settings, and resolves it.
-func add(t *testing.T, cache *Cache, name, settings string) Model {
+func add(t *testing.T, cache *Cache, name, settings string) repository.Model {
 	t.Helper()
-	base := filepath.Join(cache.options.ModelRoot, name)
-	saved(t, filepath.Join(base, "1"))
-	write(t, filepath.Join(base, SettingsFile), settings)
+	base := filepath.Join(rootOf(t, cache), name)
+	expect.Write(t, filepath.Join(filepath.Join(base, "1"), savedmodel.File), expect.SavedModel())
+	expect.Write(t, filepath.Join(base, control.SettingsFile), settings)
 	model, err := cache.Resolve(t.Context(), name, "")
 	if err != nil {
 		t.Fatal(err)
@@ -52,8 +56,18 @@ func add(t *testing.T, cache *Cache, name, settings string) Model {
 	return model
 }
 
+// rootOf returns the model-root of a cache that newCache has made.
+func rootOf(t *testing.T, cache *Cache) string {
+	t.Helper()
+	model, err := cache.Resolve(t.Context(), "m", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Dir(model.Dir)
+}
+
 // lease makes a model ready and takes a lease.
-func leaseOf(t *testing.T, cache *Cache, model Model, id string) *Runner {
+func leaseOf(t *testing.T, cache *Cache, model repository.Model, id string) *Runner {
 	t.Helper()
 	runner, err := cache.Ready(t.Context(), model, "")
 	if err != nil {
@@ -232,7 +246,7 @@ func TestKeepAlive(t *testing.T) {
 	expect.Eventually(t, "both have ended", func() bool { return inMemory(cache) == "" && !runner.Alive() })
 	brief := add(t, cache, "brief", `{"keep_alive":"1m"}`)
 	forever := add(t, cache, "forever", `{"keep_alive":"-1s"}`)
-	for _, m := range []Model{brief, forever} {
+	for _, m := range []repository.Model{brief, forever} {
 		if _, err := cache.Ready(t.Context(), m, ""); err != nil {
 			t.Fatal(err)
 		}
@@ -253,7 +267,7 @@ func TestQuarantine(t *testing.T) {
 		}
 		expect.Eventually(t, "the end is known", func() bool { return !runner.Alive() })
 	}
-	open := func(t *testing.T, cache *Cache, model Model, requests ...string) *Runner {
+	open := func(t *testing.T, cache *Cache, model repository.Model, requests ...string) *Runner {
 		t.Helper()
 		var runner *Runner
 		for _, request := range requests {
@@ -334,18 +348,18 @@ func TestBackOff(t *testing.T) {
 
 func TestLabelsAndSignatures(t *testing.T) {
 	cache, _ := newCache(t, "good", nil)
-	base := filepath.Join(cache.options.ModelRoot, "many")
+	base := filepath.Join(rootOf(t, cache), "many")
 	for _, version := range []string{"1", "2", "3"} {
-		saved(t, filepath.Join(base, version))
+		expect.Write(t, filepath.Join(filepath.Join(base, version), savedmodel.File), expect.SavedModel())
 	}
-	set := func(text string) { write(t, filepath.Join(base, SettingsFile), text) }
+	set := func(text string) { expect.Write(t, filepath.Join(base, control.SettingsFile), text) }
 	set(`{"version_labels":{"stable":2},"signatures":["serving_default"]}`)
 	model, err := cache.Resolve(t.Context(), "many", "stable")
 	if err != nil || model.Version != "2" {
 		t.Errorf("stable is version %q, %v", model.Version, err)
 	}
 	_, err = cache.Resolve(t.Context(), "many", "canary")
-	expect.Fault(t, err, fault.NotFound, "no version canary", SettingsFile, "stable")
+	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
 		`{"batchin":{}}`:                             `unknown field "batchin"`,
 		`{"memory":"lots"}`:                          `"lots" is no amount of memory`,
@@ -362,37 +376,13 @@ func TestLabelsAndSignatures(t *testing.T) {
 	}
 }
 
-func TestAllowedLibraries(t *testing.T) {
-	folder := t.TempDir()
-	write(t, filepath.Join(folder, "ops", "good.so"), "")
-	write(t, filepath.Join(folder, "other.so"), "")
-	if err := os.Symlink(filepath.Join(folder, "other.so"), filepath.Join(folder, "ops", "link.so")); err != nil {
-		t.Fatal(err)
-	}
-	cache, _ := newCache(t, "good", func(o *Options) {
-		o.OpLibraries = []string{filepath.Join(folder, "ops"), filepath.Join(folder, "nope")}
-	})
-	ask := func(path string) ([]string, error) {
-		return cache.allowedLibraries(Model{Ref: "m", Settings: Settings{OpLibraries: []string{path}}})
-	}
-	if list, err := ask(filepath.Join(folder, "ops", "good.so")); err != nil || len(list) != 1 {
-		t.Errorf("%v, %v", list, err)
-	}
-	for _, path := range []string{"other.so", "ops/link.so", "ops/../other.so"} {
-		_, err := ask(filepath.Join(folder, path))
-		expect.Fault(t, err, fault.Precondition, "model m", "other.so, which this server does not allow", "op-libraries")
-	}
-	_, err := ask(filepath.Join(folder, "gone.so"))
-	expect.Fault(t, err, fault.Precondition, "gone.so")
-}
-
 // TestSwap puts versions beside one that serves.
 func TestSwap(t *testing.T) {
 	t.Parallel()
-	cache, _ := newCache(t, "good", func(o *Options) { o.CacheDir = t.TempDir(); o.PollInterval = 50 * time.Millisecond })
-	base := filepath.Join(cache.options.ModelRoot, "many")
-	saved(t, filepath.Join(base, "1"))
-	resolve := func() Model {
+	cache, _ := newCache(t, "good", func(o *Options) { o.PollInterval = 50 * time.Millisecond })
+	base := filepath.Join(rootOf(t, cache), "many")
+	expect.Write(t, filepath.Join(filepath.Join(base, "1"), savedmodel.File), expect.SavedModel())
+	resolve := func() repository.Model {
 		t.Helper()
 		model, err := cache.Resolve(t.Context(), "many", "")
 		if err != nil {
@@ -406,15 +396,15 @@ func TestSwap(t *testing.T) {
 	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
 
 	behave(t, cache.options.Binary, "refuses")
-	saved(t, filepath.Join(base, "2"))
+	expect.Write(t, filepath.Join(filepath.Join(base, "2"), savedmodel.File), expect.SavedModel())
 	expect.Eventually(t, "version 2 has failed", func() bool {
-		return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
+		return slices.ContainsFunc(cache.Status(), func(m protocol.ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
 	})
 	if got := resolve(); got.Version != "1" || !old.Alive() {
 		t.Errorf("after a version that fails %s serves", got.Version)
 	}
 	behave(t, cache.options.Binary, "good")
-	saved(t, filepath.Join(base, "3"))
+	expect.Write(t, filepath.Join(filepath.Join(base, "3"), savedmodel.File), expect.SavedModel())
 	expect.Eventually(t, "version 3 serves", func() bool { return resolve().Version == "3" })
 	if _, ok := cache.Loaded(resolve(), ""); !ok {
 		t.Error("it serves before it is in memory")
@@ -442,14 +432,14 @@ func TestAmounts(t *testing.T) {
 
 // TestTheHeadroomAloneRefusesNothing loads a model once more that ran and was measured at nearly all of the memory.
 func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
-	cache, model := newCache(t, "good", func(o *Options) { o.Memory, o.CacheDir = modelMemory, t.TempDir() })
-	digest, err := cache.digest(t.Context(), model)
+	cache, model := newCache(t, "good", func(o *Options) { o.Memory = modelMemory })
+	digest, err := cache.options.Repository.Digest(t.Context(), model)
 	if err != nil {
 		t.Fatal(err)
 	}
 	measured := func(bytes int64) {
 		t.Helper()
-		if err := cache.profiles.change(digest, func(p *Profile) { p.HostBytes = bytes }); err != nil {
+		if err := cache.options.Profiles.Change(digest, func(p *tuning.Profile) { p.HostBytes = bytes }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -501,7 +491,7 @@ func TestASwapWithoutMemoryStepsAside(t *testing.T) {
 	runner := leaseOf(t, cache, models[0], "s")
 	tell(t, runner, "open s")
 	expect.Eventually(t, "a stream is open", func() bool { return cache.Streams() == 1 })
-	saved(t, filepath.Join(cache.options.ModelRoot, "a", "2"))
+	expect.Write(t, filepath.Join(filepath.Join(rootOf(t, cache), "a", "2"), savedmodel.File), expect.SavedModel())
 	expect.Eventually(t, "the newer version rests", func() bool {
 		cache.mu.Lock()
 		defer cache.mu.Unlock()

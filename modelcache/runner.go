@@ -22,91 +22,16 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 )
-
-// Setup is the first line that a runner reads on its standard input, as JSON. The end of that
-// input ends the runner.
-type Setup struct {
-	Model    string `json:"model"` // reference, for messages
-	Dir      string `json:"dir"`   // folder of the SavedModel that is loaded, "" for the built-in model Image
-	Socket   string `json:"socket"`
-	Key      []byte `json:"key"` // for leases
-	Server   string `json:"server"`
-	LogLevel string `json:"log_level"`
-
-	Cores       int      `json:"cores"` // threads of each of TensorFlow's pools
-	Batching    Batching `json:"batching"`
-	OpLibraries []string `json:"op_libraries,omitempty"` // absolute, and allowed
-	WarmUp      bool     `json:"warm_up"`
-
-	// Device is the UUID of the GPU or MIG instance that the runner's environment shows to TensorFlow, "" for none;
-	// DeviceBytes bounds what TensorFlow takes of its memory, 0 is no bound.
-	Device      string `json:"device,omitempty"`
-	DeviceBytes int64  `json:"device_bytes,omitempty"`
-
-	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
-	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
-
-	Measure *Measurement `json:"measure,omitempty"` // measure and end, in place of serving
-}
-
-// Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready, or with an
-// Error; Warming may come before. Later ones tell of streams.
-type Report struct {
-	Build      string     `json:"build,omitempty"`
-	TensorFlow string     `json:"tensorflow,omitempty"` // version of the library
-	Warming    bool       `json:"warming,omitempty"`    // the model is loaded and runs for the first time
-	Ready      bool       `json:"ready,omitempty"`
-	Error      string     `json:"error,omitempty"`
-	Kind       fault.Kind `json:"kind,omitempty"`
-	NoMemory   bool       `json:"no_memory,omitempty"` // with Error: the device had no memory for the model
-
-	Opened   string `json:"opened,omitempty"`   // lease of a stream that opened
-	Closed   string `json:"closed,omitempty"`   // lease of a stream that closed
-	Resting  string `json:"resting,omitempty"`  // lease of a stream on which nothing has moved for StreamRest
-	Stirring string `json:"stirring,omitempty"` // lease of a stream that rested and moves again
-	Answered bool   `json:"answered,omitempty"` // once: the runner has answered its first record batch
-	// DeviceBatch is the most rows of a run that fit into the device's memory, when that turned out to be
-	// fewer than asked for. Pressed says that not even one row did: the front may make room by ending others.
-	DeviceBatch int  `json:"device_batch,omitempty"`
-	Pressed     bool `json:"pressed,omitempty"`
-	// Counts come with any other report, and once a second, while they change.
-	Counts *Counts `json:"counts,omitempty"`
-
-	Measured []Measured `json:"measured,omitempty"` // what Setup.Measure asked for, in place of Ready
-}
-
-// Counts are what a runner has done since its start, and what waits.
-type Counts struct {
-	Rows         int64   `json:"rows"`          // answered, those that were refused included
-	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
-	Runs         int64   `json:"runs"`          // of TensorFlow, a batch each
-	JoinedRuns   int64   `json:"joined_runs"`   // those that served more than one stream
-	Queued       int64   `json:"queued"`        // rows that wait for a run now
-	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited; those that wait at once count each
-	RunSeconds   float64 `json:"run_seconds"`   // of all runs; those at once count each
-}
-
-// plus returns the sum of two counts, or with sign -1 their difference.
-func (c Counts) plus(other Counts, sign int64) Counts {
-	return Counts{
-		Rows: c.Rows + sign*other.Rows, Errors: c.Errors + sign*other.Errors, Runs: c.Runs + sign*other.Runs,
-		JoinedRuns: c.JoinedRuns + sign*other.JoinedRuns, Queued: c.Queued + sign*other.Queued,
-		QueueSeconds: c.QueueSeconds + float64(sign)*other.QueueSeconds, RunSeconds: c.RunSeconds + float64(sign)*other.RunSeconds,
-	}
-}
-
-// StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops
-// keeping its runner in memory.
-const StreamRest = 5 * time.Second
 
 // runnerGrace is how long a runner may take to end after its standard input has ended.
 const runnerGrace = 2 * time.Second
 
 // Runner is a process that has one model loaded and serves streams on its own socket.
 type Runner struct {
-	setup  Setup
+	setup  control.Setup
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
 	ended  chan struct{} // closed when the process is gone and nothing of it is left
@@ -120,7 +45,7 @@ type Runner struct {
 	retired bool               // takes no lease any more
 	closing bool               // the front ends it
 	ready   bool
-	counts  Counts // as last reported
+	counts  control.Counts // as last reported
 }
 
 // lease may still open a stream.
@@ -138,11 +63,11 @@ type stream struct {
 // events are what a runner tells the Cache. They are called without a lock held, one after the other.
 type events struct {
 	warming  func()
-	counted  func(more Counts) // what was done since the last such call; Queued may be negative
-	moved    func()            // a stream or a lease ended, or rests: others may get its memory
-	answered func()            // the first record batch was answered
-	pressed  func()            // the device has no memory for one row
-	shrunk   func(rows int)    // the most rows of a run that fit into the device's memory
+	counted  func(more control.Counts) // what was done since the last such call; Queued may be negative
+	moved    func()                    // a stream or a lease ended, or rests: others may get its memory
+	answered func()                    // the first record batch was answered
+	pressed  func()                    // the device has no memory for one row
+	shrunk   func(rows int)            // the most rows of a run that fit into the device's memory
 	ended    func(end)
 }
 
@@ -154,7 +79,7 @@ type loadError struct {
 
 // start runs flightsvc-runner and waits until its model is ready. ctx bounds the wait. tuned and device
 // are for runnerEnv. events.ended is called in any case, and last.
-func start(ctx context.Context, options Options, setup Setup, tuned, device []string, events events) (*Runner, error) {
+func start(ctx context.Context, options Options, setup control.Setup, tuned, device []string, events events) (*Runner, error) {
 	setup.Key = []byte(rand.Text() + rand.Text())                             // 260 bits
 	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock") // as long as front.sock: both fit or neither
 	r := &Runner{
@@ -184,7 +109,7 @@ func start(ctx context.Context, options Options, setup Setup, tuned, device []st
 }
 
 // run starts the process and follows it.
-func (r *Runner) run(ctx context.Context, options Options, tuned, device []string) (<-chan Report, error) {
+func (r *Runner) run(ctx context.Context, options Options, tuned, device []string) (<-chan control.Report, error) {
 	library, err := options.Library(ctx)
 	if err != nil {
 		return nil, fault.New(fault.Precondition, "model %s: %w", r.setup.Model, err)
@@ -206,7 +131,7 @@ func (r *Runner) run(ctx context.Context, options Options, tuned, device []strin
 	if err := r.cmd.Start(); err != nil {
 		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", r.setup.Model, options.Binary, err)
 	}
-	handshake := make(chan Report, 1)
+	handshake := make(chan control.Report, 1)
 	go r.follow(stdout, handshake)
 	_, _ = r.stdin.Write(append(line, '\n')) // a runner that is gone already says why in its handshake, or not at all
 	return handshake, nil
@@ -253,7 +178,7 @@ func libraryFolders(library string) []string {
 }
 
 // greet checks the handshake.
-func (r *Runner) greet(report Report, build string) error {
+func (r *Runner) greet(report control.Report, build string) error {
 	switch {
 	case report.Error != "":
 		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
@@ -268,11 +193,11 @@ func (r *Runner) greet(report Report, build string) error {
 }
 
 // follow reads the runner's reports until it ends, then clears up after it.
-func (r *Runner) follow(stdout io.Reader, handshake chan<- Report) {
+func (r *Runner) follow(stdout io.Reader, handshake chan<- control.Report) {
 	lines := bufio.NewScanner(stdout)
 	greeted, refused := false, false
 	for lines.Scan() {
-		var report Report
+		var report control.Report
 		if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
 			r.log.Warn("runner wrote a line that is no report", zap.Error(err)) // some library, say
 			continue
@@ -309,14 +234,14 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- Report) {
 	r.retired = true
 	queued := r.counts.Queued
 	r.mu.Unlock()
-	r.events.counted(Counts{Queued: -queued})
+	r.events.counted(control.Counts{Queued: -queued})
 	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
 	r.events.ended(by)
 	close(r.ended)
 }
 
 // note keeps what a report says, and tells the Cache.
-func (r *Runner) note(report Report) {
+func (r *Runner) note(report control.Report) {
 	r.mu.Lock()
 	moved := report.Closed != "" || report.Resting != ""
 	if id := report.Opened; id != "" {
@@ -326,9 +251,9 @@ func (r *Runner) note(report Report) {
 	if report.Closed != "" {
 		delete(r.streams, report.Closed)
 	}
-	var more Counts
+	var more control.Counts
 	if report.Counts != nil {
-		more, r.counts = report.Counts.plus(r.counts, -1), *report.Counts
+		more, r.counts = report.Counts.Sub(r.counts), *report.Counts
 	}
 	if s, ok := r.streams[report.Resting]; ok {
 		s.resting = true
@@ -337,7 +262,7 @@ func (r *Runner) note(report Report) {
 		s.resting = false
 	}
 	r.mu.Unlock()
-	if more != (Counts{}) {
+	if more != (control.Counts{}) {
 		r.events.counted(more)
 	}
 	switch {
@@ -409,7 +334,7 @@ func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
 }
 
 // tally returns how many streams are open and how many of them rest, and what the runner last said of its work.
-func (r *Runner) tally() (open, resting int, counts Counts) {
+func (r *Runner) tally() (open, resting int, counts control.Counts) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.streams {

@@ -11,12 +11,15 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/modelcache/repository"
 )
 
 // serving is which version a reference means by "latest". The Cache's mu guards it.
 type serving struct {
-	model  Model
+	model  repository.Model
 	moving bool      // another version is being looked for, or loaded to take over
 	rests  time.Time // no other version is loaded before, since one found no memory
 }
@@ -31,18 +34,18 @@ type serving struct {
 // Faults: NotFound for an unknown model or version, BadRequest for a reference of no
 // known form or a broken file, Unavailable for a version that is being copied or a store that does not answer,
 // Precondition for credentials that a store does not take, Exhausted for a disk that is full.
-func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error) {
-	version = cmp.Or(version, latest)
-	if _, err := strconv.ParseUint(version, 10, 63); ref == Image || err == nil {
-		return c.find(ctx, ref, version)
+func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Model, error) {
+	version = cmp.Or(version, repository.Latest)
+	if _, err := strconv.ParseUint(version, 10, 63); ref == protocol.Image || err == nil {
+		return c.options.Repository.Find(ctx, ref, version)
 	}
-	if version == latest {
+	if version == repository.Latest {
 		if model, ok := c.serves(ref); ok {
 			return model, nil
 		}
 		model, err := c.newest(ctx, ref)
 		if err != nil {
-			return Model{}, err
+			return repository.Model{}, err
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -51,52 +54,52 @@ func (c *Cache) Resolve(ctx context.Context, ref, version string) (Model, error)
 		}
 		return c.serving[ref].model, nil
 	}
-	model, err := c.find(ctx, ref, latest)
+	model, err := c.options.Repository.Find(ctx, ref, repository.Latest)
 	if err != nil {
-		return Model{}, err
+		return repository.Model{}, err
 	}
 	labels := model.Settings.VersionLabels
 	number, ok := labels[version]
 	if !ok {
-		return Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, latest, or a label in its %s, which has %q", ref, version, SettingsFile, slices.Sorted(maps.Keys(labels)))
+		return repository.Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, repository.Latest, or a label in its %s, which has %q", ref, version, control.SettingsFile, slices.Sorted(maps.Keys(labels)))
 	}
-	return c.find(ctx, ref, strconv.FormatUint(number, 10))
+	return c.options.Repository.Find(ctx, ref, strconv.FormatUint(number, 10))
 }
 
 // serves returns the version that a reference means by "latest" while that is in memory.
-func (c *Cache) serves(ref string) (Model, bool) {
+func (c *Cache) serves(ref string) (repository.Model, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s, ok := c.serving[ref]
 	if !ok || !c.inMemoryLocked(s.model) {
-		return Model{}, false
+		return repository.Model{}, false
 	}
 	return s.model, true
 }
 
-func (c *Cache) inMemoryLocked(model Model) bool {
+func (c *Cache) inMemoryLocked(model repository.Model) bool {
 	return slices.ContainsFunc(c.slots, func(s *slot) bool { return s.model.Dir == model.Dir && s.runner != nil })
 }
 
 // newest returns the highest version of a reference that is not known to fail.
-func (c *Cache) newest(ctx context.Context, ref string) (Model, error) {
-	model, err := c.find(ctx, ref, latest)
+func (c *Cache) newest(ctx context.Context, ref string) (repository.Model, error) {
+	model, err := c.options.Repository.Find(ctx, ref, repository.Latest)
 	if err != nil || !c.knownToFail(model) {
 		return model, err
 	}
-	numbers, err := c.settled(ctx, ref)
+	numbers, err := c.options.Repository.Settled(ctx, ref)
 	if err != nil {
-		return Model{}, err
+		return repository.Model{}, err
 	}
 	for _, number := range slices.Backward(numbers) {
-		if older, err := c.find(ctx, ref, number); err == nil && !c.knownToFail(older) {
+		if older, err := c.options.Repository.Find(ctx, ref, number); err == nil && !c.knownToFail(older) {
 			return older, nil
 		}
 	}
 	return model, nil // none is better
 }
 
-func (c *Cache) knownToFail(model Model) bool {
+func (c *Cache) knownToFail(model repository.Model) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	h, ok := c.healths[model.Dir]

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // The states of a model version. Queued waits for memory; draining takes no new stream and ends with its last;
@@ -28,7 +31,7 @@ const (
 
 // slot is one model version on one device, in memory or on its way there. The Cache's mu guards it but for loaded.
 type slot struct {
-	model   Model
+	model   repository.Model
 	wish    wish          // of the caller who came first
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
@@ -41,7 +44,7 @@ type slot struct {
 
 	claim       *claim // on memory, once it is granted
 	digest      string // "" where the model has none
-	profile     Profile
+	profile     tuning.Profile
 	bytes       int64     // of the host that the process has now
 	deviceBytes int64     // the same of the device
 	used        time.Time // when a stream or a lease was last there
@@ -136,7 +139,7 @@ func (c *Cache) measure() {
 		}
 		c.mu.Unlock()
 		if grown {
-			c.learn(s, func(p *Profile) { p.HostBytes = max(p.HostBytes, most) })
+			c.learn(s, func(p *tuning.Profile) { p.HostBytes = max(p.HostBytes, most) })
 		}
 	}
 }

@@ -1,5 +1,5 @@
-// Command echo is the floor under our latency: a Flight server on a Unix socket, with flightsvc's
-// own listener and gRPC settings, that sends each message of an exchange straight back.
+// Command echo is the baseline for latency: a Flight server on a Unix socket, with flightsvc's
+// listener and gRPC settings, that returns each message of an exchange unchanged.
 package main
 
 import (

@@ -1,7 +1,6 @@
-// Command pictures makes tensors of JPEG files, as the runner does: batch by batch, in two goroutines. The
-// files are read first. For each line on its standard input it takes them all once and prints how many
-// seconds that took, and how many seconds of the processor; the tensor of the first batch goes to the file
-// named first.
+// Command pictures makes tensors from JPEG files as the runner does: batch by batch, in two goroutines. It
+// reads the files first. For each line on its standard input it processes all of them once and prints the
+// seconds and CPU seconds that it took. It writes the tensor of the first batch to the file named first.
 //
 //	pictures TENSOR FILE...
 package main
@@ -25,7 +24,7 @@ import (
 const (
 	goroutines = 2
 	batch      = 32
-	working    = 512 << 20 // bytes of pictures in work, as the runner has it
+	working    = 512 << 20 // bytes of pictures processed at once, as in the runner
 )
 
 // spec is what EfficientNet-Lite0 takes.
@@ -47,7 +46,7 @@ func main() {
 	}
 }
 
-// run takes all pictures once for each line on standard input.
+// run processes all pictures once for each line on standard input.
 func run(target string, names []string) error {
 	pictures := make([]tensor.Picture, len(names))
 	for i, name := range names {
@@ -84,7 +83,7 @@ func run(target string, names []string) error {
 	return lines.Err()
 }
 
-// processorTime returns the time of the processor that this process has had.
+// processorTime returns the CPU time of this process.
 func processorTime() time.Duration {
 	var usage syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {

@@ -20,8 +20,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	"flightsvc/handlers"
-	"flightsvc/modelcache"
+	"flightsvc/internal/control"
+	"flightsvc/internal/protocol"
 )
 
 // onDevice is a runner process that was built with the tag simulated_device.
@@ -29,18 +29,18 @@ type onDevice struct {
 	t       *testing.T
 	cmd     *exec.Cmd
 	stdin   io.WriteCloser
-	reports chan modelcache.Report
+	reports chan control.Report
 	client  flight.FlightServiceClient
 }
 
 var leaseKey = []byte("key")
 
 // startOnDevice runs the binary on the model ints with the given memory of model and row.
-func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*modelcache.Setup),
+func startOnDevice(t *testing.T, binary, state, folder, name string, change func(*control.Setup),
 	environ ...string) *onDevice {
 	t.Helper()
-	r := &onDevice{t: t, cmd: exec.Command(binary), reports: make(chan modelcache.Report, 100)}
-	setup := modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"),
+	r := &onDevice{t: t, cmd: exec.Command(binary), reports: make(chan control.Report, 100)}
+	setup := control.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", "ints"),
 		Socket: filepath.Join(folder, name+".sock"), Key: leaseKey, LogLevel: "error", Cores: 1, Device: "GPU-1"}
 	if change != nil {
 		change(&setup)
@@ -65,7 +65,7 @@ func startOnDevice(t *testing.T, binary, state, folder, name string, change func
 	go func() { // ends with the process
 		defer close(r.reports)
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
-			var report modelcache.Report
+			var report control.Report
 			if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
 				t.Error(err)
 			}
@@ -93,7 +93,7 @@ func (r *onDevice) end() {
 }
 
 // hear waits for a report.
-func (r *onDevice) hear(what string, is func(modelcache.Report) bool) modelcache.Report {
+func (r *onDevice) hear(what string, is func(control.Report) bool) control.Report {
 	r.t.Helper()
 	for late := time.After(30 * time.Second); ; {
 		select {
@@ -111,9 +111,16 @@ func (r *onDevice) hear(what string, is func(modelcache.Report) bool) modelcache
 }
 
 // run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
-func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
+func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
-	lease, err := json.Marshal(handlers.Grant(leaseKey, time.Now()))
+	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if err := d.Grant(leaseKey, time.Now()); err != nil {
+		r.t.Fatal(err)
+	}
+	ticket, err := d.Command()
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -133,8 +140,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 		r.t.Fatal(err)
 	}
 	w := flight.NewRecordWriter(stream, ipc.WithSchema(rec.Schema()))
-	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD,
-		Cmd: fmt.Appendf(nil, `{"v":1,"model":"m","lease":%s}`, lease)})
+	w.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: ticket})
 	if err := w.Write(rec); err != nil {
 		r.t.Fatal(err)
 	}
@@ -144,7 +150,7 @@ func (r *onDevice) run(rows int) (handlers.AnswerMetadata, error) {
 	if err := stream.CloseSend(); err != nil {
 		r.t.Fatal(err)
 	}
-	var meta handlers.AnswerMetadata
+	var meta protocol.AnswerMetadata
 	reader, err := flight.NewRecordReader(stream)
 	if err != nil {
 		return meta, err
@@ -186,7 +192,7 @@ func TestSimulatedDevice(t *testing.T) {
 		fmt.Appendf(nil, "GPU-0 Any 1 8.0 -\nGPU-1 Some_GPU %d 8.0 -\n", 42<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	ready := func(r modelcache.Report) bool { return r.Ready }
+	ready := func(r control.Report) bool { return r.Ready }
 	taken := func(r *onDevice) string {
 		text, err := os.ReadFile(filepath.Join(state, "GPU-1", fmt.Sprint(r.cmd.Process.Pid)))
 		if err != nil {
@@ -194,9 +200,9 @@ func TestSimulatedDevice(t *testing.T) {
 		}
 		return string(text)
 	}
-	first := startOnDevice(t, binary, state, folder, "first", func(s *modelcache.Setup) { s.WarmUp = true },
+	first := startOnDevice(t, binary, state, folder, "first", func(s *control.Setup) { s.WarmUp = true },
 		"SIMULATED_MODEL_BYTES=10485760")
-	first.hear("warming", func(r modelcache.Report) bool { return r.Warming })
+	first.hear("warming", func(r control.Report) bool { return r.Warming })
 	first.hear("ready", ready)
 	if got := taken(first); got != fmt.Sprint(11<<20) { // warmed up with one row
 		t.Errorf("it has %s bytes", got)
@@ -206,10 +212,10 @@ func TestSimulatedDevice(t *testing.T) {
 		t.Errorf("%d rows of runs, %v", meta.TFRows, err)
 	}
 	if report := first.hear("of the rows that fit",
-		func(r modelcache.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
+		func(r control.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
 		t.Errorf("%d rows fit", report.DeviceBatch)
 	}
-	first.hear("answered", func(r modelcache.Report) bool { return r.Answered })
+	first.hear("answered", func(r control.Report) bool { return r.Answered })
 	if meta, err = first.run(100); err != nil || meta.TFRows != 100 {
 		t.Errorf("%d rows of runs though it knows what fits, %v", meta.TFRows, err)
 	}
@@ -219,7 +225,7 @@ func TestSimulatedDevice(t *testing.T) {
 
 	second := startOnDevice(t, binary, state, folder, "second", nil, "SIMULATED_MODEL_BYTES=8388608")
 	if report := second.hear("of an error",
-		func(r modelcache.Report) bool { return r.Error != "" }); !report.NoMemory ||
+		func(r control.Report) bool { return r.Error != "" }); !report.NoMemory ||
 		!strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
 		t.Errorf("reported %+v", report)
 	}
@@ -234,7 +240,7 @@ func TestSimulatedDevice(t *testing.T) {
 		_, err := third.run(1)
 		done <- err
 	}()
-	third.hear("that it is pressed", func(r modelcache.Report) bool { return r.Pressed })
+	third.hear("that it is pressed", func(r control.Report) bool { return r.Pressed })
 	first.end()
 	if err := <-done; err != nil {
 		t.Errorf("after the first has ended: %v", err)
@@ -242,7 +248,7 @@ func TestSimulatedDevice(t *testing.T) {
 	third.end()
 
 	// The bound of the setup holds as well; what a stream hears then says what to do.
-	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *modelcache.Setup) { s.DeviceBytes = 2 << 20 },
+	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *control.Setup) { s.DeviceBytes = 2 << 20 },
 		"SIMULATED_MODEL_BYTES=1500000")
 	fourth.hear("ready", ready)
 	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||

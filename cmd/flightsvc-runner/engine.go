@@ -8,12 +8,12 @@ import (
 
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // engine is the model of a runner: what handlers ask of it, and what runs a batch.
@@ -23,7 +23,7 @@ type engine interface {
 }
 
 // open loads the model of a setup.
-func open(setup modelcache.Setup) (engine, error) {
+func open(setup control.Setup) (engine, error) {
 	if version := tensorflow.Version(); tensorflow.TooOld(version) {
 		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, "+
 			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken "+
@@ -49,7 +49,7 @@ type session interface {
 	Close() error
 }
 
-func load(setup modelcache.Setup) (*loaded, error) {
+func load(setup control.Setup) (*loaded, error) {
 	saved, err := savedmodel.Read(setup.Dir)
 	if err != nil {
 		return nil, err
@@ -76,11 +76,11 @@ func load(setup modelcache.Setup) (*loaded, error) {
 var unknownOperation = regexp.MustCompile(`Op type not registered '([^']+)'`)
 
 // loadError says in plain words why a SavedModel cannot be loaded.
-func loadError(setup modelcache.Setup, err error) error {
+func loadError(setup control.Setup, err error) error {
 	if op := unknownOperation.FindStringSubmatch(err.Error()); op != nil {
 		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; "+
 			"name the library that has it in op_libraries of the model's %s, and allow that file with the server's "+
-			"setting op-libraries", setup.Model, op[1], tensorflow.Version(), modelcache.SettingsFile)
+			"setting op-libraries", setup.Model, op[1], tensorflow.Version(), control.SettingsFile)
 	}
 	if setup.Device != "" && noMemory(err) {
 		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model,

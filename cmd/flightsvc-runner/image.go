@@ -7,13 +7,13 @@ import (
 
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // imageEngine is the built-in model: it makes Spark's image structs of pictures. The work is done where
@@ -31,17 +31,17 @@ const (
 // maxImageBytes is the most that the pixels of one picture may have, which leaves room for the rest of its row.
 const maxImageBytes = tensor.MaxRowBytes - 1<<20
 
-func newImageEngine(setup modelcache.Setup) *imageEngine {
+func newImageEngine(setup control.Setup) *imageEngine {
 	return &imageEngine{decoders: newGraphs(setup, preprocess.NewDecoder)}
 }
 
 // Model returns the signature of the built-in model.
-func (e *imageEngine) Model() *savedmodel.Model { return modelcache.ImageModel }
+func (e *imageEngine) Model() *savedmodel.Model { return protocol.ImageModel }
 
 // Pictures returns what makes pixels of pictures.
-func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
+func (e *imageEngine) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	// A decoder serves all sizes, so that there are few of them however many sizes are asked for.
-	sizeless := map[string]handlers.Preprocess{}
+	sizeless := map[string]protocol.Preprocess{}
 	for input, p := range wanted {
 		p.Size = nil
 		sizeless[input] = p
@@ -57,7 +57,7 @@ func (e *imageEngine) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pi
 type images struct {
 	decoders *graphs[*preprocess.Decoder]
 	byInput  map[string]*preprocess.Decoder
-	wanted   map[string]handlers.Preprocess
+	wanted   map[string]protocol.Preprocess
 }
 
 // size returns the height and width that pictures get, 0 and 0 for their own.
@@ -121,7 +121,7 @@ func (e *imageEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration
 				out.Strings = append(out.Strings, p[:len(p)-trailerBytes])
 			}
 		default:
-			return nil, fault.New(fault.Internal, "the model %s has no output %q", modelcache.Image, fetch)
+			return nil, fault.New(fault.Internal, "the model %s has no output %q", protocol.Image, fetch)
 		}
 		outputs[i] = out
 	}

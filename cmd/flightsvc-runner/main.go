@@ -23,11 +23,11 @@ import (
 	"flightsvc/handlers"
 	"flightsvc/internal/batch"
 	"flightsvc/internal/build"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/logging"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 func main() {
@@ -35,9 +35,9 @@ func main() {
 	// front drains first.
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
 	signal.Ignore(syscall.SIGPIPE) // what the log goes to may be gone first
-	control, err := controlPipe()
+	pipe, err := controlPipe()
 	if err == nil {
-		err = run(os.Stdin, &reporter{out: json.NewEncoder(control)})
+		err = run(os.Stdin, &reporter{out: json.NewEncoder(pipe)})
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "flightsvc-runner: "+err.Error())
@@ -61,7 +61,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	if err != nil {
 		return errors.New("flightsvc starts this program and writes its setup to it; it is not for the command line")
 	}
-	var setup modelcache.Setup
+	var setup control.Setup
 	if err := json.Unmarshal(line, &setup); err != nil {
 		return fmt.Errorf("setup: %w", err)
 	}
@@ -87,7 +87,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	memory := &offheap.Allocator{}
 	engine, err := open(setup)
 	if saved, ok := engine.(*loaded); ok && err == nil && setup.WarmUp {
-		reports.write(modelcache.Report{Warming: true})
+		reports.write(control.Report{Warming: true})
 		err = saved.warmUp(setup, memory, log)
 	}
 	if err != nil {
@@ -95,7 +95,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		if !ok {
 			kind = fault.Internal
 		}
-		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind,
+		reports.write(control.Report{Build: build.ID(), Error: err.Error(), Kind: kind,
 			NoMemory: setup.Device != "" && kind == fault.Exhausted})
 		return err
 	}
@@ -134,7 +134,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	})
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))
-	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
+	reports.write(control.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Ready: true})
 	reports.count(service.Counts)
 	serving <- server
 	return server.Serve(listener)
@@ -175,15 +175,15 @@ const memoryWait = 7 * time.Second
 type reporter struct {
 	mu     sync.Mutex // guards the fields below
 	out    *json.Encoder
-	counts func() modelcache.Counts // nil before the model serves
-	told   modelcache.Counts
+	counts func() control.Counts // nil before the model serves
+	told   control.Counts
 }
 
 // countInterval is how often the front is told what the runner has done, while that changes.
 const countInterval = time.Second
 
 // count tells the front what the runner has done from now on, for as long as the process lives.
-func (r *reporter) count(counts func() modelcache.Counts) {
+func (r *reporter) count(counts func() control.Counts) {
 	r.mu.Lock()
 	r.counts = counts
 	r.mu.Unlock()
@@ -198,12 +198,12 @@ func (r *reporter) recount() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if counts := r.newsLocked(); counts != nil {
-		_ = r.out.Encode(modelcache.Report{Counts: counts})
+		_ = r.out.Encode(control.Report{Counts: counts})
 	}
 }
 
 // newsLocked returns what the runner has done, nil if that has not changed since it was last told.
-func (r *reporter) newsLocked() *modelcache.Counts {
+func (r *reporter) newsLocked() *control.Counts {
 	if r.counts == nil {
 		return nil
 	}
@@ -215,7 +215,7 @@ func (r *reporter) newsLocked() *modelcache.Counts {
 	return &now
 }
 
-func (r *reporter) write(report modelcache.Report) {
+func (r *reporter) write(report control.Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	report.Counts = r.newsLocked()
@@ -223,23 +223,23 @@ func (r *reporter) write(report modelcache.Report) {
 }
 
 // StreamOpened tells the front that a lease has opened its stream.
-func (r *reporter) StreamOpened(lease string) { r.write(modelcache.Report{Opened: lease}) }
+func (r *reporter) StreamOpened(lease string) { r.write(control.Report{Opened: lease}) }
 
 // StreamClosed tells the front that a stream is over.
-func (r *reporter) StreamClosed(lease string) { r.write(modelcache.Report{Closed: lease}) }
+func (r *reporter) StreamClosed(lease string) { r.write(control.Report{Closed: lease}) }
 
 // StreamResting tells the front that nothing moves on a stream.
-func (r *reporter) StreamResting(lease string) { r.write(modelcache.Report{Resting: lease}) }
+func (r *reporter) StreamResting(lease string) { r.write(control.Report{Resting: lease}) }
 
 // StreamStirring tells the front that a stream which rested moves again.
-func (r *reporter) StreamStirring(lease string) { r.write(modelcache.Report{Stirring: lease}) }
+func (r *reporter) StreamStirring(lease string) { r.write(control.Report{Stirring: lease}) }
 
 // Answered tells the front that the runner has answered its first record batch.
-func (r *reporter) Answered() { r.write(modelcache.Report{Answered: true}) }
+func (r *reporter) Answered() { r.write(control.Report{Answered: true}) }
 
-func (r *reporter) deviceBatch(rows int) { r.write(modelcache.Report{DeviceBatch: rows}) }
+func (r *reporter) deviceBatch(rows int) { r.write(control.Report{DeviceBatch: rows}) }
 
-func (r *reporter) pressed() { r.write(modelcache.Report{Pressed: true}) }
+func (r *reporter) pressed() { r.write(control.Report{Pressed: true}) }
 
 // Interface guards.
 var _ handlers.StreamEvents = (*reporter)(nil)

@@ -13,30 +13,30 @@ import (
 
 	"flightsvc/internal/batch"
 	"flightsvc/internal/build"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // answerRows is how many rows the batch has whose outputs are compared.
 const answerRows = 4
 
 // measure runs the model on made-up rows as its Setup's Measure asks, and reports how fast that was.
-func measure(setup modelcache.Setup, engine engine, reports *reporter, log *zap.Logger) error {
+func measure(setup control.Setup, engine engine, reports *reporter, log *zap.Logger) error {
 	found, err := measured(setup, engine, log)
 	if err != nil {
 		kind, _ := fault.KindOf(err)
-		reports.write(modelcache.Report{Build: build.ID(), Error: err.Error(), Kind: kind})
+		reports.write(control.Report{Build: build.ID(), Error: err.Error(), Kind: kind})
 		return nil // it has been told
 	}
-	reports.write(modelcache.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Measured: found})
+	reports.write(control.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Measured: found})
 	return nil
 }
 
-func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelcache.Measured, error) {
+func measured(setup control.Setup, engine engine, log *zap.Logger) ([]control.Measured, error) {
 	asked := setup.Measure
 	signature, err := engine.Model().Signature(asked.Signature)
 	if err != nil {
@@ -90,11 +90,11 @@ func measured(setup modelcache.Setup, engine engine, log *zap.Logger) ([]modelca
 			}
 		}
 	}
-	found := make([]modelcache.Measured, len(all))
+	found := make([]control.Measured, len(all))
 	for i, one := range all {
 		speeds := one.speeds[1:] // without that of the first runs
 		slices.Sort(speeds)
-		found[i] = modelcache.Measured{BatchSize: one.size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]}
+		found[i] = control.Measured{BatchSize: one.size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]}
 	}
 	return found, nil
 }
@@ -183,12 +183,12 @@ func writeAnswers(folder string, signature savedmodel.Signature, engine engine, 
 		return err
 	}
 	defer answers.Close()
-	outputs := make([]modelcache.MeasuredOutput, len(signature.Outputs))
+	outputs := make([]control.MeasuredOutput, len(signature.Outputs))
 	for i, value := range answers.Values() {
-		outputs[i] = modelcache.MeasuredOutput{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
+		outputs[i] = control.MeasuredOutput{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
 			Data: value.Data, Strings: value.Strings}
 	}
-	return modelcache.WriteAnswers(folder, outputs)
+	return control.WriteAnswers(folder, outputs)
 }
 
 func outputTensors(signature savedmodel.Signature) []string {
@@ -213,7 +213,7 @@ type loop struct {
 }
 
 // newLoop makes one, whose scheduler wants to be closed.
-func newLoop(setup modelcache.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator,
+func newLoop(setup control.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator,
 	log *zap.Logger) *loop {
 	callers := max(setup.Batching.NumBatchThreads, 1)
 	return &loop{

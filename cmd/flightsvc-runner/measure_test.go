@@ -8,17 +8,17 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
-func measurement(t *testing.T, sizes ...int) modelcache.Setup {
+func measurement(t *testing.T, sizes ...int) control.Setup {
 	t.Helper()
-	return modelcache.Setup{Model: "m", Cores: 2, Batching: modelcache.Batching{NumBatchThreads: 2},
-		Measure: &modelcache.Measurement{
+	return control.Setup{Model: "m", Cores: 2, Batching: control.Batching{NumBatchThreads: 2},
+		Measure: &control.Measurement{
 			Signature: savedmodel.DefaultSignature, BatchSizes: sizes, Window: 10 * time.Millisecond, Windows: 3,
 			Seed:   7,
 			Folder: t.TempDir(),
@@ -40,7 +40,7 @@ func TestMeasure(t *testing.T) {
 			t.Errorf("%+v", m)
 		}
 	}
-	answers, err := modelcache.ReadAnswers(setup.Measure.Folder)
+	answers, err := control.ReadAnswers(setup.Measure.Folder)
 	if err != nil || len(answers) != 2 || answers[0].Name != "doubled" ||
 		!slices.Equal(answers[0].Shape, []int64{answerRows, 3}) {
 		t.Fatalf("answers %+v, %v", answers, err)
@@ -62,7 +62,7 @@ func TestMeasure(t *testing.T) {
 	if _, err := measured(again, e, zap.NewNop()); err != nil {
 		t.Fatal(err)
 	}
-	if same, err := modelcache.ReadAnswers(again.Measure.Folder); err != nil ||
+	if same, err := control.ReadAnswers(again.Measure.Folder); err != nil ||
 		!slices.Equal(same[0].Data, answers[0].Data) {
 		t.Errorf("one seed gives two answers, %v", err)
 	}

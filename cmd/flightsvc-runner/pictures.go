@@ -7,11 +7,11 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"golang.org/x/sync/errgroup"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/preprocess"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
@@ -30,14 +30,14 @@ type graphs[G any] struct {
 	built map[preprocess.Spec]G
 }
 
-func newGraphs[G any](setup modelcache.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
+func newGraphs[G any](setup control.Setup, build func(preprocess.Spec, *preprocess.Budget) (G, error)) *graphs[G] {
 	limits := preprocess.Limits{Pixels: setup.MaxImagePixels, Bytes: setup.MaxImageBytes, Working: workingBytes}
 	return &graphs[G]{cores: max(setup.Cores, 1), budget: preprocess.NewBudget(limits), build: build,
 		built: map[preprocess.Spec]G{}}
 }
 
 // of returns the graph of each input.
-func (g *graphs[G]) of(wanted map[string]handlers.Preprocess) (map[string]G, error) {
+func (g *graphs[G]) of(wanted map[string]protocol.Preprocess) (map[string]G, error) {
 	all := make(map[string]G, len(wanted))
 	for input, p := range wanted {
 		graph, err := g.one(specOf(p))
@@ -67,7 +67,7 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	return graph, err
 }
 
-func specOf(p handlers.Preprocess) preprocess.Spec {
+func specOf(p protocol.Preprocess) preprocess.Spec {
 	spec := preprocess.Spec{
 		Resize: p.Resize, Antialias: p.Antialias, Fit: p.Fit, Channels: p.Channels,
 		Scale: p.Scales(), Offset: p.Offsets(), DType: p.Type(),
@@ -108,7 +108,7 @@ func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Pi
 }
 
 // Pictures returns what makes tensors of pictures, with graphs that are built now or were built before.
-func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Pictures, error) {
+func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	byInput, err := e.graphs.of(wanted)
 	if err != nil {
 		return nil, err
@@ -120,7 +120,7 @@ func (e *loaded) Pictures(wanted map[string]handlers.Preprocess) (tensor.Picture
 type tensors struct {
 	graphs  *graphs[*preprocess.Graph]
 	byInput map[string]*preprocess.Graph
-	wanted  map[string]handlers.Preprocess
+	wanted  map[string]protocol.Preprocess
 }
 
 // Bytes is part of tensor.Pictures.

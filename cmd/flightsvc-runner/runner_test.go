@@ -17,20 +17,20 @@ import (
 	"testing"
 	"time"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // loadModel opens one of the models of pyspark-shim/tests/make_models.py.
 func loadModel(t *testing.T, name string) *loaded {
 	t.Helper()
-	e, err := load(modelcache.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2,
+	e, err := load(control.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2,
 		MaxImagePixels: 1 << 20, MaxImageBytes: 1 << 20})
 	if err != nil {
 		t.Fatalf("%v; make build/models/.done makes the models", err)
@@ -142,7 +142,7 @@ func TestEngineFails(t *testing.T) {
 		t.Errorf("%d bytes of inputs were not freed", mem.Live())
 	}
 
-	_, err = open(modelcache.Setup{Model: "m", Dir: t.TempDir()})
+	_, err = open(control.Setup{Model: "m", Dir: t.TempDir()})
 	expect.Fault(t, err, fault.NotFound, "is not a SavedModel")
 }
 
@@ -159,7 +159,7 @@ func blackPicture(t *testing.T, side int) tensor.Picture {
 func TestPictures(t *testing.T) {
 	e, mem := loadModel(t, "pictures"), &offheap.Allocator{}
 	black := blackPicture(t, 5)
-	wanted := map[string]handlers.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop",
+	wanted := map[string]protocol.Preprocess{"image": {Size: []int{4, 4}, Resize: "bilinear", Fit: "crop",
 		Channels: "RGB", DType: "float32"}}
 	for range 2 {
 		pictures, err := e.Pictures(wanted)
@@ -199,11 +199,11 @@ func TestPictures(t *testing.T) {
 
 // TestImage runs the built-in model as handlers do.
 func TestImage(t *testing.T) {
-	e, err := open(modelcache.Setup{Model: modelcache.Image, Cores: 2, MaxImagePixels: 1_000, MaxImageBytes: 1 << 20})
+	e, err := open(control.Setup{Model: protocol.Image, Cores: 2, MaxImagePixels: 1_000, MaxImageBytes: 1 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
-	pictures, err := e.Pictures(map[string]handlers.Preprocess{modelcache.ImageInput: {}})
+	pictures, err := e.Pictures(map[string]protocol.Preprocess{protocol.ImageInput: {}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,12 +267,12 @@ func TestRun(t *testing.T) {
 	// The input must stay open: its end would end this process.
 	input, front := io.Pipe()
 	go func() {
-		_ = json.NewEncoder(front).Encode(modelcache.Setup{Model: "m", Dir: "/nope", LogLevel: "info"})
+		_ = json.NewEncoder(front).Encode(control.Setup{Model: "m", Dir: "/nope", LogLevel: "info"})
 	}()
 	var reports bytes.Buffer
 	err := run(input, &reporter{out: json.NewEncoder(&reports)})
 	expect.Fault(t, err, fault.NotFound, "/nope is not a SavedModel")
-	var report modelcache.Report
+	var report control.Report
 	if err := json.Unmarshal(reports.Bytes(), &report); err != nil || report.Kind != fault.NotFound ||
 		report.Error != "/nope is not a SavedModel: it has no saved_model.pb" || report.Ready || report.Build == "" {
 		t.Errorf("the report is %s, %v", &reports, err)

@@ -3,13 +3,13 @@
 package main
 
 import (
+	"flightsvc/internal/control"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // openSession loads the SavedModel of a setup into TensorFlow.
-func openSession(setup modelcache.Setup, options tensorflow.Options) (session, error) {
+func openSession(setup control.Setup, options tensorflow.Options) (session, error) {
 	opened, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, options)
 	if err != nil {
 		return nil, err // and no session, not even a typed one

@@ -17,9 +17,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // simulated is a session on the processor that behaves as if on a device whose memory lies in the folder that
@@ -44,7 +44,7 @@ type simulated struct {
 }
 
 // openSession loads the SavedModel of a setup into TensorFlow, and onto the simulated device if it names one.
-func openSession(setup modelcache.Setup, options tensorflow.Options) (session, error) {
+func openSession(setup control.Setup, options tensorflow.Options) (session, error) {
 	s := &simulated{}
 	if setup.Device != "" {
 		if err := s.place(setup); err != nil {
@@ -61,7 +61,7 @@ func openSession(setup modelcache.Setup, options tensorflow.Options) (session, e
 	return s, nil
 }
 
-func (s *simulated) place(setup modelcache.Setup) error {
+func (s *simulated) place(setup control.Setup) error {
 	state := os.Getenv("FAKENVML_STATE")
 	file, err := os.Open(filepath.Join(state, "devices"))
 	if err != nil {

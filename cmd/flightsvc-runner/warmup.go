@@ -13,10 +13,10 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 	"go.uber.org/zap"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
-	"flightsvc/modelcache"
 )
 
 // zerosTime is how long a model that brings no requests is run with zeros at most, in all: a loop may not end on them.
@@ -25,7 +25,7 @@ const zerosTime = 10 * time.Second
 // warmUp runs the model before it counts as ready, so that no stream waits for what TensorFlow does in its first runs:
 // with the Predict requests in TF Serving's file, as they are written there, whose failure is a fault that names the
 // record; without the file with zeros, whose failure is only logged.
-func (e *loaded) warmUp(setup modelcache.Setup, mem memory.Allocator, log *zap.Logger) error {
+func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logger) error {
 	started := time.Now()
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := os.Open(path) //nolint:gosec // of the model
@@ -115,7 +115,7 @@ func newValue(c savedmodel.Constant, mem memory.Allocator) tensor.Value {
 
 // warmUpWithZeros runs each signature that can be, with each of the allowed batch sizes, and returns how many runs
 // there were.
-func (e *loaded) warmUpWithZeros(setup modelcache.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
+func (e *loaded) warmUpWithZeros(setup control.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
 	until := time.Now().Add(zerosTime)
 	sizes := []int{1}
 	if allowed := setup.Batching.AllowedBatchSizes; len(allowed) > 0 {

@@ -22,13 +22,13 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"flightsvc/internal/batch"
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/offheap"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 	"flightsvc/internal/tensorflow"
-	"flightsvc/modelcache"
 )
 
 // watched notes the rows of each run of a session, and fails those that full says.
@@ -125,7 +125,7 @@ func TestWarmUpWithRequests(t *testing.T) {
 			want: []string{"record 2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			setup := modelcache.Setup{Model: "m", Dir: withWarmup(t, "ints", c.records...), Cores: 1}
+			setup := control.Setup{Model: "m", Dir: withWarmup(t, "ints", c.records...), Cores: 1}
 			e, err := load(setup)
 			if err != nil {
 				t.Fatal(err)
@@ -149,7 +149,7 @@ func TestWarmUpWithRequests(t *testing.T) {
 		})
 	}
 	// What TensorFlow finds wrong is said in its words.
-	setup := modelcache.Setup{Model: "m", Dir: withWarmup(t, "nested", request(t, "", "x", nil, 2)), Cores: 1}
+	setup := control.Setup{Model: "m", Dir: withWarmup(t, "nested", request(t, "", "x", nil, 2)), Cores: 1}
 	e, err := load(setup)
 	if err != nil {
 		t.Fatal(err)
@@ -173,7 +173,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 			e := loadModel(t, name)
 			runs, mem := watch(e), &offheap.Allocator{}
 			core, logs := observer.New(zapcore.InfoLevel)
-			setup := modelcache.Setup{Model: name, Batching: modelcache.Batching{AllowedBatchSizes: []int{1, 4}}}
+			setup := control.Setup{Model: name, Batching: control.Batching{AllowedBatchSizes: []int{1, 4}}}
 			if err := e.warmUp(setup, mem, zap.New(core)); err != nil {
 				t.Fatal(err)
 			}
@@ -278,7 +278,7 @@ func TestNoDeviceMemory(t *testing.T) {
 			Message: "StringToNumberOp could not correctly convert string: out of memory"}
 	}
 	expect.Fault(t, run(), fault.BadRequest, "TensorFlow refused it", "convert string")
-	setup := modelcache.Setup{Model: "m", Device: "GPU-1"}
+	setup := control.Setup{Model: "m", Device: "GPU-1"}
 	expect.Fault(t, loadError(setup, &tensorflow.Error{Code: tensorflow.Internal, Message: "failed: out of memory"}),
 		fault.Exhausted, "model m does not fit", "GPU-1")
 	setup.Device = ""
@@ -297,7 +297,7 @@ func TestOpLibraries(t *testing.T) {
 	if text, err := made.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)
 	}
-	setup := modelcache.Setup{Model: "triple", Dir: filepath.Join(out, "triple"), Cores: 1}
+	setup := control.Setup{Model: "triple", Dir: filepath.Join(out, "triple"), Cores: 1}
 	_, err := load(setup)
 	expect.Fault(t, err, fault.Precondition, "model triple uses the operation FlightsvcTriple",
 		"op_libraries of the model's flightsvc.json", "setting op-libraries")

@@ -13,8 +13,8 @@ import (
 	"strings"
 	"time"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
 )
 
@@ -100,13 +100,13 @@ func (f frontFlags) runDir() (string, error) {
 
 // answering returns a client of the front in a folder, if one takes requests there.
 func answering(ctx context.Context, folder string) (*client.Client, error) {
-	front, err := client.Dial(handlers.Scheme + filepath.Join(folder, frontSocket))
+	front, err := client.Dial(protocol.Scheme + filepath.Join(folder, frontSocket))
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
 	defer cancel()
-	if _, err := client.Ask[handlers.Ready](ctx, front, "server.ready", struct{}{}); err != nil {
+	if _, err := client.Ask[protocol.Ready](ctx, front, "server.ready", struct{}{}); err != nil {
 		_ = front.Close()
 		return nil, err
 	}
@@ -120,7 +120,7 @@ func startFront(ctx context.Context, runDir, folder, config string) (string, err
 	if err != nil {
 		return "", err
 	}
-	args := []string{"serve", "--detach", "--endpoint", handlers.Scheme + filepath.Join(folder, frontSocket), "--run-dir", runDir}
+	args := []string{"serve", "--detach", "--endpoint", protocol.Scheme + filepath.Join(folder, frontSocket), "--run-dir", runDir}
 	if config != "" {
 		if config, err = filepath.Abs(config); err != nil {
 			return "", err

@@ -5,9 +5,8 @@ import (
 	"fmt"
 	"os"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
-	"flightsvc/modelcache"
+	"flightsvc/internal/protocol"
 )
 
 type modelsCommand struct {
@@ -17,7 +16,7 @@ type modelsCommand struct {
 
 // listed is a model in the list.
 type listed struct {
-	handlers.IndexEntry
+	protocol.IndexEntry
 	Memory int64  `json:"memory"` // bytes, 0 where it is not in memory
 	Device string `json:"device"` // UUID of a GPU, "" for the processor
 }
@@ -30,11 +29,11 @@ func (c *modelsCommand) Run(line *cli) error {
 		return err
 	}
 	defer func() { _ = front.Close() }()
-	index, err := client.Ask[handlers.Index](ctx, front, "repository.index", struct{}{})
+	index, err := client.Ask[protocol.Index](ctx, front, "repository.index", struct{}{})
 	if err != nil {
 		return err
 	}
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
@@ -118,7 +117,7 @@ func (c *unloadCommand) Run() error {
 
 // say asks for something to be done to a model and prints its state then.
 func say(ctx context.Context, front *client.Client, action string, body modelBody) error {
-	state, err := client.Ask[handlers.ModelState](ctx, front, action, body)
+	state, err := client.Ask[protocol.ModelState](ctx, front, action, body)
 	if err != nil {
 		return err
 	}
@@ -146,7 +145,7 @@ func (c *statusCommand) Run() error {
 		}
 		return printJSON(whole)
 	}
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
@@ -174,7 +173,7 @@ func orNone(text string) string {
 }
 
 // tuned returns a configuration that was found by measuring, for people.
-func tuned(choice *modelcache.Choice) string {
+func tuned(choice *protocol.Choice) string {
 	if choice == nil {
 		return ""
 	}
@@ -201,12 +200,12 @@ func (c *devicesCommand) Run(line *cli) error {
 		return err
 	}
 	defer func() { _ = front.Close() }()
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return printJSON(append([]client.Device{}, status.Devices...))
+		return printJSON(append([]protocol.Device{}, status.Devices...))
 	}
 	if len(status.Devices) == 0 {
 		fmt.Println("no GPU; models run on the processor")

@@ -18,10 +18,9 @@ import (
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/tablefile"
-	"flightsvc/internal/tensor"
 )
 
 // predictPatience is for how long an unavailable server is asked again before any row was sent: the shim's
@@ -101,7 +100,7 @@ func (c *predictCommand) run(ctx context.Context, config string) error {
 		return err
 	}
 	defer func() { _ = front.Close() }()
-	about, err := client.Ask[handlers.Metadata](ctx, front, "model.metadata", body)
+	about, err := client.Ask[protocol.Metadata](ctx, front, "model.metadata", body)
 	if err != nil {
 		return err
 	}
@@ -151,15 +150,15 @@ func (c *predictCommand) run(ctx context.Context, config string) error {
 }
 
 // descriptor returns what is asked of the model.
-func (c *predictCommand) descriptor(body modelBody, version string, sent *sentColumns, signature handlers.SignatureMetadata) (handlers.Descriptor, error) {
-	d := handlers.Descriptor{V: handlers.WireVersion, Model: body.Model, Version: version, Signature: c.Signature, Inputs: sent.inputs, RequestID: fmt.Sprintf("predict-%d", os.Getpid())}
-	if c.OnError != handlers.OnErrorFail {
+func (c *predictCommand) descriptor(body modelBody, version string, sent *sentColumns, signature protocol.SignatureMetadata) (protocol.Descriptor, error) {
+	d := protocol.Descriptor{V: protocol.Version, Model: body.Model, Version: version, Signature: c.Signature, Inputs: sent.inputs, RequestID: fmt.Sprintf("predict-%d", os.Getpid())}
+	if c.OnError != protocol.OnErrorFail {
 		d.OnError = c.OnError
 	}
-	if c.OnError == handlers.OnErrorColumn {
+	if c.OnError == protocol.OnErrorColumn {
 		d.ErrorColumn = c.ErrorColumn
 	}
-	if c.Device != handlers.DeviceAuto {
+	if c.Device != protocol.DeviceAuto {
 		d.Device = c.Device
 	}
 	outputs := c.Output
@@ -179,7 +178,7 @@ func (c *predictCommand) descriptor(body modelBody, version string, sent *sentCo
 		}
 	}
 	for _, output := range outputs {
-		entry := tensor.Output{Tensor: output.tensor, Column: output.column}
+		entry := protocol.Output{Tensor: output.tensor, Column: output.column}
 		spec := signature.Outputs[slices.Index(known, output.tensor)]
 		if format == tablefile.CSV && spec.DType == "string" && len(spec.Shape) == 1 {
 			entry.Type = "utf8"
@@ -191,7 +190,7 @@ func (c *predictCommand) descriptor(body modelBody, version string, sent *sentCo
 
 // sentColumns makes, of a record batch that was read, the one that is sent.
 type sentColumns struct {
-	inputs    tensor.Inputs
+	inputs    protocol.Inputs
 	positions []int            // of the columns that are sent
 	types     []arrow.DataType // what a column of texts becomes; nil leaves it
 	schema    *arrow.Schema
@@ -199,7 +198,7 @@ type sentColumns struct {
 }
 
 // columns finds the column of each input.
-func (c *predictCommand) columns(inputs []handlers.TensorMetadata, schema *arrow.Schema) (*sentColumns, error) {
+func (c *predictCommand) columns(inputs []protocol.TensorMetadata, schema *arrow.Schema) (*sentColumns, error) {
 	where := fmt.Sprintf("model %s, signature %s", c.Model, c.Signature)
 	known, columns := names(inputs), make([]string, 0, len(schema.Fields()))
 	for _, field := range schema.Fields() {
@@ -233,7 +232,7 @@ func (c *predictCommand) columns(inputs []handlers.TensorMetadata, schema *arrow
 		if len(found) > 1 {
 			return nil, fmt.Errorf("%s: %s has %d columns that are called %q, which one feeds input %q? Rename them", where, c.In, len(found), input.column, input.tensor)
 		}
-		s.inputs = append(s.inputs, tensor.Input{Tensor: input.tensor, Column: input.column})
+		s.inputs = append(s.inputs, protocol.Input{Tensor: input.tensor, Column: input.column})
 		field := schema.Field(found[0])
 		var kind arrow.DataType
 		if csv {
@@ -270,7 +269,7 @@ var csvTypes = map[string]arrow.DataType{
 	"bool": arrow.FixedWidthTypes.Boolean, "string": arrow.BinaryTypes.String,
 }
 
-func csvType(spec handlers.TensorMetadata) (arrow.DataType, error) {
+func csvType(spec protocol.TensorMetadata) (arrow.DataType, error) {
 	kind, ok := csvTypes[spec.DType]
 	if !ok || (spec.Shape != nil && len(spec.Shape) != 1) {
 		return nil, fmt.Errorf("input %q is %s%v, and a cell of a CSV file holds one value; bring it as a list in Parquet or Arrow", spec.Name, spec.DType, spec.Shape)
@@ -332,7 +331,7 @@ func joined(in, answer *arrow.Schema, path string) (*arrow.Schema, error) {
 	return arrow.NewSchema(fields, &metadata), nil
 }
 
-func names(specs []handlers.TensorMetadata) []string {
+func names(specs []protocol.TensorMetadata) []string {
 	list := make([]string, len(specs))
 	for i, spec := range specs {
 		list[i] = spec.Name

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -25,11 +26,15 @@ import (
 
 	"flightsvc/gpu"
 	"flightsvc/handlers"
+	"flightsvc/handlers/front"
 	"flightsvc/internal/build"
 	"flightsvc/internal/config"
 	"flightsvc/internal/logging"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
 	"flightsvc/modelcache"
+	"flightsvc/modelcache/repository"
+	"flightsvc/modelcache/tuning"
 )
 
 // frontSocket is the name of the front's socket in its folder.
@@ -78,19 +83,20 @@ func serve(settings config.Serve) (err error) {
 	}()
 	devices := gpu.Open(gpu.Options{Visible: strings.Join(settings.GPUs, ","), Log: log})
 	defer devices.Close()
-	cache, err := newCache(settings, place.Path, devices, log)
+	models, err := newModels(settings, place.Path, devices, log)
 	if err != nil {
 		return err
 	}
-	defer cache.Close()
+	defer models.close()
+	cache := models.cache
 
 	listener, err := handlers.Listen(socket, log)
 	if err != nil {
 		return err
 	}
 	activity := &activity{}
-	front := handlers.NewFront(handlers.FrontOptions{
-		Cache: cache, Version: build.Version, Build: build.ID(), Server: serverName(settings.Executor), Executor: settings.Executor,
+	front := front.New(front.Options{
+		Repository: models.repository, Cache: cache, Tuner: models.tuner, Version: build.Version, Build: build.ID(), Server: serverName(settings.Executor), Executor: settings.Executor,
 		Shutdown: func() { end(errAsked) }, Log: log,
 	})
 	server := handlers.NewServer(front, log, grpc.StatsHandler(activity))
@@ -109,7 +115,7 @@ func serve(settings config.Serve) (err error) {
 		go watchIdle(ctx, settings.IdleTimeout, activity, cache, func() { end(errIdle) })
 	}
 
-	greeting := hello{Flightsvc: build.Version, Build: build.ID(), Endpoint: handlers.Scheme + socket, PID: os.Getpid()}
+	greeting := hello{Flightsvc: build.Version, Build: build.ID(), Endpoint: protocol.Scheme + socket, PID: os.Getpid()}
 	if err := greeting.print(); err != nil {
 		return fmt.Errorf("write handshake: %w", err)
 	}
@@ -162,11 +168,11 @@ func claim(settings *config.Serve) (*rundir.Folder, string, error) {
 	}
 	socket := filepath.Join(runDir, folderName(), frontSocket)
 	if settings.Endpoint != "" {
-		if socket, err = handlers.SocketPath(settings.Endpoint); err != nil {
+		if socket, err = protocol.SocketPath(settings.Endpoint); err != nil {
 			return nil, "", err
 		}
 	}
-	if _, err := handlers.SocketPath(handlers.Scheme + socket); err != nil {
+	if _, err := protocol.SocketPath(protocol.Scheme + socket); err != nil {
 		return nil, "", err
 	}
 	place, err := rundir.Claim(runDir, filepath.Dir(socket))
@@ -201,13 +207,21 @@ func removeDriver(temporary string, driver rundir.Process) {
 	}
 }
 
-func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log *zap.Logger) (*modelcache.Cache, error) {
+// models are what a front keeps of models: on disk, in memory, and in mind.
+type models struct {
+	repository *repository.Repository
+	cache      *modelcache.Cache
+	tuner      *tuning.Tuner
+	close      func()
+}
+
+func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log *zap.Logger) (*models, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	root := strings.TrimPrefix(settings.ModelRoot, "file://")
-	if root != "" && !modelcache.IsURI(root) {
+	if root != "" && !repository.IsURI(root) {
 		if root, err = filepath.Abs(root); err != nil {
 			return nil, err
 		}
@@ -216,30 +230,48 @@ func newCache(settings config.Serve, folder string, devices *gpu.Inventory, log 
 	if err != nil {
 		return nil, err
 	}
-	return modelcache.New(modelcache.Options{
-		ModelRoot:      root,
-		CacheDir:       cacheDir,
+	library, cores := library(settings.Libtensorflow, settings.Python), cmp.Or(settings.Cores, runtime.GOMAXPROCS(0))
+	profiles := tuning.NewProfiles(cacheDir)
+	m := &models{}
+	m.repository = repository.New(repository.Options{
+		ModelRoot: root, CacheDir: cacheDir, CacheBytes: int64(settings.CacheSize), PollInterval: settings.PollInterval,
+		OpLibraries: settings.OpLibraries, Log: log,
+	})
+	m.cache = modelcache.New(modelcache.Options{
+		Repository:     m.repository,
+		Profiles:       profiles,
 		Folder:         folder,
 		Binary:         filepath.Join(filepath.Dir(self), "flightsvc-runner"),
 		Build:          build.ID(),
 		Server:         serverName(settings.Executor),
-		Cores:          cmp.Or(settings.Cores, runtime.GOMAXPROCS(0)),
+		Cores:          cores,
 		MaxImagePixels: settings.MaxImagePixels,
 		MaxImageBytes:  settings.MaxImageBytes,
 		LogLevel:       settings.LogLevel,
 		Memory:         cmp.Or(int64(settings.Memory), defaultMemory()),
 		Devices:        devices,
 		CPUFallback:    settings.AllowCPUFallback,
-		OpLibraries:    settings.OpLibraries,
 		KeepAlive:      settings.KeepAlive,
-		TuneWhenIdle:   settings.Tune == config.TuneQuick,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
-		CacheBytes:     int64(settings.CacheSize),
-		Library:        library(settings.Libtensorflow, settings.Python),
-		Python:         freezer(settings.Python),
+		Library:        library,
 		Log:            log,
-	}), nil
+	})
+	m.tuner = tuning.New(tuning.Options{
+		Pool: m.cache, Repository: m.repository, Profiles: profiles, Cores: cores, Library: library, Python: freezer(settings.Python), Log: log,
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	var idle sync.WaitGroup
+	if settings.Tune == config.TuneQuick {
+		idle.Go(func() { m.tuner.WhileIdle(ctx) })
+	}
+	m.close = func() {
+		cancel()
+		idle.Wait()
+		m.cache.Close()
+		m.repository.Close()
+	}
+	return m, nil
 }
 
 // serverName says who answers: Spark's executor, if there is one, this host and this process.

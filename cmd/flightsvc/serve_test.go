@@ -33,9 +33,8 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
-	"flightsvc/modelcache"
 )
 
 // These tests run the real programs: a front that is built here without cgo, as for a release, and a runner on the
@@ -194,7 +193,7 @@ func (f *process) connect(t *testing.T) {
 
 func dial(t *testing.T, endpoint string) *grpc.ClientConn {
 	t.Helper()
-	socket, err := handlers.SocketPath(endpoint)
+	socket, err := protocol.SocketPath(endpoint)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,9 +258,9 @@ func (f *process) act(t *testing.T, action, body string, result any) error {
 	return nil
 }
 
-func (f *process) status(t *testing.T) handlers.Status {
+func (f *process) status(t *testing.T) protocol.Status {
 	t.Helper()
-	var s handlers.Status
+	var s protocol.Status
 	if err := f.act(t, "status", "", &s); err != nil {
 		t.Fatal(err)
 	}
@@ -311,7 +310,7 @@ func TestServe(t *testing.T) {
 	if f.Flightsvc == "" || f.Build == "" || f.hello.Error != "" {
 		t.Errorf("the handshake is %+v", f.hello)
 	}
-	socket, _ := handlers.SocketPath(f.Endpoint)
+	socket, _ := protocol.SocketPath(f.Endpoint)
 	if filepath.Dir(filepath.Dir(socket)) != p.run || len(filepath.Base(filepath.Dir(socket))) != 8 {
 		t.Errorf("the socket is %s", socket)
 	}
@@ -398,7 +397,7 @@ func TestReflection(t *testing.T) {
 func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 	p := newPlace(t)
 	f := p.serve(t, "--model-root", filepath.Dir(modelOf("two")), "--libtensorflow", "/nope")
-	var meta handlers.Metadata
+	var meta protocol.Metadata
 	if err := f.act(t, "model.metadata", `{"model":"two"}`, &meta); err != nil {
 		t.Fatal(err)
 	}
@@ -567,7 +566,7 @@ func TestChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var total modelcache.Totals
+	var total protocol.Totals
 	for total.Rows < 4 && lines.Scan() {
 		if err := json.Unmarshal(lines.Bytes(), &total); err != nil {
 			t.Fatalf("%s: %v", lines.Bytes(), err)
@@ -738,7 +737,7 @@ func TestSettingsPrecedence(t *testing.T) {
 			cmd := p.command(c.args...)
 			cmd.Env = append(cmd.Env, c.env)
 			f := p.start(t, cmd)
-			var meta handlers.Metadata
+			var meta protocol.Metadata
 			err := f.act(t, "model.metadata", `{"model":"m"}`, &meta)
 			if c.want == "" {
 				wantStatus(t, err, codes.NotFound, "no model-root")
@@ -999,7 +998,7 @@ func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {
 	// What a killed front leaves, the next one sweeps.
 	next := p.serve(t)
 	entries, err := os.ReadDir(p.run)
-	socket, _ := handlers.SocketPath(next.Endpoint)
+	socket, _ := protocol.SocketPath(next.Endpoint)
 	if err != nil || len(entries) != 1 || entries[0].Name() != filepath.Base(filepath.Dir(socket)) {
 		t.Errorf("the run-dir holds %v, %v", entries, err)
 	}
@@ -1060,7 +1059,7 @@ func TestSharedFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = foreign.Close() }()
-	endpoint := handlers.Scheme + filepath.Join(shared.run, "front.sock")
+	endpoint := protocol.Scheme + filepath.Join(shared.run, "front.sock")
 	f := p.serve(t, "--endpoint", endpoint)
 	if f.Endpoint != endpoint {
 		t.Errorf("the endpoint is %s", f.Endpoint)

@@ -13,9 +13,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 
-	"flightsvc/handlers"
 	"flightsvc/internal/client"
-	"flightsvc/modelcache"
+	"flightsvc/internal/protocol"
 )
 
 // tuneCommand asks a front to tune a model.
@@ -46,8 +45,8 @@ func (c *tuneCommand) Run(about *cli) error {
 		Quick     bool   `json:"quick"`
 	}{model, c.Signature, c.Quick}
 	tried := 0
-	var tuning *modelcache.Tuning
-	err = client.Action(ctx, front, "model.tune", body, func(told handlers.TuneResult) error {
+	var tuning *protocol.Tuning
+	err = client.Action(ctx, front, "model.tune", body, func(told protocol.TuneResult) error {
 		tuning = told.Tuning
 		if tried++; told.Candidate != nil && !c.JSON {
 			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(*told.Candidate))
@@ -66,7 +65,7 @@ func (c *tuneCommand) Run(about *cli) error {
 }
 
 // line describes a candidate while the search goes on.
-func line(c modelcache.Candidate) string {
+func line(c protocol.Candidate) string {
 	about := configuration(c.Choice)
 	switch {
 	case c.Reason != "":
@@ -77,11 +76,11 @@ func line(c modelcache.Candidate) string {
 	return fmt.Sprintf("%s: %s rows/s", about, rate(c.RowsPerSecond))
 }
 
-func configuration(c modelcache.Choice) string {
+func configuration(c protocol.Choice) string {
 	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
 }
 
-func graphOf(c modelcache.Choice) string {
+func graphOf(c protocol.Choice) string {
 	if c.Frozen != "" {
 		return "frozen"
 	}
@@ -104,7 +103,7 @@ func rate(rows float64) string {
 }
 
 // show prints the table and what follows from it.
-func show(out io.Writer, t *modelcache.Tuning) error {
+func show(out io.Writer, t *protocol.Tuning) error {
 	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "\tgraph\toneDNN\tthreads\tat once\tbatch\trows/s\tto default\tagrees\t")

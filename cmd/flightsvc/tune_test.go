@@ -7,7 +7,8 @@ import (
 	"strings"
 	"testing"
 
-	"flightsvc/modelcache"
+	"flightsvc/internal/protocol"
+	"flightsvc/modelcache/tuning"
 )
 
 // TestTune tunes a real model quickly; no Python here freezes it.
@@ -25,7 +26,7 @@ func TestTune(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, told)
 	}
-	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "processor: ", modelcache.Machine()} {
+	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "processor: ", tuning.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}
@@ -35,8 +36,8 @@ func TestTune(t *testing.T) {
 	}
 	_, file, _ := strings.Cut(out, ") in ")
 	file, _, _ = strings.Cut(file, ";")
-	var profile modelcache.Profile
-	if text, err := os.ReadFile(file); err != nil || json.Unmarshal(text, &profile) != nil || profile.Tuned[modelcache.Machine()].BatchSize == 0 || profile.NotFrozen != "" {
+	var profile tuning.Profile
+	if text, err := os.ReadFile(file); err != nil || json.Unmarshal(text, &profile) != nil || profile.Tuned[tuning.Machine()].BatchSize == 0 || profile.NotFrozen != "" {
 		t.Errorf("the profile %s holds %+v, %v", file, profile, err)
 	}
 	for model, part := range map[string]string{"strings": "takes strings", "counter": "it assigns variables", "nowhere": "there is no folder"} {
@@ -48,12 +49,12 @@ func TestTune(t *testing.T) {
 }
 
 func TestTableOfCandidates(t *testing.T) {
-	frozen := modelcache.Candidate{Choice: modelcache.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1, BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
-	standard := modelcache.Candidate{Choice: modelcache.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 82.3, Relative: 1, Agrees: true}
-	wrong := modelcache.Candidate{Choice: modelcache.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1, Relative: 0.01, Difference: 3}
+	frozen := protocol.Candidate{Choice: protocol.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1, BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
+	standard := protocol.Candidate{Choice: protocol.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 82.3, Relative: 1, Agrees: true}
+	wrong := protocol.Candidate{Choice: protocol.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1, Relative: 0.01, Difference: 3}
 	var out bytes.Buffer
-	err := show(&out, &modelcache.Tuning{
-		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0", Candidates: []modelcache.Candidate{frozen, standard, wrong},
+	err := show(&out, &protocol.Tuning{
+		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0", Candidates: []protocol.Candidate{frozen, standard, wrong},
 		Default: standard, Chosen: frozen, Freezing: 1.2, Stored: "/p.json",
 	})
 	if err != nil {

@@ -23,7 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 )
 
 // maxAnswerBytes lets any answer through: its size was bounded by the server.
@@ -51,9 +51,9 @@ func (e *Error) Error() string { return e.text }
 // the endpoint is not one, or that nobody listens there.
 func Dial(endpoint string) (*Client, error) {
 	if filepath.IsAbs(endpoint) {
-		endpoint = handlers.Scheme + endpoint
+		endpoint = protocol.Scheme + endpoint
 	}
-	path, err := handlers.SocketPath(endpoint)
+	path, err := protocol.SocketPath(endpoint)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +131,7 @@ func Ask[T any](ctx context.Context, c *Client, name string, body any) (answer T
 }
 
 // AnswerSchema returns the schema of the answer to a descriptor, without loading the model.
-func (c *Client) AnswerSchema(ctx context.Context, d handlers.Descriptor) (*arrow.Schema, error) {
+func (c *Client) AnswerSchema(ctx context.Context, d protocol.Descriptor) (*arrow.Schema, error) {
 	command, err := d.Command()
 	if err != nil {
 		return nil, err

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
-	"flightsvc/handlers"
+	"flightsvc/internal/protocol"
 )
 
 // WindowBytes and windowBatches bound what is on its way at once: at least one record batch. They are the shim's.
@@ -37,7 +37,7 @@ const (
 
 // Request is what is asked of a model, and how record batches become what it is asked with.
 type Request struct {
-	Descriptor handlers.Descriptor
+	Descriptor protocol.Descriptor
 	// Sent makes, of a record batch that was read, the one that goes over the wire: with the same rows, and the
 	// columns that the descriptor names. Both are released by Exchange.
 	Sent func(arrow.Record) (arrow.Record, error)
@@ -211,7 +211,7 @@ func (x *exchange) read(take func(rows, outputs arrow.Record) error) error {
 				return lost(errors.New("the server answered what was not asked"))
 			}
 		}
-		var about handlers.AnswerMetadata
+		var about protocol.AnswerMetadata
 		if err := json.Unmarshal(x.reader.LatestAppMetadata(), &about); err != nil {
 			return lost(fmt.Errorf("the answer's metadata cannot be read: %w", err))
 		}
@@ -294,7 +294,7 @@ func (c *Client) attempt(ctx context.Context, x *exchange, first piece, redirect
 	endpoint := info.GetEndpoint()[0]
 	service := c.front
 	if places := endpoint.GetLocation(); len(places) > 0 {
-		path, err := handlers.SocketPath(places[0].GetUri())
+		path, err := protocol.SocketPath(places[0].GetUri())
 		if err != nil {
 			return 0, err
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -69,7 +70,7 @@ func (in *boundInput) bind(field arrow.Field) error {
 	switch {
 	case in.picture:
 		return in.bindPictures(field)
-	case in.Encoding == encodingRaw:
+	case in.Encoding == protocol.EncodingRaw:
 		return in.bindRaw(field.Type)
 	case isVector(field.Type):
 		return in.bindVectors(field.Type)

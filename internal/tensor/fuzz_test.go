@@ -8,6 +8,7 @@ import (
 
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -32,7 +33,7 @@ func FuzzMapping(f *testing.F) {
 				return
 			}
 			if dense {
-				options.Layout = LayoutTensor
+				options.Layout = protocol.LayoutTensor
 			}
 			spec := func(name string, dtype savedmodel.DType, shape ...int64) savedmodel.Spec {
 				return savedmodel.Spec{Name: name, Tensor: name + ":0", DType: dtype, Shape: shape,

@@ -16,6 +16,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -80,7 +81,7 @@ func toDecimal(dst, src []byte) {
 
 // planOutput joins an output with its entry in the mapping and returns the field of its column: in the layout "tensor"
 // a fixed-size list, else the element type inside one list for each dimension after the first.
-func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.Field, error) {
+func planOutput(spec savedmodel.Spec, entry protocol.Output, tensor bool) (output, arrow.Field, error) {
 	refused := func(format string, args ...any) (output, arrow.Field, error) {
 		return output{}, arrow.Field{}, fault.New(fault.BadRequest, "output "+format, args...)
 	}
@@ -95,13 +96,13 @@ func planOutput(spec savedmodel.Spec, entry Output, tensor bool) (output, arrow.
 	}
 	switch entry.Type {
 	case "":
-	case typeUTF8:
+	case protocol.TypeUTF8:
 		if spec.DType != savedmodel.String {
 			return refused("%s cannot have the type %q, which is for strings", describe(spec), entry.Type)
 		}
 		o.leaf, o.text = arrow.BinaryTypes.String, true
 	default:
-		return refused("%q has the type %q; this server knows %q", spec.Name, entry.Type, typeUTF8)
+		return refused("%q has the type %q; this server knows %q", spec.Name, entry.Type, protocol.TypeUTF8)
 	}
 	if o.shaped {
 		if len(entry.Shape) == 0 || entry.Shape[0] != -1 || slices.Min(entry.Shape) < -1 {

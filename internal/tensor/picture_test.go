@@ -11,6 +11,7 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/array"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -182,7 +183,7 @@ func TestCut(t *testing.T) {
 	}
 	numbers := record(t, mem, "x", arrow.PrimitiveTypes.Float32, 1.0, 2.0)
 	defer numbers.Release()
-	binding = bindOne(t, spec("x", savedmodel.Float32, -1), Input{}, numbers.Schema().Field(0))
+	binding = bindOne(t, spec("x", savedmodel.Float32, -1), protocol.Input{}, numbers.Schema().Field(0))
 	if got := binding.Cut(numbers, nil, 1); !slices.Equal(got, []int64{2}) {
 		t.Errorf("a record batch without pictures is cut at %d", got)
 	}

@@ -8,23 +8,18 @@ import (
 	"github.com/apache/arrow/go/v15/arrow"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
-)
-
-// Layouts of output columns.
-const (
-	LayoutList   = "list"   // nested lists of what Spark reads
-	LayoutTensor = "tensor" // arrow.fixed_shape_tensor, and the tensor's own types
 )
 
 // Options are the fields of a request that shape a plan.
 type Options struct {
-	Inputs      Inputs          // nil: same names, or the only column to the only input
-	Outputs     Outputs         // nil: all outputs, by tensor name
-	Layout      string          // LayoutList or LayoutTensor; "" is LayoutList
-	Pictures    map[string]Made // inputs fed by pictures, and the tensors that these become
-	ErrorColumn string          // column for error texts; "" for none
-	Metadata    arrow.Metadata  // of the answer's schema
+	Inputs      protocol.Inputs  // nil: same names, or the only column to the only input
+	Outputs     protocol.Outputs // nil: all outputs, by tensor name
+	Layout      string           // protocol.LayoutList or protocol.LayoutTensor; "" is protocol.LayoutList
+	Pictures    map[string]Made  // inputs fed by pictures, and the tensors that these become
+	ErrorColumn string           // column for error texts; "" for none
+	Metadata    arrow.Metadata   // of the answer's schema
 }
 
 // Made is the tensor that the pictures of an input become.
@@ -44,7 +39,7 @@ type Plan struct {
 
 // input is an input of the signature that a column feeds.
 type input struct {
-	Input
+	protocol.Input
 	spec    savedmodel.Spec
 	picture bool
 	filling []byte          // one element of padding, or nil
@@ -62,7 +57,7 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 	outputs := options.Outputs
 	if outputs == nil {
 		for _, spec := range signature.Outputs {
-			outputs = append(outputs, Output{Tensor: spec.Name, Column: spec.Name})
+			outputs = append(outputs, protocol.Output{Tensor: spec.Name, Column: spec.Name})
 		}
 	}
 	if len(outputs) == 0 {
@@ -84,7 +79,7 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 			return nil, fault.New(fault.BadRequest, "no output %q; the signature has %s", entry.Tensor,
 				describe(signature.Outputs...))
 		}
-		out, field, err := planOutput(spec, entry, options.Layout == LayoutTensor)
+		out, field, err := planOutput(spec, entry, options.Layout == protocol.LayoutTensor)
 		if err != nil {
 			return nil, err
 		}
@@ -133,11 +128,11 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 				describe(spec))
 		}
 		_, isPicture := p.options.Pictures[spec.Name]
-		in := input{Input: Input{Tensor: spec.Name, Column: spec.Name}, spec: spec, picture: isPicture}
+		in := input{Input: protocol.Input{Tensor: spec.Name, Column: spec.Name}, spec: spec, picture: isPicture}
 		if p.options.Inputs != nil {
 			var ok bool
-			in.Input, ok = p.options.Inputs.find(spec.Name)
-			counts := p.options.Inputs.countInto(spec.Name)
+			in.Input, ok = p.options.Inputs.Find(spec.Name)
+			counts := lengthsInto(p.options.Inputs, spec.Name)
 			switch {
 			case ok && counts > 0, counts > 1:
 				return fault.New(fault.BadRequest, "input %q is fed twice: name it once, in inputs or in lengths",
@@ -159,6 +154,16 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 	return nil
 }
 
+// lengthsInto returns how many inputs give the lengths of their rows to a tensor.
+func lengthsInto(inputs protocol.Inputs, tensor string) (n int) {
+	for _, entry := range inputs {
+		if entry.Lengths == tensor {
+			n++
+		}
+	}
+	return n
+}
+
 // check validates encoding, pad and lengths, and encodes the padding.
 func (in *input) check(specs []savedmodel.Spec) error {
 	listless := !in.spec.UnknownRank && len(in.spec.Shape) < 2
@@ -166,9 +171,9 @@ func (in *input) check(specs []savedmodel.Spec) error {
 	case in.picture && (in.Encoding != "" || in.Pad != nil || in.Lengths != ""):
 		return fault.New(fault.BadRequest, "input %q has preprocess, so it cannot have encoding, pad or lengths",
 			in.spec.Name)
-	case in.Encoding != "" && in.Encoding != encodingRaw:
+	case in.Encoding != "" && in.Encoding != protocol.EncodingRaw:
 		return fault.New(fault.BadRequest, "input %q has the encoding %q; this server knows %q", in.spec.Name,
-			in.Encoding, encodingRaw)
+			in.Encoding, protocol.EncodingRaw)
 	case in.Encoding != "" && (in.Pad != nil || in.Lengths != ""):
 		return fault.New(fault.BadRequest,
 			"input %q has the encoding raw, whose rows all have one length; leave pad and lengths out", in.spec.Name)

@@ -19,6 +19,7 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -184,7 +185,7 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		options := Options{}
 		tensor := r.IntN(3) == 0
 		if tensor {
-			options.Layout = LayoutTensor
+			options.Layout = protocol.LayoutTensor
 		}
 		var outputs []Value
 		var want [][]any // by column, then row
@@ -192,7 +193,7 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 		for i := range 1 + r.IntN(3) {
 			dtype := outDTypes[r.IntN(len(outDTypes))]
 			out := savedmodel.Spec{Name: fmt.Sprintf("out%d", i), DType: dtype, Shape: []int64{-1}}
-			entry := Output{Tensor: out.Name, Column: out.Name}
+			entry := protocol.Output{Tensor: out.Name, Column: out.Name}
 			value := Value{DType: dtype, Shape: []int64{int64(rows.Kept())}}
 			column := outTypes[dtype]
 			if other, ok := tensorTypes[dtype]; tensor && ok {
@@ -436,7 +437,8 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 func TestGivenShapeIsChecked(t *testing.T) {
 	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
 		DType: savedmodel.Float32, UnknownRank: true}}}
-	plan, err := NewPlan(signature, Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
+	plan, err := NewPlan(signature,
+		Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -457,7 +459,7 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}},
-		Options{Layout: LayoutTensor})
+		Options{Layout: protocol.LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -496,7 +498,7 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: LayoutTensor})
+		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: protocol.LayoutTensor})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -526,7 +528,7 @@ func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
 		Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2),
 			spec("b", savedmodel.String, -1)}},
-		Options{Outputs: Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"},
+		Options{Outputs: protocol.Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"},
 			{Tensor: "b", Column: "b"}}})
 	if err != nil {
 		t.Fatal(err)

@@ -15,15 +15,16 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
 // bindOne binds a column of the given metadata to one input.
-func bindOne(t *testing.T, input savedmodel.Spec, entry Input, field arrow.Field) *Binding {
+func bindOne(t *testing.T, input savedmodel.Spec, entry protocol.Input, field arrow.Field) *Binding {
 	t.Helper()
 	entry.Tensor, entry.Column = input.Name, field.Name
 	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{input}, Outputs: anyInput},
-		Options{Inputs: Inputs{entry}})
+		Options{Inputs: protocol.Inputs{entry}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +77,8 @@ func TestRawAgreesWithCells(t *testing.T) {
 			}
 		}
 		rec := record(t, mem, "c", column, rows...)
-		binding := bindOne(t, spec("x", dtype, -1, size, 1), Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", dtype, -1, size, 1), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		if err := binding.Check(rec); err != nil {
 			t.Fatal(err)
 		}
@@ -107,7 +109,8 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, &arrow.FixedSizeBinaryType{ByteWidth: 8}} {
 		rec := record(t, mem, "c", column, "12345678", "abcdefgh", "ABCDEFGH")
-		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), Input{Encoding: "raw"}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"},
+			rec.Schema().Field(0))
 		buffers := rec.Column(0).Data().Buffers()
 		bytes := buffers[len(buffers)-1].Bytes()
 		slice := rec.NewSlice(1, 3)
@@ -211,7 +214,7 @@ func TestVectorsAgreeWithRows(t *testing.T) {
 		rec := one("c", array.NewSlice(whole, int64(before), int64(before+n)))
 		whole.Release()
 		b.Release()
-		binding := bindOne(t, input, Input{}, rec.Schema().Field(0))
+		binding := bindOne(t, input, protocol.Input{}, rec.Schema().Field(0))
 		if err := binding.Check(rec); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
@@ -263,12 +266,12 @@ func TestVectorLengths(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	rec := vectorsOf(mem, 2, 3)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
-		NewRows(2), nil, mem)
+	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
 	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), Input{}, rec.Schema().Field(0)).Values(t.Context(),
-		rec, rows, nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, rows, nil, mem)
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -290,7 +293,7 @@ func TestListViewsInAnyOrder(t *testing.T) {
 	b.AppendDimensions(1, 2)
 	rec := one("c", b.NewArray())
 	defer rec.Release()
-	binding := bindOne(t, spec("x", savedmodel.Int8, -1, -1), Input{}, rec.Schema().Field(0))
+	binding := bindOne(t, spec("x", savedmodel.Int8, -1, -1), protocol.Input{}, rec.Schema().Field(0))
 	if err := binding.Check(rec); err != nil {
 		t.Fatal(err)
 	}
@@ -315,7 +318,7 @@ func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 		[]string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
 	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3),
 		{Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
-		feeds, err := bindOne(t, input, Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
+		feeds, err := bindOne(t, input, protocol.Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -334,7 +337,7 @@ func TestNothingTyped(t *testing.T) {
 	defer mem.AssertSize(t, 0)
 	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.String, savedmodel.Uint8, savedmodel.Bool} {
 		nothing := one("c", array.NewNull(3))
-		binding := bindOne(t, spec("x", dtype, -1, 2), Input{}, nothing.Schema().Field(0))
+		binding := bindOne(t, spec("x", dtype, -1, 2), protocol.Input{}, nothing.Schema().Field(0))
 		rows := NewRows(3)
 		if binding.Nulls(nothing, rows, false); rows.Kept() != 0 || binding.Check(nothing) != nil {
 			t.Errorf("%s: %d rows of nulls take part", dtype, rows.Kept())
@@ -348,7 +351,7 @@ func TestNothingTyped(t *testing.T) {
 		b.Append(true)
 		empty := one("c", b.NewArray())
 		b.Release()
-		pad := Input{Pad: []byte("5")}
+		pad := protocol.Input{Pad: []byte("5")}
 		switch dtype {
 		case savedmodel.String:
 			pad.Pad = []byte(`"5"`)
@@ -357,11 +360,11 @@ func TestNothingTyped(t *testing.T) {
 		}
 		for _, c := range []struct {
 			input savedmodel.Spec
-			entry Input
+			entry protocol.Input
 			shape []int64
 		}{
-			{spec("x", dtype, -1, -1), Input{}, []int64{2, 0}},
-			{spec("x", dtype, -1, -1, -1), Input{}, []int64{2, 0, 0}},
+			{spec("x", dtype, -1, -1), protocol.Input{}, []int64{2, 0}},
+			{spec("x", dtype, -1, -1, -1), protocol.Input{}, []int64{2, 0, 0}},
 			{spec("x", dtype, -1, 2), pad, []int64{2, 2}},
 			{spec("x", dtype, -1, 2, 3), pad, []int64{2, 2, 3}},
 		} {
@@ -391,8 +394,8 @@ func TestNothingTyped(t *testing.T) {
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), Input{}, rec.Schema().Field(0)).Values(t.Context(), rec,
-		NewRows(2), nil, mem)
+	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), protocol.Input{}, rec.Schema().Field(0)).
+		Values(t.Context(), rec, NewRows(2), nil, mem)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,6 +25,7 @@ import (
 
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -456,7 +457,7 @@ func TestValuesAgreeWithRows(t *testing.T) {
 		}
 
 		signature := savedmodel.Signature{Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)}}
-		mapping := Inputs{}
+		mapping := protocol.Inputs{}
 		var fields []arrow.Field
 		var columns []arrow.Array
 		var wants []want
@@ -480,7 +481,7 @@ func TestValuesAgreeWithRows(t *testing.T) {
 			if r.IntN(8) == 0 {
 				w.spec.Shape, w.spec.UnknownRank = nil, true
 			}
-			entry := Input{Tensor: w.spec.Name, Column: w.spec.Name}
+			entry := protocol.Input{Tensor: w.spec.Name, Column: w.spec.Name}
 			if len(w.levels) > 0 && r.IntN(3) == 0 {
 				switch w.spec.DType {
 				case savedmodel.String:
@@ -978,9 +979,9 @@ func TestBindNamesColumnAndBothTypes(t *testing.T) {
 }
 
 func TestNewPlanRefuses(t *testing.T) {
-	mapped := func(in Input) Options {
+	mapped := func(in protocol.Input) Options {
 		in.Tensor, in.Column = "x", "c"
-		return Options{Inputs: Inputs{in}}
+		return Options{Inputs: protocol.Inputs{in}}
 	}
 	x, y := spec("x", savedmodel.Float32, -1, 4), spec("y", savedmodel.Float32, -1)
 	for name, c := range map[string]struct {
@@ -988,14 +989,14 @@ func TestNewPlanRefuses(t *testing.T) {
 		options         Options
 		parts           []string
 	}{
-		"unknown input": {options: Options{Inputs: Inputs{{Tensor: "nope", Column: "c"}}},
+		"unknown input": {options: Options{Inputs: protocol.Inputs{{Tensor: "nope", Column: "c"}}},
 			parts: []string{`no input "nope"`, `"x" float32 [?,4]`}},
-		"input left out": {options: Options{Inputs: Inputs{}}, parts: []string{`input "x" is not mapped`}},
-		"unknown output": {options: Options{Outputs: Outputs{{Tensor: "nope", Column: "c"}}},
+		"input left out": {options: Options{Inputs: protocol.Inputs{}}, parts: []string{`input "x" is not mapped`}},
+		"unknown output": {options: Options{Outputs: protocol.Outputs{{Tensor: "nope", Column: "c"}}},
 			parts: []string{`no output "nope"`, `"y" float32 [?]`}},
-		"no output": {options: Options{Outputs: Outputs{}}, parts: []string{"no output is asked for"}},
+		"no output": {options: Options{Outputs: protocol.Outputs{}}, parts: []string{"no output is asked for"}},
 		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)},
-			options: Options{Outputs: Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
+			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
 			parts:   []string{`"c"`, "error_column"}},
 		"error column in use": {options: Options{ErrorColumn: "y"}, parts: []string{`"y"`, "error_column"}},
 		"output not per row": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32)},
@@ -1009,60 +1010,63 @@ func TestNewPlanRefuses(t *testing.T) {
 			parts: []string{`"x" float32 []`, "no batch dimension"}},
 		"input of fixed batch": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, 8, 4)},
 			parts: []string{`"x" float32 [8,4]`, "no batch dimension"}},
-		"encoding": {options: mapped(Input{Encoding: "base64"}),
+		"encoding": {options: mapped(protocol.Input{Encoding: "base64"}),
 			parts: []string{`input "x"`, `"base64"`, `"raw"`}},
 		"raw strings": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
-			options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" string [?,4]`, "no fixed size"}},
+			options: mapped(protocol.Input{Encoding: "raw"}), parts: []string{`"x" string [?,4]`, "no fixed size"}},
 		"raw of open shape": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 4, -1)},
-			options: mapped(Input{Encoding: "raw"}), parts: []string{`"x" float32 [?,4,?]`, "must be known"}},
-		"raw with pad": {options: mapped(Input{Encoding: "raw", Pad: []byte("0")}),
+			options: mapped(protocol.Input{Encoding: "raw"}), parts: []string{`"x" float32 [?,4,?]`, "must be known"}},
+		"raw with pad": {options: mapped(protocol.Input{Encoding: "raw", Pad: []byte("0")}),
 			parts: []string{"leave pad and lengths out"}},
 		"pad of rank 1": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1)},
-			options: mapped(Input{Pad: []byte("0")}), parts: []string{`"x" float32 [?]`, "cannot have pad"}},
-		"pad of text": {options: mapped(Input{Pad: []byte(`"0"`)}),
+			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{`"x" float32 [?]`, "cannot have pad"}},
+		"pad of text": {options: mapped(protocol.Input{Pad: []byte(`"0"`)}),
 			parts: []string{`"x" float32 [?,4]`, "a number for float32"}},
-		"pad of null": {options: mapped(Input{Pad: []byte(`null`)}), parts: []string{"a number for float32"}},
-		"pad of list": {options: mapped(Input{Pad: []byte(`[0]`)}), parts: []string{"a number for float32"}},
+		"pad of null": {options: mapped(protocol.Input{Pad: []byte(`null`)}), parts: []string{"a number for float32"}},
+		"pad of list": {options: mapped(protocol.Input{Pad: []byte(`[0]`)}), parts: []string{"a number for float32"}},
 		"pad too large": {inputs: []savedmodel.Spec{spec("x", savedmodel.Int8, -1, 4)},
-			options: mapped(Input{Pad: []byte("128")}), parts: []string{"from -128 to 127", "int8"}},
+			options: mapped(protocol.Input{Pad: []byte("128")}), parts: []string{"from -128 to 127", "int8"}},
 		"pad negative": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 4)},
-			options: mapped(Input{Pad: []byte("-1")}), parts: []string{"0 to 255"}},
+			options: mapped(protocol.Input{Pad: []byte("-1")}), parts: []string{"0 to 255"}},
 		"pad infinite": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float16, -1, 4)},
-			options: mapped(Input{Pad: []byte("65520")}), parts: []string{"in range for float16"}},
+			options: mapped(protocol.Input{Pad: []byte("65520")}), parts: []string{"in range for float16"}},
 		"pad for bool": {inputs: []savedmodel.Spec{spec("x", savedmodel.Bool, -1, 4)},
-			options: mapped(Input{Pad: []byte("0")}), parts: []string{"true or false for bool"}},
+			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{"true or false for bool"}},
 		"pad for text": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
-			options: mapped(Input{Pad: []byte("0")}), parts: []string{"a string for string"}},
-		"lengths of nobody": {options: mapped(Input{Lengths: "n"}), parts: []string{`no input "n"`}},
-		"lengths of itself": {options: mapped(Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
+			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{"a string for string"}},
+		"lengths of nobody": {options: mapped(protocol.Input{Lengths: "n"}), parts: []string{`no input "n"`}},
+		"lengths of itself": {options: mapped(protocol.Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
 		"lengths in floats": {inputs: []savedmodel.Spec{spec("n", savedmodel.Float32, -1), x},
-			options: mapped(Input{Lengths: "n"}), parts: []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
+			options: mapped(protocol.Input{Lengths: "n"}),
+			parts:   []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
 		"lengths in lists": {inputs: []savedmodel.Spec{spec("n", savedmodel.Int32, -1, -1), x},
-			options: mapped(Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
+			options: mapped(protocol.Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
 		"picture with pad": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)},
-			options: Options{Inputs: Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}},
+			options: Options{Inputs: protocol.Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}},
 				Pictures: map[string]Made{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}},
 			parts: []string{"preprocess", "pad"}},
 		"output of fixed batch": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, 3, 4)},
 			parts: []string{`"y" float32 [3,4]`, "must be the batch"}},
-		"output of type int": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "int"}}},
+		"output of type int": {options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Type: "int"}}},
 			parts: []string{`"int"`, `"utf8"`}},
-		"numbers as utf8": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}},
+		"numbers as utf8": {options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}},
 			parts: []string{`"y" float32 [?]`, "strings"}},
-		"shape without batch": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{3}}}},
-			parts: []string{"[3]", "-1 for the rows"}},
-		"shape of other rank": {options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
-			parts: []string{`"y" float32 [?]`, "[?,3]"}},
+		"shape without batch": {
+			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{3}}}},
+			parts:   []string{"[3]", "-1 for the rows"}},
+		"shape of other rank": {
+			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
+			parts:   []string{`"y" float32 [?]`, "[?,3]"}},
 		"shape of other size": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4)},
-			options: Options{Outputs: Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
+			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
 			parts:   []string{`"y" float32 [?,4]`, "[?,3]"}},
 		"open tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4, -1)},
-			options: Options{Layout: LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`,
+			options: Options{Layout: protocol.LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`,
 				`"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`}},
 		"empty tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 0)},
-			options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
+			options: Options{Layout: protocol.LayoutTensor}, parts: []string{"from 1 to"}},
 		"huge tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 1<<20, 1<<20)},
-			options: Options{Layout: LayoutTensor}, parts: []string{"from 1 to"}},
+			options: Options{Layout: protocol.LayoutTensor}, parts: []string{"from 1 to"}},
 		"unknown picture": {options: Options{Pictures: map[string]Made{"nope": pixel}},
 			parts: []string{`no input "nope"`}},
 		"picture of wrong rank": {options: Options{Pictures: map[string]Made{"x": pixel}},
@@ -1120,7 +1124,7 @@ func TestValuesRefuse(t *testing.T) {
 	many[0] = big
 	for name, c := range map[string]struct {
 		input   savedmodel.Spec
-		mapping Input
+		mapping protocol.Input
 		column  arrow.DataType
 		rows    []any
 		refused map[int]string
@@ -1134,7 +1138,7 @@ func TestValuesRefuse(t *testing.T) {
 		"inner length": {input: spec("x", savedmodel.Float32, -1, 1, 2), column: arrow.ListOf(lists),
 			rows:    []any{[]any{[]any{1.0, 2.0}}, []any{[]any{1.0}}},
 			refused: map[int]string{1: `column "c": a list of 1 elements at dimension 2, want 2`}},
-		"too long to pad": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Pad: []byte("0")},
+		"too long to pad": {input: spec("x", savedmodel.Float32, -1, 2), mapping: protocol.Input{Pad: []byte("0")},
 			column: lists, rows: []any{[]any{1.0, 2.0, 3.0}, []any{1.0}},
 			refused: map[int]string{0: `column "c": a list of 3 elements at dimension 1, want 2 at most`}},
 		"out of range": {input: spec("x", savedmodel.Uint8, -1), column: arrow.PrimitiveTypes.Int64,
@@ -1161,10 +1165,13 @@ func TestValuesRefuse(t *testing.T) {
 		"bfloat16 overflows": {input: spec("x", savedmodel.Bfloat16, -1), column: f32,
 			rows:    []any{1.0, math.MaxFloat32, math.Inf(-1)},
 			refused: map[int]string{1: `column "c": a value is outside bfloat16, -3.39e38 to 3.39e38`}},
-		"raw size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs,
-			rows: []any{"12345678", "1234", ""}, refused: map[int]string{1: `column "c": a raw cell of 4 bytes, want 8`,
+		"raw size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: protocol.Input{Encoding: "raw"},
+			column: blobs,
+			rows:   []any{"12345678", "1234", ""},
+			refused: map[int]string{1: `column "c": a raw cell of 4 bytes, want 8`,
 				2: `column "c": a raw cell of 0 bytes, want 8`}},
-		"raw bool": {input: spec("x", savedmodel.Bool, -1, 2), mapping: Input{Encoding: "raw"}, column: blobs,
+		"raw bool": {input: spec("x", savedmodel.Bool, -1, 2), mapping: protocol.Input{Encoding: "raw"},
+			column:  blobs,
 			rows:    []any{"\x00\x01", "\x00\x02"},
 			refused: map[int]string{1: `column "c": a raw bool is a byte other than 0 and 1`}},
 		"all rows": {input: spec("x", savedmodel.Float32, -1, 2), column: lists, rows: []any{[]any{1.0}},
@@ -1174,12 +1181,13 @@ func TestValuesRefuse(t *testing.T) {
 			rows: []any{[]any{1.0}, []any{1.0, 2.0}}, kind: fault.BadRequest,
 			fault: []string{`"x" float32 [?,?]`, `column "c"`, "lists of 1 and of 2 elements", "dimension 1",
 				`"pad"`}},
-		"padding is huge": {input: spec("x", savedmodel.Float32, -1, -1), mapping: Input{Pad: []byte("0")},
+		"padding is huge": {input: spec("x", savedmodel.Float32, -1, -1), mapping: protocol.Input{Pad: []byte("0")},
 			column: lists, rows: many, kind: fault.Exhausted,
 			fault: []string{`"x" float32 [?,?]`, `column "c"`, "1024 MiB", "fewer rows"}},
-		"raw not binary": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"}, column: texts,
-			kind: fault.BadRequest, fault: []string{`"x" float32 [?,2]`, "binary column", `column "c" is utf8`}},
-		"raw fixed size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: Input{Encoding: "raw"},
+		"raw not binary": {input: spec("x", savedmodel.Float32, -1, 2), mapping: protocol.Input{Encoding: "raw"},
+			column: texts,
+			kind:   fault.BadRequest, fault: []string{`"x" float32 [?,2]`, "binary column", `column "c" is utf8`}},
+		"raw fixed size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: protocol.Input{Encoding: "raw"},
 			column: &arrow.FixedSizeBinaryType{ByteWidth: 4}, kind: fault.BadRequest,
 			fault: []string{"8 bytes", "fixed_size_binary[4]"}},
 	} {
@@ -1190,7 +1198,7 @@ func TestValuesRefuse(t *testing.T) {
 			defer rec.Release()
 			c.mapping.Tensor, c.mapping.Column = "x", "c"
 			plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}, Outputs: anyInput},
-				Options{Inputs: Inputs{c.mapping}})
+				Options{Inputs: protocol.Inputs{c.mapping}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1252,7 +1260,7 @@ func TestEdges(t *testing.T) {
 			[][]byte{f16(0x3f80), f16(0x3f82), f16(0x7f80)}},
 	} {
 		rec := record(t, memory.DefaultAllocator, "c", c.column, c.cells...)
-		binding := bindOne(t, spec("x", c.dtype, -1), Input{}, rec.Schema().Field(0))
+		binding := bindOne(t, spec("x", c.dtype, -1), protocol.Input{}, rec.Schema().Field(0))
 		feeds, err := binding.Values(t.Context(), rec, NewRows(len(c.cells)), nil, memory.DefaultAllocator)
 		if err != nil || !bytes.Equal(feeds[0].Value.Data, bytes.Join(c.want, nil)) {
 			t.Errorf("%v of %s as %s: %v, want %v (%v)", c.cells, c.column, c.dtype, feeds, c.want, err)

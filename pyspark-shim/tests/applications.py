@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from processes import is_gone, left, until, until_clean
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 ROWS, PARTITIONS, BATCH_ROWS = 100_000, 16, 250
 EXECUTORS = 2

@@ -19,7 +19,7 @@ from typing import Any
 
 from conftest import ROOT
 
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 _START_SECONDS = 120
 _SCRIPT_SECONDS = 300

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 BIN = Path(__file__).resolve().parents[2] / "bin"
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import flightsvc
-from flightsvc import columns
+from flightsvc.spark import arrays
 
 FLOATS = np.array([1.5, math.nan], np.float32)
 
@@ -44,11 +44,11 @@ FLOATS = np.array([1.5, math.nan], np.float32)
     ],
 )
 def test_to_arrow(column: pd.Series, integer: bool, expected: pa.Array):
-    assert columns.to_arrow(column, integer).equals(expected)
+    assert arrays.to_arrow(column, integer).equals(expected)
 
 
 def test_nan_among_floats_stays_nan():
-    array = columns.to_arrow(pd.Series([FLOATS, None]))
+    array = arrays.to_arrow(pd.Series([FLOATS, None]))
     assert array.type == pa.list_(pa.float32()) and array[1].as_py() is None
     assert array.values.null_count == 0 and math.isnan(array[0].as_py()[1])
 
@@ -57,15 +57,15 @@ def test_a_struct_with_a_null_is_one_again():
     picture = pd.DataFrame({"origin": ["x", None], "height": [2.0, math.nan], "data": [b"ab", None]})
     kind = pa.struct([("origin", pa.string()), ("height", pa.int32()), ("data", pa.binary())])
     expected = pa.array([{"origin": "x", "height": 2, "data": b"ab"}, None], kind)
-    assert columns.to_arrow(picture).equals(expected)
+    assert arrays.to_arrow(picture).equals(expected)
 
 
 def test_what_pandas_has_spoiled_is_refused():
     with pytest.raises(flightsvc.InvalidArgumentError, match=r"2\^53 or more.* use Model\.transform"):
-        columns.to_arrow(pd.Series([float(2**53), math.nan]), True)
+        arrays.to_arrow(pd.Series([float(2**53), math.nan]), True)
     for column, integer in ((pd.Series([1.5, math.nan]), True), (pd.Series([{1: 2}, "a"]), False)):
         with pytest.raises(flightsvc.InvalidArgumentError, match="cannot be sent to the server"):
-            columns.to_arrow(column, integer)
+            arrays.to_arrow(column, integer)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_to_pandas_as_spark_3_5_makes_arrow_of_it(array: pa.Array):
         assert hasattr(kept.array, "__arrow_array__")
         return pa.Array.from_pandas(kept, mask=None, type=kind)
 
-    column = columns.to_pandas(array)
+    column = arrays.to_pandas(array)
     if not pa.types.is_struct(array.type):
         assert again(column, array.type).to_string() == array.to_string()
         return

@@ -24,8 +24,9 @@ import pytest
 from figures import PROVE
 
 import flightsvc
-from flightsvc import Model, spark
-from flightsvc.model import Request
+from flightsvc import Model
+from flightsvc.request import Request
+from flightsvc.spark import dataframe
 
 MIB = 1 << 20
 GROUPS, ROWS = (4, 50_000) if PROVE else (3, 15_000)
@@ -366,9 +367,9 @@ def test_a_task_has_the_gpus_that_spark_gave_it(
     monkeypatch: pytest.MonkeyPatch, addresses: list[str], device: str, sent: str | None
 ):
     request: Request = Model("lite0").request(device=device)
-    assert spark.on_task_device(request) is request  # outside of a task
-    monkeypatch.setattr(spark, "task", lambda: Given(addresses))
-    assert spark.on_task_device(request).descriptor().get("device") == sent
+    assert dataframe.on_task_device(request) is request  # outside of a task
+    monkeypatch.setattr(dataframe, "task", lambda: Given(addresses))
+    assert dataframe.on_task_device(request).descriptor().get("device") == sent
 
 
 def test_a_device_is_written_in_its_form():

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 import flightsvc
 from flightsvc.ml import DeepImageFeaturizer, DeepImagePredictor, networks, register_network
-from flightsvc.ml import lite0 as lite0_module
+from flightsvc.ml.networks import lite0 as lite0_module
 
 PHOTOS = (
     *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png"),

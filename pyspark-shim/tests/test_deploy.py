@@ -17,7 +17,7 @@ import pytest
 from fronts import BIN
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

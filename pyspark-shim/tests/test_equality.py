@@ -10,7 +10,7 @@ import pytest
 from figures import PROVE, count, report
 
 import flightsvc
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
 
 RTOL, ATOL = 1e-4, 1e-6  # over batch sizes
 SAME_RTOL = 1e-5  # where the graph form and the batch size are the same

@@ -22,8 +22,9 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import Input, Output, connection, errors
-from flightsvc.connection import Connection
+from flightsvc import Input, Output, errors
+from flightsvc.server import connection
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,7 +405,7 @@ def test_a_server_is_asked_once_and_only_if_need_be():
 
 def test_every_feature_has_a_field():
     """What the server calls a feature and what this package takes for one are the same."""
-    source = (ROOT / "handlers" / "descriptor.go").read_text()
+    source = (ROOT / "internal" / "protocol" / "descriptor.go").read_text()
     listed = re.search(r"var Features = \[\]string\{(.*?)\}", source, re.DOTALL)
     assert listed
     tables = (connection._FEATURES, connection._COLUMN_FEATURES, connection._PICTURE_FEATURES)

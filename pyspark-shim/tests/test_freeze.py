@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import flightsvc
-from flightsvc.freeze import NOT_FROZEN, NotFrozen, freeze, main
+from flightsvc.export.freeze import NOT_FROZEN, NotFrozen, freeze, main
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 tf = pytest.importorskip("tensorflow")
@@ -97,9 +97,9 @@ def test_keras(tmp_path: Path) -> None:
             keras.layers.Dense(3, activation="softmax", name="classes"),
         ]
     )
-    from flightsvc import keras_export
+    from flightsvc.export import keras as keras_models
 
-    folder = keras_export.of_model(model)
+    folder = keras_models.of_model(model)
     x = np.random.default_rng(2).normal(size=(5, 8, 8, 3)).astype("f4")
     freeze(folder, tmp_path / "out")
     same(answers(tmp_path / "out", image=x), {"classes": model.predict(x, verbose=0)})
@@ -154,7 +154,7 @@ def test_gather_in_a_branch(tmp_path: Path) -> None:
 def test_two_processes_write_the_same(models: Path, tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "flightsvc.freeze", str(models / "two"), str(tmp_path / name)],
+            [sys.executable, "-m", "flightsvc.export.freeze", str(models / "two"), str(tmp_path / name)],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -16,9 +16,10 @@ import pytest
 from conftest import ROOT
 
 import flightsvc
-from flightsvc import ImageInput, Input, Model, Output, sidecar
-from flightsvc.connection import Connection
-from flightsvc.model import Request
+from flightsvc import ImageInput, Input, Model, Output
+from flightsvc.request import Request
+from flightsvc.server import sidecar
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
 GOLDEN = ROOT / "testdata" / "golden"

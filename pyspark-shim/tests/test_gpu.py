@@ -23,9 +23,9 @@ from fronts import BIN, Front, front, make_scaled
 from processes import until
 
 import flightsvc
-from flightsvc.connection import Connection
+from flightsvc.server.connection import Connection
+from flightsvc.server.stream import Exchange
 from flightsvc.settings import Settings
-from flightsvc.stream import Exchange
 
 pytestmark = pytest.mark.prove  # make test has the parts, in Go
 

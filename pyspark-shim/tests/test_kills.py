@@ -26,7 +26,7 @@ from applications import (
 from figures import PROVE, count, report
 from processes import is_gone, until, until_clean
 
-from flightsvc import archive
+from flightsvc.server import archive
 
 WANTED = 20
 TIMES = count(1, WANTED)  # each kill

@@ -18,7 +18,7 @@ from pyarrow import fs
 from pyspark import cloudpickle
 
 import flightsvc
-from flightsvc import loading
+from flightsvc.spark import loading
 
 SIZE = (32, 32)
 MODES = {"colour": 16, "grey": 0, "alpha": 24}  # of the struct

@@ -210,7 +210,7 @@ def linear(shape: list[int | None]) -> Any:
 
 def frozen(file: Path) -> Any:
     """The graph as a frozen file gives it."""
-    from flightsvc.graph import TFInputGraph
+    from flightsvc.export.graph import TFInputGraph
 
     file.write_bytes(linear([None, 4]).as_graph_def().SerializeToString())
     return TFInputGraph.fromFrozenFile(file)
@@ -355,8 +355,8 @@ def test_params(models: Path) -> None:
 
 
 def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) -> None:
-    from flightsvc import shipping
     from flightsvc.ml import Stage, TFTransformer
+    from flightsvc.server import shipping
 
     copy = shutil.copytree(models / "two", tmp_path / "two")
     (copy / "weights.txt").write_bytes(os.urandom(9 << 20))  # three pieces, of which no process knows

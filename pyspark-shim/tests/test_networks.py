@@ -16,16 +16,16 @@ import pytest
 from figures import PROVE, report
 
 import flightsvc
-from flightsvc import shipping
 from flightsvc.mapping import ImageInput
-from flightsvc.ml import lite0
 from flightsvc.ml.networks import (
     LITE0,
     imagenet_labels,
+    lite0,
     network,
     networks,
     register_network,
 )
+from flightsvc.server import shipping
 
 pytestmark = pytest.mark.bar("networks")
 

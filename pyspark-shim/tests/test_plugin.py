@@ -31,7 +31,7 @@ from figures import PROVE, count, report
 from processes import is_gone, left, until, until_clean
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 from flightsvc.settings import Settings, spark_key
 
 pytestmark = pytest.mark.java

@@ -23,9 +23,9 @@ from fronts import Front, Sampler, front, host_memory_but, lost_streams, make_sc
 from processes import is_gone, until
 
 import flightsvc
-from flightsvc.connection import Connection
+from flightsvc.server.connection import Connection
+from flightsvc.server.stream import Exchange
 from flightsvc.settings import Settings
-from flightsvc.stream import Exchange
 
 REQUESTS = 200  # at once, for one model
 MODELS, FIT = count(5, 8), 3  # so many at a time

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import flightsvc
-from flightsvc import archive, shipping
 from flightsvc.model import Model
+from flightsvc.server import archive, shipping
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_from_another_thread_and_another_session(spark: Any, folder: Path):
 
 
 def test_without_a_session_the_model_stays_a_path(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flightsvc.spark.active_session", lambda: None)
+    monkeypatch.setattr("flightsvc.spark.dataframe.active_session", lambda: None)
     assert Model(folder).mapper(inputs={"i": "i"}).request.model.reference == folder.as_uri()
 
 
@@ -215,7 +215,7 @@ def test_the_archive_is_a_plain_tar_that_spark_leaves_alone(spark: Any, folder: 
 
 def test_archives_of_a_killed_process_go_with_the_next(tmp_path: Path):
     script = (
-        "import sys; from flightsvc import shipping; print(shipping.private_folder(), flush=True);"
+        "import sys; from flightsvc.server import shipping; print(shipping.private_folder(), flush=True);"
         "sys.stdin.read()"
     )
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -249,7 +249,8 @@ def test_archives_of_a_killed_process_go_with_the_next(tmp_path: Path):
 
 def test_archives_go_with_their_process():
     script = (
-        "from flightsvc import shipping; folder = shipping.private_folder(); print(folder, folder.exists())"
+        "from flightsvc.server import shipping; folder = shipping.private_folder();"
+        "print(folder, folder.exists())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     place, existed = done.stdout.split()

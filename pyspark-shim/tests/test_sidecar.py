@@ -17,7 +17,7 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import sidecar
+from flightsvc.server import sidecar
 from flightsvc.settings import Settings
 
 
@@ -91,7 +91,7 @@ def test_no_java_above_names_the_endpoint():
 def test_the_first_java_upwards_is_the_executor(short: Path):
     """A process called java starts Python, which starts Python: as executor, daemon and worker."""
     (short / "java").symlink_to(sys.executable)
-    ask = "from flightsvc import sidecar; print(sidecar.executor().pid)"
+    ask = "from flightsvc.server import sidecar; print(sidecar.executor().pid)"
     daemon = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', {ask!r}])"
     top = f"import os, subprocess; print(os.getpid()); subprocess.run([{sys.executable!r}, '-c', {daemon!r}])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}

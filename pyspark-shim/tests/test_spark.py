@@ -111,7 +111,7 @@ def test_the_session_of_the_frame_counts(spark: Any, models: Path, monkeypatch: 
     model = flightsvc.Model(models / "ints")
     with pytest.raises(flightsvc.NotFoundError, match="no column 'i' for input 'i'"):
         model.transform(ints(other, 5).withColumnRenamed("i", "I"))
-    monkeypatch.setattr("flightsvc.spark.transform", lambda df, mapper, schema: mapper)
+    monkeypatch.setattr("flightsvc.spark.dataframe.transform", lambda df, mapper, schema: mapper)
     assert model.transform(ints(other, 5)).conf["spark.flightsvc.retryTimeout"] == "7s"
     assert model.transform(ints(spark, 5)).conf["spark.flightsvc.retryTimeout"] == "60s"
     assert model.mapper().conf["spark.flightsvc.retryTimeout"] == "60s"

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 import flightsvc
-from flightsvc import sql
+from flightsvc.spark import calls as sql_calls
+from flightsvc.spark import functions
+from flightsvc.spark.verdicts import Verdicts
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_a_function_stays_on_the_driver(spark: Any, models: Path, monkeypatch: p
     total = flightsvc.Model(models / "ints").udf(outputs={"total": "t"})
     with pytest.raises(Exception, match=r"to give it a name in SQL use flightsvc.register_udf"):
         spark.udf.register("f", total)
-    monkeypatch.setattr(sql, "active_session", lambda: None)
+    monkeypatch.setattr(functions, "active_session", lambda: None)
     with pytest.raises(flightsvc.InvalidArgumentError, match=r"no Spark session, .* make the session first"):
         flightsvc.Model(models / "ints").udf()
 
@@ -282,7 +284,7 @@ def test_types_that_fit_are_left_alone(spark: Any, models: Path):
 
 def test_types_for_an_input_of_unknown_rank(models: Path):
     spec, model = flightsvc.TensorSpec("int64", None), flightsvc.Model(models / "ints")
-    accepted = sql._Verdicts.of(model, "x", spec, flightsvc.Input("x"), "x").accepted
+    accepted = Verdicts.of(model, "x", spec, flightsvc.Input("x"), "x").accepted
     for kind in ("bigint", "array<bigint>", "array<array<array<array<int>>>>", "void"):
         assert kind in accepted
     assert not [kind for kind in accepted if "double" in kind]
@@ -399,11 +401,11 @@ def test_pictures(spark: Any, models: Path):
 
 
 @pytest.fixture
-def worker(client: flightsvc.Client, models: Path, monkeypatch: pytest.MonkeyPatch) -> sql._Worker:
+def worker(client: flightsvc.Client, models: Path, monkeypatch: pytest.MonkeyPatch) -> sql_calls.Worker:
     """What a Spark worker runs, here, with the front of ``client``."""
-    monkeypatch.setattr(sql, "worker_connection", lambda request, conf: client._connection)
+    monkeypatch.setattr(sql_calls, "worker_connection", lambda request, conf: client._connection)
     request = flightsvc.Model(models / "ints").request({"i": "i"}, {"total": "t"})
-    return sql._Worker("total", uuid.uuid4().hex, request, ("i",), {"i": 0}, False, {})
+    return sql_calls.Worker("total", uuid.uuid4().hex, request, ("i",), {"i": 0}, False, {})
 
 
 def lists(*rows: list[int], kind: Any = None) -> pa.Array:
@@ -416,7 +418,7 @@ def streams(client: flightsvc.Client) -> tuple[int, int]:
     return model["streams"], model["pid"]
 
 
-def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, worker: sql._Worker):
+def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, worker: sql_calls.Worker):
     for n in range(20):
         assert worker(lists([n, 1, 0], [0, 0, n])).to_pylist() == [n + 1, n]
     assert worker(lists()).to_pylist() == []
@@ -425,7 +427,7 @@ def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, wo
     while streams(client)[0] or any(t.name == "flightsvc-idle" for t in threading.enumerate()):
         assert time.monotonic() - used < 10
         time.sleep(0.05)
-    assert time.monotonic() - used > 0.5 * sql._IDLE_SECONDS
+    assert time.monotonic() - used > 0.5 * sql_calls._IDLE_SECONDS
     assert worker(lists([1, 1, 1])).to_pylist() == [3]
     for n in range(10):  # another stream for another schema, once
         assert worker(lists([1, 2, n], kind=pa.int32())).to_pylist() == [n + 3]
@@ -435,20 +437,20 @@ def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, wo
 
 
 def test_a_stream_is_of_the_device_that_its_task_was_given(
-    worker: sql._Worker, monkeypatch: pytest.MonkeyPatch
+    worker: sql_calls.Worker, monkeypatch: pytest.MonkeyPatch
 ):
     given = iter(["auto", "cpu", "auto", "cpu"])
     monkeypatch.setattr(
-        sql, "on_task_device", lambda request: dataclasses.replace(request, device=next(given))
+        sql_calls, "on_task_device", lambda request: dataclasses.replace(request, device=next(given))
     )
     for n in range(4):
         assert worker(lists([n, 1, 0])).to_pylist() == [n + 1]
-    kept = {key[2]: calls for key, calls in sql._all_calls.items() if key[1] == worker.key}
+    kept = {key[2]: calls for key, calls in sql_calls._all_calls.items() if key[1] == worker.key}
     assert sorted(kept) == ["auto", "cpu"]
     assert all(kept[device]._worker.request.device == device for device in kept)
 
 
-def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql._Worker):
+def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql_calls.Worker):
     assert worker(lists([1, 2, 3])).to_pylist() == [6]
     _, pid = streams(client)
     os.kill(pid, 9)
@@ -456,7 +458,7 @@ def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, w
     assert streams(client)[1] != pid
 
 
-def test_a_refused_call_does_not_spoil_the_next(client: flightsvc.Client, worker: sql._Worker):
+def test_a_refused_call_does_not_spoil_the_next(client: flightsvc.Client, worker: sql_calls.Worker):
     with pytest.raises(flightsvc.InvalidArgumentError, match="a list of 2 elements"):
         worker(lists([1, 2]))
     assert worker(lists([1, 2, 3])).to_pylist() == [6]

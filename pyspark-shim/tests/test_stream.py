@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 
 import flightsvc
-from flightsvc import stream
-from flightsvc.connection import Connection
-from flightsvc.model import Request
-from flightsvc.stream import Exchange
+from flightsvc.request import Request
+from flightsvc.server import stream
+from flightsvc.server.connection import Connection
+from flightsvc.server.stream import Exchange
 
 
 @pytest.fixture

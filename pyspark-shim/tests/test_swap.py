@@ -28,9 +28,9 @@ from fronts import Front, copied, front, lost_streams, make_scaled
 from processes import is_gone, until
 
 import flightsvc
-from flightsvc.connection import Connection
+from flightsvc.server.connection import Connection
+from flightsvc.server.stream import Exchange
 from flightsvc.settings import Settings
-from flightsvc.stream import Exchange
 
 NAME = "scaled"
 PROCESSES, STREAMS = count(2, 4), count(4, 16)  # the streams are at once, in all

@@ -32,7 +32,7 @@ from processes import is_gone, left, until, until_clean
 from test_shipping import pushes
 from together_job import OFFSET, SCALE, SIZE
 
-from flightsvc import archive, sidecar
+from flightsvc.server import archive, sidecar
 
 pytestmark = pytest.mark.java
 

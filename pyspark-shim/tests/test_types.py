@@ -19,8 +19,8 @@ from figures import PROVE, count
 
 import flightsvc
 from flightsvc import Input, InvalidArgumentError, Model, Output, TensorSpec
-from flightsvc.spark_types import ACCEPTED as SPARK_ACCEPTED
-from flightsvc.spark_types import check_input, spark_type
+from flightsvc.spark.types import ACCEPTED as SPARK_ACCEPTED
+from flightsvc.spark.types import check_input, spark_type
 
 INTEGERS = ("int8", "int16", "int32", "int64")
 UNSIGNED = ("uint8", "uint16", "uint32", "uint64")

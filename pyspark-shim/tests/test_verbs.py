@@ -18,8 +18,8 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import archive, sidecar
-from flightsvc.connection import Connection
+from flightsvc.server import archive, sidecar
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
 CHUNKS = pa.schema([pa.field("chunk", pa.binary())])
@@ -80,7 +80,7 @@ def test_the_digest_is_that_of_the_server(tmp_path: Path):
     for name, text in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    # TestDigest in modelcache/store_test.go has the same one.
+    # TestDigest in modelcache/repository/store_test.go has the same one.
     assert archive.digest(tmp_path) == (
         "sha256:b859b76bdc3d55cfa86abd9b0b3e7861198ac925c0a9e95f14ee80cfc2f60860"
     )

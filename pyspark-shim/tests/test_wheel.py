@@ -26,8 +26,8 @@ from fronts import Front, front
 from test_equality import ATOL, SAME_RTOL, column, lists
 
 import flightsvc
-from flightsvc import sidecar
-from flightsvc.ml import lite0
+from flightsvc.ml.networks import lite0
+from flightsvc.server import sidecar
 
 pytestmark = pytest.mark.wheel
 

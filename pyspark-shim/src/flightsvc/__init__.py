@@ -21,7 +21,7 @@ from flightsvc.errors import (
 from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec
 from flightsvc.model import Model
 from flightsvc.plugin import spark_conf
-from flightsvc.sql import register_udf
+from flightsvc.spark.functions import register_udf
 from flightsvc.status import status
 
 __all__ = [

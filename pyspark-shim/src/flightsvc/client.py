@@ -10,12 +10,15 @@ from typing import Any, Self, Unpack
 
 import pyarrow as pa
 
-from flightsvc import loading, shipping, sidecar
-from flightsvc.connection import Connection
 from flightsvc.errors import UnavailableError
 from flightsvc.mapping import Options, check_device
-from flightsvc.model import Model, read_signature
+from flightsvc.model import Model
+from flightsvc.request import read_signature
+from flightsvc.server import shipping, sidecar
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
+from flightsvc.spark import loading
+from flightsvc.spark.session import task
 
 
 def connect(endpoint: str | None = None) -> Client:
@@ -189,6 +192,4 @@ def _batches(data: pa.Table | pa.RecordBatch) -> list[pa.RecordBatch]:
 
 
 def _in_worker() -> bool:
-    from flightsvc import spark
-
-    return spark.task() is not None
+    return task() is not None

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flightsvc import columns as functions
-from flightsvc import sql
-from flightsvc.connection import IMAGE_MODEL
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.loading import DEPTHS, image_fields
 from flightsvc.mapping import ImageInput
-from flightsvc.model import Model, Request, same_name
-from flightsvc.spark import acting_for, active_conf, place, quoted, settings_of, worker_connection
-from flightsvc.stream import ROW_BYTES
+from flightsvc.model import Model
+from flightsvc.request import Request, same_name
+from flightsvc.server.connection import IMAGE_MODEL
+from flightsvc.server.stream import ROW_BYTES
+from flightsvc.spark import arrays
+from flightsvc.spark.dataframe import worker_connection
+from flightsvc.spark.loading import DEPTHS, image_fields
+from flightsvc.spark.session import acting_for, active_conf, place, quoted, settings_of
+from flightsvc.spark.verdicts import IMAGES, of_type
 
 if TYPE_CHECKING:
     import numpy as np
@@ -227,7 +229,7 @@ def of_tensor(tensor: Column, source: Column) -> Column:
     from pyspark.sql import functions as F
 
     # By pandas a null struct is one of nulls.
-    return F.when(tensor.isNotNull(), functions.scalar(_of_tensor, schema(), ())(tensor, source))
+    return F.when(tensor.isNotNull(), arrays.scalar(_of_tensor, schema(), ())(tensor, source))
 
 
 def _of_tensor(tensors: pa.Array, source: pa.Array) -> pa.Array:
@@ -330,7 +332,7 @@ def _function(
     struct = schema()
     if on_error == "column":
         struct = StructType().add("image", struct).add(error_column, StringType())
-    function, call = functions.iterator(decoder, name, struct)
+    function, call = arrays.iterator(decoder, name, struct)
 
     @functools.wraps(function)  # with what Spark needs to register it
     def checked(*columns: Column | str) -> Column:
@@ -338,10 +340,8 @@ def _function(
             raise InvalidArgumentError(
                 f"{name} takes the pictures and, if wanted, their origin; it got {len(columns)} columns"
             )
-        given = [sql.of_type(name, columns[0], f"^binary$|{sql.IMAGES}", _PICTURES)]
-        given += [
-            sql.of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]
-        ]
+        given = [of_type(name, columns[0], f"^binary$|{IMAGES}", _PICTURES)]
+        given += [of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]]
         return call(*given)
 
     return checked

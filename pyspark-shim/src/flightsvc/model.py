@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import math
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from flightsvc import keras_export, shipping, sidecar
-from flightsvc.connection import IMAGE_MODEL, Connection, shared
-from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
-from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec, check_device, column_of, wire
+from flightsvc.errors import FlightsvcError, InvalidArgumentError
+from flightsvc.export import keras as keras_models
+from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec, check_device
+from flightsvc.request import Request, read_signature
+from flightsvc.server import shipping
+from flightsvc.server import sidecar as sidecars
+from flightsvc.server.connection import IMAGE_MODEL, Connection, shared
 from flightsvc.settings import Settings
-from flightsvc.stream import Exchange
+from flightsvc.spark import dataframe, functions
+from flightsvc.spark.session import acting_for, active_conf
 
 if TYPE_CHECKING:
     import keras
-    import pyarrow as pa
     from pyspark.sql import DataFrame
     from pyspark.sql.types import StructType
 
-    from flightsvc.spark import Mapper
-    from flightsvc.sql import Function
+    from flightsvc.spark.dataframe import Mapper
+    from flightsvc.spark.functions import Function
 
 
 _CHOICES = {
@@ -83,7 +84,7 @@ class Model:
         if isinstance(self._source, str):
             return None
         if isinstance(self._source, Path):
-            return keras_export.of_file(self._source) if keras_export.is_file(self._source) else self._source
+            return keras_models.of_file(self._source) if keras_models.is_file(self._source) else self._source
         return self._exported
 
     @property
@@ -159,21 +160,17 @@ class Model:
                 taken; before any task starts.
             NotFoundError: No such model, signature, input, output or column.
         """
-        from flightsvc import spark
-
-        with spark.acting_for(df.sparkSession):
+        with acting_for(df.sparkSession):
             schema = self.output_schema(df.schema, sidecar=sidecar, **options)
             mapper = self.mapper(sidecar=sidecar, **options)
-        return spark.transform(df, mapper, schema)
+        return dataframe.transform(df, mapper, schema)
 
     def mapper(self, *, sidecar: str | None = None, **options: Unpack[Options]) -> Mapper:
         """Return the function for ``mapInArrow`` in the active session.
 
         Arguments and errors as in :meth:`transform`. Without a session it runs on this machine alone.
         """
-        from flightsvc import spark
-
-        return spark.mapper(self, self.request(**options), sidecar)
+        return dataframe.mapper(self, self.request(**options), sidecar)
 
     def udf(self, **options: Unpack[Options]) -> Function:
         """Return this model as a function of columns: ``df.select(m.udf()("content"))``.
@@ -191,9 +188,7 @@ class Model:
             InvalidArgumentError: There is no session, two outputs have one name, or an input takes no column.
             NotFoundError: No such model, signature, input or output.
         """
-        from flightsvc import sql
-
-        return sql.udf(self, self.request(**options))
+        return functions.udf(self, self.request(**options))
 
     def output_schema(
         self, schema: StructType, *, sidecar: str | None = None, **options: Unpack[Options]
@@ -202,9 +197,7 @@ class Model:
 
         The active session says whether names differ by case. Arguments and errors as in :meth:`transform`.
         """
-        from flightsvc import spark
-
-        return spark.output_schema(self, schema, self.request(**options), sidecar)
+        return dataframe.output_schema(self, schema, self.request(**options), sidecar)
 
     def request(
         self,
@@ -255,8 +248,8 @@ class Model:
             NotFoundError: There is no such model or version.
             FlightsvcError: The front cannot be reached or does not take the model.
         """
-        settings = Settings.read(_session_conf())
-        connection = shared(sidecar.for_driver, settings)
+        settings = Settings.read(active_conf())
+        connection = shared(sidecars.for_driver, settings)
         if settings.endpoint is None or self.folder is None:
             return self, connection
         folder = shipping.version_folder(self.folder, self.version)
@@ -270,188 +263,18 @@ class Model:
 
     @functools.cached_property
     def _exported(self) -> Path:
-        return keras_export.of_model(self._source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules.
-
-    ``specs`` has the types of the inputs whose rows a function of the user makes; see :meth:`knowing`.
-    """
-
-    model: Model
-    inputs: dict[str, str | Input]
-    outputs: dict[str, str | Output]
-    on_error: str
-    error_column: str
-    nulls: str
-    run_timeout: float | None
-    batching: str | dict[str, int] | None
-    layout: str
-    device: str = "auto"
-    specs: dict[str, TensorSpec] = dataclasses.field(default_factory=dict)
-
-    def knowing(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
-        """Return this request with ``specs`` out of ``inputs()``, which is asked only if there are any."""
-        loaded = [
-            name
-            for name, entry in self.inputs.items()
-            if isinstance(entry, Input) and entry.load is not None and not self.model.is_picture(name)
-        ]
-        if not loaded:
-            return self
-        known = inputs()
-        return dataclasses.replace(self, specs={name: known[name] for name in loaded if name in known})
-
-    def input(self, name: str, column: str) -> Input:
-        """Return how ``column`` feeds the input ``name``."""
-        entry = self.inputs.get(name)
-        return dataclasses.replace(entry, column=column) if isinstance(entry, Input) else Input(column)
-
-    def descriptor(self, inputs: Mapping[str, str] | None = None, request_id: str = "") -> dict[str, Any]:
-        """Return the descriptor of the wire contract, fields at their default left out.
-
-        Args:
-            inputs: Input tensor to column on the wire, once that is settled.
-            request_id: Names the stream in all logs.
-        """
-        if inputs is None:
-            inputs = {name: column_of(entry) for name, entry in self.inputs.items()}
-        fields: dict[str, Any] = {"v": 1, "model": self.model.reference}
-        if self.model.version != "latest":
-            fields["version"] = self.model.version
-        if self.model.signature != "serving_default":
-            fields["signature"] = self.model.signature
-        if inputs:
-            fields["inputs"] = {name: wire(self.input(name, column)) for name, column in inputs.items()}
-        if self.outputs:
-            fields["outputs"] = {name: wire(entry) for name, entry in self.outputs.items()}
-        if self.model.preprocess:
-            fields["preprocess"] = {name: image.wire() for name, image in self.model.preprocess.items()}
-        if self.on_error != "fail":
-            fields["on_error"] = self.on_error
-        if self.on_error == "column" and self.error_column != "error":
-            fields["error_column"] = self.error_column
-        if self.nulls != "null":
-            fields["nulls"] = self.nulls
-        if self.run_timeout is not None:
-            fields["run_timeout_ms"] = math.ceil(self.run_timeout * 1000)
-        if self.batching is not None:
-            fields["batching"] = self.batching
-        if self.layout != "list":
-            fields["layout"] = self.layout
-        if self.device != "auto":
-            fields["device"] = self.device
-        if request_id:
-            fields["request_id"] = request_id
-        return fields
-
-    def answer_schema(self, inputs: Mapping[str, str]) -> pa.Schema:
-        """Return the schema of the answer, asked on the driver without loading the model.
-
-        Args:
-            inputs: Input tensor to column on the wire.
-
-        Raises:
-            FlightsvcError: The request is wrong, or the front cannot be asked.
-        """
-        model, connection = self.model.driver()
-        with model.naming():
-            return connection.answer_schema(dataclasses.replace(self, model=model).descriptor(inputs))
-
-    def columns(self, names: Sequence[str], known: Sequence[str], case_sensitive: bool) -> dict[str, int]:
-        """Return the position of the column that feeds each input.
-
-        Args:
-            names: The columns that there are; names that nothing asks for may occur twice.
-            known: The inputs of the signature; empty if ``inputs`` were given and are to be believed.
-            case_sensitive: Whether ``a`` and ``A`` are two columns.
-
-        Raises:
-            NotFoundError: An input or a column does not exist, or an input has no column.
-            InvalidArgumentError: A column's name occurs twice.
-        """
-        where = f"model {self.model.name}, signature {self.model.signature}"
-        wanted = {name: column_of(entry) for name, entry in self.inputs.items()}
-        if not wanted:
-            only = len(known) == 1 and len(names) == 1
-            wanted = {known[0]: names[0]} if only else {name: name for name in known}
-        elif known:
-            entries = self.inputs.values()
-            lengths = [e.lengths for e in entries if isinstance(e, Input) and e.lengths is not None]
-            for name in (*wanted, *lengths):
-                if name not in known:
-                    raise NotFoundError(f"{where}: there is no input {name!r}; inputs: {', '.join(known)}")
-            for name in known:
-                if name not in wanted and name not in lengths:
-                    raise NotFoundError(
-                        f"{where}: input {name!r} has no column; add it: inputs={{{name!r}: <column>, ...}}"
-                    )
-        positions: dict[str, int] = {}
-        for name, column in wanted.items():
-            found = [i for i, other in enumerate(names) if same_name(column, other, case_sensitive)]
-            if not found:
-                hint = "" if self.inputs else f"; say which one it is: inputs={{{name!r}: <column>}}"
-                raise NotFoundError(
-                    f"{where}: there is no column {column!r} for input {name!r}{hint}; "
-                    f"columns: {', '.join(names)}"
-                )
-            if len(found) > 1:
-                raise InvalidArgumentError(
-                    f"{where}: {len(found)} columns are called {column!r}, which one feeds input {name!r}? "
-                    "Rename them"
-                )
-            positions[name] = found[0]
-        return positions
-
-    def exchange(
-        self, connection: Connection, names: Sequence[str], positions: Mapping[str, int], place: str = ""
-    ) -> Exchange:
-        """Return an exchange for record batches with the columns ``names``.
-
-        Args:
-            connection: Where the front is.
-            names: All columns of the record batches.
-            positions: Which of them feeds each input, from :meth:`columns`.
-            place: Where this runs, for logs and errors.
-        """
-        request_id = "-".join([uuid.uuid4().hex[:12], *place.split()])
-        descriptor = self.descriptor({name: names[i] for name, i in positions.items()}, request_id)
-        return Exchange(connection, descriptor, {names[i]: i for i in positions.values()}, place)
-
-
-def read_signature(model: Model, connection: Connection) -> dict[str, dict[str, TensorSpec]]:
-    """Return the model's ``inputs`` and ``outputs``, as the front at ``connection`` reads them."""
-    about = connection.action("model.metadata", {"model": model.reference, "version": model.version})
-    signatures = about["signatures"]
-    if model.signature not in signatures:
-        raise NotFoundError(
-            f"model {model.name} has no signature {model.signature!r}; it has {', '.join(signatures)}"
-        )
-    return {
-        side: {
-            spec["name"]: TensorSpec(spec["dtype"], None if spec["shape"] is None else tuple(spec["shape"]))
-            for spec in signatures[model.signature][side]
-        }
-        for side in ("inputs", "outputs")
-    }
-
-
-def same_name(one: str, other: str, case_sensitive: bool) -> bool:
-    """Tell whether two column names are one to Spark."""
-    return one == other if case_sensitive else one.lower() == other.lower()
+        return keras_models.of_model(self._source)
 
 
 def _source(model: Any) -> str | Path | Any:
     """Return a reference as text, a folder or a file of Keras as a path, a Keras model as it is."""
-    if keras_export.is_model(model):
+    if keras_models.is_model(model):
         return model
     text = os.fspath(model)
     if isinstance(model, str) and ("://" in text or text.startswith("sha256:") or text == IMAGE_MODEL):
         return text
     path = Path(os.path.abspath(text))
-    if not isinstance(model, str) or "/" in text or path.is_dir() or keras_export.is_file(path):
+    if not isinstance(model, str) or "/" in text or path.is_dir() or keras_models.is_file(path):
         return path
     return text
 
@@ -461,10 +284,3 @@ def _name(source: str | Path | Any) -> str:
     if isinstance(source, str):
         return source
     return source.as_uri() if isinstance(source, Path) else f"{source.name!r} of Keras"
-
-
-def _session_conf() -> dict[str, str]:
-    """Return the configuration of the active Spark session, if there is any."""
-    from flightsvc import spark
-
-    return spark.active_conf()

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from flightsvc import sidecar
 from flightsvc.client import Client
-from flightsvc.connection import Connection
 from flightsvc.errors import UnavailableError
+from flightsvc.server import sidecar
+from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
-from flightsvc.spark import conf_of, place, settings_of
-from flightsvc.spark_types import spark_type
+from flightsvc.spark.session import conf_of, place, settings_of
+from flightsvc.spark.types import spark_type
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

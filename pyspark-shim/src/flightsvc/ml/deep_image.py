@@ -15,14 +15,13 @@ from pyspark.ml.param import Param, Params, TypeConverters
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.ml.networks import (
     FEATURES,
-    IMAGENET,
     INPUT,
     POOLINGS,
     PROBABILITIES,
-    Labels,
-    labels_of,
     network,
 )
+from flightsvc.ml.networks.applications import IMAGENET
+from flightsvc.ml.networks.labels import Labels, labels_of
 from flightsvc.ml.params import HasInputCol, HasOutputCol, to_choice, to_positive
 from flightsvc.ml.stage import Asked, Stage, as_vector
 from flightsvc.model import Model

@@ -21,8 +21,9 @@ from flightsvc.ml.params import (
 from flightsvc.ml.stage import Asked, Made, Stage, as_vector
 from flightsvc.ml.tensors import KerasStage, as_graph
 from flightsvc.model import Model
-from flightsvc.spark import active_conf, is_case_sensitive, quoted
-from flightsvc.spark_types import is_image
+from flightsvc.request import same_name
+from flightsvc.spark.session import active_conf, is_case_sensitive, quoted
+from flightsvc.spark.types import is_image
 
 if TYPE_CHECKING:
     from pyspark.sql import Column
@@ -41,7 +42,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
     Args:
         inputCol: The column that is read: Spark's image struct.
         outputCol: The column that is added.
-        graph: A ``tf.Graph``, a ``GraphDef`` or a :class:`flightsvc.graph.TFInputGraph`.
+        graph: A ``tf.Graph``, a ``GraphDef`` or a :class:`flightsvc.export.graph.TFInputGraph`.
         inputTensor: The graph's input, ``name:0``.
         outputTensor: The output, ``name:0``.
         channelOrder: How the graph has colours: ``RGB``, ``BGR`` or ``L``, which is grey.
@@ -141,7 +142,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         return self._set(outputTensor=value)
 
     def _build(self) -> Model:
-        from flightsvc.graph import picture_model
+        from flightsvc.export.graph import picture_model
 
         for name in ("outputTensor", "channelOrder"):
             if not self.isDefined(name):
@@ -334,8 +335,6 @@ def _as_image(column: str, order: str) -> Callable[[Model, str], tuple[DataType,
 
 def _field(schema: StructType, name: str) -> StructField | None:
     """Return the column, if there is one alone; the model's own check says the rest."""
-    from flightsvc.model import same_name
-
     sensitive = is_case_sensitive(active_conf())
     found = [field for field in schema.fields if same_name(field.name, name, sensitive)]
     return found[0] if len(found) == 1 else None

@@ -21,10 +21,10 @@ from pyspark import cloudpickle
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 from pyspark.sql.utils import is_remote
 
-from flightsvc import archive, shipping
 from flightsvc.errors import InvalidArgumentError, NotFoundError
 from flightsvc.mapping import ImageInput
 from flightsvc.model import Model
+from flightsvc.server import archive, shipping
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -12,13 +12,14 @@ from pyspark.ml import Transformer
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.util import MLReadable, MLWritable
 
-from flightsvc import spark
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.mapping import Input, Options, Output, column_of
 from flightsvc.ml import saving
 from flightsvc.ml.params import to_choice, to_positive
-from flightsvc.model import Model, same_name
-from flightsvc.spark_types import widened
+from flightsvc.model import Model
+from flightsvc.request import same_name
+from flightsvc.spark.session import acting_for, active_conf, is_case_sensitive, quoted
+from flightsvc.spark.types import widened
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
@@ -212,7 +213,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
     def _transform(self, dataset: DataFrame) -> DataFrame:
         from pyspark.sql import functions as F
 
-        with self._named(), spark.acting_for(dataset.sparkSession):
+        with self._named(), acting_for(dataset.sparkSession):
             plan = self._plan(dataset.schema)
             names, frame = list(dataset.columns), dataset
             plain = _unlike(names)
@@ -227,7 +228,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
             columns: list[Column] = []
             sources = [*plain, *plan.schema.names[len(names) :]]
             for source, field in zip(sources, plan.schema.fields, strict=True):
-                column = F.col(spark.quoted(source))
+                column = F.col(quoted(source))
                 if len(columns) >= len(names) and field.name in plan.asked.finish:
                     column = plan.asked.finish[field.name][1](column)
                 columns.append(column.alias(field.name))
@@ -238,7 +239,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
 
         self._check(schema)
         asked = self._asked()
-        sensitive = spark.is_case_sensitive(spark.active_conf())
+        sensitive = is_case_sensitive(active_conf())
         column = self.getErrorCol() if self.getOnError() == "column" else None
         for name in (*map(column_of, asked.outputs.values()), *([column] if column else [])):
             if any(same_name(name, other, sensitive) for other in schema.names):
@@ -328,7 +329,7 @@ def _cast(name: str, to: DataType) -> Callable[[], Column]:
     def column() -> Column:
         from pyspark.sql import functions as F
 
-        return F.col(spark.quoted(name)).cast(to)
+        return F.col(quoted(name)).cast(to)
 
     return column
 

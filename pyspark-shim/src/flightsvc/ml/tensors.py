@@ -14,7 +14,7 @@ from flightsvc.ml.stage import Asked, Stage
 from flightsvc.model import Model
 
 if TYPE_CHECKING:
-    from flightsvc.graph import TFInputGraph
+    from flightsvc.export.graph import TFInputGraph
 
 
 class TFTransformer(Stage, HasModel):
@@ -22,8 +22,8 @@ class TFTransformer(Stage, HasModel):
 
     Args:
         model: A :class:`flightsvc.Model`, or what makes one: the folder of a SavedModel, a URI, a name, a
-            Keras model or its file. Or a graph of TensorFlow 1: a :class:`flightsvc.graph.TFInputGraph`, a
-            ``tf.Graph``, a ``GraphDef`` or its file ``.pb``.
+            Keras model or its file. Or a graph of TensorFlow 1: a ``tf.Graph``, a ``GraphDef``, its file
+            ``.pb``, or a :class:`flightsvc.export.graph.TFInputGraph`.
         inputMapping: Column to input tensor. Absent: columns of the inputs' names, or the only column.
         outputMapping: Output tensor to column, in the wanted order. Absent: all, by tensor name.
         signature: Which signature to run. Absent: the model's own, else ``serving_default``.
@@ -204,7 +204,7 @@ def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInp
         InvalidArgumentError: It is something else, or the file holds none.
         NotFoundError: There is no such file or tensor.
     """
-    from flightsvc.graph import TFInputGraph
+    from flightsvc.export.graph import TFInputGraph
 
     if isinstance(given, TFInputGraph):
         return given

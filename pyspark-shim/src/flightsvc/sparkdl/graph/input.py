@@ -1,5 +1,5 @@
 """Graphs with their inputs and outputs."""
 
-from flightsvc.graph import TFInputGraph
+from flightsvc.export.graph import TFInputGraph
 
 __all__ = ["TFInputGraph"]

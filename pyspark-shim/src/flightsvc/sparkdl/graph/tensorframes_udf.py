@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.graph import GraphError, TFInputGraph, strip_and_freeze
+from flightsvc.export.graph import GraphError, TFInputGraph, strip_and_freeze
 from flightsvc.model import Model
+from flightsvc.spark.functions import Function, register_udf
+from flightsvc.spark.session import active_session
 from flightsvc.sparkdl.graph import utils as tfx
-from flightsvc.sql import Function, register_udf
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -50,8 +51,6 @@ def makeGraphUDF(
         InvalidArgumentError: There is no session, no fetch or no placeholder, or a variable without a value.
     """
     import tensorflow as tf
-
-    from flightsvc.spark import active_session
 
     names = sorted(tfx.tensor_name(fetch, graph) for fetch in fetches)
     session = tf.compat.v1.get_default_session()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import NotFoundError
-from flightsvc.graph import GraphError, strip_and_freeze
+from flightsvc.export.graph import GraphError, strip_and_freeze
 
 if TYPE_CHECKING:
     import tensorflow as tf

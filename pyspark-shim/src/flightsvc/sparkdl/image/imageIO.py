@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from flightsvc import image
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
-from flightsvc.spark import active_session
+from flightsvc.spark.session import active_session
 from flightsvc.sparkdl.removed import removed
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.ml.param import TypeConverters
 
-from flightsvc.graph import TFInputGraph
+from flightsvc.export.graph import TFInputGraph
 from flightsvc.sparkdl.graph import utils as tfx
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def toTFInputGraph(value: Any) -> TFInputGraph:
-        """Return a :class:`flightsvc.graph.TFInputGraph`."""
+        """Return a :class:`flightsvc.export.graph.TFInputGraph`."""
         if not isinstance(value, TFInputGraph):
             raise TypeError(
                 f"want a TFInputGraph, not {type(value).__name__}; make it with TFInputGraph.from..."

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
-from flightsvc.graph import TFInputGraph
+from flightsvc.export.graph import TFInputGraph
 from flightsvc.ml.params import HasInputCol, HasModelFile, HasOutputCol, to_function
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from flightsvc import keras_export, sql
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import keras as keras_models
 from flightsvc.image import to_array
 from flightsvc.mapping import ImageInput, Input
 from flightsvc.model import Model
-from flightsvc.spark import active_session
+from flightsvc.spark import functions
+from flightsvc.spark.session import active_session
 
 if TYPE_CHECKING:
     import keras
@@ -72,18 +73,18 @@ def registerKerasImageUDF(
     [name] = served.inputs
     if preprocessor is None:
         served.preprocess = {name: _normalised(udf_name, model.name, height, width, channels)}
-        sql.register_udf(session, udf_name, served, inputs={name: _PARAMETER})
+        functions.register_udf(session, udf_name, served, inputs={name: _PARAMETER})
     else:
         # As one of Python: a parameter of an SQL function has one type alone.
-        sql.check_name(session, udf_name)
+        functions.check_name(session, udf_name)
         function = served.udf(inputs={name: Input(_PARAMETER, load=_Preprocessed(preprocessor))})
         session.udf.register(udf_name, function.arrow)
     return served
 
 
 def _keras_model(udf_name: str, source: Any) -> keras.Model:
-    keras = keras_export.imported(udf_name)
-    if keras_export.is_model(source):
+    keras = keras_models.imported(udf_name)
+    if keras_models.is_model(source):
         return source
     path = Path(os.path.abspath(source))
     if not path.exists():
@@ -92,7 +93,7 @@ def _keras_model(udf_name: str, source: Any) -> keras.Model:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras raises whatever its layers do
         raise InvalidArgumentError(
-            f"{udf_name}: Keras cannot read {path}: {keras_export.reason(error)}. Load it yourself and give "
+            f"{udf_name}: Keras cannot read {path}: {keras_models.reason(error)}. Load it yourself and give "
             "the model"
         ) from error
 

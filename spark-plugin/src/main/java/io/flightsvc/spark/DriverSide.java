@@ -11,7 +11,7 @@ import org.apache.spark.api.plugin.PluginContext;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
-/** Checks the settings before any executor starts, and knows how the sidecars of all executors are. */
+/** The plugin on the driver: checks the settings before any executor starts, and collects all executors' reports. */
 final class DriverSide implements DriverPlugin {
   private static final Logger log = LoggerFactory.getLogger(FlightsvcPlugin.class);
 
@@ -37,7 +37,7 @@ final class DriverSide implements DriverPlugin {
   /**
    * Checks {@code spark.flightsvc.*}.
    *
-   * @throws IllegalArgumentException a setting is none; the application does not start
+   * @throws IllegalArgumentException a setting is unknown; the application does not start
    */
   @Override
   public Map<String, String> init(SparkContext spark, PluginContext context) {
@@ -77,7 +77,7 @@ final class DriverSide implements DriverPlugin {
     return null;
   }
 
-  /** Returns the sum over all executors. Of one that is gone what it has counted remains, as counters must. */
+  /** Returns the sum over all executors. It includes the counts of those that have ended, as counters must not fall. */
   private synchronized Figures sum() {
     long now = System.nanoTime();
     Figures sum = Figures.NONE;

@@ -19,18 +19,18 @@ import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
 /**
- * Runs this executor's sidecar, and tells the driver of it.
+ * The plugin in an executor: runs the executor's sidecar, and reports to the driver.
  *
- * <p>An exception out of {@link #init} ends an executor, and Spark starts the next, without end. So the executor stays
- * without a sidecar if none starts, and workers start one as they do without this plugin; unless failOnStart is set.
+ * <p>An exception in {@link #init} ends the executor, and Spark starts another, again and again. So if no sidecar
+ * starts, the executor continues without one, and workers start one as without this plugin, unless failOnStart is set.
  */
 final class ExecutorSide implements ExecutorPlugin {
   private static final Logger log = LoggerFactory.getLogger(FlightsvcPlugin.class);
 
-  /** The file in the executor's first local folder that tells its workers where the sidecar is. */
+  /** The file in the executor's first local folder with the sidecar's address, for its workers. */
   static final String ENDPOINT_FILE = "flightsvc.endpoint";
 
-  /** How often the driver is told, beside each start and end. */
+  /** How often the driver gets a report, besides at each start and end. */
   static final long REPORT_SECONDS = 5;
 
   private PluginContext context;
@@ -61,7 +61,7 @@ final class ExecutorSide implements ExecutorPlugin {
           new Sidecar(
               () -> command(settings, fromDriver), local.resolve(ENDPOINT_FILE), clock, this::reportSoon);
       sidecar.start();
-      if (!context.executorID().equals("driver")) { // else the driver's metrics are ours
+      if (!context.executorID().equals("driver")) { // in local mode DriverSide has registered them
         Figures.register(context.metricRegistry(), sidecar::figures);
       }
       clock.scheduleWithFixedDelay(this::report, REPORT_SECONDS, REPORT_SECONDS, TimeUnit.SECONDS);
@@ -147,18 +147,18 @@ final class ExecutorSide implements ExecutorPlugin {
     void pass(Object message) throws Exception;
   }
 
-  /** Tells the driver how the sidecar is, in words, since the driver may load our classes otherwise. */
+  /** Sends a report to the driver as a map of texts and numbers, since its class loader may differ. */
   private void tell(Door door) {
     try {
       HashMap<String, String> message = new HashMap<>();
       message.put("executor", context.executorID());
-      BlockManagerId id = SparkEnv.get().blockManager().blockManagerId(); // null in a driver that still starts
+      BlockManagerId id = SparkEnv.get().blockManager().blockManagerId(); // null while a driver starts
       message.put("host", id == null ? context.hostname() : id.host()); // hostname() fails in an executor
       message.put("reason", sidecar == null ? "it cannot be started; see the executor's log" : sidecar.reason());
       (sidecar == null ? Figures.NONE : sidecar.figures()).put(message);
       door.pass(message);
     } catch (Exception e) {
-      log.debug("the driver was not told", e); // it will be, in the next report
+      log.debug("the driver was not told", e); // the next report will tell it
     }
   }
 }

@@ -1,8 +1,8 @@
 package io.flightsvc.spark;
 
-/** What is counted of sidecars. Each is a field of a front's report and, in camel case, a metric of Spark. */
+/** The metrics of sidecars. Each is a field of a front's report and, in camel case, a Spark metric. */
 enum Figure {
-  /** Rows that were asked about. */
+  /** Rows that were answered, refused ones included. */
   ROWS("rows", "rows", Kind.COUNT),
   /** Batches that TensorFlow has run. */
   BATCHES("batches", "batches", Kind.COUNT),
@@ -25,13 +25,13 @@ enum Figure {
   /** 1 while the sidecar serves; in no front's report. */
   SIDECARS("sidecars", "sidecars", Kind.NOW);
 
-  /** How a figure behaves. */
+  /** How a figure changes. */
   enum Kind {
-    /** Grows for ever; a counter. */
+    /** Never falls; a counter. */
     COUNT,
-    /** Grows for ever, and has fractions; a gauge, since Spark's counters are whole. */
+    /** Never falls, and has fractions; a gauge, since Spark's counters are integers. */
     SECONDS,
-    /** What there is now; a gauge. */
+    /** A current value; a gauge. */
     NOW
   }
 

@@ -17,7 +17,7 @@ final class Figures {
     this.values = values;
   }
 
-  /** Returns what a report says; a figure that it does not have is 0. */
+  /** Returns the figures of a report; one that it lacks is 0. */
   static Figures of(Map<String, String> report) {
     double[] values = new double[NONE.values.length];
     for (Figure figure : Figure.values()) {
@@ -26,7 +26,7 @@ final class Figures {
     return new Figures(values);
   }
 
-  /** Adds to a report what {@link #of} reads there. */
+  /** Writes the figures into a report, for {@link #of}. */
   void put(Map<String, String> report) {
     for (Figure figure : Figure.values()) {
       report.put(figure.field, Double.toString(get(figure)));
@@ -37,7 +37,7 @@ final class Figures {
     return values[figure.ordinal()];
   }
 
-  /** Returns these with one figure of another value. */
+  /** Returns a copy with another value of one figure. */
   Figures with(Figure figure, double value) {
     double[] changed = values.clone();
     changed[figure.ordinal()] = value;
@@ -52,7 +52,7 @@ final class Figures {
     return new Figures(sum);
   }
 
-  /** Returns what remains when the sidecar has gone: all that grows for ever. */
+  /** Returns the figures to keep when the sidecar has ended: those that never fall. */
   Figures totals() {
     double[] kept = values.clone();
     for (Figure figure : Figure.values()) {
@@ -63,7 +63,7 @@ final class Figures {
     return new Figures(kept);
   }
 
-  /** Makes metrics of the figures that {@code source} returns whenever somebody reads them. */
+  /** Registers metrics whose values {@code source} returns whenever they are read. */
   static void register(MetricRegistry registry, Supplier<Figures> source) {
     for (Figure figure : Figure.values()) {
       if (figure.kind == Figure.Kind.COUNT) {

@@ -7,8 +7,8 @@ import org.apache.spark.api.plugin.SparkPlugin;
 /**
  * Gives each executor a sidecar: {@code spark.plugins=io.flightsvc.spark.FlightsvcPlugin}.
  *
- * <p>The executor's side starts and ends the program {@code flightsvc}; the driver's side checks the settings, says
- * which sidecars did not start, and has the sums of their metrics. Models and data never pass through either.
+ * <p>{@link ExecutorSide} starts and ends the program {@code flightsvc}; {@link DriverSide} checks the settings, warns
+ * of sidecars that did not start, and sums up their metrics. Models and data pass through neither.
  */
 public final class FlightsvcPlugin implements SparkPlugin {
   @Override

@@ -12,12 +12,12 @@ import java.util.List;
 import java.util.concurrent.TimeUnit;
 import org.apache.spark.SparkFiles;
 
-/** Where the program {@code flightsvc} is on this host. */
+/** Finds the program {@code flightsvc} on this host. */
 final class Program {
   private static final String NAME = "flightsvc";
   private static final long PYTHON_SECONDS = 10;
 
-  /** Prints the place of the Python package, without importing it. */
+  /** Python code that prints the path of the package flightsvc, without importing it. */
   private static final String PACKAGE =
       "import importlib.util as u; s = u.find_spec('flightsvc'); print(s.origin if s and s.origin else '')";
 
@@ -28,7 +28,7 @@ final class Program {
    * flightsvc}; in the Python package that this jar lies in; in that of the executor's Python; on {@code PATH}.
    *
    * @param python the executor's Python
-   * @throws IOException there is none; the text says what to do
+   * @throws IOException there is no such program; the message says what to do
    */
   static File find(Settings settings, String python) throws IOException {
     String set = settings.get("binary", System.getenv("FLIGHTSVC_BINARY"));
@@ -70,7 +70,7 @@ final class Program {
     return executable(program);
   }
 
-  /** Returns where a path that is not absolute may mean: in the working folder, or where files are shipped to. */
+  /** Returns where a relative path is looked for: in the working folder, and where spark.files are. */
   private static List<File> here(String path) {
     List<File> places = new ArrayList<>();
     places.add(new File(path).getAbsoluteFile());
@@ -101,11 +101,11 @@ final class Program {
     try {
       return source == null ? null : new File(source.getLocation().toURI());
     } catch (URISyntaxException | IllegalArgumentException e) {
-      return null; // loaded from somewhere that is no file
+      return null; // not loaded from a file
     }
   }
 
-  /** Returns the file of the package in a Python, or "" where there is no package, or no Python. */
+  /** Returns the file of the package in a Python, or "" if there is no package or no such Python. */
   private static String origin(String python) {
     Process process;
     try {
@@ -119,7 +119,7 @@ final class Program {
     }
     try (BufferedReader said =
         new BufferedReader(new InputStreamReader(process.getInputStream(), StandardCharsets.UTF_8))) {
-      if (!process.waitFor(PYTHON_SECONDS, TimeUnit.SECONDS)) { // a line fits into the pipe
+      if (!process.waitFor(PYTHON_SECONDS, TimeUnit.SECONDS)) { // the pipe holds one line until it is read
         return "";
       }
       String line = said.readLine();

@@ -11,14 +11,14 @@ import scala.Tuple2;
 final class Settings {
   private static final String PREFIX = "spark.flightsvc.";
 
-  /** What a front is told as a flag: {@code modelRoot} is {@code --model-root}. */
+  /** Settings that are passed to a front as flags: {@code modelRoot} as {@code --model-root}. */
   private static final List<String> FRONT =
       Arrays.asList(
           "modelRoot", "pollInterval", "cacheDir", "cacheSize", "opLibraries", "libtensorflow", "python", "runDir",
           "idleTimeout", "cores", "memory", "keepAlive", "allowCpuFallback", "tune", "maxImagePixels",
           "maxImageBytes", "logLevel", "loadTimeout", "drainTimeout");
 
-  /** What is for the plugin, or for the Python package, alone. */
+  /** Settings that only the plugin or the Python package uses. */
   private static final List<String> OTHERS = Arrays.asList("endpoint", "binary", "retryTimeout", "failOnStart");
 
   private final SparkConf conf;
@@ -28,7 +28,7 @@ final class Settings {
   }
 
   /**
-   * Checks the names of all settings; their values are the front's to check.
+   * Checks the names of all settings; the front checks their values.
    *
    * @throws IllegalArgumentException there is no such setting, or failOnStart is neither true nor false
    */
@@ -49,7 +49,7 @@ final class Settings {
     }
   }
 
-  /** Returns a setting, or {@code otherwise} where it is absent or empty. */
+  /** Returns a setting, or {@code otherwise} if it is absent or empty. */
   String get(String name, String otherwise) {
     String value = conf.get(PREFIX + name, "");
     return value.isEmpty() ? otherwise : value;
@@ -59,13 +59,13 @@ final class Settings {
     return get("failOnStart", "false").equals("true");
   }
 
-  /** Returns the address of a sidecar that somebody else runs, or null: of the conf, or of this process. */
+  /** Returns the address of a sidecar that the plugin does not run, from the conf or the environment, or null. */
   String endpoint() {
     String variable = System.getenv("FLIGHTSVC_ENDPOINT");
     return get("endpoint", variable == null || variable.isEmpty() ? null : variable);
   }
 
-  /** Returns the flags that hand on what is set. */
+  /** Returns the settings as flags of the front. */
   List<String> flags() {
     List<String> flags = new ArrayList<>();
     for (String name : FRONT) {
@@ -77,7 +77,7 @@ final class Settings {
     return flags;
   }
 
-  /** Tells whether a setting is made, here or in the environment, where the front reads it itself. */
+  /** Tells whether a setting is set, in the conf or in the environment, where the front reads it itself. */
   boolean isSet(String name) {
     String variable = "FLIGHTSVC_" + name.replaceAll("([A-Z])", "_$1").toUpperCase(Locale.ROOT);
     return get(name, null) != null || System.getenv(variable) != null;
@@ -93,7 +93,7 @@ final class Settings {
     return nearest;
   }
 
-  /** Returns how many letters must be put in, taken out or changed to make one word of the other. */
+  /** Returns the edit distance (Levenshtein) of two words. */
   private static int distance(String a, String b) {
     int[] row = new int[b.length() + 1];
     for (int j = 0; j <= b.length(); j++) {

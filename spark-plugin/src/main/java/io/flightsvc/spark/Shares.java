@@ -4,7 +4,7 @@ import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 import org.apache.spark.SparkConf;
 
-/** What of its host an executor has, and so its sidecar. */
+/** The executor's share of its host's cores and memory, which its sidecar may use. */
 final class Shares {
   private static final Pattern LOCAL = Pattern.compile("local\\[([0-9]+|\\*)(?:, *[0-9]+)?]");
   private static final Pattern CORES = Pattern.compile(" --cores ([0-9]+)");
@@ -14,10 +14,10 @@ final class Shares {
   private Shares() {}
 
   /**
-   * Returns the executor's cores, or 0 where nothing says.
+   * Returns the executor's cores, or 0 if unknown.
    *
-   * @param command the command line of this JVM, {@code sun.java.command}: an executor that Spark has started has
-   *     its cores there, also where its resource profile, or the size of its worker, made them
+   * @param command the command line of this JVM, {@code sun.java.command}: in an executor that Spark has started it has
+   *     the cores, even if a resource profile or the size of its worker decides them
    */
   static int cores(SparkConf conf, String command) {
     Matcher given = CORES.matcher(command);
@@ -34,14 +34,14 @@ final class Shares {
   }
 
   /**
-   * Returns what models may have of the executor's container, in bytes, or 0 where the executor is in none: half of
-   * the memory that Spark asks for beside the heap. The JVM and the Python workers share the other half.
+   * Returns the memory for models in the executor's container, in bytes, or 0 if the executor is in none: half of the
+   * memory that Spark requests besides the heap. The JVM and the Python workers share the other half.
    */
   static long memory(SparkConf conf) {
     return overhead(conf) / 2;
   }
 
-  /** Returns a sentence to warn with where {@link #memory} is little, else null. */
+  /** Returns a warning if {@link #memory} is small, else null. */
   static String warning(SparkConf conf) {
     long overhead = overhead(conf);
     if (overhead == 0 || overhead / 2 >= SMALL) {
@@ -51,7 +51,7 @@ final class Shares {
         + overhead / MIB + " MiB; that is little. To give them 1 GiB: spark.executor.memoryOverhead=2g";
   }
 
-  /** As YARN and Kubernetes reckon it: what is set, else a part of the heap, at least 384 MiB. */
+  /** As YARN and Kubernetes compute it: the setting, else a fraction of the heap, at least 384 MiB. */
   private static long overhead(SparkConf conf) {
     String master = conf.get("spark.master", "");
     boolean kubernetes = master.startsWith("k8s");

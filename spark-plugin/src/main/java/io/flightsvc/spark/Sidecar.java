@@ -28,25 +28,25 @@ import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
 /**
- * A front as a child of this JVM, started again whenever it ends, until {@link #close}.
+ * A front as a child process of this JVM, restarted whenever it ends, until {@link #close}.
  *
- * <p>The child ends when its standard input does, and nobody but this JVM has the other end of that pipe: it goes with
- * the JVM, however that ends. One thread, {@code flightsvc-sidecar}, starts it and reads its reports; another, {@code
- * flightsvc-log}, passes on what it logs.
+ * <p>The child ends when its standard input does. Only this JVM has the other end of that pipe, so the child ends with
+ * the JVM, even if that is killed. One thread, {@code flightsvc-sidecar}, starts the child and reads its reports;
+ * another, {@code flightsvc-log}, copies its log.
  */
 final class Sidecar {
   private static final Logger log = LoggerFactory.getLogger(FlightsvcPlugin.class);
 
-  private static final JsonFactory JSON = new JsonFactory(); // the small half of Jackson, which is loaded quickly
+  private static final JsonFactory JSON = new JsonFactory(); // jackson-core only, which loads quickly
 
   private static final long START_SECONDS = 10;
-  private static final long FIRST_PAUSE = 100; // ms before it is started again; doubles
-  private static final long LAST_PAUSE = 2_000; // what a dead front has left is taken over by the next: within 5 s in all
-  private static final long HEALTHY_SECONDS = 60; // after as long the pauses start over
+  private static final long FIRST_PAUSE = 100; // ms before the first restart; doubles each time
+  private static final long LAST_PAUSE = 2_000; // short, so that the next front cleans up after a dead one within 5 s
+  private static final long HEALTHY_SECONDS = 60; // after this time without a failure pauses start at FIRST_PAUSE again
   private static final long END_SECONDS = 2;
 
-  // The environment of the child, as cmd/flightsvc/detach.go has it: what Spark sets for its own processes, such as
-  // OMP_NUM_THREADS, is wrong for a server.
+  // The variables that the child inherits, as in cmd/flightsvc/detach.go. Those that Spark sets for its own processes,
+  // such as OMP_NUM_THREADS, are wrong for a server.
   private static final Set<String> KEPT =
       new HashSet<>(
           Arrays.asList(
@@ -61,22 +61,22 @@ final class Sidecar {
   private final ScheduledExecutorService clock;
   private final Runnable changed;
   private final Thread owner = new Thread(this::keep, "flightsvc-sidecar");
-  private final CountDownLatch settled = new CountDownLatch(1); // the first start, either way
+  private final CountDownLatch settled = new CountDownLatch(1); // the first start has succeeded or failed
 
   // Guarded by this.
   private boolean closed;
-  private Process process; // the last that was started
-  private String endpoint; // of the first front; all later ones serve there, too
-  private String reason = "it has not started yet"; // why there is none now; null while it serves
-  private Figures before = Figures.NONE; // of the fronts before this one
+  private Process process; // the latest one
+  private String endpoint; // of the first front; later ones use it, too
+  private String reason = "it has not started yet"; // why no front serves now; null while one does
+  private Figures before = Figures.NONE; // sums of the earlier fronts
   private Figures current = Figures.NONE;
 
   /**
-   * Takes what a sidecar needs; {@link #start} starts it.
+   * Makes a sidecar; {@link #start} starts it.
    *
-   * @param command the command line without its endpoint; asked for at each start
-   * @param endpointFile where its endpoint is written for the workers
-   * @param clock bounds each start
+   * @param command the command line without the endpoint; called before each start
+   * @param endpointFile the file in which workers find the endpoint
+   * @param clock limits the time of each start
    * @param changed called, in the sidecar's thread, after each start and each end
    */
   Sidecar(Callable<List<String>> command, Path endpointFile, ScheduledExecutorService clock, Runnable changed) {
@@ -87,7 +87,7 @@ final class Sidecar {
     owner.setDaemon(true);
   }
 
-  /** Starts it, and returns once it serves or has not started. */
+  /** Starts it, and returns when it serves or its start has failed. */
   void start() throws InterruptedException {
     owner.start();
     settled.await();
@@ -107,14 +107,14 @@ final class Sidecar {
     return before.plus(current);
   }
 
-  /** Ends the front, by force if it takes long, and takes its endpoint back. */
+  /** Ends the front, by force if it takes long, and removes the endpoint file. */
   void close() throws InterruptedException {
     Process last;
     synchronized (this) {
       closed = true;
       last = process;
     }
-    owner.interrupt(); // from a pause
+    owner.interrupt(); // if it pauses before a restart
     if (last != null) {
       end(last);
     }
@@ -147,7 +147,7 @@ final class Sidecar {
           why = serve();
         } catch (InterruptedException e) {
           return;
-        } catch (Exception e) { // whatever it is, the executor goes on
+        } catch (Exception e) { // of any kind: the executor must continue
           why = e.getMessage() == null ? e.toString() : e.getMessage();
         }
         if (System.nanoTime() - began > TimeUnit.SECONDS.toNanos(HEALTHY_SECONDS)) {
@@ -210,7 +210,7 @@ final class Sidecar {
     if (serving) {
       return "flightsvc has ended: " + how;
     }
-    copy.join(TimeUnit.SECONDS.toMillis(END_SECONDS)); // it may be somebody else's, too, and so go on
+    copy.join(TimeUnit.SECONDS.toMillis(END_SECONDS)); // a time limit, since another process may hold the pipe open
     String last = copy.last();
     return "flightsvc did not start: " + (last.isEmpty() ? how : last);
   }
@@ -227,7 +227,7 @@ final class Sidecar {
         .environment()
         .keySet()
         .removeIf(name -> !KEPT.contains(name) && KEPT_PREFIXES.stream().noneMatch(name::startsWith));
-    synchronized (this) { // so that close sees either this process or no start
+    synchronized (this) { // so that close sees this process, or none is started
       if (closed) {
         throw new InterruptedException();
       }
@@ -270,7 +270,7 @@ final class Sidecar {
     return fields;
   }
 
-  /** Passes what the child logs on to this JVM's standard error, and keeps its last words. */
+  /** Copies the child's log to this JVM's standard error, and keeps its last line that is not JSON. */
   private static final class LogCopy extends Thread {
     private final InputStream from;
     private volatile String last = "";
@@ -281,7 +281,7 @@ final class Sidecar {
       setDaemon(true);
     }
 
-    /** Returns the last line that is none of its log, which is JSON. */
+    /** Returns the last line that is not JSON, and so not a line of its log. */
     String last() {
       return last;
     }

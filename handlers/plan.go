@@ -1,0 +1,106 @@
+package handlers
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/apache/arrow/go/v15/arrow"
+	"github.com/apache/arrow/go/v15/arrow/flight"
+
+	"flightsvc/internal/batch"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+// ParseDescriptor is protocol.ParseDescriptor for a Flight descriptor, which must be a command.
+func ParseDescriptor(fd *flight.FlightDescriptor) (*protocol.Descriptor, error) {
+	if fd == nil || fd.GetType() != flight.DescriptorCMD {
+		return nil, fault.New(fault.BadRequest,
+			"the stream's first message must hold a CMD descriptor, JSON such as {\"v\":1,\"model\":\"name\"}")
+	}
+	return protocol.ParseDescriptor(fd.GetCmd())
+}
+
+// Plan joins a descriptor with the signature of a model that it names.
+func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error) {
+	signature, err := model.Signature(d.Signature)
+	if err != nil {
+		return nil, fault.New(kindOf(err), "model %s: %w", d.Model, err)
+	}
+	if signature.Assigns != "" {
+		return nil, d.Annotate(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again "+
+			"after a fault would be answered differently; export a signature that only reads", signature.Assigns))
+	}
+	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: schemaMetadata(d, signature)}
+	if options.Pictures, err = pictureTensors(d, signature); err != nil {
+		return nil, d.Annotate(err)
+	}
+	if d.OnError == protocol.OnErrorColumn {
+		options.ErrorColumn = d.ErrorColumn
+	}
+	plan, err := tensor.NewPlan(signature, options)
+	if err != nil {
+		return nil, d.Annotate(err)
+	}
+	return plan, nil
+}
+
+// pictureTensors says what the pictures of each input become, and settles the types that the descriptor leaves open.
+func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map[string]tensor.Made, error) {
+	all := make(map[string]tensor.Made, len(d.Preprocess))
+	for name, p := range d.Preprocess {
+		if d.Model == protocol.Image {
+			all[name] = tensor.Made{DType: savedmodel.String, Shape: []int64{-1}}
+			continue
+		}
+		at := slices.IndexFunc(signature.Inputs, func(spec savedmodel.Spec) bool { return spec.Name == name })
+		if p.DType == "" && at >= 0 { // tensor.NewPlan refuses a name that the signature lacks
+			p.DType = signature.Inputs[at].DType.String()
+			if p.Type() == 0 {
+				return nil, fault.New(fault.BadRequest, "preprocess of input %q, which is %s: pictures become %s",
+					name, p.DType, protocol.PictureTypes)
+			}
+			d.Preprocess[name] = p
+		}
+		all[name] = tensor.Made{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]), int64(p.ChannelCount())}}
+	}
+	return all, nil
+}
+
+// schemaMetadata is what the schema of the answer says about the request.
+func schemaMetadata(d *protocol.Descriptor, signature savedmodel.Signature) arrow.Metadata {
+	type input struct {
+		protocol.TensorMetadata
+		Column string `json:"column,omitempty"`
+	}
+	inputs := make([]input, 0, len(signature.Inputs))
+	for _, about := range protocol.Tensors(signature.Inputs) {
+		entry, _ := d.Inputs.Find(about.Name)
+		inputs = append(inputs, input{about, entry.Column})
+	}
+	text := func(v any) string {
+		data, err := json.Marshal(v)
+		if err != nil {
+			panic(fmt.Sprintf("numbers and strings always encode: %v", err))
+		}
+		return string(data)
+	}
+	return arrow.NewMetadata(
+		[]string{"flightsvc.v", "flightsvc.features", "flightsvc.inputs"},
+		[]string{strconv.Itoa(protocol.Version), text(protocol.Features), text(inputs)})
+}
+
+// batchLimits says to the batcher what a descriptor asks of it.
+func batchLimits(b protocol.Batching) batch.Limits {
+	const most = math.MaxInt64 / int64(time.Microsecond)
+	return batch.Limits{
+		Off: b.Off, MaxBatchSize: b.MaxBatchSize,
+		BatchTimeout: time.Duration(min(b.BatchTimeoutMicros, most)) * time.Microsecond,
+	}
+}

@@ -1,0 +1,120 @@
+package control
+
+import (
+	"slices"
+	"time"
+
+	"flightsvc/internal/fault"
+)
+
+// Setup is the first line that a runner reads on its standard input, as JSON. The end of that
+// input ends the runner.
+type Setup struct {
+	Model    string `json:"model"` // reference, for messages
+	Dir      string `json:"dir"`   // folder of the SavedModel that is loaded, "" for the built-in model Image
+	Socket   string `json:"socket"`
+	Key      []byte `json:"key"` // for leases
+	Server   string `json:"server"`
+	LogLevel string `json:"log_level"`
+
+	Cores       int      `json:"cores"` // threads of each of TensorFlow's pools
+	Batching    Batching `json:"batching"`
+	OpLibraries []string `json:"op_libraries,omitempty"` // absolute, and allowed
+	WarmUp      bool     `json:"warm_up"`
+
+	// Device is the UUID of the GPU or MIG instance that the runner's environment shows to TensorFlow, "" for none;
+	// DeviceBytes bounds what TensorFlow takes of its memory, 0 is no bound.
+	Device      string `json:"device,omitempty"`
+	DeviceBytes int64  `json:"device_bytes,omitempty"`
+
+	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
+	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
+
+	Measure *Measurement `json:"measure,omitempty"` // measure and end, in place of serving
+}
+
+// Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready, or with an
+// Error; Warming may come before. Later ones tell of streams.
+type Report struct {
+	Build      string     `json:"build,omitempty"`
+	TensorFlow string     `json:"tensorflow,omitempty"` // version of the library
+	Warming    bool       `json:"warming,omitempty"`    // the model is loaded and runs for the first time
+	Ready      bool       `json:"ready,omitempty"`
+	Error      string     `json:"error,omitempty"`
+	Kind       fault.Kind `json:"kind,omitempty"`
+	NoMemory   bool       `json:"no_memory,omitempty"` // with Error: the device had no memory for the model
+
+	Opened   string `json:"opened,omitempty"`   // lease of a stream that opened
+	Closed   string `json:"closed,omitempty"`   // lease of a stream that closed
+	Resting  string `json:"resting,omitempty"`  // lease of a stream on which nothing has moved for StreamRest
+	Stirring string `json:"stirring,omitempty"` // lease of a stream that rested and moves again
+	Answered bool   `json:"answered,omitempty"` // once: the runner has answered its first record batch
+	// DeviceBatch is the most rows of a run that fit into the device's memory, when that turned out to be
+	// fewer than asked for. Pressed says that not even one row did: the front may make room by ending others.
+	DeviceBatch int  `json:"device_batch,omitempty"`
+	Pressed     bool `json:"pressed,omitempty"`
+	// Counts come with any other report, and once a second, while they change.
+	Counts *Counts `json:"counts,omitempty"`
+
+	Measured []Measured `json:"measured,omitempty"` // what Setup.Measure asked for, in place of Ready
+}
+
+// Counts are what a runner has done since its start, and what waits.
+type Counts struct {
+	Rows         int64   `json:"rows"`          // answered, those that were refused included
+	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
+	Runs         int64   `json:"runs"`          // of TensorFlow, a batch each
+	JoinedRuns   int64   `json:"joined_runs"`   // those that served more than one stream
+	Queued       int64   `json:"queued"`        // rows that wait for a run now
+	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited; those that wait at once count each
+	RunSeconds   float64 `json:"run_seconds"`   // of all runs; those at once count each
+}
+
+// Add returns the sum of two counts.
+func (c Counts) Add(other Counts) Counts {
+	return Counts{
+		Rows: c.Rows + other.Rows, Errors: c.Errors + other.Errors, Runs: c.Runs + other.Runs,
+		JoinedRuns: c.JoinedRuns + other.JoinedRuns, Queued: c.Queued + other.Queued,
+		QueueSeconds: c.QueueSeconds + other.QueueSeconds, RunSeconds: c.RunSeconds + other.RunSeconds,
+	}
+}
+
+// Sub returns what was counted since other.
+func (c Counts) Sub(other Counts) Counts {
+	return Counts{
+		Rows: c.Rows - other.Rows, Errors: c.Errors - other.Errors, Runs: c.Runs - other.Runs,
+		JoinedRuns: c.JoinedRuns - other.JoinedRuns, Queued: c.Queued - other.Queued,
+		QueueSeconds: c.QueueSeconds - other.QueueSeconds, RunSeconds: c.RunSeconds - other.RunSeconds,
+	}
+}
+
+// Batching is how a model is batched, in TF Serving's words. Zero leaves a number at its default.
+type Batching struct {
+	MaxBatchSize       int   `json:"max_batch_size,omitempty"`       // rows of one run, 1,024
+	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"` // the longest that a stream may ask to wait for others' rows, 10,000
+	MaxEnqueuedBatches int   `json:"max_enqueued_batches,omitempty"` // waiting record batches at which a runner takes no further stream, 128
+	NumBatchThreads    int   `json:"num_batch_threads,omitempty"`    // runs at once, as many as cores
+	// AllowedBatchSizes are the only numbers of rows that TensorFlow sees, ascending: a smaller batch is padded
+	// with copies of its first row. The last one is MaxBatchSize. None allows all.
+	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
+}
+
+// UpTo returns the same with no more rows of a run than most, but for the smallest of the allowed batch sizes.
+func (b Batching) UpTo(most int) Batching {
+	if sizes := b.AllowedBatchSizes; len(sizes) > 0 {
+		n, _ := slices.BinarySearch(sizes, most+1)
+		b.AllowedBatchSizes = sizes[:max(n, 1)]
+		b.MaxBatchSize = b.AllowedBatchSizes[len(b.AllowedBatchSizes)-1]
+	} else if b.MaxBatchSize == 0 || b.MaxBatchSize > most {
+		b.MaxBatchSize = most
+	}
+	return b
+}
+
+// SettingsFile is the name of a model's settings. It lies beside the numbered folders of its versions, or in the
+// folder of a SavedModel that has none.
+const SettingsFile = "flightsvc.json"
+
+// StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops
+// keeping its runner in memory.
+const StreamRest = 5 * time.Second

@@ -1,0 +1,66 @@
+package control
+
+import (
+	"encoding/gob"
+	"os"
+	"path/filepath"
+	"time"
+
+	"flightsvc/internal/savedmodel"
+)
+
+// Measurement asks a runner to measure itself: it loads the model as its Setup says, runs one signature on
+// made-up rows through its own scheduler, reports, and ends. It serves no stream.
+//
+// Rows are made from a seed: floats are uniform in [0, 1), whole numbers and bools 0 or 1. A signature with a
+// string input, or with an unknown dimension besides that of the rows, cannot be measured so.
+type Measurement struct {
+	Signature  string        `json:"signature"`
+	BatchSizes []int         `json:"batch_sizes"` // rows of one run, ascending; what does not fit into one run is left out
+	Window     time.Duration `json:"window"`      // of one measurement, and two runs of each caller at least
+	Windows    int           `json:"windows"`     // for each batch size, the sizes in turns
+	LongestRun time.Duration `json:"longest_run"` // batches whose run would take longer, by the one before, are left out; 0 is no bound
+	Seed       uint64        `json:"seed"`
+	Folder     string        `json:"folder"` // gets the outputs of one batch; see ReadAnswers
+}
+
+// Measured is what came of one batch size.
+type Measured struct {
+	BatchSize int     `json:"max_batch_size"`
+	Best      float64 `json:"best"`   // rows/s of the fastest window
+	Median    float64 `json:"median"` // rows/s of the median window
+}
+
+// MeasuredOutput is an output tensor of the batch that all candidates run, so that their answers can be compared.
+type MeasuredOutput struct {
+	Name    string
+	DType   savedmodel.DType
+	Shape   []int64
+	Data    []byte // little endian
+	Strings [][]byte
+}
+
+const answersFile = "answers.gob"
+
+// WriteAnswers writes outputs into a folder, for ReadAnswers.
+func WriteAnswers(folder string, outputs []MeasuredOutput) error {
+	file, err := os.Create(filepath.Join(folder, answersFile)) //nolint:gosec // a folder of the front's
+	if err != nil {
+		return err
+	}
+	err = gob.NewEncoder(file).Encode(outputs)
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+// ReadAnswers reads what a runner wrote into the folder of its Measurement.
+func ReadAnswers(folder string) (outputs []MeasuredOutput, err error) {
+	file, err := os.Open(filepath.Join(folder, answersFile)) //nolint:gosec // a folder of the front's
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = file.Close() }()
+	return outputs, gob.NewDecoder(file).Decode(&outputs)
+}

@@ -1,0 +1,32 @@
+package protocol
+
+import (
+	"encoding/json"
+	"fmt"
+)
+
+// RetryAfter is the trailing metadata that says in milliseconds when to ask a server again that is full now.
+const RetryAfter = "retry-after-ms"
+
+// AnswerMetadata is the app_metadata of an answered record batch. Times are microseconds.
+type AnswerMetadata struct {
+	Batch   int64  `json:"batch"` // which input record batch this answers, from 0
+	Last    bool   `json:"last"`  // whether it is the last part of that answer
+	QueueUS int64  `json:"queue_us"`
+	RunUS   int64  `json:"run_us"`
+	TotalUS int64  `json:"total_us"`
+	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs it was part of, other streams' included
+	Server  string `json:"server,omitempty"` // on the first answer only
+}
+
+// Encode returns the metadata as JSON.
+func (m AnswerMetadata) Encode() []byte { return encode(m) }
+
+// encode writes what cannot fail to be written: structs of numbers, strings and bools.
+func encode(v any) []byte {
+	data, err := json.Marshal(v)
+	if err != nil {
+		panic(fmt.Sprintf("numbers and strings always encode: %v", err))
+	}
+	return data
+}

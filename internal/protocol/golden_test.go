@@ -1,0 +1,129 @@
+package protocol
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"testing"
+
+	"flightsvc/internal/expect"
+	"flightsvc/internal/fault"
+)
+
+// golden is the folder of the files that testdata/make_golden.py has written.
+const golden = "../../testdata/golden"
+
+// readGolden decodes one of the JSON files strictly.
+func readGolden(t *testing.T, name string, v any) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(golden, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+}
+
+// sameJSON compares two JSON texts by what they say; the order of fields does not matter.
+func sameJSON(t *testing.T, got, want []byte) {
+	t.Helper()
+	var values [2]any
+	for i, text := range [][]byte{got, want} {
+		if err := json.Unmarshal(text, &values[i]); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+	}
+	if !reflect.DeepEqual(values[0], values[1]) {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
+
+// keys returns the names in a JSON object, in order.
+func keys(t *testing.T, object json.RawMessage) (names []string) {
+	t.Helper()
+	if len(object) == 0 {
+		return nil
+	}
+	dec := json.NewDecoder(bytes.NewReader(object))
+	if _, err := dec.Token(); err != nil {
+		t.Fatal(err)
+	}
+	for dec.More() {
+		name, err := dec.Token()
+		var value json.RawMessage
+		if err == nil {
+			err = dec.Decode(&value)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		names = append(names, name.(string))
+	}
+	return names
+}
+
+func TestGoldenDescriptors(t *testing.T) {
+	var file struct {
+		Taken []struct {
+			Name, Text string
+			Means      json.RawMessage
+		}
+		Refused, Unfit []struct {
+			Name, Text string
+			Says       []string
+		}
+	}
+	readGolden(t, "descriptors.json", &file)
+	for _, c := range file.Taken {
+		t.Run(c.Name, func(t *testing.T) {
+			d, err := ParseDescriptor([]byte(c.Text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := d.Command()
+			if err != nil {
+				t.Fatal(err)
+			}
+			sameJSON(t, got, c.Means)
+			var mappings [2]struct{ Inputs, Outputs json.RawMessage }
+			for i, text := range [][]byte{got, c.Means} {
+				if err := json.Unmarshal(text, &mappings[i]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got, want := keys(t, mappings[0].Inputs), keys(t, mappings[1].Inputs); !slices.Equal(got, want) {
+				t.Errorf("inputs are %q, want %q", got, want)
+			}
+			if got, want := keys(t, mappings[0].Outputs), keys(t, mappings[1].Outputs); !slices.Equal(got, want) {
+				t.Errorf("outputs are %q, want %q", got, want)
+			}
+			again, err := ParseDescriptor([]byte(string(got)))
+			if err != nil || !reflect.DeepEqual(again, d) {
+				t.Errorf("as a ticket it means %+v, %v; before %+v", again, err, d)
+			}
+		})
+	}
+	for _, c := range file.Refused {
+		t.Run(c.Name, func(t *testing.T) {
+			_, err := ParseDescriptor([]byte(c.Text))
+			expect.Fault(t, err, fault.BadRequest, c.Says...)
+		})
+	}
+}
+
+func TestGoldenAppMetadata(t *testing.T) {
+	var file []struct {
+		Text string
+		Says AnswerMetadata
+	}
+	readGolden(t, "app_metadata.json", &file)
+	for _, c := range file {
+		sameJSON(t, c.Says.Encode(), []byte(c.Text))
+	}
+}

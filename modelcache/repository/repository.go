@@ -1,0 +1,261 @@
+package repository
+
+import (
+	"cmp"
+	"context"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+)
+
+// Options are what a Repository needs.
+type Options struct {
+	ModelRoot    string        // folder or URI in which names are looked up; "" for none
+	CacheDir     string        // for fetched and pushed models; made when the first arrives
+	CacheBytes   int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
+	PollInterval time.Duration // how old a listing of a store may be; 0 is any age
+	OpLibraries  []string      // files and folders of custom operations that models may load
+	Quiet        time.Duration // for which a version must stay the same before it counts; a second if 0
+	Log          *zap.Logger
+}
+
+// Repository finds models in folders and in stores, and keeps those that were fetched or pushed. Its methods are safe
+// for concurrent use.
+type Repository struct {
+	options Options
+	ctx     context.Context // ends when the Repository closes
+	stop    context.CancelFunc
+	mu      sync.Mutex     // held while work begins, and while ctx ends
+	working sync.WaitGroup // fetches, digests, pushes and collections
+
+	read      readings
+	seen      sightings
+	stores    stores
+	fetches   shared[string] // digests, by URI and stamp
+	origins   sync.Map       // digests, by path of the note
+	digesting shared[string]
+	digests   sync.Map // by folder and stamp
+
+	collecting atomic.Bool // a collection is on its way and has not begun
+	collected  sync.Mutex  // held by a collection
+}
+
+// New returns a repository. It clears away what dead fronts left in the cache-dir.
+func New(options Options) *Repository {
+	ctx, stop := context.WithCancel(context.Background())
+	options.Quiet = cmp.Or(options.Quiet, quiet)
+	r := &Repository{options: options, ctx: ctx, stop: stop}
+	r.sweep()
+	r.collectSoon()
+	return r
+}
+
+// ErrClosing is the fault of whatever is asked of a server that ends.
+var ErrClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
+
+// begin counts work that Close has to await, with working.Done at its end; false where the repository is closing.
+func (r *Repository) begin() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ctx.Err() != nil {
+		return false
+	}
+	r.working.Add(1)
+	return true
+}
+
+// Close ends what is under way and awaits it, and pushes, which end with their callers' streams.
+func (r *Repository) Close() {
+	r.mu.Lock()
+	r.stop()
+	r.mu.Unlock()
+	r.working.Wait()
+	r.stores.close()
+}
+
+// Model is a reference that was resolved to a folder.
+type Model struct {
+	Ref     string // as the caller wrote it
+	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
+	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
+	Base    string // what the reference names: an absolute folder or a URI, "" for the one that is built in
+	Stamp   string // fingerprint of the version's files: another one when any of them changes; "" for the one that is built in
+	Digest  string // of the files, "" until it is known
+	Saved   *savedmodel.Model
+	// Settings are the owner's.
+	Settings Settings
+}
+
+// Latest asks for the highest version.
+const Latest = "latest"
+
+// Find returns what a reference names now. The highest version is the highest that has settled; where there is none
+// yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is fetched.
+func (r *Repository) Find(ctx context.Context, ref, version string) (Model, error) {
+	return r.lookUp(ctx, ref, version, true)
+}
+
+// lookUp is find; without wait it neither waits for a version nor marks a cached model as used.
+func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
+	version = cmp.Or(version, Latest)
+	if ref == protocol.Image {
+		model, ok := resolveImage(version)
+		if !ok {
+			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref, version, model.Version)
+		}
+		return model, nil
+	}
+	base, at, err := r.locate(ref)
+	if err != nil {
+		return Model{}, err
+	}
+	if at != nil {
+		return r.findRemote(ctx, ref, version, *at, wait)
+	}
+	model, now, err := r.findLocal(ctx, ref, version, base, wait)
+	if err != nil {
+		return Model{}, err
+	}
+	if filepath.Dir(base) == r.models() {
+		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
+			r.touch(base)
+		}
+	}
+	if model.Settings, err = readSettings(base); err != nil {
+		return Model{}, err
+	}
+	return r.withSaved(model, now)
+}
+
+func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
+	if info, err := os.Stat(base); err != nil || !info.IsDir() {
+		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
+	}
+	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
+	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
+		if version != Latest && version != model.Version {
+			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
+		}
+		if now, err = scan(base); err != nil {
+			return model, now, fault.New(fault.BadRequest, "model %s: %w", ref, err)
+		}
+		model.Stamp = now.stamp
+		return model, now, nil
+	}
+	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return r.local(base), nil })
+	switch {
+	case err != nil:
+	case number == "":
+		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+	default:
+		model.Version, model.Dir, model.Stamp = number, filepath.Join(base, number), now.stamp
+	}
+	return model, now, err
+}
+
+// withSaved reads what the model says about itself, as far as its settings let it be served.
+func (r *Repository) withSaved(model Model, now snapshot) (Model, error) {
+	saved, err := r.read.model(model.Dir, now)
+	if err != nil {
+		return Model{}, err
+	}
+	if model.Saved, err = model.Settings.served(saved); err != nil {
+		return Model{}, err
+	}
+	return model, nil
+}
+
+// readings remembers what SavedModels say about themselves, for as long as their file stays the
+// same. Its zero value is ready.
+type readings struct {
+	mu    sync.Mutex         // guards known
+	known map[string]reading // by folder
+}
+
+type reading struct {
+	changed time.Time
+	size    int64
+	model   *savedmodel.Model
+}
+
+// model returns what savedmodel.Read returns. now is how the folder looked before.
+func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
+	graph, _ := now.find(savedmodel.File)
+	r.mu.Lock()
+	known, ok := r.known[dir]
+	r.mu.Unlock()
+	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
+		return known.model, nil
+	}
+	model, err := savedmodel.Read(dir)
+	if err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.known == nil {
+		r.known = map[string]reading{}
+	}
+	r.known[dir] = reading{changed: graph.changed, size: graph.size, model: model}
+	return model, nil
+}
+
+// resolveImage is Find for the model that is built in.
+func resolveImage(version string) (Model, bool) {
+	return Model{Ref: protocol.Image, Version: "1", Saved: protocol.ImageModel}, version == Latest || version == "1"
+}
+
+// locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place
+// in a store.
+func (r *Repository) locate(ref string) (string, *location, error) {
+	root := r.options.ModelRoot
+	scheme, rest, hasScheme := strings.Cut(ref, ":")
+	switch {
+	case filepath.IsAbs(ref):
+		return filepath.Clean(ref), nil, nil
+	case hasScheme && scheme == "file":
+		uri, err := url.Parse(ref)
+		if err != nil || uri.Host != "" || !filepath.IsAbs(uri.Path) {
+			return "", nil, fault.New(fault.BadRequest, "model %q: want file:///absolute/path", ref)
+		}
+		return filepath.Clean(uri.Path), nil, nil
+	case hasScheme && scheme == "sha256":
+		dir, err := r.pushed(ref)
+		return dir, nil, err
+	case hasScheme && (slices.Contains(schemes, scheme) || strings.HasPrefix(rest, "//")):
+		at, err := parseLocation(ref)
+		if err != nil {
+			if parsed, parseErr := url.Parse(ref); parseErr == nil {
+				ref = parsed.Redacted()
+			}
+			return "", nil, fault.New(fault.BadRequest, "model %q: %w", ref, err)
+		}
+		return at.uri, &at, nil
+	case hasScheme:
+		return "", nil, fault.New(fault.BadRequest, "model %q: this server reads %s, absolute paths, sha256: digests of pushed models and names below its model-root", ref, knownSchemes)
+	case root == "":
+		return "", nil, fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
+	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
+		return "", nil, fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
+	}
+	if !IsURI(root) {
+		return filepath.Join(root, ref), nil, nil
+	}
+	at, err := parseLocation(root)
+	if err != nil {
+		return "", nil, fault.New(fault.Precondition, "model-root: %w", err)
+	}
+	at = at.below(ref)
+	return at.uri, &at, nil
+}

@@ -1,0 +1,117 @@
+package repository
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"flightsvc/internal/config"
+	"flightsvc/internal/control"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// Settings are what the owner of a model says about serving it. The zero value is the default of each.
+type Settings struct {
+	Batching      control.Batching  `json:"batching,omitzero"`
+	Signatures    []string          `json:"signatures,omitempty"`     // those that are served; none means all
+	OpLibraries   []string          `json:"op_libraries,omitempty"`   // files with custom operations, relative to the settings' folder
+	VersionLabels map[string]uint64 `json:"version_labels,omitempty"` // names of versions
+	Memory        config.Bytes      `json:"memory,omitzero"`          // of the host that a runner of this model is counted with, at least
+	DeviceMemory  config.Bytes      `json:"device_memory,omitzero"`   // of a GPU that TensorFlow may take; also what the model is placed with
+	Cores         int               `json:"cores,omitempty"`          // threads; never more than the server's
+	KeepAlive     config.Duration   `json:"keep_alive,omitzero"`      // how long a runner stays without a stream; negative is for ever
+	WarmUp        string            `json:"warm_up,omitempty"`        // WarmUpAuto or WarmUpOff
+	Device        string            `json:"device,omitempty"`         // as in a descriptor; goes before "auto" of a request
+}
+
+// Whether a runner runs a model before it counts as ready.
+const (
+	WarmUpAuto = "auto" // with the records in assets.extra/tf_serving_warmup_requests, else with zeros
+	WarmUpOff  = "off"
+)
+
+// readSettings reads the settings file in a folder; without one all is at its default. Its fault is
+// BadRequest and names the file and what is wrong in it.
+func readSettings(folder string) (Settings, error) {
+	path := filepath.Join(folder, control.SettingsFile)
+	text, err := os.ReadFile(path) //nolint:gosec // beside the model
+	if errors.Is(err, fs.ErrNotExist) {
+		return Settings{}, nil
+	}
+	if err != nil {
+		return Settings{}, fault.New(fault.Precondition, "settings of the model: %w", err)
+	}
+	return parseSettings(text, path)
+}
+
+// parseSettings reads the text of a settings file; path says where it lies, and what files in it are relative to.
+func parseSettings(text []byte, path string) (Settings, error) {
+	var s Settings
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&s); err != nil {
+		return Settings{}, fault.New(fault.BadRequest, "%s: %w", path, err)
+	}
+	if err := s.check(); err != nil {
+		return Settings{}, fault.New(fault.BadRequest, "%s: %w", path, err)
+	}
+	for i, library := range s.OpLibraries {
+		if !filepath.IsAbs(library) {
+			s.OpLibraries[i] = filepath.Join(filepath.Dir(path), library)
+		}
+	}
+	return s, nil
+}
+
+func (s *Settings) check() error {
+	b := &s.Batching
+	switch {
+	case b.MaxBatchSize < 0 || b.BatchTimeoutMicros < 0 || b.MaxEnqueuedBatches < 0 || b.NumBatchThreads < 0:
+		return fmt.Errorf("a number of batching is negative")
+	case s.Cores < 0 || s.Memory < 0:
+		return fmt.Errorf("cores and memory cannot be negative")
+	case s.WarmUp != "" && s.WarmUp != WarmUpAuto && s.WarmUp != WarmUpOff:
+		return fmt.Errorf("warm_up is %q; want %q or %q", s.WarmUp, WarmUpAuto, WarmUpOff)
+	}
+	for name := range s.VersionLabels {
+		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == Latest || name == "" {
+			return fmt.Errorf("version_labels has %q; a label is neither a number nor %q", name, Latest)
+		}
+	}
+	sizes := b.AllowedBatchSizes
+	if len(sizes) == 0 {
+		return nil
+	}
+	if sizes[0] < 1 || !slices.IsSorted(sizes) || len(slices.Compact(slices.Clone(sizes))) != len(sizes) {
+		return fmt.Errorf("allowed_batch_sizes are %v; want them ascending, from 1 or more", sizes)
+	}
+	if last := sizes[len(sizes)-1]; b.MaxBatchSize == 0 {
+		b.MaxBatchSize = last
+	} else if last != b.MaxBatchSize {
+		return fmt.Errorf("the last of allowed_batch_sizes is %d and max_batch_size is %d; they must be the same", last, b.MaxBatchSize)
+	}
+	return nil
+}
+
+// served returns what is left of a SavedModel when only the signatures of the settings are served.
+func (s *Settings) served(saved *savedmodel.Model) (*savedmodel.Model, error) {
+	if len(s.Signatures) == 0 {
+		return saved, nil
+	}
+	left := &savedmodel.Model{Signatures: map[string]savedmodel.Signature{}}
+	for _, name := range s.Signatures {
+		signature, ok := saved.Signatures[name]
+		if !ok {
+			return nil, fault.New(fault.BadRequest, "%s serves the signature %q, which the model does not have; it has %q", control.SettingsFile, name, saved.Names())
+		}
+		left.Signatures[name] = signature
+	}
+	return left, nil
+}

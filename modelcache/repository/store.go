@@ -1,0 +1,151 @@
+package repository
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/rundir"
+	"flightsvc/internal/savedmodel"
+)
+
+// Pushed models lie in <cache-dir>/models/<hex>, each complete from the moment that it has its name. A push
+// unpacks beside them, into a folder with the name of this process, which a later front can tell is dead:
+//
+//	<cache-dir>/models/<64 hex>/saved_model.pb
+//	<cache-dir>/models/.push-<pid>-<start>-<random>/
+const pushPattern = ".push-%d-%d-"
+
+func (r *Repository) models() string { return filepath.Join(r.options.CacheDir, "models") }
+
+// pushed returns the folder of a pushed model.
+func (r *Repository) pushed(digest string) (string, error) {
+	if err := CheckDigest(digest); err != nil {
+		return "", err
+	}
+	if !r.known(digest) {
+		return "", fault.New(fault.NotFound, "model %s: it has not been pushed to this host; push its folder with DoPut (Client.push in Python)", digest)
+	}
+	return r.Place(digest), nil
+}
+
+func (r *Repository) Place(digest string) string {
+	return filepath.Join(r.models(), strings.TrimPrefix(digest, "sha256:"))
+}
+
+// Known reports whether the model of a digest, which CheckDigest takes, lies on this host; whoever asks is about to
+// use it.
+func (r *Repository) Known(digest string) bool {
+	r.touch(r.Place(digest))
+	return r.known(digest)
+}
+
+func (r *Repository) known(digest string) bool {
+	_, err := os.Stat(filepath.Join(r.Place(digest), savedmodel.File))
+	return err == nil
+}
+
+// Push unpacks a plain POSIX tar of a SavedModel's folder and keeps it under its digest, which it returns,
+// with whether it was known before. The archive is read once, as it is unpacked; what it may hold is said at unpack.
+// want is the digest that it must have, "" for any. After an error nothing of it is left.
+//
+// Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where
+// the cache-dir cannot be used, Unavailable if the cache is closing; an error of the reader stays as it is.
+func (r *Repository) Push(archive io.Reader, want string) (digest string, known bool, err error) {
+	if !r.begin() {
+		return "", false, ErrClosing
+	}
+	defer r.working.Done()
+
+	dir, err := r.beside(pushPattern)
+	if err != nil {
+		return "", false, r.diskFault(err)
+	}
+	defer func() {
+		if rmErr := os.RemoveAll(dir); rmErr != nil { // nothing is there once it has its name
+			r.options.Log.Warn("push not cleared away", zap.Error(rmErr))
+		}
+	}()
+	digest, err = unpack(dir, archive)
+	if err != nil {
+		return "", false, r.diskFault(err)
+	}
+	if want != "" && digest != want {
+		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
+	}
+	if _, err := savedmodel.Read(dir); err != nil {
+		return "", false, fault.New(fault.BadRequest, "the archive's %s cannot be read: %w", savedmodel.File, errors.Unwrap(err))
+	}
+	err = os.Rename(dir, r.Place(digest))
+	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // or another push was first
+		r.touch(r.Place(digest))
+		return digest, true, nil
+	}
+	if err != nil {
+		return "", false, r.diskFault(err)
+	}
+	r.options.Log.Info("model pushed", zap.String("model", digest))
+	r.collectSoon()
+	return digest, false, nil
+}
+
+// Add keeps a SavedModel that write puts into a folder, and returns its digest. After an error, which is that of write
+// if it has one, nothing of it is left.
+func (r *Repository) Add(ctx context.Context, ref string, write func(folder string) error) (digest string, err error) {
+	dir, err := r.beside(pushPattern)
+	if err != nil {
+		return "", r.diskFault(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	out := filepath.Join(dir, "model")
+	if err := write(out); err != nil {
+		return "", err
+	}
+	files, err := scan(out)
+	if err != nil {
+		return "", r.diskFault(err)
+	}
+	if digest, err = digestOf(ctx, Model{Ref: ref, Dir: out, Stamp: files.stamp}); err != nil {
+		return "", err
+	}
+	if err := r.keep(out, digest); err != nil {
+		return "", r.diskFault(err)
+	}
+	r.collectSoon()
+	return digest, nil
+}
+
+// beside makes a folder among the models, with the name of this process in it.
+func (r *Repository) beside(pattern string) (string, error) {
+	if err := rundir.Ensure(r.models()); err != nil {
+		return "", fault.New(fault.Precondition, "cache-dir: %w", err)
+	}
+	self, err := rundir.Of(os.Getpid())
+	if err != nil {
+		return "", err
+	}
+	return os.MkdirTemp(r.models(), fmt.Sprintf(pattern, self.PID, self.Start))
+}
+
+// diskFault makes a fault of an error of the file system, and returns any other as it is.
+func (r *Repository) diskFault(err error) error {
+	var number syscall.Errno
+	switch {
+	case !errors.As(err, &number):
+		return err
+	case number == syscall.ENOSPC || number == syscall.EDQUOT:
+		return fault.New(fault.Exhausted, "there is no space left for this model in cache-dir %s; free some, or set cache-dir to a larger place", r.options.CacheDir)
+	}
+	if _, ok := fault.KindOf(err); ok {
+		return err
+	}
+	return fault.New(fault.Precondition, "cache-dir %s cannot be written (%w); set cache-dir to another place", r.options.CacheDir, number)
+}

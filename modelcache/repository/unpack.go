@@ -1,0 +1,217 @@
+package repository
+
+import (
+	"archive/tar"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+	"unicode"
+	"unicode/utf8"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
+)
+
+// Bounds on an archive. A SavedModel has some ten files; its largest are its weights.
+const (
+	maxArchiveBytes = 64 << 30
+	maxEntries      = 100_000
+	maxNameBytes    = 4096     // of one entry
+	maxNamesBytes   = 32 << 20 // of all, since they are kept for the digest
+	maxPartBytes    = 255      // between two slashes of a name: NAME_MAX of Linux
+	maxDepth        = 64
+	maxGraphBytes   = 2 << 30 // of saved_model.pb: a protocol buffer's own limit
+)
+
+// unpack writes the regular files and folders of a plain POSIX tar below dir, which is empty, and returns the
+// digest of the files. It writes nowhere else, and takes neither owners, times nor modes from the archive.
+//
+// Faults are BadRequest: names that are absolute, hold "..", control characters or other than UTF-8, occur
+// twice, or put a file below a file; links, devices, sparse files and whatever else is no regular file or folder; a
+// bound that is passed; no saved_model.pb at the top; an archive without its end. Errors of archive and of
+// the file system stay as they are.
+func unpack(dir string, archive io.Reader) (string, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = root.Close() }()
+	source := &source{archive: archive, left: maxArchiveBytes}
+	u := unpacking{root: root, entries: tar.NewReader(source), buffer: make([]byte, 256<<10)}
+	for err == nil {
+		err = u.next()
+	}
+	switch {
+	case source.err != nil && source.err != io.EOF: // whatever has become of it on the way
+		return "", source.err
+	case err != io.EOF && errors.As(err, new(syscall.Errno)):
+		return "", err
+	case source.err == io.EOF && u.count == 0:
+		return "", refused("it ends before its first entry; send a plain POSIX tar, not compressed")
+	case source.err == io.EOF: // a whole archive says where it ends
+		return "", refused("it ends early")
+	case err != io.EOF:
+		return "", err
+	}
+	if err := source.rest(u.buffer); err != nil {
+		return "", err
+	}
+	if !slices.ContainsFunc(u.files, func(file listed) bool { return file.path == savedmodel.File }) {
+		return "", refused("there is no %s at its top; send the folder of one SavedModel, its files without a folder around them", savedmodel.File)
+	}
+	return u.files.digest(), nil
+}
+
+// refused is the fault of an archive.
+func refused(format string, args ...any) error {
+	return fault.New(fault.BadRequest, "the archive is refused: "+format, args...)
+}
+
+// source is the archive as it arrives.
+type source struct {
+	archive io.Reader
+	left    int64 // bytes that it may still have
+	err     error // why it ended
+}
+
+// Read is part of io.Reader.
+func (s *source) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	n, err := s.archive.Read(p)
+	if n > 0 && err == io.EOF {
+		err = nil // the next Read says so again
+	}
+	s.left -= int64(n)
+	if s.left < 0 {
+		n, err = 0, refused("it has more than %d bytes", int64(maxArchiveBytes))
+	}
+	s.err = err
+	return n, err
+}
+
+// rest reads what follows the mark of the end: nothing but zeros, which fill the last block.
+func (s *source) rest(buffer []byte) error {
+	for {
+		n, err := s.Read(buffer)
+		if slices.ContainsFunc(buffer[:n], func(b byte) bool { return b != 0 }) {
+			return refused("there is something after its end")
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// unpacking is an archive on its way into a folder.
+type unpacking struct {
+	root    *os.Root
+	entries *tar.Reader
+	buffer  []byte
+
+	count, names int // entries so far, and the bytes of their names
+	files        contents
+}
+
+// next unpacks one entry; io.EOF says that there is none.
+func (u *unpacking) next() error {
+	header, err := u.entries.Next()
+	if err == io.EOF {
+		return err
+	}
+	if err != nil {
+		return refused("it is no plain POSIX tar (%w); send it neither compressed nor in another format", err)
+	}
+	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
+	u.names += len(header.Name)
+	if u.count > maxEntries || u.names > maxNamesBytes {
+		return refused("it has more than %d files and folders, or names of more than %d bytes together", maxEntries, maxNamesBytes)
+	}
+	name, err := checkEntry(header)
+	if err != nil {
+		return err
+	}
+	if header.Typeflag == tar.TypeDir {
+		return u.folder(name)
+	}
+	if err := u.folder(path.Dir(name)); err != nil {
+		return err
+	}
+	file, err := u.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return refused("the name %q occurs twice", name)
+	}
+	if err != nil {
+		return err
+	}
+	sum := sha256.New()
+	size, err := io.CopyBuffer(io.MultiWriter(file, sum), u.entries, u.buffer)
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	if errors.Is(err, tar.ErrHeader) {
+		return refused("it is no plain POSIX tar (%w)", err)
+	}
+	if err != nil {
+		return err
+	}
+	u.files = append(u.files, listed{path: name, size: size, sum: [sha256.Size]byte(sum.Sum(nil))})
+	return nil
+}
+
+// folder makes a folder, and those above it, unless it is there.
+func (u *unpacking) folder(name string) error {
+	err := u.root.MkdirAll(name, 0o700)
+	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTDIR) {
+		return refused("%q is a folder, and it or one above it is a file", name)
+	}
+	return err
+}
+
+// checkEntry returns the path of an entry below the folder, "." for the folder itself.
+func checkEntry(header *tar.Header) (string, error) {
+	name := header.Name
+	if len(name) > maxNameBytes {
+		return "", refused("a name has %d bytes, more than %d", len(name), maxNameBytes)
+	}
+	parts := strings.Split(name, "/")
+	switch {
+	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
+		return "", refused("the name %q holds control characters, or is not UTF-8", name)
+	case path.IsAbs(name):
+		return "", refused("the name %q is absolute", name)
+	case slices.Contains(parts, ".."):
+		return "", refused("the name %q holds \"..\"", name)
+	case len(parts) > maxDepth || slices.ContainsFunc(parts, func(part string) bool { return len(part) > maxPartBytes }):
+		return "", refused("the name %q has more than %d folders, or more than %d bytes between two slashes", name, maxDepth, maxPartBytes)
+	}
+	switch header.Typeflag {
+	case tar.TypeReg, tar.TypeDir:
+	case tar.TypeSymlink, tar.TypeLink:
+		return "", refused("%q is a link; a model holds regular files and folders alone", name)
+	default:
+		return "", refused("%q is of type %q; a model holds regular files and folders alone", name, header.Typeflag)
+	}
+	for key := range header.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return "", refused("%q is a sparse file; a model holds regular files and folders alone", name)
+		}
+	}
+	clean := path.Clean(name)
+	switch {
+	case header.Typeflag == tar.TypeReg && (clean == "." || strings.HasSuffix(name, "/")):
+		return "", refused("%q is no name of a file", name)
+	case clean == savedmodel.File && header.Size > maxGraphBytes:
+		return "", refused("%s has %d bytes, more than %d", savedmodel.File, header.Size, int64(maxGraphBytes))
+	}
+	return clean, nil
+}

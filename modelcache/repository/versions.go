@@ -1,0 +1,354 @@
+package repository
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+)
+
+// A version that is being copied into the repository must never be used. It counts once its files are whole as far
+// as can be told from their names, and nothing of it has changed for a while.
+const (
+	quiet       = time.Second      // for which a folder, or two listings of a store, must stay the same
+	quietRemote = 10 * time.Second // age at which one listing of a store is enough; its clock need not be ours
+	settleWait  = 5 * time.Second  // how long a caller waits for the only version to settle
+	settleTick  = 50 * time.Millisecond
+)
+
+// file is one of a version: in a folder, or an object in a store.
+type file struct {
+	path    string // relative to the version, with /
+	size    int64
+	changed time.Time // ctime, since copying keeps mtimes; of an object its last modification
+	md5     []byte    // where a store gives one
+}
+
+// snapshot is what the files of a version look like at one moment.
+type snapshot struct {
+	at     time.Time // when
+	files  []file    // by path
+	newest time.Time // change of a file or folder
+	links  bool      // there are links among the files
+	id     uint64    // inode of the folder
+	stamp  string    // fingerprint of paths, sizes and changes
+}
+
+// seal sorts the files and takes their fingerprint.
+func (s *snapshot) seal() {
+	slices.SortFunc(s.files, func(a, b file) int { return strings.Compare(a.path, b.path) })
+	var text []byte
+	for _, f := range s.files {
+		text = append(append(text, f.path...), 0)
+		text = strconv.AppendInt(append(strconv.AppendInt(text, f.size, 10), ' '), f.changed.UnixNano(), 10)
+		text = append(hex.AppendEncode(append(text, ' '), f.md5), '\n')
+		if f.changed.After(s.newest) {
+			s.newest = f.changed
+		}
+	}
+	sum := sha256.Sum256(text)
+	s.stamp = hex.EncodeToString(sum[:16])
+}
+
+// find returns one of the files.
+func (s *snapshot) find(name string) (file, bool) {
+	i, ok := slices.BinarySearchFunc(s.files, name, func(f file, name string) int { return strings.Compare(f.path, name) })
+	if !ok {
+		return file{}, false
+	}
+	return s.files[i], true
+}
+
+// whole reports whether the files are those of a SavedModel: its graph, and beside an index of variables all of
+// the data files, which say in their names how many there are.
+func (s *snapshot) whole() bool {
+	if _, ok := s.find(savedmodel.File); !ok {
+		return false
+	}
+	if _, ok := s.find("variables/variables.index"); !ok {
+		return true
+	}
+	shards := map[int]int{} // data files there are, by how many there have to be
+	for _, f := range s.files {
+		const form = "variables/variables.data-%05d-of-%05d"
+		var i, of int // another name that only begins so is a file on its way
+		if n, _ := fmt.Sscanf(f.path, form, &i, &of); n == 2 && i < of && f.path == fmt.Sprintf(form, i, of) {
+			if shards[of]++; shards[of] == of {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// size returns the bytes of all files.
+func (s *snapshot) size() (bytes int64) {
+	for _, f := range s.files {
+		bytes += f.size
+	}
+	return bytes
+}
+
+// scan looks at the files of a folder. Links are followed. Its error is a sentence. It is done for each stream, hence the plain
+// system calls.
+func scan(dir string) (snapshot, error) {
+	s := snapshot{at: time.Now(), files: make([]file, 0, 16)}
+	err := s.folder(unix.AT_FDCWD, dir, "", 0)
+	s.seal()
+	return s, err
+}
+
+// folder looks at the files of the folder name in that of a descriptor; below is its path in the version.
+func (s *snapshot) folder(in int, name, below string, depth int) error {
+	fd, err := unix.Openat(in, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		s.vanished(err)
+		if depth == 0 {
+			return &fs.PathError{Op: "open", Path: name, Err: err}
+		}
+		return nil
+	}
+	folder := os.NewFile(uintptr(fd), name)
+	defer func() { _ = folder.Close() }()
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err == nil {
+		s.change(time.Unix(stat.Ctim.Unix()))
+		if depth == 0 {
+			s.id = stat.Ino
+		}
+	}
+	names, err := folder.Readdirnames(-1)
+	if err != nil {
+		s.vanished(err)
+	}
+	for _, name := range names {
+		err := unix.Fstatat(fd, name, &stat, unix.AT_SYMLINK_NOFOLLOW)
+		if err == nil && stat.Mode&unix.S_IFMT == unix.S_IFLNK {
+			s.links = true
+			s.change(time.Unix(stat.Ctim.Unix()))
+			err = unix.Fstatat(fd, name, &stat, 0)
+		}
+		path := name
+		if below != "" {
+			path = below + "/" + name
+		}
+		switch kind := stat.Mode & unix.S_IFMT; {
+		case err != nil:
+			s.vanished(err)
+			continue
+		case len(s.files) >= maxEntries || depth > maxDepth:
+			return fmt.Errorf("%s has more than %d files, or more than %d folders in each other", folder.Name(), maxEntries, maxDepth)
+		case kind == unix.S_IFDIR:
+			if err := s.folder(fd, name, path, depth+1); err != nil {
+				return err
+			}
+			continue
+		case kind != unix.S_IFREG:
+			s.links = true // a digest refuses it as it does a link
+		}
+		s.files = append(s.files, file{path: path, size: stat.Size, changed: time.Unix(stat.Ctim.Unix())})
+	}
+	return nil
+}
+
+func (s *snapshot) change(at time.Time) {
+	if at.After(s.newest) {
+		s.newest = at
+	}
+}
+
+// vanished takes what went away meanwhile as a change; what may not be read is no matter here.
+func (s *snapshot) vanished(err error) {
+	if os.IsNotExist(err) {
+		s.change(s.at)
+	}
+}
+
+// condition is what is known of a version.
+type condition int
+
+const (
+	absent    condition = iota
+	settling            // it has changed just now
+	unsettled           // it was settled, and has changed since
+	settled
+)
+
+// sightings remembers how versions looked. Its zero value is ready.
+type sightings struct {
+	mu   sync.Mutex
+	seen map[string]sighting // by folder or URI
+}
+
+type sighting struct {
+	stamp   string
+	id      uint64
+	since   time.Time // when it first looked so
+	settled bool      // it was, then or before
+}
+
+// judge says whether a version has settled: its newest change is as old as age, or it has looked the same for the
+// time of quiet. The second serves where clocks disagree.
+func (s *sightings) judge(place string, now snapshot, age time.Duration) condition {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !now.whole() {
+		delete(s.seen, place)
+		if now.at.Sub(now.newest) < age {
+			return settling
+		}
+		return absent
+	}
+	last, ok := s.seen[place]
+	if !ok || last.id != now.id {
+		last = sighting{}
+	}
+	if last.stamp != now.stamp {
+		last.stamp, last.id, last.since = now.stamp, now.id, now.at
+	}
+	state := settling
+	switch {
+	case now.at.Sub(now.newest) >= age || now.at.Sub(last.since) >= quiet:
+		state, last.settled = settled, true
+	case last.settled:
+		state = unsettled
+	}
+	if s.seen == nil {
+		s.seen = map[string]sighting{}
+	}
+	s.seen[place] = last
+	return state
+}
+
+// candidate is a version that may be used.
+type candidate struct {
+	number string
+	look   func() (snapshot, condition)
+}
+
+// byNumber orders versions; of 1 and 01 the first is "1".
+func byNumber(a, b string) int {
+	x, _ := strconv.ParseUint(a, 10, 63)
+	y, _ := strconv.ParseUint(b, 10, 63)
+	return cmp.Or(cmp.Compare(x, y), strings.Compare(b, a))
+}
+
+func isNumber(text string) bool {
+	_, err := strconv.ParseUint(text, 10, 63)
+	return err == nil
+}
+
+// local lists the numbered folders below base as candidates, by number.
+func (r *Repository) local(base string) []candidate {
+	entries, err := os.ReadDir(base)
+	if err != nil {
+		return nil
+	}
+	var list []candidate
+	for _, entry := range entries {
+		if isNumber(entry.Name()) {
+			list = append(list, r.localVersion(base, entry.Name()))
+		}
+	}
+	slices.SortFunc(list, func(a, b candidate) int { return byNumber(a.number, b.number) })
+	return list
+}
+
+func (r *Repository) localVersion(base, number string) candidate {
+	return candidate{number: number, look: func() (snapshot, condition) {
+		dir := filepath.Join(base, number)
+		now, err := scan(dir)
+		if err != nil {
+			return now, absent
+		}
+		return now, r.seen.judge(dir, now, r.options.Quiet)
+	}}
+}
+
+// choose picks the version that was asked for, or the highest that has settled. A version in use that is changed in
+// place is waited for, rather than a lower one taken. busy names a version to wait for where there is none.
+func choose(list []candidate, version string) (found candidate, now snapshot, busy string) {
+	for _, one := range slices.Backward(list) {
+		if version != Latest && version != one.number {
+			continue
+		}
+		now, state := one.look()
+		switch {
+		case state == settled:
+			return one, now, ""
+		case state == unsettled:
+			return candidate{}, now, one.number
+		case state == settling && busy == "":
+			busy = one.number
+		}
+	}
+	return candidate{}, snapshot{}, busy
+}
+
+// await is choose, again and again for some seconds while the only version settles. list is called with the number
+// of the attempt. number is "" where there is none to be had.
+func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate, error)) (number string, now snapshot, err error) {
+	started := time.Now()
+	for attempt := 0; ; attempt++ {
+		candidates, err := list(attempt)
+		if err != nil {
+			return "", snapshot{}, err
+		}
+		found, now, busy := choose(candidates, version)
+		switch {
+		case found.number != "" || busy == "":
+			return found.number, now, nil
+		case !wait || time.Since(started) > settleWait:
+			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is not whole yet, or has changed in the last second; ask again when it has been copied", ref, busy)
+		}
+		select {
+		case <-ctx.Done():
+			return "", snapshot{}, ctx.Err()
+		case <-time.After(settleTick):
+		}
+	}
+}
+
+// Settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without
+// versions. It waits for nothing and fetches nothing. Its faults are those of find.
+func (r *Repository) Settled(ctx context.Context, ref string) ([]string, error) {
+	if ref == protocol.Image {
+		return nil, nil
+	}
+	base, at, err := r.locate(ref)
+	if err != nil {
+		return nil, err
+	}
+	var list []candidate
+	if at != nil {
+		listing, err := r.listed(ctx, ref, *at, r.options.PollInterval)
+		if err != nil || listing.plain != nil {
+			return nil, err
+		}
+		list = r.remote(*at, listing)
+	} else if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err != nil {
+		list = r.local(base)
+	}
+	var numbers []string
+	for _, one := range list {
+		if _, state := one.look(); state >= unsettled {
+			numbers = append(numbers, one.number)
+		}
+	}
+	return numbers, nil
+}

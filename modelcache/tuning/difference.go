@@ -1,0 +1,88 @@
+package tuning
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math"
+	"slices"
+
+	"flightsvc/internal/control"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+)
+
+// Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an output. They are
+// ten times what docs/numerics.md demands of one configuration with varying batch sizes, or measured of oneDNN
+// (5.9e-6 of the greatest value); half precision has 11 and 8 bits. All else must be equal.
+const (
+	toleranceRelative = 1e-3
+	toleranceAbsolute = 1e-4
+	toleranceHalf     = 2e-2
+)
+
+// differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do not
+// agree, +Inf where they cannot be compared or must be equal and are not.
+func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
+	if len(ours) != len(theirs) {
+		return math.MaxFloat64
+	}
+	worst := 0.0
+	for i := range ours {
+		a, b := ours[i], theirs[i]
+		if a.Name != b.Name || a.DType != b.DType || !slices.Equal(a.Shape, b.Shape) || len(a.Data) != len(b.Data) {
+			return math.MaxFloat64
+		}
+		x, floats := numbersOf(a)
+		y, _ := numbersOf(b)
+		if !floats {
+			if !bytes.Equal(a.Data, b.Data) || !slices.EqualFunc(a.Strings, b.Strings, bytes.Equal) {
+				return math.MaxFloat64
+			}
+			continue
+		}
+		relative, absolute := toleranceRelative, toleranceAbsolute
+		if a.DType == savedmodel.Float16 || a.DType == savedmodel.Bfloat16 {
+			relative, absolute = toleranceHalf, toleranceHalf
+		}
+		greatest := 0.0
+		for _, v := range y {
+			if !math.IsNaN(v) && !math.IsInf(v, 0) {
+				greatest = max(greatest, math.Abs(v))
+			}
+		}
+		for j := range y {
+			if x[j] == y[j] || math.IsNaN(x[j]) && math.IsNaN(y[j]) {
+				continue
+			}
+			share := math.Abs(x[j]-y[j]) / (relative*math.Abs(y[j]) + absolute*greatest)
+			if math.IsNaN(share) || math.IsInf(share, 0) {
+				return math.MaxFloat64
+			}
+			worst = max(worst, share)
+		}
+	}
+	return worst
+}
+
+// numbersOf returns the elements of a floating-point output; false for any other.
+func numbersOf(o control.MeasuredOutput) ([]float64, bool) {
+	size := o.DType.Size()
+	var at func([]byte) float64
+	switch o.DType {
+	case savedmodel.Float32:
+		at = func(b []byte) float64 { return float64(math.Float32frombits(binary.LittleEndian.Uint32(b))) }
+	case savedmodel.Float64:
+		at = func(b []byte) float64 { return math.Float64frombits(binary.LittleEndian.Uint64(b)) }
+	case savedmodel.Bfloat16:
+		at = func(b []byte) float64 { return float64(tensor.FromBfloat(binary.LittleEndian.Uint16(b))) }
+	case savedmodel.Float16:
+		at = func(b []byte) float64 { return float64(tensor.FromHalf(binary.LittleEndian.Uint16(b))) }
+	default:
+		return nil, false
+	}
+	list := make([]float64, len(o.Data)/size)
+	for i := range list {
+		list[i] = at(o.Data[i*size:])
+	}
+	return list, true
+}

@@ -1,0 +1,111 @@
+package tuning
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+)
+
+// idleTime is how long nothing may happen before an idle server measures.
+const (
+	idleTime = 10 * time.Second
+	idleTick = 500 * time.Millisecond
+)
+
+// WhileIdle tunes models in memory while nobody uses any, until ctx ends. It returns when its search has ended.
+func (t *Tuner) WhileIdle(ctx context.Context) {
+	ticker := time.NewTicker(idleTick)
+	defer ticker.Stop()
+	idle := idleTuning{tuner: t, busy: time.Now()}
+	for {
+		select {
+		case <-ctx.Done():
+			idle.stop()
+			return
+		case now := <-ticker.C:
+			idle.look(ctx, now)
+		}
+	}
+}
+
+// idleTuning tunes while nobody uses a model. It belongs to one goroutine.
+type idleTuning struct {
+	tuner  *Tuner
+	busy   time.Time          // when somebody last used a model
+	cancel context.CancelFunc // of the search under way
+	done   chan struct{}      // closed when that is over
+}
+
+// look begins a search when nobody has used a model for long enough, and ends it when somebody does.
+func (t *idleTuning) look(ctx context.Context, now time.Time) {
+	if t.tuner.options.Pool.Busy() {
+		t.busy = now
+		t.stop()
+		return
+	}
+	if now.Sub(t.busy) < idleTime {
+		return
+	}
+	if t.done != nil {
+		select {
+		case <-t.done:
+			t.busy = now // not at once again
+			t.stop()
+		default:
+		}
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	t.cancel, t.done = cancel, done
+	go func() {
+		defer close(done)
+		t.tuner.tuneIdle(ctx)
+	}()
+}
+
+// stop ends the search under way, and awaits it.
+func (t *idleTuning) stop() {
+	if t.cancel != nil {
+		t.cancel()
+		<-t.done
+		t.cancel, t.done = nil, nil
+	}
+}
+
+// tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of ctx ends
+// the search under way, which then starts anew another time.
+func (t *Tuner) tuneIdle(ctx context.Context) {
+	for _, model := range t.options.Pool.InMemory() {
+		if ctx.Err() != nil {
+			return
+		}
+		digest, err := t.options.Repository.Digest(ctx, model)
+		if err != nil || digest == "" {
+			continue
+		}
+		if _, tuned := t.options.Profiles.Read(digest).Tuned[Machine()]; tuned {
+			continue
+		}
+		if _, failed := t.untunable.Load(digest); failed {
+			continue
+		}
+		about, err := t.Tune(ctx, model, TuneOptions{Quick: true}, func(protocol.Candidate) {})
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			if kind, _ := fault.KindOf(err); kind == fault.Unavailable { // for now
+				return
+			}
+			t.untunable.Store(digest, true)
+			t.options.Log.Info("model cannot be tuned", zap.String("model", model.Ref), zap.Error(err))
+		default:
+			t.options.Log.Info("model tuned", zap.String("model", model.Ref), zap.Any("choice", about.Chosen.Choice), zap.Float64("relative", about.Chosen.Relative))
+		}
+	}
+}

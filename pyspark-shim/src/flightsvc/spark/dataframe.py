@@ -1,0 +1,178 @@
+"""Models on DataFrames: checks on the driver, and the function that runs in the workers.
+
+The driver needs no more than this package and pyspark, a worker no more than pyarrow. Spark's
+configuration travels to the workers inside the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from flightsvc.errors import InvalidArgumentError
+from flightsvc.request import Request, same_name
+from flightsvc.server import shipping
+from flightsvc.server import sidecar as sidecars
+from flightsvc.server.connection import Connection, shared
+from flightsvc.settings import Settings
+from flightsvc.spark import loading
+from flightsvc.spark.session import (
+    active_conf,
+    active_session,
+    conf_of,
+    is_case_sensitive,
+    place,
+    settings_of,
+    task,
+)
+from flightsvc.spark.types import check_input, check_sendable, spark_type
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.types import StructType
+
+    from flightsvc.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapper:
+    """The function for ``mapInArrow``: record batches in, the same with the model's outputs out.
+
+    The same rows are yielded in the same order, and the caller's columns are passed on as they are: one
+    record batch for each one read, or several small ones where columns are loaded.
+
+    Attributes:
+        request: What is asked of the model.
+        known: The signature's inputs; empty when ``request`` names them itself.
+        conf: ``spark.flightsvc.*`` of the driver's session.
+        case_sensitive: Whether ``a`` and ``A`` are two columns.
+        sidecar: Name of the column that says which sidecar answered; ``None`` for none.
+    """
+
+    request: Request
+    known: tuple[str, ...]
+    conf: dict[str, str]
+    case_sensitive: bool
+    sidecar: str | None
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Run in a worker, once per partition; nothing is opened for an empty one."""
+        first = next(batches, None)
+        if first is None:
+            return
+        names = first.schema.names
+        with self.request.model.naming():
+            positions = self.request.columns(names, self.known, self.case_sensitive)
+            connection = worker_connection(self.request, self.conf)
+            request = on_task_device(self.request)
+            every = _chain(first, batches)
+            answers = loading.answers(request, connection, first.schema, positions, every, place())
+            try:
+                for answer in answers:
+                    yield answer.beside(self.sidecar)
+            finally:
+                answers.close()
+
+
+def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
+    """Return the connection of a worker to its front, which has the model of ``request`` from then on."""
+    connection = shared(sidecars.for_worker, Settings.read(conf))
+    if request.model.shipped:
+        shipping.receive(connection, request.model.reference, request.model.name)
+    return connection
+
+
+def on_task_device(request: Request) -> Request:
+    """Return ``request`` for the GPUs that Spark gave this thread's task, unless it names a device itself."""
+    context = task()
+    if request.device != "auto" or context is None:
+        return request
+    given = context.resources().get("gpu")
+    return dataclasses.replace(request, device=",".join(given.addresses)) if given else request
+
+
+def for_workers(request: Request, session: SparkSession | None) -> Request:
+    """Return ``request`` as the workers of ``session`` send it: with a model of the driver shipped.
+
+    It then knows the types of the inputs that workers load, too.
+
+    Without a session the model stays a folder of this machine, for a function that runs here.
+
+    Raises:
+        NotFoundError: There is no such model or version on the driver.
+        InvalidArgumentError: It holds a link, or changed while it was read.
+    """
+    model = request.model
+    request = request.knowing(lambda: model.inputs)
+    if session is None or model.folder is None:
+        return request
+    folder = shipping.version_folder(model.folder, model.version)
+    return dataclasses.replace(request, model=model.by_digest(shipping.add(session, folder)))
+
+
+def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
+    """Return the function that runs ``request`` in the workers; see :meth:`Model.mapper`."""
+    session = active_session()
+    conf = conf_of(session)
+    return Mapper(
+        for_workers(request, session),
+        known=() if request.inputs else tuple(model.inputs),
+        conf=settings_of(conf),
+        case_sensitive=is_case_sensitive(conf),
+        sidecar=sidecar,
+    )
+
+
+def output_schema(model: Model, schema: StructType, request: Request, sidecar: str | None) -> StructType:
+    """Return ``schema`` with the columns of the answer, all checked; see :meth:`Model.output_schema`."""
+    from pyspark.sql.types import StringType, StructField, StructType
+
+    case_sensitive = is_case_sensitive(active_conf())
+    inputs = model.inputs
+    positions = request.columns(schema.names, tuple(inputs), case_sensitive)
+    for name, position in positions.items():
+        field = schema.fields[position]
+        check_input(model, name, inputs[name], request.input(name, field.name), field)
+    for field in schema.fields:
+        check_sendable(field)
+    answer = request.answer_schema({name: schema.names[position] for name, position in positions.items()})
+    further = [StructField(field.name, spark_type(field.type)) for field in answer]
+    if sidecar is not None:
+        further.append(StructField(sidecar, StringType()))
+    taken = list(schema.names)
+    for field in further:
+        for other in taken:
+            if same_name(field.name, other, case_sensitive):
+                raise InvalidArgumentError(
+                    f"model {model.name}: the result would have two columns {other!r}; "
+                    "name the new one otherwise: outputs={<output>: <column>}, error_column or sidecar"
+                )
+        taken.append(field.name)
+    return StructType([*schema.fields, *further])
+
+
+def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
+    """Return ``df`` mapped to ``schema``.
+
+    Spark sends no two columns of one name through Arrow: such get other names meanwhile.
+    """
+    names = list(df.columns)
+    if len(set(names)) == len(names):
+        return df.mapInArrow(mapper, schema)
+    for i, name in enumerate(names):
+        while name in names[:i]:
+            name += "_"
+        names[i] = name
+    from pyspark.sql.types import StructField, StructType
+
+    further = schema.fields[len(names) :]
+    sent = [StructField(n, f.dataType, f.nullable) for n, f in zip(names, schema.fields, strict=False)]
+    return df.toDF(*names).mapInArrow(mapper, StructType([*sent, *further])).toDF(*schema.names)
+
+
+def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield first
+    yield from rest
