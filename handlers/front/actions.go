@@ -22,7 +22,7 @@ var actions = []struct {
 	act         func(*Front, context.Context, []byte) (any, error)
 }{
 	{"server.ready", `{} -> {"ready":true} when this server takes requests`, (*Front).ready},
-	{"status", `{} -> versions, features, and the models in memory with their streams`, (*Front).status},
+	{"status", `{} -> versions, and the models in memory with their streams`, (*Front).status},
 	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`, (*Front).modelReady},
 	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`, (*Front).metadata},
 	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
@@ -205,8 +205,8 @@ func (f *Front) status(_ context.Context, body []byte) (any, error) {
 		devices = append(devices, protocol.Device(device))
 	}
 	return protocol.Status{
-		Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Features: protocol.Features,
-		Server: f.options.Server, Executor: f.options.Executor, PID: os.Getpid(),
+		Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Server: f.options.Server,
+		Executor: f.options.Executor, PID: os.Getpid(),
 		Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: devices, Totals: f.options.Cache.Totals(),
 	}, nothing(body)
 }

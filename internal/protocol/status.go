@@ -9,7 +9,6 @@ type Status struct {
 	Flightsvc string        `json:"flightsvc"` // version
 	Build     string        `json:"build"`
 	V         int           `json:"v"` // of descriptors
-	Features  []string      `json:"features"`
 	Server    string        `json:"server"`
 	Executor  string        `json:"executor,omitempty"` // Spark's id of the executor that the front belongs to
 	PID       int           `json:"pid"`
