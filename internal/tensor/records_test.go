@@ -22,7 +22,7 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// anyInput stands for the inputs where outputs alone matter.
+// anyInput are the inputs of tests in which only outputs matter.
 var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
 
 // read turns one row of a column into plain Go values.
@@ -214,8 +214,8 @@ func checkRecords(t *testing.T, output savedmodel.Spec, options Options, value V
 	}
 }
 
-// TestLargeAnswersComeInParts cuts 130 MiB: rows stay in order, rows without an answer lie in all parts and fill
-// the last one alone.
+// TestLargeAnswersComeInParts cuts 130 MiB: rows stay in order, rows without an answer are in all parts, and the last
+// part has no others.
 func TestLargeAnswersComeInParts(t *testing.T) {
 	const kept, tail, width = 130, 150, 1 << 18 // a row has 1 MiB
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
@@ -281,8 +281,7 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 	}
 }
 
-// TestUnevenStringsComeInParts has all its bytes in the last rows: parts are bounded by their own rows, not by the
-// average.
+// TestUnevenStringsComeInParts has all its bytes in the last rows: the rows of a part bound it, not the average.
 func TestUnevenStringsComeInParts(t *testing.T) {
 	const n, large = 1000, 100
 	big := make([]byte, 1<<20)
@@ -321,7 +320,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	for name, c := range map[string]struct {
 		value Value
 		kind  fault.Kind
-		parts []string
+		texts []string
 	}{
 		"rows": {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest,
 			[]string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
@@ -337,7 +336,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 				t.Error("a record batch was written")
 				return nil
 			})
-			expect.Fault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.texts...)
 		})
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
@@ -350,8 +349,8 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	expect.Fault(t, err, fault.Exhausted, "256 MiB")
 }
 
-// TestGivenShapeIsChecked has an output whose shape only the request says.
-func TestGivenShapeIsChecked(t *testing.T) {
+// TestShapeOfTheRequestIsChecked has an output whose shape is only in the request.
+func TestShapeOfTheRequestIsChecked(t *testing.T) {
 	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
 		DType: savedmodel.Float32, UnknownRank: true}}}
 	plan, err := NewPlan(signature,
@@ -370,8 +369,8 @@ func TestGivenShapeIsChecked(t *testing.T) {
 	expect.Fault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
 }
 
-// TestTensorLayoutSaysItsShape reads the field and the slots of rows without an answer.
-func TestTensorLayoutSaysItsShape(t *testing.T) {
+// TestTensorLayoutHasItsShape reads the field's metadata and the elements of rows without an answer.
+func TestTensorLayoutHasItsShape(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
@@ -411,7 +410,7 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 	}
 }
 
-// TestTensorLayoutComesInParts counts the slots of null rows, which take room too.
+// TestTensorLayoutComesInParts counts the elements of null rows, which have bytes, too.
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
