@@ -8,6 +8,8 @@ import (
 	"os"
 	"strings"
 	"text/tabwriter"
+
+	"flightsvc/internal/fault"
 )
 
 // table prints rows under a header, in columns; an empty cell is a dash.
@@ -15,7 +17,7 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(cells []string) {
 		for i, cell := range cells {
-			if cell = cmp.Or(cell, "-"); i < len(cells)-1 { // no spaces after the last
+			if cell = cmp.Or(fault.Printable(cell), "-"); i < len(cells)-1 { // no spaces after the last
 				cell += "\t"
 			}
 			fmt.Fprint(out, cell)
