@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"regexp"
 	"strings"
@@ -50,7 +51,7 @@ type session interface {
 }
 
 func load(setup control.Setup) (*loaded, error) {
-	saved, err := savedmodel.Read(setup.Dir)
+	saved, err := savedmodel.Read(context.Background(), setup.Dir, nil)
 	if err != nil {
 		return nil, err
 	}
