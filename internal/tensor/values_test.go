@@ -1047,7 +1047,8 @@ func TestNewPlanRefuses(t *testing.T) {
 			parts: []string{`input "x" has 65 dimensions`, "64 at most"}},
 		"output of many dimensions": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, many...)},
 			parts: []string{`output "y" has 65 dimensions`, "64 at most"}},
-		"shape of many dimensions": {outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}},
+		"shape of many dimensions": {
+			outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}},
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: many}}},
 			parts:   []string{`output "y" has 65 dimensions`, "64 at most"}},
 		"output of type int": {options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Type: "int"}}},

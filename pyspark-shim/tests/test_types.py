@@ -699,33 +699,32 @@ def test_an_output_without_the_batch_is_refused(client: flightsvc.Client, made: 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sent", "advice"),
+    ("dtype", "sent"),
     [
-        ("int64", pa.array([1], pa.timestamp("us", "UTC")), r"unix_micros\("),
-        ("float64", pa.array([1], pa.timestamp("us")), r"CAST\(.*DOUBLE"),
-        ("int32", pa.array([1], pa.date32()), r"unix_date\("),
-        ("float64", pa.array([Decimal("1.50")], pa.decimal128(10, 2)), r"CAST\(.*DOUBLE"),
-        ("int64", pa.array([Decimal(1)], pa.decimal128(20, 0)), r"CAST\(.*BIGINT"),
-        ("int32", pa.array([1], pa.int64()), r"CAST\(.*INT"),
-        ("float16", pa.array([1.0], pa.float64()), r"CAST\(.*FLOAT"),
-        ("int64", pa.array([1], pa.duration("us")), ""),
-        ("int64", pa.array([1], pa.time64("us")), ""),
-        ("int64", pa.array([{"a": 1}]), ""),
-        ("int64", pa.array([[(1, 2)]], pa.map_(pa.int32(), pa.int32())), ""),
-        ("bool", pa.array([1], pa.int8()), ""),
-        ("string", pa.array([1], pa.int8()), ""),
-        ("int64", pa.array(["1"]), ""),
+        ("int64", pa.array([1], pa.timestamp("us", "UTC"))),
+        ("float64", pa.array([1], pa.timestamp("us"))),
+        ("int32", pa.array([1], pa.date32())),
+        ("float64", pa.array([Decimal("1.50")], pa.decimal128(10, 2))),
+        ("int64", pa.array([Decimal(1)], pa.decimal128(20, 0))),
+        ("int32", pa.array([1], pa.int64())),
+        ("float16", pa.array([1.0], pa.float64())),
+        ("int64", pa.array([1], pa.duration("us"))),
+        ("int64", pa.array([1], pa.time64("us"))),
+        ("int64", pa.array([{"a": 1}])),
+        ("int64", pa.array([[(1, 2)]], pa.map_(pa.int32(), pa.int32()))),
+        ("bool", pa.array([1], pa.int8())),
+        ("string", pa.array([1], pa.int8())),
+        ("int64", pa.array(["1"])),
     ],
     ids=lambda value: value if isinstance(value, str) else str(value.type),
 )
-def test_refused_types(client: flightsvc.Client, made: Path, dtype: str, sent: pa.Array, advice: str):
+def test_refused_types(client: flightsvc.Client, made: Path, dtype: str, sent: pa.Array):
     text = refused(
         lambda: client.predict(Model(made / "scalars", signature=dtype), pa.table({"spalte": sent}))
     )
     assert f"/scalars, signature {dtype}: " in text
     assert '"spalte"' in text
-    assert dtype in text
-    assert re.search(advice, text), text
+    assert f"it wants elements of {dtype}" in text, text
 
 
 def test_columns_of_nothing_but_null(client: flightsvc.Client, made: Path):
