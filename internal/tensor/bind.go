@@ -123,7 +123,7 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	}
 	source := &lists{
 		spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling},
-		pad: in.Pad != nil, counted: in.Lengths != "", most: in.most,
+		pad: in.Pad != nil, counted: in.Lengths != "", maxLength: in.maxLength,
 	}
 	shape, err := tensorShape(field)
 	if err != nil {
@@ -153,7 +153,7 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 		}
 		want := source.want(i + 1)
 		misfits := want >= 0 && (size > want || size < want && (!source.pad || shape != nil))
-		if misfits || i == 0 && source.counted && size > in.most {
+		if misfits || i == 0 && source.counted && size > in.maxLength {
 			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at "+
 				"dimension %d", describe(in.spec), in.name, typeText(column), size, i+1)
 		}

@@ -368,7 +368,7 @@ def test_an_unknown_field_names_both_builds(client: flightsvc.Client):
 
 
 def test_text_of_callers_is_escaped(client: flightsvc.Client):
-    """What a caller writes comes back in errors, and from there into terminals and logs: as one printable line."""
+    """What a caller writes gets into terminals and logs by errors: as one printable line."""
     with pytest.raises(flightsvc.FlightsvcError) as caught:
         client.metadata("file:///no/\x1b[2Jhere\nINFO forged")
     text = str(caught.value)
