@@ -36,10 +36,10 @@ func TestNoDriver(t *testing.T) {
 	core, said := observer.New(zap.InfoLevel)
 	i := Open(Options{LockDir: t.TempDir(), Log: zap.New(core)})
 	defer i.Close()
-	if want := "no NVIDIA driver: libnvidia-ml.so.1 is not here"; i.Why() != want || len(i.Devices()) != 0 {
+	if want := "no NVIDIA driver: libnvidia-ml.so.1 was not found"; i.Why() != want || len(i.Devices()) != 0 {
 		t.Errorf("why %q, devices %v", i.Why(), i.Devices())
 	}
-	if got := said.All(); len(got) != 1 || got[0].Message != "models run on the processor" {
+	if got := said.All(); len(got) != 1 || got[0].Message != "models run on the CPU" {
 		t.Errorf("log %v", got)
 	}
 	for _, want := range []string{"", "auto", "cpu"} {
@@ -49,10 +49,10 @@ func TestNoDriver(t *testing.T) {
 	}
 	for _, want := range []string{"gpu", "0", "GPU-1"} {
 		_, err := i.Choose(want)
-		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 is not here", `use "auto" or "cpu"`)
+		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 was not found", `use "auto" or "cpu"`)
 	}
 	_, err := (&Inventory{}).Choose("gpu")
-	expect.Fault(t, err, fault.Precondition, "nobody has looked for devices")
+	expect.Fault(t, err, fault.Precondition, "devices have not been looked up")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })

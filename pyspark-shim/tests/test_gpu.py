@@ -199,7 +199,7 @@ def test_the_processor_stands_in_only_if_allowed(
             assert device(it, scaled[3]) == ""
             assert it.logged("the processor stands in for a device (allow-cpu-fallback)")
         else:
-            with pytest.raises(flightsvc.InvalidArgumentError, match=r"of a device's memory and has waited"):
+            with pytest.raises(flightsvc.InvalidArgumentError, match=r"of device memory and has waited"):
                 predict(it, scaled[3])
             assert not it.logged("model ready")
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_served_is_said_on_the_driver(
     graph, _ = dense
     with pytest.raises(NotFoundError, match=r"no tensor 'z:0' for an output; it has .*y:0"):
         graph.saved_model(["x:0"], ["z:0"])
-    with pytest.raises(InvalidArgumentError, match="needs the placeholder 'x:0', which is no input"):
+    with pytest.raises(InvalidArgumentError, match="needs the placeholder 'x:0', which is not an input"):
         graph.saved_model([], ["y"])
     with tf1.Graph().as_default() as other:
         x = tf1.placeholder(tf1.float32, [None], name="x")

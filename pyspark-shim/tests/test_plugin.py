@@ -335,7 +335,7 @@ def test_refusals(models: Path):
         assert endured.startswith("45\n")  # a job without models
         assert "executor driver on localhost has no sidecar: " + reason in endured
         refused = start(failOnStart="true")
-        assert f"spark.flightsvc.failOnStart is set, and there is no sidecar: {reason}" in refused
+        assert f"no sidecar, and spark.flightsvc.failOnStart is set: {reason}" in refused
         assert "executor driver on localhost has no sidecar: " + reason in refused
         assert (
             "there is no setting spark.flightsvc.runDri; did you mean spark.flightsvc.runDir? "

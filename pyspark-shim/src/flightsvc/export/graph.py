@@ -266,7 +266,7 @@ class TFInputGraph:
         tf = _tensorflow()
         if self.graph_def.ByteSize() > LIMIT:
             raise InvalidArgumentError(
-                f"the graph has {self.graph_def.ByteSize():,} bytes, {LIMIT:,} can be served; "
+                f"the graph has {self.graph_def.ByteSize():,} bytes, more than {LIMIT:,}; "
                 "save it with its variables as a SavedModel, and give its folder"
             )
         content = hashlib.sha256(self.graph_def.SerializeToString(deterministic=True))
@@ -352,7 +352,7 @@ class _Part:
                 name="graph",
             )
         except ValueError as error:
-            raise InvalidArgumentError(f"the graph does not take its inputs: {_line(error)}") from error
+            raise InvalidArgumentError(f"the graph does not accept its inputs: {_line(error)}") from error
         known = dict(zip(wanted, made, strict=True)) | given
         return [tf.identity(known[tensor.name]) for tensor in self.fetches]
 
@@ -362,7 +362,7 @@ def _serves(operation: tf.Operation, fetches: Sequence[str]) -> None:
     which = f"output {', '.join(map(repr, fetches))}"
     if operation.type in _PLACEHOLDERS:
         raise GraphError(
-            f"{which} needs the placeholder '{operation.name}:0', which is no input; feed it with a column"
+            f"{which} needs the placeholder '{operation.name}:0', which is not an input; map a column to it"
         )
     if operation.type in _STATEFUL:
         raise GraphError(
@@ -417,7 +417,7 @@ def picture_model(
         channels = _channels(feed, channelOrder)
         if outputMode == "image" and fetch.shape.rank not in (None, 3, 4):
             raise InvalidArgumentError(
-                f"output {outputTensor!r} is {fetch.shape}, no picture; it must be [1, height, width, "
+                f"output {outputTensor!r} is {fetch.shape}, not a picture; it must be [1, height, width, "
                 "channels]; or set outputMode to 'vector'"
             )
 
@@ -709,7 +709,7 @@ def _tensor(graph: tf.Graph, name: str, what: str) -> tf.Tensor:
 
 def _dense(name: str, info: Any) -> str:
     if info.WhichOneof("encoding") != "name":
-        raise InvalidArgumentError(f"the signature's {name!r} is no dense tensor; only such are served")
+        raise InvalidArgumentError(f"the signature's {name!r} is not a dense tensor, which it must be")
     return str(info.name)
 
 
@@ -726,7 +726,7 @@ def _key(key: Any) -> None:
 
 def _signature(known: dict[str, str] | None) -> dict[str, str]:
     if known is None:
-        raise GraphError("the graph was made without a signature; name its tensors themselves")
+        raise GraphError("the graph was made without a signature; give the names of its tensors")
     return known
 
 
