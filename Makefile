@@ -143,8 +143,8 @@ clean: ## remove what was built, but not .venv
 # Front and runner check that they are of one build, so they are always built together.
 bin/flightsvc bin/flightsvc-runner &: $(SOURCES) | $(TF) $(GLIBC) build/.compiled
 	@echo "building bin/flightsvc and bin/flightsvc-runner"
-	@$(CLOCK) programs "go build -ldflags '$(LDFLAGS)' -o bin/flightsvc ./cmd/flightsvc && \
-		go build -ldflags '$(LDFLAGS)' -o bin/flightsvc-runner ./cmd/flightsvc-runner"
+	@LDFLAGS='$(LDFLAGS)' $(CLOCK) programs 'go build -ldflags "$$LDFLAGS" -o bin/flightsvc ./cmd/flightsvc && \
+		go build -ldflags "$$LDFLAGS" -o bin/flightsvc-runner ./cmd/flightsvc-runner'
 
 # What needs no TensorFlow is compiled while that is installed.
 build/.compiled:

@@ -84,16 +84,13 @@ func schemaMetadata(d *protocol.Descriptor, signature savedmodel.Signature) arro
 		entry, _ := d.Inputs.Find(about.Name)
 		inputs = append(inputs, input{about, entry.Column})
 	}
-	text := func(v any) string {
-		data, err := json.Marshal(v)
-		if err != nil {
-			panic(fmt.Sprintf("numbers and strings always encode: %v", err))
-		}
-		return string(data)
+	text, err := json.Marshal(inputs)
+	if err != nil {
+		panic(fmt.Sprintf("numbers and strings always encode: %v", err))
 	}
 	return arrow.NewMetadata(
-		[]string{"flightsvc.v", "flightsvc.features", "flightsvc.inputs"},
-		[]string{strconv.Itoa(protocol.Version), text(protocol.Features), text(inputs)})
+		[]string{"flightsvc.v", "flightsvc.inputs"},
+		[]string{strconv.Itoa(protocol.Version), string(text)})
 }
 
 // batchLimits says to the batcher what a descriptor asks of it.

@@ -9,9 +9,12 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"flightsvc/internal/build"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 )
 
 // table is the one place where our errors become gRPC codes. What a Python caller sees is
@@ -45,6 +48,21 @@ func statusOf(err error) error {
 		return s.Err()
 	}
 	return status.Error(codes.Internal, clipped(err.Error()))
+}
+
+// withBuilds adds to an error about an unknown field which builds the two sides are, since one of them is older. What
+// the caller is its user agent says.
+func withBuilds(ctx context.Context, err error) error {
+	var unknown *protocol.UnknownFieldError
+	if !errors.As(err, &unknown) {
+		return err
+	}
+	caller := "of an unknown build"
+	if about, _ := metadata.FromIncomingContext(ctx); len(about.Get("user-agent")) > 0 {
+		caller = about.Get("user-agent")[0]
+	}
+	return fault.New(kindOf(err), "%w; this server is flightsvc %s, build %s, the caller is %.100s: "+
+		"run both of one version, or leave the field out", err, build.Version, build.ID(), caller)
 }
 
 // clipped cuts a text to what every client takes: messages travel as metadata, of which clients take 8 KiB, and what
@@ -93,22 +111,22 @@ func cause(err error) zap.Field {
 // Interceptors returns the server options that map errors through the table, survive
 // panics, and log calls that fail.
 func Interceptors(log *zap.Logger) []grpc.ServerOption {
-	finish := func(method string, err error) error {
+	finish := func(ctx context.Context, method string, err error) error {
 		if err == nil {
 			return nil
 		}
-		err = statusOf(err)
+		err = statusOf(withBuilds(ctx, err))
 		log.Info("call ended", zap.String("method", method), zap.Stringer("code", status.Code(err)), cause(err))
 		return err
 	}
 	return []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (reply any, err error) {
-			defer func() { err = finish(info.FullMethod, err) }()
+			defer func() { err = finish(ctx, info.FullMethod, err) }()
 			defer guard(log, info.FullMethod, &err)
 			return next(ctx, req)
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
-			defer func() { err = finish(info.FullMethod, err) }()
+			defer func() { err = finish(stream.Context(), info.FullMethod, err) }()
 			defer guard(log, info.FullMethod, &err)
 			return next(srv, stream)
 		}),

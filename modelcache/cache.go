@@ -13,6 +13,7 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
@@ -251,17 +252,11 @@ func (c *Cache) forgetLocked(s *slot) {
 	c.slots = slices.DeleteFunc(c.slots, func(other *slot) bool { return other == s })
 }
 
-// Memory says how much of the host's memory there is for models.
-type Memory struct {
-	Budget   int64 `json:"budget"`   // bytes; 0 is no bound
-	Reserved int64 `json:"reserved"` // bytes that runners have, or are loading with
-}
-
 // Memory returns how the host's memory stands.
-func (c *Cache) Memory() Memory {
+func (c *Cache) Memory() protocol.Memory {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return Memory{Budget: c.memory.total, Reserved: c.memory.held()}
+	return protocol.Memory{Budget: c.memory.total, Reserved: c.memory.held()}
 }
 
 // Busy reports whether a model is loading, has an open stream, or an unexpired lease.
@@ -464,14 +459,14 @@ func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement 
 }
 
 // apply puts a tuned choice into a setup. What the model's settings say goes over it.
-func (c *Cache) apply(choice tuning.Choice, setup *control.Setup) []string {
+func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
 	setup.Cores = min(cmp.Or(choice.Cores, setup.Cores), max(setup.Cores, 1))
 	setup.Batching.NumBatchThreads = cmp.Or(setup.Batching.NumBatchThreads, choice.BatchThreads)
 	setup.Batching.MaxBatchSize = cmp.Or(setup.Batching.MaxBatchSize, choice.BatchSize)
 	if choice.Frozen != "" && c.options.Repository.Known(choice.Frozen) {
 		setup.Dir = c.options.Repository.Place(choice.Frozen)
 	}
-	return choice.Environment()
+	return tuning.Environment(choice)
 }
 
 // failed remembers of a load that failed what is the model's fault.

@@ -11,13 +11,14 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
 
 // Measure runs one more runner of a model, which measures what it is asked to with a choice in place of the model's
 // own, and ends. It waits for memory, as a load does. The process is gone when it returns.
-func (c *Cache) Measure(ctx context.Context, model repository.Model, choice tuning.Choice, what control.Measurement) (control.Report, error) {
+func (c *Cache) Measure(ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error) {
 	digest, err := c.options.Repository.Digest(ctx, model)
 	if err != nil {
 		return control.Report{}, err
@@ -49,7 +50,7 @@ func (c *Cache) Measure(ctx context.Context, model repository.Model, choice tuni
 		return control.Report{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
 	var processor *gpu.Placement // it is what is tuned
-	return runToEnd(ctx, c.options, setup, append(runnerEnv(os.Environ(), library, nil, processor.Env()), choice.Environment()...))
+	return runToEnd(ctx, c.options, setup, append(runnerEnv(os.Environ(), library, nil, processor.Env()), tuning.Environment(choice)...))
 }
 
 // InMemory returns the models that are ready.

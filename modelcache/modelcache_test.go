@@ -25,6 +25,7 @@ import (
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
@@ -236,7 +237,7 @@ func TestOneLoadForAllCallers(t *testing.T) {
 	if got, ok := cache.Loaded(model, ""); !ok || got != one || cache.Busy() {
 		t.Errorf("loaded %v, %t; the status is %+v", got, ok, cache.Status())
 	}
-	want := ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
+	want := protocol.ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
 	got := cache.Status()
 	if len(got) == 1 { // what depends on the machine
 		want.Memory, want.Reserved, want.Digest = got[0].Memory, got[0].Reserved, got[0].Digest

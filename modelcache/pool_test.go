@@ -18,6 +18,7 @@ import (
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
@@ -397,7 +398,7 @@ func TestSwap(t *testing.T) {
 	behave(t, cache.options.Binary, "refuses")
 	expect.Write(t, filepath.Join(filepath.Join(base, "2"), savedmodel.File), expect.SavedModel())
 	expect.Eventually(t, "version 2 has failed", func() bool {
-		return slices.ContainsFunc(cache.Status(), func(m ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
+		return slices.ContainsFunc(cache.Status(), func(m protocol.ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
 	})
 	if got := resolve(); got.Version != "1" || !old.Alive() {
 		t.Errorf("after a version that fails %s serves", got.Version)

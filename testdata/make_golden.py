@@ -47,19 +47,6 @@ DEFAULTS: dict[str, Any] = {
     "layout": "list",
 }
 PICTURE = {"size": [2, 3], "resize": "bilinear", "fit": "crop", "channels": "RGB"}
-FEATURES = [
-    "on_error",
-    "nulls",
-    "preprocess",
-    "pictures",
-    "run_timeout_ms",
-    "encoding",
-    "pad",
-    "type",
-    "shape",
-    "layout",
-    "device",
-]
 
 
 def descriptors() -> dict[str, Any]:
@@ -289,7 +276,6 @@ def status() -> dict[str, Any]:
         "flightsvc": "0.1.0",
         "build": "0123456789ab-01234567",
         "v": 1,
-        "features": FEATURES,
         "server": "host:1234",
         "pid": 1234,
         "models": [model],
@@ -403,7 +389,6 @@ def schema_metadata() -> dict[str, Any]:
     return {
         "descriptor": {"v": 1, "inputs": inputs},
         "flightsvc.v": "1",
-        "flightsvc.features": FEATURES,
         "flightsvc.inputs": about,
     }
 

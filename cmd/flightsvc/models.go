@@ -7,7 +7,6 @@ import (
 
 	"flightsvc/internal/client"
 	"flightsvc/internal/protocol"
-	"flightsvc/modelcache/tuning"
 )
 
 type modelsCommand struct {
@@ -34,7 +33,7 @@ func (c *modelsCommand) Run(line *cli) error {
 	if err != nil {
 		return err
 	}
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
@@ -146,7 +145,7 @@ func (c *statusCommand) Run() error {
 		}
 		return printJSON(whole)
 	}
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
@@ -174,7 +173,7 @@ func orNone(text string) string {
 }
 
 // tuned returns a configuration that was found by measuring, for people.
-func tuned(choice *tuning.Choice) string {
+func tuned(choice *protocol.Choice) string {
 	if choice == nil {
 		return ""
 	}
@@ -201,12 +200,12 @@ func (c *devicesCommand) Run(line *cli) error {
 		return err
 	}
 	defer func() { _ = front.Close() }()
-	status, err := client.Ask[client.Status](ctx, front, "status", struct{}{})
+	status, err := client.Ask[protocol.Status](ctx, front, "status", struct{}{})
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return printJSON(append([]client.Device{}, status.Devices...))
+		return printJSON(append([]protocol.Device{}, status.Devices...))
 	}
 	if len(status.Devices) == 0 {
 		fmt.Println("no GPU; models run on the processor")

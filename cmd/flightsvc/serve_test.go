@@ -33,10 +33,8 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
-	"flightsvc/handlers/front"
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
-	"flightsvc/modelcache"
 )
 
 // These tests run the real programs: a front that is built here without cgo, as for a release, and a runner on the
@@ -260,9 +258,9 @@ func (f *process) act(t *testing.T, action, body string, result any) error {
 	return nil
 }
 
-func (f *process) status(t *testing.T) front.Status {
+func (f *process) status(t *testing.T) protocol.Status {
 	t.Helper()
-	var s front.Status
+	var s protocol.Status
 	if err := f.act(t, "status", "", &s); err != nil {
 		t.Fatal(err)
 	}
@@ -330,7 +328,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 	s := f.status(t)
-	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 || len(s.Features) == 0 {
+	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 {
 		t.Errorf("the status is %+v", s)
 	}
 	err = f.act(t, "nope", "", nil)
@@ -568,7 +566,7 @@ func TestChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var total modelcache.Totals
+	var total protocol.Totals
 	for total.Rows < 4 && lines.Scan() {
 		if err := json.Unmarshal(lines.Bytes(), &total); err != nil {
 			t.Fatalf("%s: %v", lines.Bytes(), err)

@@ -14,7 +14,7 @@ import (
 	"text/tabwriter"
 
 	"flightsvc/internal/client"
-	"flightsvc/modelcache/tuning"
+	"flightsvc/internal/protocol"
 )
 
 // tuneCommand asks a front to tune a model.
@@ -24,12 +24,6 @@ type tuneCommand struct {
 	Signature string `default:"serving_default" help:"Signature to measure."`
 	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
 	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
-}
-
-// tuneResult is one result of model.tune.
-type tuneResult struct {
-	Candidate *tuning.Candidate `json:"candidate"`
-	Tuning    *tuning.Tuning    `json:"tuning"`
 }
 
 // Run is called by kong.
@@ -51,8 +45,8 @@ func (c *tuneCommand) Run(about *cli) error {
 		Quick     bool   `json:"quick"`
 	}{model, c.Signature, c.Quick}
 	tried := 0
-	var tuning *tuning.Tuning
-	err = client.Action(ctx, front, "model.tune", body, func(told tuneResult) error {
+	var tuning *protocol.Tuning
+	err = client.Action(ctx, front, "model.tune", body, func(told protocol.TuneResult) error {
 		tuning = told.Tuning
 		if tried++; told.Candidate != nil && !c.JSON {
 			fmt.Fprintf(os.Stderr, "%3d  %s\n", tried, line(*told.Candidate))
@@ -71,7 +65,7 @@ func (c *tuneCommand) Run(about *cli) error {
 }
 
 // line describes a candidate while the search goes on.
-func line(c tuning.Candidate) string {
+func line(c protocol.Candidate) string {
 	about := configuration(c.Choice)
 	switch {
 	case c.Reason != "":
@@ -82,11 +76,11 @@ func line(c tuning.Candidate) string {
 	return fmt.Sprintf("%s: %s rows/s", about, rate(c.RowsPerSecond))
 }
 
-func configuration(c tuning.Choice) string {
+func configuration(c protocol.Choice) string {
 	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
 }
 
-func graphOf(c tuning.Choice) string {
+func graphOf(c protocol.Choice) string {
 	if c.Frozen != "" {
 		return "frozen"
 	}
@@ -109,7 +103,7 @@ func rate(rows float64) string {
 }
 
 // show prints the table and what follows from it.
-func show(out io.Writer, t *tuning.Tuning) error {
+func show(out io.Writer, t *protocol.Tuning) error {
 	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(table, "\tgraph\toneDNN\tthreads\tat once\tbatch\trows/s\tto default\tagrees\t")

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/tuning"
 )
 
@@ -48,12 +49,12 @@ func TestTune(t *testing.T) {
 }
 
 func TestTableOfCandidates(t *testing.T) {
-	frozen := tuning.Candidate{Choice: tuning.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1, BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
-	standard := tuning.Candidate{Choice: tuning.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 82.3, Relative: 1, Agrees: true}
-	wrong := tuning.Candidate{Choice: tuning.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1, Relative: 0.01, Difference: 3}
+	frozen := protocol.Candidate{Choice: protocol.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1, BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
+	standard := protocol.Candidate{Choice: protocol.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 82.3, Relative: 1, Agrees: true}
+	wrong := protocol.Candidate{Choice: protocol.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1, Relative: 0.01, Difference: 3}
 	var out bytes.Buffer
-	err := show(&out, &tuning.Tuning{
-		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0", Candidates: []tuning.Candidate{frozen, standard, wrong},
+	err := show(&out, &protocol.Tuning{
+		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0", Candidates: []protocol.Candidate{frozen, standard, wrong},
 		Default: standard, Chosen: frozen, Freezing: 1.2, Stored: "/p.json",
 	})
 	if err != nil {

@@ -9,7 +9,6 @@ import (
 
 	"github.com/apache/arrow/go/v15/arrow/flight"
 
-	"flightsvc/gpu"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
@@ -23,7 +22,7 @@ var actions = []struct {
 	act         func(*Front, context.Context, []byte) (any, error)
 }{
 	{"server.ready", `{} -> {"ready":true} when this server takes requests`, (*Front).ready},
-	{"status", `{} -> versions, features, and the models in memory with their streams`, (*Front).status},
+	{"status", `{} -> versions, and the models in memory with their streams`, (*Front).status},
 	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`, (*Front).modelReady},
 	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`, (*Front).metadata},
 	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
@@ -151,12 +150,6 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 	return protocol.ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
 }
 
-// TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
-type TuneResult struct {
-	Candidate *tuning.Candidate `json:"candidate,omitempty"`
-	Tuning    *tuning.Tuning    `json:"tuning,omitempty"`
-}
-
 // tune ends when its caller leaves.
 func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	var ask protocol.TuneBody
@@ -170,15 +163,15 @@ func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	return results(func(send func(any) error) error {
 		ctx, leave := context.WithCancelCause(ctx)
 		defer leave(nil)
-		tuning, err := f.options.Tuner.Tune(ctx, model, tuning.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c tuning.Candidate) {
-			if err := send(TuneResult{Candidate: &c}); err != nil {
+		tuning, err := f.options.Tuner.Tune(ctx, model, tuning.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c protocol.Candidate) {
+			if err := send(protocol.TuneResult{Candidate: &c}); err != nil {
 				leave(err)
 			}
 		})
 		if err != nil {
 			return err
 		}
-		return send(TuneResult{Tuning: &tuning})
+		return send(protocol.TuneResult{Tuning: &tuning})
 	}), nil
 }
 
@@ -206,23 +199,16 @@ func (f *Front) index(ctx context.Context, body []byte) (any, error) {
 	return answer, nil
 }
 
-// Status is the answer of the action status.
-type Status struct {
-	Flightsvc string                   `json:"flightsvc"` // version
-	Build     string                   `json:"build"`
-	V         int                      `json:"v"` // of descriptors
-	Features  []string                 `json:"features"`
-	Server    string                   `json:"server"`
-	Executor  string                   `json:"executor,omitempty"` // Spark's id of the executor that the front belongs to
-	PID       int                      `json:"pid"`
-	Models    []modelcache.ModelStatus `json:"models"`
-	Memory    modelcache.Memory        `json:"memory"` // of the host
-	Devices   []gpu.Device             `json:"devices"`
-	Totals    modelcache.Totals        `json:"totals"`
-}
-
 func (f *Front) status(_ context.Context, body []byte) (any, error) {
-	return Status{Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Features: protocol.Features, Server: f.options.Server, Executor: f.options.Executor, PID: os.Getpid(), Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: f.options.Cache.Devices(), Totals: f.options.Cache.Totals()}, nothing(body)
+	devices := []protocol.Device{}
+	for _, device := range f.options.Cache.Devices() {
+		devices = append(devices, protocol.Device(device))
+	}
+	return protocol.Status{
+		Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Server: f.options.Server,
+		Executor: f.options.Executor, PID: os.Getpid(),
+		Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: devices, Totals: f.options.Cache.Totals(),
+	}, nothing(body)
 }
 
 func (f *Front) metadata(ctx context.Context, body []byte) (any, error) {

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"flightsvc/internal/build"
 	"flightsvc/internal/protocol"
 )
 
@@ -80,6 +81,7 @@ func cause(err error) error {
 
 func connect(path string) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+path,
+		grpc.WithUserAgent("flightsvc/"+build.Version+" build/"+build.ID()),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerBytes)))
 }

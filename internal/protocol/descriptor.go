@@ -38,9 +38,6 @@ const (
 	LayoutTensor = "tensor" // arrow.fixed_shape_tensor, and the tensor's own types
 )
 
-// Features are the fields that change answers and that a client may rely on.
-var Features = []string{"on_error", "nulls", "preprocess", "pictures", "run_timeout_ms", "encoding", "pad", "type", "shape", "layout", "device"}
-
 // Descriptor is the request of a stream: the CMD bytes of a Flight descriptor, and of a ticket.
 type Descriptor struct {
 	V         int    `json:"v"`

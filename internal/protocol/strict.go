@@ -10,7 +10,8 @@ import (
 	"strings"
 )
 
-// UnknownFieldError says that a JSON object has a field that this version of the protocol does not know.
+// UnknownFieldError says that a JSON object has a field that this build does not know. The server adds to it which
+// builds the two sides are.
 type UnknownFieldError struct{ Field string }
 
 func (e *UnknownFieldError) Error() string { return fmt.Sprintf("unknown field %q", e.Field) }

@@ -7,6 +7,7 @@ import (
 	"go.uber.org/zap"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 )
 
 // idleTime is how long nothing may happen before an idle server measures.
@@ -93,7 +94,7 @@ func (t *Tuner) tuneIdle(ctx context.Context) {
 		if _, failed := t.untunable.Load(digest); failed {
 			continue
 		}
-		about, err := t.Tune(ctx, model, TuneOptions{Quick: true}, func(Candidate) {})
+		about, err := t.Tune(ctx, model, TuneOptions{Quick: true}, func(protocol.Candidate) {})
 		switch {
 		case ctx.Err() != nil:
 			return

@@ -11,26 +11,18 @@ import (
 	"strings"
 	"sync"
 
+	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 )
 
 // Profile is what this host has learned of a model, by its digest. It lies in <cache-dir>/profiles and
 // outlives the front.
 type Profile struct {
-	HostBytes   int64             `json:"host_bytes,omitempty"`   // the most that a runner's process had for itself
-	DeviceBytes map[string]int64  `json:"device_bytes,omitempty"` // the same of a device, by the device's name
-	DeviceBatch map[string]int    `json:"device_batch,omitempty"` // the most rows of a run that fit, by the device's name; only where larger ones did not
-	Tuned       map[string]Choice `json:"tuned,omitempty"`        // by Machine
-	NotFrozen   string            `json:"not_frozen,omitempty"`   // why its variables cannot be made constants; "" where they can, or nobody tried
-}
-
-// Choice is a configuration of a runner that was found by measuring.
-type Choice struct {
-	Frozen       string `json:"frozen,omitempty"`  // digest of the model with its variables made constants, "" for the model as it is
-	OneDNN       bool   `json:"onednn"`            // TF_ENABLE_ONEDNN_OPTS
-	Cores        int    `json:"cores"`             // threads of each of TensorFlow's pools
-	BatchThreads int    `json:"num_batch_threads"` // runs at once
-	BatchSize    int    `json:"max_batch_size"`    // rows of one run
+	HostBytes   int64                      `json:"host_bytes,omitempty"`   // the most that a runner's process had for itself
+	DeviceBytes map[string]int64           `json:"device_bytes,omitempty"` // the same of a device, by the device's name
+	DeviceBatch map[string]int             `json:"device_batch,omitempty"` // the most rows of a run that fit, by the device's name; only where larger ones did not
+	Tuned       map[string]protocol.Choice `json:"tuned,omitempty"`        // by Machine
+	NotFrozen   string                     `json:"not_frozen,omitempty"`   // why its variables cannot be made constants; "" where they can, or nobody tried
 }
 
 // Machine names what a measurement depends on besides the model: the processor, its number of cores here and

@@ -19,6 +19,7 @@ import (
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 )
@@ -50,41 +51,11 @@ type TuneOptions struct {
 	Quick     bool   // one question after the other in about a minute, in place of all combinations
 }
 
-// Candidate is one configuration that was measured, or why it was not.
-type Candidate struct {
-	Choice
-	RowsPerSecond float64 `json:"rows_per_s"` // median of the windows
-	Relative      float64 `json:"relative"`   // to the default; 0 until that is known
-	Agrees        bool    `json:"agrees"`
-	// Difference is the largest one to the reference as a share of what is tolerated; above 1 it does not agree.
-	Difference float64 `json:"difference"`
-	Reason     string  `json:"reason,omitempty"` // why there is no speed
-}
-
-// Tuning is what came of a search.
-type Tuning struct {
-	Model     string `json:"model"`
-	Version   string `json:"version"`
-	Signature string `json:"signature"`
-	Digest    string `json:"digest"`
-	Machine   string `json:"machine"`
-	Quick     bool   `json:"quick"`
-	// NotFrozen says why the graph was not frozen; "" if it was.
-	NotFrozen  string      `json:"not_frozen,omitempty"`
-	Candidates []Candidate `json:"candidates"` // the fastest first
-	Default    Candidate   `json:"default"`    // what runs without a choice
-	Chosen     Candidate   `json:"chosen"`
-	// Freezing and OneDNN are the median ratios of candidates that differ in that alone; 0 where there are none.
-	Freezing float64 `json:"freezing"`
-	OneDNN   float64 `json:"onednn"`
-	Stored   string  `json:"stored"` // the file of the profile
-}
-
 // Pool is what a search asks of those who keep models in memory.
 type Pool interface {
 	// Measure runs one more runner of a model, beside those that serve, with a choice in place of the model's own. It
 	// waits for memory, as a load does, and the process is gone when it returns.
-	Measure(ctx context.Context, model repository.Model, choice Choice, what control.Measurement) (control.Report, error)
+	Measure(ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error)
 	// Busy reports whether anybody uses a model.
 	Busy() bool
 	// InMemory returns the models that are ready.
@@ -124,12 +95,12 @@ type search struct {
 	signature savedmodel.Signature
 	library   string
 	cores     int
-	standard  Choice // what runs without a choice; its BatchSize is set once it was measured
+	standard  protocol.Choice // what runs without a choice; its BatchSize is set once it was measured
 	sizes     []int
 	onednn    []bool // the values to try
 	reference []control.MeasuredOutput
-	progress  func(Candidate)
-	tried     []Candidate
+	progress  func(protocol.Candidate)
+	tried     []protocol.Candidate
 	notFrozen string // what is wrong with the model itself
 }
 
@@ -139,52 +110,52 @@ type search struct {
 //
 // Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
 // while another search runs; those of a load.
-func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOptions, progress func(Candidate)) (Tuning, error) {
+func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOptions, progress func(protocol.Candidate)) (protocol.Tuning, error) {
 	if !t.searching.TryLock() {
-		return Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
+		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
 	}
 	defer t.searching.Unlock()
 	ask.Signature = cmp.Or(ask.Signature, savedmodel.DefaultSignature)
 	if model.Dir == "" {
-		return Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
 	}
 	signature, err := model.Saved.Signature(ask.Signature)
 	if err != nil {
-		return Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
+		return protocol.Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
 	}
 	if signature.Assigns != "" {
-		return Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, ask.Signature, signature.Assigns)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, ask.Signature, signature.Assigns)
 	}
 	digest, err := t.options.Repository.Digest(ctx, model)
 	if err != nil {
-		return Tuning{}, err
+		return protocol.Tuning{}, err
 	}
 	if digest == "" {
-		return Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
 	}
 	library, err := t.options.Library(ctx)
 	if err != nil {
-		return Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
+		return protocol.Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
 	s := &search{t: t, model: model, digest: digest, ask: ask, signature: signature, library: library, progress: progress}
 	s.cores = cmp.Or(t.options.Cores, runtime.GOMAXPROCS(0))
 	if model.Settings.Cores > 0 {
 		s.cores = min(s.cores, model.Settings.Cores)
 	}
-	s.standard = Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
+	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
 	s.onednn = []bool{true, false}
 	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
 		s.onednn = []bool{s.standard.OneDNN}
 	}
 	s.sizes = sizesFor(model.Settings.Batching)
-	about := Tuning{Model: model.Ref, Version: model.Version, Signature: ask.Signature, Digest: digest, Machine: Machine(), Quick: ask.Quick}
+	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: ask.Signature, Digest: digest, Machine: Machine(), Quick: ask.Quick}
 	if err := s.run(ctx, &about); err != nil {
-		return Tuning{}, err
+		return protocol.Tuning{}, err
 	}
 	about.Stored = t.options.Profiles.path(digest)
 	err = t.options.Profiles.Change(digest, func(p *Profile) {
 		if p.Tuned == nil {
-			p.Tuned = map[string]Choice{}
+			p.Tuned = map[string]protocol.Choice{}
 		}
 		p.Tuned[about.Machine], p.NotFrozen = about.Chosen.Choice, s.notFrozen
 	})
@@ -204,7 +175,7 @@ func sizesFor(b control.Batching) []int {
 }
 
 // run measures, and fills in what came of it.
-func (s *search) run(ctx context.Context, about *Tuning) (err error) {
+func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	plain := s.standard // without the reference nothing can be compared
 	plain.OneDNN = false
 	if _, s.reference, err = s.measure(ctx, plain, s.sizes[:1], 1); err != nil {
@@ -241,7 +212,7 @@ func (s *search) grid(ctx context.Context, graphs []string, threads [][2]int, si
 	for _, graph := range graphs {
 		for _, n := range threads {
 			for _, on := range s.onednn {
-				if err := s.try(ctx, Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
+				if err := s.try(ctx, protocol.Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
 					return err
 				}
 			}
@@ -275,11 +246,11 @@ func (s *search) quick(ctx context.Context, graphs []string) error {
 }
 
 // sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it has none.
-func (s *search) sizesOf(choice Choice) (sizes []int) {
-	var own []Candidate
+func (s *search) sizesOf(choice protocol.Choice) (sizes []int) {
+	var own []protocol.Candidate
 	fastest := 0.0
 	for _, c := range s.tried {
-		if c.Reason == "" && c.configuration() == choice.configuration() {
+		if c.Reason == "" && process(c.Choice) == process(choice) {
 			own, fastest = append(own, c), max(fastest, c.RowsPerSecond)
 		}
 	}
@@ -294,8 +265,8 @@ func (s *search) sizesOf(choice Choice) (sizes []int) {
 	return sizes
 }
 
-// configuration is what a process is started with: a choice without its batch size.
-func (c Choice) configuration() Choice {
+// process is what a process is started with: a choice without its batch size.
+func process(c protocol.Choice) protocol.Choice {
 	c.BatchSize = 0
 	return c
 }
@@ -316,8 +287,8 @@ func (s *search) threads() [][2]int {
 }
 
 // try measures one configuration with several batch sizes, unless that has been done.
-func (s *search) try(ctx context.Context, choice Choice, sizes []int) error {
-	if slices.ContainsFunc(s.tried, func(c Candidate) bool { return c.configuration() == choice.configuration() }) {
+func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) error {
+	if slices.ContainsFunc(s.tried, func(c protocol.Candidate) bool { return process(c.Choice) == process(choice) }) {
 		return nil
 	}
 	found, answers, err := s.measure(ctx, choice, sizes, tuneWindows)
@@ -325,24 +296,24 @@ func (s *search) try(ctx context.Context, choice Choice, sizes []int) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		s.note(Candidate{Choice: choice, Reason: err.Error()})
+		s.note(protocol.Candidate{Choice: choice, Reason: err.Error()})
 	}
 	difference := differenceOf(answers, s.reference)
 	for _, m := range found {
 		choice.BatchSize = m.BatchSize
-		s.note(Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
+		s.note(protocol.Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
 	}
 	return nil
 }
 
-func (s *search) note(candidate Candidate) {
+func (s *search) note(candidate protocol.Candidate) {
 	s.tried = append(s.tried, candidate)
 	s.progress(candidate)
 }
 
 // best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
-func (s *search) best() ([]Candidate, error) {
-	list := slices.DeleteFunc(slices.Clone(s.tried), func(c Candidate) bool { return !c.Agrees || c.Reason != "" })
+func (s *search) best() ([]protocol.Candidate, error) {
+	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool { return !c.Agrees || c.Reason != "" })
 	if len(list) == 0 {
 		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
 		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.ask.Signature, why)
@@ -351,33 +322,33 @@ func (s *search) best() ([]Candidate, error) {
 	return list, nil
 }
 
-func bySpeed(list []Candidate) {
-	slices.SortStableFunc(list, func(a, b Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+func bySpeed(list []protocol.Candidate) {
+	slices.SortStableFunc(list, func(a, b protocol.Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
 }
 
 // finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were fast, and
 // returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a candidate
 // counts by its part of the fastest of the same round, the median of the rounds.
-func (s *search) finals(ctx context.Context) ([]Candidate, error) {
+func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	list, err := s.best()
 	if err != nil {
 		return nil, err
 	}
-	first, again := finalists, []Choice{}
+	first, again := finalists, []protocol.Choice{}
 	if s.ask.Quick {
 		first = finalists / 2
 	}
 	for _, c := range list {
-		if one := c.configuration(); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < first && !slices.Contains(again, one) {
+		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < first && !slices.Contains(again, one) {
 			again = append(again, one)
 		}
 	}
-	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list, func(c Candidate) bool { return c.configuration() == s.standard }) {
+	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list, func(c protocol.Candidate) bool { return process(c.Choice) == s.standard }) {
 		again = append(again, s.standard)
 	}
-	parts, fastest := map[Choice][]float64{}, []float64{}
+	parts, fastest := map[protocol.Choice][]float64{}, []float64{}
 	for range rounds {
-		speeds, most := map[Choice]float64{}, 0.0
+		speeds, most := map[protocol.Choice]float64{}, 0.0
 		for _, choice := range again {
 			found, _, err := s.measure(ctx, choice, s.sizesOf(choice), tuneWindows)
 			if err != nil { // it ran before; who fails now is no choice
@@ -417,7 +388,7 @@ func median(list []float64) float64 {
 }
 
 // deviation counts in how many ways a configuration is not the default.
-func (s *search) deviation(c Choice) int {
+func (s *search) deviation(c protocol.Choice) int {
 	n := 0
 	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores || c.BatchThreads != s.standard.BatchThreads} {
 		if differs {
@@ -428,7 +399,7 @@ func (s *search) deviation(c Choice) int {
 }
 
 // conclude chooses among the finalists, the fastest first.
-func (s *search) conclude(about *Tuning, list []Candidate) {
+func (s *search) conclude(about *protocol.Tuning, list []protocol.Candidate) {
 	about.Chosen = list[0]
 	for _, c := range list {
 		if s.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
@@ -446,12 +417,12 @@ func (s *search) conclude(about *Tuning, list []Candidate) {
 	about.Chosen.Relative = ratio(about.Chosen.RowsPerSecond, about.Default.RowsPerSecond)
 	about.Candidates = slices.Clone(s.tried)
 	bySpeed(about.Candidates)
-	about.Freezing = s.effect(func(c Choice) (bool, Choice) {
+	about.Freezing = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
 		on := c.Frozen != ""
 		c.Frozen = ""
 		return on, c
 	})
-	about.OneDNN = s.effect(func(c Choice) (bool, Choice) {
+	about.OneDNN = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
 		on := c.OneDNN
 		c.OneDNN = false
 		return on, c
@@ -459,8 +430,8 @@ func (s *search) conclude(about *Tuning, list []Candidate) {
 }
 
 // effect returns the median ratio of the speeds of candidates that differ only in what split takes away.
-func (s *search) effect(split func(Choice) (on bool, rest Choice)) float64 {
-	with, without := map[Choice]float64{}, map[Choice]float64{}
+func (s *search) effect(split func(protocol.Choice) (on bool, rest protocol.Choice)) float64 {
+	with, without := map[protocol.Choice]float64{}, map[protocol.Choice]float64{}
 	for _, c := range s.tried {
 		on, rest := split(c.Choice)
 		if on {
@@ -489,7 +460,7 @@ func ratio(a, b float64) float64 {
 }
 
 // Environment is what a runner of a choice needs besides its Setup.
-func (c Choice) Environment() []string {
+func Environment(c protocol.Choice) []string {
 	if c.OneDNN {
 		return []string{oneDNN + "=1"}
 	}
@@ -497,7 +468,7 @@ func (c Choice) Environment() []string {
 }
 
 // measure measures one configuration in a process of its own.
-func (s *search) measure(ctx context.Context, choice Choice, sizes []int, windows int) ([]control.Measured, []control.MeasuredOutput, error) {
+func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []int, windows int) ([]control.Measured, []control.MeasuredOutput, error) {
 	folder, err := os.MkdirTemp("", "flightsvc-tune-")
 	if err != nil {
 		return nil, nil, err

@@ -36,7 +36,7 @@ type fakePool struct {
 func (p *fakePool) Busy() bool                   { return false }
 func (p *fakePool) InMemory() []repository.Model { return p.inMemory }
 
-func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice Choice, what control.Measurement) (control.Report, error) {
+func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error) {
 	frozen := choice.Frozen != ""
 	count := p.measures.Add(1)
 	speed := 1000.0
@@ -49,7 +49,7 @@ func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice Choic
 	}
 	lucky := false // batches of 4, the first time
 	if p.mode == "by chance" {
-		_, again := p.lucky.LoadOrStore(choice.configuration(), true)
+		_, again := p.lucky.LoadOrStore(process(choice), true)
 		lucky = !again
 	}
 	value := float32(0.5)
@@ -111,15 +111,15 @@ func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 	}), model
 }
 
-func nothing(Candidate) {}
+func nothing(protocol.Candidate) {}
 
 func TestTune(t *testing.T) {
 	t.Parallel()
 	for _, quick := range []bool{false, true} {
 		t.Run(fmt.Sprintf("quick %t", quick), func(t *testing.T) {
 			c, model := newTuned(t, "", "")
-			var seen []Candidate
-			about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, func(c Candidate) { seen = append(seen, c) })
+			var seen []protocol.Candidate
+			about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, func(c protocol.Candidate) { seen = append(seen, c) })
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -150,7 +150,7 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (Choice{OneDNN: true, Cores: 2, BatchThreads: 2, BatchSize: 1024}); about.Chosen.Choice != want {
+	if want := (protocol.Choice{OneDNN: true, Cores: 2, BatchThreads: 2, BatchSize: 1024}); about.Chosen.Choice != want {
 		t.Errorf("chosen %+v", about.Chosen.Choice)
 	}
 }
@@ -165,7 +165,7 @@ func TestTuneMeasuresAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := about.Chosen.Choice
-		if got.Frozen == "" || got.configuration() != (Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
+		if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
 			t.Errorf("quick %t: chosen %+v", quick, got)
 		}
 	}
@@ -196,7 +196,9 @@ func TestTuneRefusesOtherAnswers(t *testing.T) {
 	if about.Chosen.Frozen != "" || !about.Chosen.Agrees {
 		t.Errorf("chosen %+v", about.Chosen)
 	}
-	if !slices.ContainsFunc(about.Candidates, func(c Candidate) bool { return c.Frozen != "" && !c.Agrees && c.Difference > 1 && c.RowsPerSecond > 0 }) {
+	if !slices.ContainsFunc(about.Candidates, func(c protocol.Candidate) bool {
+		return c.Frozen != "" && !c.Agrees && c.Difference > 1 && c.RowsPerSecond > 0
+	}) {
 		t.Error("the frozen ones are not shown")
 	}
 }

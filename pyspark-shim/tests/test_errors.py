@@ -22,8 +22,7 @@ import pyarrow.flight as flight
 import pytest
 
 import flightsvc
-from flightsvc import Input, Output, errors
-from flightsvc.server import connection
+from flightsvc import errors
 from flightsvc.server.connection import Connection
 from flightsvc.settings import Settings
 
@@ -353,61 +352,16 @@ def test_retry_after_is_read_from_the_text():
 # A server that is older.
 
 
-class Fronts(Connection):
-    """A connection to a front that does not exist but answers ``status``."""
-
-    def __init__(self, features: list[str]):
-        super().__init__(lambda: "grpc+unix:///not/there", Settings())
-        self.asked = 0
-        self.features = features
-
-    def _ask(self, front: flight.FlightClient, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        assert (name, body) == ("status", {})
-        self.asked += 1
-        return {"flightsvc": "0.0.9", "features": self.features}
-
-
-def test_an_older_server_is_told_apart():
-    old = Fronts(["on_error", "nulls"])
-    request = flightsvc.Model("m").request(
-        {"x": Input("c", pad=0, lengths="n")}, {"y": Output("y", type="utf8")}, layout="tensor"
-    )
+def test_an_unknown_field_names_both_builds(client: flightsvc.Client):
+    """An older server refuses what it does not know, wherever it is, and says which builds speak."""
+    ours = rf"flightsvc-python/{re.escape(flightsvc.__version__)} "
+    theirs = rf"flightsvc {re.escape(client.status()['flightsvc'])}, build {client.status()['build']}"
     with pytest.raises(
         flightsvc.InvalidArgumentError,
-        match=rf"uses layout, pad, lengths, type, which the server, flightsvc 0\.0\.9, does not know; "
-        rf"this package is flightsvc {re.escape(flightsvc.__version__)}:",
+        match=rf'unknown field "frames"; this server is {theirs}, the caller is .*{ours}.*: run both',
     ):
-        old.command(request.descriptor())
-    with pytest.raises(flightsvc.InvalidArgumentError, match="uses layout, pad"):
-        old.answer_schema(request.descriptor())
-    known = flightsvc.Model("m").request(on_error="null", nulls="fail").descriptor()
-    assert json.loads(old.command(known).command) == known
-
-
-def test_a_server_is_asked_once_and_only_if_need_be():
-    front = Fronts(["on_error"])
-    plain = flightsvc.Model("m", signature="s", version=3).request(
-        {"x": "c", "z": Input("d")}, {"y": Output("out")}, batching="off"
-    )
-    for _ in range(3):
-        assert json.loads(front.command(plain.descriptor(request_id="1")).command)["inputs"] == {
-            "x": "c",
-            "z": "d",
-        }
-    assert front.asked == 0, "a plain descriptor costs no question"
-    for _ in range(3):
-        front.command(flightsvc.Model("m").request(on_error="column").descriptor())
-    assert front.asked == 1
-    front.forget()
-    front.command(flightsvc.Model("m").request(on_error="column").descriptor())
-    assert front.asked == 2, "the next front may be another"
-
-
-def test_every_feature_has_a_field():
-    """What the server calls a feature and what this package takes for one are the same."""
-    source = (ROOT / "internal" / "protocol" / "descriptor.go").read_text()
-    listed = re.search(r"var Features = \[\]string\{(.*?)\}", source, re.DOTALL)
-    assert listed
-    tables = (connection._FEATURES, connection._COLUMN_FEATURES, connection._PICTURE_FEATURES)
-    known = {feature for table in tables for feature in table.values()}
-    assert set(re.findall(r'"(\w+)"', listed[1])) == known
+        client._connection.answer_schema({"v": 1, "model": "m", "frames": True})
+    with pytest.raises(flightsvc.InvalidArgumentError, match=rf'unknown field "pads"; .*{theirs}.*{ours}'):
+        client._connection.answer_schema({"v": 1, "model": "m", "inputs": {"x": {"column": "c", "pads": 0}}})
+    with pytest.raises(flightsvc.InvalidArgumentError, match=rf'unknown field "deep"; .*{theirs}.*{ours}'):
+        client._connection.action("status", {"deep": True})

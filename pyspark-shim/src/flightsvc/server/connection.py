@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from flightsvc._version import __version__
 from flightsvc.errors import (
     FLIGHT_ERRORS,
     LOST,
-    InvalidArgumentError,
     UnavailableError,
     retry_after,
     translate,
@@ -36,11 +34,6 @@ IMAGE_MODEL = "image"
 _FIRST_DELAY, _LAST_DELAY = 0.05, 5.0
 _PERSON_WAITS = 5.0  # seconds for which a question that somebody sits in front of is asked again
 
-# Fields of a descriptor that change answers, each with the feature that a server must have to know it.
-_FEATURES = {name: name for name in ("on_error", "nulls", "preprocess", "run_timeout_ms", "layout", "device")}
-_PICTURE_FEATURES = {name: "pictures" for name in ("resize", "antialias", "fit", "channels", "dtype")}
-_COLUMN_FEATURES = {name: name for name in ("encoding", "pad", "type", "shape")} | {"lengths": "pad"}
-
 
 class Connection:
     """The clients of this process to a front and to the runners behind it; safe for many threads.
@@ -55,7 +48,6 @@ class Connection:
         self._find = find
         self._mutex = threading.Lock()  # guards what follows
         self._front: flight.FlightClient | None = None
-        self._status: dict[str, Any] | None = None  # what this front has said of itself
         self._runners: dict[str, flight.FlightClient] = {}
 
     def front(self) -> flight.FlightClient:
@@ -77,7 +69,7 @@ class Connection:
     def forget(self) -> None:
         """Drop all clients; streams that are open on them go on."""
         with self._mutex:
-            self._front = self._status = None
+            self._front = None
             self._runners.clear()
 
     def retry(self, attempt: Callable[[], T], patience: float) -> T:
@@ -126,41 +118,12 @@ class Connection:
 
         return self.retry(ask, patience)
 
-    def command(self, descriptor: dict[str, Any]) -> flight.FlightDescriptor:
-        """Return ``descriptor`` as Flight takes it, if the front knows all features that it uses.
-
-        The front is asked once for each connection, and only where a descriptor needs it.
-
-        Raises:
-            InvalidArgumentError: It does not; the text names both versions and the fields.
-            FlightError: It could not be asked; not tried again.
-        """
-        used = {field: _FEATURES[field] for field in descriptor if field in _FEATURES}
-        for side in ("inputs", "outputs"):
-            for entry in descriptor.get(side, {}).values():
-                if isinstance(entry, dict):
-                    used |= {field: _COLUMN_FEATURES[field] for field in entry if field in _COLUMN_FEATURES}
-        for entry in descriptor.get("preprocess", {}).values():
-            used |= {field: _PICTURE_FEATURES[field] for field in entry if field in _PICTURE_FEATURES}
-        if descriptor["model"] == IMAGE_MODEL:
-            used["model"] = "pictures"
-        if used:
-            status = self._known_status()
-            unknown = [field for field, feature in used.items() if feature not in status["features"]]
-            if unknown:
-                raise InvalidArgumentError(
-                    f"the request uses {', '.join(unknown)}, which the server, flightsvc "
-                    f"{status['flightsvc']}, does not know; this package is flightsvc {__version__}: "
-                    "run both of one version, or leave it out"
-                )
-        return flight.FlightDescriptor.for_command(json.dumps(descriptor))
-
     def answer_schema(self, descriptor: dict[str, Any]) -> pa.Schema:
         """Return the schema of the answer to ``descriptor``, without loading the model."""
 
         def ask() -> pa.Schema:
             options = flight.FlightCallOptions(timeout=self.settings.load_seconds)
-            command = self.command(descriptor)
+            command = flight.FlightDescriptor.for_command(json.dumps(descriptor))
             try:
                 return self.front().get_schema(command, options).schema
             except OSError as error:  # get_schema alone raises Arrow's error for this
@@ -169,17 +132,6 @@ class Connection:
                 raise
 
         return self.retry(ask, _PERSON_WAITS)
-
-    def _known_status(self) -> dict[str, Any]:
-        front = self.front()
-        with self._mutex:
-            if self._front is front and self._status is not None:
-                return self._status
-        status = self._ask(front, "status", {})
-        with self._mutex:
-            if self._front is front:
-                self._status = status
-        return status
 
     def _ask(self, front: flight.FlightClient, name: str, body: dict[str, Any]) -> dict[str, Any]:
         action = flight.Action(name, json.dumps(body).encode())

@@ -28,6 +28,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.flight as flight
 
+from flightsvc._version import __version__
 from flightsvc.errors import InvalidArgumentError, SidecarError
 from flightsvc.settings import Settings, default_run_dir, spark_key, variable
 
@@ -41,8 +42,13 @@ _READY_SECONDS = 5.0
 _LOCK_ATTEMPTS = 100
 _END_SECONDS = 5.0  # for ending, once all streams are drained
 
-# Clients share nothing: a new one after a lost front must not wait out the back-off of the old one.
-_CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100)]
+# Clients share nothing: a new one after a lost front must not wait out the back-off of the old one. The
+# server names the user agent where it does not know a field of a request.
+_CHANNEL = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.primary_user_agent", f"flightsvc-python/{__version__}"),
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Exchange:
 
         def attempt() -> _Stream:
             descriptor = self._descriptor if self._redirect else {**self._descriptor, "redirect": False}
-            command = self._connection.command(descriptor)
+            command = flight.FlightDescriptor.for_command(json.dumps(descriptor))
             options = flight.FlightCallOptions(timeout=self._connection.settings.load_seconds + 30)
             front = self._connection.front()
             [endpoint] = front.get_flight_info(command, options).endpoints

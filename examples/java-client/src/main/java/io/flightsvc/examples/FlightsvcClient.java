@@ -89,7 +89,7 @@ public final class FlightsvcClient implements AutoCloseable {
       System.out.println("action " + action.getType() + ": " + action.getDescription());
     }
     var status = front.doAction(new Action("status", JSON.writeValueAsBytes(JSON.createObjectNode())));
-    System.out.println("features " + JSON.readTree(status.next().getBody()).get("features"));
+    System.out.println("server " + JSON.readTree(status.next().getBody()).get("flightsvc").asText());
     System.out.println("answer " + front.getSchema(command(descriptor)).getSchema());
   }
 

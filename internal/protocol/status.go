@@ -1,0 +1,125 @@
+// What a server says of itself: the answer of the action status, and what model.tune finds.
+
+package protocol
+
+import "flightsvc/internal/control"
+
+// Status is the answer of the action status.
+type Status struct {
+	Flightsvc string        `json:"flightsvc"` // version
+	Build     string        `json:"build"`
+	V         int           `json:"v"` // of descriptors
+	Server    string        `json:"server"`
+	Executor  string        `json:"executor,omitempty"` // Spark's id of the executor that the front belongs to
+	PID       int           `json:"pid"`
+	Models    []ModelStatus `json:"models"`
+	Memory    Memory        `json:"memory"` // of the host
+	Devices   []Device      `json:"devices"`
+	Totals    Totals        `json:"totals"`
+}
+
+// ModelStatus says what is known of a model version that is in memory or on its way there, or that could not be
+// loaded.
+type ModelStatus struct {
+	Model   string `json:"model"`
+	Version string `json:"version"`
+	Dir     string `json:"dir"`
+	Digest  string `json:"digest,omitempty"` // "" where it is not known
+	State   string `json:"state"`
+	Reason  string `json:"reason,omitempty"` // of a failure, or of the last crash
+	PID     int    `json:"pid,omitempty"`
+	Device  string `json:"device"` // UUID, "" for the processor
+
+	Streams int `json:"streams"` // open
+	Resting int `json:"resting"` // those of them on which nothing has moved for StreamRest
+	Leases  int `json:"leases"`  // granted, not yet used nor expired
+
+	Memory       int64 `json:"memory"`                  // bytes of the host that the process has for itself
+	Reserved     int64 `json:"reserved"`                // bytes of the host that it is counted with
+	DeviceMemory int64 `json:"device_memory,omitempty"` // bytes of the device that the process has
+
+	control.Counts         // of its runner, a second ago at most
+	Tuned          *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
+	NotFrozen      string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
+	Superseded     bool    `json:"superseded,omitempty"` // a newer version serves
+}
+
+// Memory says how much of the host's memory there is for models.
+type Memory struct {
+	Budget   int64 `json:"budget"`   // bytes; 0 is no bound
+	Reserved int64 `json:"reserved"` // bytes that runners have, or are loading with
+}
+
+// Totals are what the front and all its runners have done since the front's start, and what they have now. What only
+// grows goes on growing when a runner ends; of one that was killed its last second may be missing.
+type Totals struct {
+	Rows         int64   `json:"rows"`          // answered, those that were refused included
+	Batches      int64   `json:"batches"`       // runs of TensorFlow
+	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
+	Queued       int64   `json:"queued"`        // rows that wait for a run now
+	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited
+	RunSeconds   float64 `json:"run_seconds"`   // that TensorFlow has run
+	Streams      int     `json:"streams"`       // open now
+	Models       int     `json:"models"`        // ready now
+	Memory       int64   `json:"memory"`        // bytes of the host that the front and its runners have for themselves
+	DeviceMemory int64   `json:"device_memory"` // bytes of devices that the runners have
+}
+
+// Device is a GPU, or an instance of one that is in MIG mode.
+type Device struct {
+	UUID        string `json:"uuid"`             // GPU-..., or MIG-... of an instance
+	Name        string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
+	Index       string `json:"index"`            // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
+	Parent      string `json:"parent,omitempty"` // UUID of the GPU of an instance
+	Memory      int64  `json:"memory"`           // bytes
+	Free        int64  `json:"free"`             // bytes that no process had when they were last read
+	Compute     string `json:"compute"`          // compute capability, such as 8.0
+	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
+	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
+}
+
+// TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
+type TuneResult struct {
+	Candidate *Candidate `json:"candidate,omitempty"`
+	Tuning    *Tuning    `json:"tuning,omitempty"`
+}
+
+// Candidate is one configuration that was measured, or why it was not.
+type Candidate struct {
+	Choice
+	RowsPerSecond float64 `json:"rows_per_s"` // median of the windows
+	Relative      float64 `json:"relative"`   // to the default; 0 until that is known
+	Agrees        bool    `json:"agrees"`
+	// Difference is the largest one to the reference as a share of what is tolerated; above 1 it does not agree.
+	Difference float64 `json:"difference"`
+	Reason     string  `json:"reason,omitempty"` // why there is no speed
+}
+
+// Choice is a configuration of a runner that was found by measuring.
+type Choice struct {
+	Frozen       string `json:"frozen,omitempty"`  // digest of the model with its variables made constants, "" for the model as it is
+	OneDNN       bool   `json:"onednn"`            // TF_ENABLE_ONEDNN_OPTS
+	Cores        int    `json:"cores"`             // threads of each of TensorFlow's pools
+	BatchThreads int    `json:"num_batch_threads"` // runs at once
+	BatchSize    int    `json:"max_batch_size"`    // rows of one run
+}
+
+// Tuning is what came of a search.
+type Tuning struct {
+	Model     string `json:"model"`
+	Version   string `json:"version"`
+	Signature string `json:"signature"`
+	Digest    string `json:"digest"`
+	Machine   string `json:"machine"`
+	Quick     bool   `json:"quick"`
+	// NotFrozen says why the graph was not frozen; "" if it was.
+	NotFrozen  string      `json:"not_frozen,omitempty"`
+	Candidates []Candidate `json:"candidates"` // the fastest first
+	Default    Candidate   `json:"default"`    // what runs without a choice
+	Chosen     Candidate   `json:"chosen"`
+	// Freezing and OneDNN are the median ratios of candidates that differ in that alone; 0 where there are none.
+	Freezing float64 `json:"freezing"`
+	OneDNN   float64 `json:"onednn"`
+	Stored   string  `json:"stored"` // the file of the profile
+}
