@@ -254,7 +254,7 @@ def test_pictures_that_cannot_be_used_and_graphs_that_take_none(client: flightsv
     assert "the picture is invalid" in got["error"][0] and "do not agree with" in got["error"][2]
     with pytest.raises(InvalidArgumentError, match="takes 3 channels, channelOrder 'L' has 1"):
         picture_model(graph, "x", "mean", "L", "vector")
-    with pytest.raises(InvalidArgumentError, match="no picture"):
+    with pytest.raises(InvalidArgumentError, match="not a picture"):
         picture_model(graph, "x", "mean", "RGB", "image")
     with pytest.raises(InvalidArgumentError, match="one of RGB, BGR, L"):
         picture_model(graph, "x", "mean", "HSV", "vector")

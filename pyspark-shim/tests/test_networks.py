@@ -151,7 +151,7 @@ def test_what_keras_cannot_fetch_is_said_in_our_words(monkeypatch, tmp_path):
     monkeypatch.setattr(file_utils, "get_file", get_file)
     with pytest.raises(flightsvc.NotFoundError) as error:
         network("MobileNet").classifier()
-    assert "cannot be fetched (URL fetch failure on https://host/mobilenet_1_0_224_tf.h5: 404" in str(
+    assert "cannot be downloaded (URL fetch failure on https://host/mobilenet_1_0_224_tf.h5: 404" in str(
         error.value
     )
     assert f"not in {tmp_path})" in str(error.value)
