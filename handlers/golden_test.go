@@ -63,7 +63,7 @@ func TestGoldenUnfitDescriptors(t *testing.T) {
 		}
 	}
 	readGolden(t, "descriptors.json", &file)
-	model, err := savedmodel.Read(filepath.Join(golden, "model"))
+	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +86,7 @@ func TestGoldenUnfitDescriptors(t *testing.T) {
 func TestGoldenSchemaMetadata(t *testing.T) {
 	var file map[string]json.RawMessage
 	readGolden(t, "schema_metadata.json", &file)
-	model, err := savedmodel.Read(filepath.Join(golden, "model"))
+	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,3 +1,5 @@
+// Tests of measuring: speeds, compared outputs, and signatures that random rows cannot feed.
+
 package main
 
 import (

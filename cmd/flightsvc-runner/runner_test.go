@@ -1,3 +1,5 @@
+// Tests of both engines with real models, and of what ends a runner before it serves.
+
 package main
 
 import (

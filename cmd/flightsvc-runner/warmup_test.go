@@ -1,3 +1,5 @@
+// Tests of warming up, of padded runs, of devices without memory, and of operations in libraries.
+
 package main
 
 import (
@@ -166,7 +168,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 	}{
 		"two":        {rows: []int64{1, 4, 1, 4}}, // two signatures
 		"echo":       {rows: []int64{1, 4}},       // unknown sizes
-		"vocabulary": {logged: "nobody knows what to feed"},
+		"vocabulary": {logged: "zeros cannot feed"},
 		"counter":    {logged: "assigns variables"},
 	} {
 		t.Run(name, func(t *testing.T) {

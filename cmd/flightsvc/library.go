@@ -1,13 +1,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"flightsvc/modelcache"
 )
@@ -26,19 +29,42 @@ func library(setting, interpreter string) func(context.Context) (string, error) 
 			}
 			return setting, nil
 		}
+		var failed error
 		for _, python := range pythons(interpreter) {
-			out, err := exec.CommandContext(ctx, python, "-c", findPackage).Output() //nolint:gosec // the user's own interpreter
-			folder := strings.TrimSpace(string(out))
-			if err != nil || folder == "" {
+			out, err := ask(ctx, python, findPackage)
+			if ctx.Err() != nil {
+				return "", ctx.Err()
+			}
+			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, exec.ErrNotFound) {
+				failed = fmt.Errorf("whether libtensorflow is installed is not known, since %s could not be asked: %w; "+
+					"set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds %s", python, err, modelcache.LibraryFile)
+			}
+			if err != nil || out == "" {
 				continue
 			}
-			if _, err := os.Stat(filepath.Join(folder, modelcache.LibraryFile)); err == nil {
-				return folder, nil
+			if _, err := os.Stat(filepath.Join(out, modelcache.LibraryFile)); err == nil {
+				return out, nil
 			}
 		}
-		return "", errNoLibrary
+		return "", cmp.Or(failed, errNoLibrary)
 	}
 }
+
+// ask runs a line of Python and returns what it prints. Its error has the last line that Python said.
+func ask(ctx context.Context, python, line string) (string, error) {
+	cmd := exec.CommandContext(ctx, python, "-c", line) //nolint:gosec // the user's own interpreter
+	cmd.WaitDelay = askGrace
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		said := strings.Split(strings.TrimSpace(string(exit.Stderr)), "\n")
+		err = fmt.Errorf("%w: %s", err, said[len(said)-1])
+	}
+	return strings.TrimSpace(string(out)), err
+}
+
+// askGrace is how long an interpreter that was ended may leave its output open: its children may have it, too.
+const askGrace = time.Second
 
 // pythons returns the interpreters to ask: the one that was set alone, else that of the active virtual environment, and
 // python3.
@@ -66,7 +92,7 @@ func freezer(interpreter string) func(context.Context, string) (string, error) {
 	return func(ctx context.Context, library string) (string, error) {
 		own := filepath.Join(library, "..", "..", "..", "..", "bin", "python") // of ENV/lib/python3.X/site-packages/tensorflow
 		for _, python := range append([]string{own}, pythons(interpreter)...) {
-			if exec.CommandContext(ctx, python, "-c", findFreezing).Run() == nil { //nolint:gosec // the user's own interpreter
+			if _, err := ask(ctx, python, findFreezing); err == nil {
 				return python, nil
 			}
 		}

@@ -42,6 +42,9 @@ func (c *serveCommand) Run() error {
 	if err := c.Validate(); err != nil {
 		return err
 	}
+	if err := checkLimits(); err != nil {
+		return err
+	}
 	if c.Detach && os.Getenv(detachedVariable) == "" {
 		return detach(c.Serve)
 	}

@@ -137,12 +137,32 @@ func serve(settings config.Serve) (err error) {
 	cause := context.Cause(ctx)
 	log.Info("ending", zap.String("cause", cause.Error()))
 	healthy.Shutdown()
-	if cause == errOwnerEnded {
-		server.Stop()
-		return nil
+	if cause != errOwnerEnded {
+		drain(server, cache, settings.DrainTimeout, signals)
 	}
-	drain(server, cache, settings.DrainTimeout, signals)
+	time.AfterFunc(endGrace, func() { giveUp(place, log) })
+	server.Stop() // waits for handlers
 	return nil
+}
+
+// endGrace is how long a front may take to end when it waits for no stream any more. A runner that does not end has 2 s
+// until it is killed.
+const endGrace = 4 * time.Second
+
+// giveUp ends this process where something hangs: a file system that does not answer, say, or a runner whose child
+// keeps its output open. Runners end with it.
+func giveUp(place *rundir.Folder, log *zap.Logger) {
+	log.Error("something does not end, so the process ends without waiting for it")
+	released := make(chan struct{})
+	go func() {
+		defer close(released)
+		_ = place.Release() // waits for whoever starts a front in this folder just now
+	}()
+	select {
+	case <-released:
+	case <-time.After(time.Second):
+	}
+	os.Exit(exitFailed)
 }
 
 // Why a front ends, besides a signal.
@@ -241,7 +261,7 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		Repository:     m.repository,
 		Profiles:       profiles,
 		Folder:         folder,
-		Binary:         filepath.Join(filepath.Dir(self), "flightsvc-runner"),
+		Runners:        &modelcache.Programs{Binary: filepath.Join(filepath.Dir(self), "flightsvc-runner"), Library: library, Log: log},
 		Build:          build.ID(),
 		Server:         serverName(settings.Executor),
 		Cores:          cores,
@@ -254,7 +274,6 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		KeepAlive:      settings.KeepAlive,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
-		Library:        library,
 		Log:            log,
 	})
 	m.tuner = tuning.New(tuning.Options{
@@ -314,13 +333,13 @@ func report(ctx context.Context, cache *modelcache.Cache, gone func()) {
 	}
 }
 
-// drain lets open streams end, at most for the bound or until a second signal, and stops the
-// server. New calls are refused as Unavailable meanwhile.
+// drain waits until open streams have ended, at most for the bound or until a second signal. New calls are refused as
+// Unavailable meanwhile.
 func drain(server *grpc.Server, cache *modelcache.Cache, bound time.Duration, signals <-chan os.Signal) {
 	over := time.NewTimer(bound)
 	defer over.Stop()
 	stopped := make(chan struct{})
-	go func() { // ends at the latest with server.Stop
+	go func() { // ends with server.Stop at the latest
 		defer close(stopped)
 		server.GracefulStop()
 	}()
@@ -340,8 +359,6 @@ func drain(server *grpc.Server, cache *modelcache.Cache, bound time.Duration, si
 			}
 		}
 	}
-	server.Stop()
-	<-stopped
 }
 
 // activity notes when the last call was under way.

@@ -440,13 +440,16 @@ func TestServeRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		args  []string
 		parts []string
+		limit string // of the shell that starts it
 	}{
-		"dead owner":        {[]string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, []string{fmt.Sprint("process ", gone.Process.Pid)}},
-		"other owner":       {[]string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, []string{"has ended"}},
-		"no owner":          {[]string{"--owner", "x"}, []string{`process "x"`, "PID:START"}},
-		"long path":         {[]string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, []string{"at most 107 bytes", "shorter run-dir"}},
-		"TCP":               {[]string{"--endpoint", "grpc://0.0.0.0:1"}, []string{"want grpc+unix://"}},
-		"settings together": {[]string{"--load-timeout", "0s", "--cores=-1"}, []string{"load-timeout is 0s", "cores is -1"}},
+		"open files":        {limit: "ulimit -n 16", parts: []string{"open files (ulimit -n) is 16"}},
+		"address space":     {limit: "ulimit -v 1000000", parts: []string{"address space (ulimit -v) is 1024000000 bytes"}},
+		"dead owner":        {args: []string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, parts: []string{fmt.Sprint("process ", gone.Process.Pid)}},
+		"other owner":       {args: []string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, parts: []string{"has ended"}},
+		"no owner":          {args: []string{"--owner", "x"}, parts: []string{`process "x"`, "PID:START"}},
+		"long path":         {args: []string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, parts: []string{"at most 107 bytes", "shorter run-dir"}},
+		"TCP":               {args: []string{"--endpoint", "grpc://0.0.0.0:1"}, parts: []string{"want grpc+unix://"}},
+		"settings together": {args: []string{"--load-timeout", "0s", "--cores=-1"}, parts: []string{"load-timeout is 0s", "cores is -1"}},
 	} {
 		for _, mode := range []string{"foreground", "detached"} {
 			t.Run(name+"/"+mode, func(t *testing.T) {
@@ -456,6 +459,10 @@ func TestServeRefuses(t *testing.T) {
 					args = append(args, "--detach")
 				}
 				cmd := p.command(args...)
+				if c.limit != "" {
+					cmd.Path = "/bin/sh"
+					cmd.Args = append([]string{"sh", "-c", c.limit + ` && exec "$0" "$@"`, binary}, args...)
+				}
 				var stdout, stderr bytes.Buffer
 				cmd.Stdout, cmd.Stderr = &stdout, &stderr
 				err := cmd.Run()
@@ -751,11 +758,16 @@ func TestSettingsPrecedence(t *testing.T) {
 func TestWithoutLibtensorflow(t *testing.T) {
 	p := newPlace(t)
 	empty := t.TempDir()
+	failing := filepath.Join(t.TempDir(), "python")
+	if err := os.WriteFile(failing, []byte("#!/bin/sh\necho MemoryError >&2\nexit 1\n"), 0o700); err != nil { //nolint:gosec // a program
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		env   []string
 		parts []string
 	}{
 		"nowhere":      {[]string{"PATH=" + empty}, []string{"model " + modelOf("mlp"), "libtensorflow is not installed", "pip install tensorflow-cpu==", "--libtensorflow"}},
+		"no memory":    {[]string{"PATH=" + empty, "FLIGHTSVC_PYTHON=" + failing}, []string{"is not known", failing, "exit status 1: MemoryError"}},
 		"empty folder": {[]string{"PATH=" + empty, "FLIGHTSVC_LIBTENSORFLOW=" + empty}, []string{empty, "holds no libtensorflow_cc.so.2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -936,6 +948,37 @@ func TestDrainIsBounded(t *testing.T) {
 				t.Errorf("ended with %d: %s", code, f.stderr)
 			}
 		})
+	}
+}
+
+// TestFrontEndsWhateverHangs stops a front whose runner leaves a child that keeps the runner's output open, so that the
+// end of it never comes.
+func TestFrontEndsWhateverHangs(t *testing.T) {
+	p := newPlace(t)
+	programs := t.TempDir()
+	child := filepath.Join(programs, "child")
+	script := fmt.Sprintf("#!/bin/sh\nsleep 600 2>/dev/null &\necho $! > %s.new\nmv %s.new %s\nread line\n", child, child, child)
+	err := errors.Join(
+		os.Link(binary, filepath.Join(programs, "flightsvc")),
+		os.WriteFile(filepath.Join(programs, "flightsvc-runner"), []byte(script), 0o700), //nolint:gosec // a program
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := p.command("serve", "--drain-timeout", "300ms")
+	cmd.Path = filepath.Join(programs, "flightsvc")
+	f := p.start(t, cmd)
+	go func() { _, _ = f.info(t, modelOf("ints"), "") }() // ends with the front
+	var pid int
+	eventually(t, 5*time.Second, "the runner's child runs", func() bool {
+		text, err := os.ReadFile(child)
+		_, scanErr := fmt.Sscan(string(text), &pid)
+		return err == nil && scanErr == nil
+	})
+	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
+	f.signal(t, syscall.SIGTERM)
+	if code := f.wait(t); code != exitFailed || !p.empty() || !strings.Contains(f.stderr.String(), "something does not end") {
+		t.Errorf("ended with %d: %s", code, f.stderr)
 	}
 }
 

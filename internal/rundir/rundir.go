@@ -12,18 +12,24 @@
 package rundir
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"flightsvc/internal/regular"
 )
 
-// frontFile names the process that owns a folder.
-const frontFile = "front"
+// frontFile names the process that owns a folder, and has at most maxFront bytes; unfinishedFile is written first.
+const (
+	frontFile      = "front"
+	unfinishedFile = "front.new"
+	maxFront       = 1 << 10
+)
 
 // Default returns the run-dir to use when none is set: below XDG_RUNTIME_DIR if there is one,
 // else in /tmp with the user's id.
@@ -55,27 +61,6 @@ func CacheDir(runDir string) string {
 		return filepath.Join(home, ".cache", "flightsvc")
 	}
 	return filepath.Join(runDir, "cache")
-}
-
-// Ensure makes dir, private to this user, or checks that it is.
-func Ensure(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	info, err := os.Lstat(dir)
-	if err != nil {
-		return err
-	}
-	owner := info.Sys().(*syscall.Stat_t).Uid
-	switch {
-	case !info.IsDir():
-		return fmt.Errorf("%s is not a folder (links are refused); set another one", dir)
-	case int(owner) != os.Geteuid():
-		return fmt.Errorf("%s belongs to user %d, not to user %d; set another one", dir, owner, os.Geteuid())
-	case info.Mode().Perm()&0o077 != 0:
-		return fmt.Errorf("%s is open to other users (mode %04o); run chmod 700 on it, or set another one", dir, info.Mode().Perm())
-	}
-	return nil
 }
 
 // Folder is the place of one front.
@@ -115,17 +100,35 @@ func Claim(runDir, path string) (*Folder, error) {
 	case !f.shared:
 		removeSockets(path)
 	}
-	data, err := json.Marshal(self)
-	if err != nil {
+	if err := f.sign(); err != nil {
+		if !f.shared {
+			_ = remove(path)
+		}
 		return nil, err
 	}
-	return f, os.WriteFile(name, data, 0o600)
+	return f, nil
+}
+
+// sign writes the file that names the folder's front, whole or not at all.
+func (f *Folder) sign() error {
+	data, err := json.Marshal(f.self)
+	if err != nil {
+		return err
+	}
+	unfinished := filepath.Join(f.Path, unfinishedFile)
+	if err = os.WriteFile(unfinished, data, 0o600); err == nil {
+		err = os.Rename(unfinished, filepath.Join(f.Path, frontFile))
+	}
+	if err != nil {
+		_ = os.Remove(unfinished)
+	}
+	return err
 }
 
 // front returns the process that owns a folder, if one is named.
 func front(path string) (Process, bool) {
 	var p Process
-	data, err := os.ReadFile(filepath.Join(path, frontFile)) //nolint:gosec // below the run-dir
+	data, err := regular.Read(context.Background(), filepath.Join(path, frontFile), maxFront)
 	return p, err == nil && json.Unmarshal(data, &p) == nil && p.PID > 0
 }
 
@@ -161,8 +164,8 @@ func Sweep(runDir string) error {
 			continue
 		}
 		_ = locked(path, unix.LOCK_EX|unix.LOCK_NB, func() error { // held: somebody starts a front there
-			if owner, named := front(path); !named || owner.Alive() {
-				return os.Remove(path) // goes only if it is empty
+			if owner, named := front(path); named && owner.Alive() {
+				return nil
 			}
 			return remove(path)
 		})
@@ -173,8 +176,10 @@ func Sweep(runDir string) error {
 // remove deletes our files in a folder and then the folder, if that leaves it empty.
 func remove(path string) error {
 	removeSockets(path)
-	if err := os.Remove(filepath.Join(path, frontFile)); err != nil && !os.IsNotExist(err) {
-		return err
+	for _, name := range []string{unfinishedFile, frontFile} {
+		if err := os.Remove(filepath.Join(path, name)); err != nil && !os.IsNotExist(err) {
+			return err
+		}
 	}
 	return os.Remove(path)
 }

@@ -3,6 +3,7 @@ package rundir
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -157,6 +158,85 @@ func TestEnsure(t *testing.T) {
 		if err := Ensure(path); err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("%s: %v, want %q", path, err, part)
 		}
+	}
+}
+
+// TestEnsureChecksParents holds that no other user can put another folder in the place of a private one.
+func TestEnsureChecksParents(t *testing.T) {
+	folder := func(mode uint32, parts ...string) string {
+		t.Helper()
+		path := filepath.Join(parts...)
+		if err := unix.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Chmod(path, mode); err != nil { // whatever the umask
+			t.Fatal(err)
+		}
+		return path
+	}
+	link := func(target, path string) {
+		t.Helper()
+		if err := os.Symlink(target, path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root := runDir(t)
+	open, sticky := folder(0o777, root, "open"), folder(0o1777, root, "sticky")
+	folder(0o755, open, "inner")
+	link("sticky", filepath.Join(root, "to-sticky"))
+	link(open, filepath.Join(root, "to-open"))
+	link("loop", filepath.Join(root, "loop"))
+	for path, want := range map[string]string{
+		"sticky/mine":        "",
+		"to-sticky/deep/own": "",
+		"open/mine":          "other users may replace what is in " + open + " (mode 0777)",
+		"open/inner/mine":    "other users may replace what is in " + open,
+		"to-open/mine":       "other users may replace what is in " + open,
+		"loop/mine":          "file exists",
+	} {
+		if err := Ensure(filepath.Join(root, path)); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", path, err, want)
+		}
+	}
+
+	if os.Geteuid() != 0 {
+		t.Skip("skipped: needs root, to give folders to another user and to mount a volume")
+	}
+	const nobody = 65534
+	others := folder(0o755, root, "others")
+	folder(0o700, others, "mine")
+	link(root, filepath.Join(sticky, "of-another"))
+	volume := folder(0o755, root, "volume")
+	if err := errors.Join(os.Chown(others, nobody, nobody), os.Lchown(filepath.Join(sticky, "of-another"), nobody, nobody)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"others/mine", "sticky/of-another/mine"} {
+		if err := Ensure(filepath.Join(root, path)); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if err := unix.Mount("tmpfs", volume, "tmpfs", 0, "mode=0777"); err != nil {
+		t.Skipf("skipped: needs the right to mount: %v", err)
+	}
+	defer func() { _ = unix.Unmount(volume, 0) }()
+	if err := Ensure(filepath.Join(volume, "mine")); err != nil {
+		t.Errorf("in a volume that is open to all: %v", err)
+	}
+}
+
+// TestClaimLeavesNothingOnAFullDisk fills the run-dir's file system.
+func TestClaimLeavesNothingOnAFullDisk(t *testing.T) {
+	root := runDir(t)
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "mode=0700,size=4096"); err != nil {
+		t.Skipf("skipped: needs the right to mount: %v", err)
+	}
+	defer func() { _ = unix.Unmount(root, 0) }()
+	put(t, filepath.Join(root, "filler"), strings.Repeat("x", 4096))
+	if _, err := Claim(root, filepath.Join(root, "0123abcd")); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("on a full disk: %v", err)
+	}
+	if got := list(t, root); got != "filler" {
+		t.Errorf("there is %s", got)
 	}
 }
 
@@ -326,7 +406,7 @@ func TestSweep(t *testing.T) {
 	at := func(parts ...string) string { return filepath.Join(append([]string{root}, parts...)...) }
 	live, gone := sleeper(t), dead(t)
 	defer end(t, live)
-	for _, dir := range []string{"dead", "deadplus", "live", "locked", "empty", "foreign"} {
+	for _, dir := range []string{"dead", "deadplus", "live", "locked", "empty", "foreign", "cut", "unfinished"} {
 		if err := os.Mkdir(at(dir), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -336,6 +416,8 @@ func TestSweep(t *testing.T) {
 		socket(t, at(dir, "front.sock"))
 	}
 	put(t, at("deadplus", "notes.txt"), "precious")
+	put(t, at("cut", frontFile), "") // the disk was full
+	put(t, at("unfinished", unfinishedFile), "{")
 	name(t, at("live"), live)
 	put(t, at("foreign", "notes.txt"), "precious")
 	put(t, at("file.log"), "a log")

@@ -1,6 +1,9 @@
+// Which signatures write to variables, by their operations: such a signature answers differently when asked again.
+
 package savedmodel
 
 import (
+	"bytes"
 	"strings"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -25,64 +28,89 @@ const (
 	fieldFuncName     = 1
 )
 
-// node is what matters of a NodeDef here.
-type node struct {
-	name, op  string
-	inputs    []string // names of nodes
-	functions []string // names of functions that it calls
-}
-
-// graph is a GraphDef with its functions.
+// graph says which nodes and functions of a GraphDef depend on which, and what writes to variables. A function is one
+// vertex, whatever is in it: TensorFlow runs all of its operations that have effects.
 type graph struct {
-	nodes     map[string]*node
-	functions map[string][]*node
+	nodes, functions map[string]int32 // vertices, by name
+	vertices         []vertex
+	used             []int32 // by the node that is being read
+	meter            meter
 }
 
-// assigned returns the first operation reachable from a signature's outputs that writes to
-// a variable, or "". Inside a function every node counts, since TensorFlow runs all with side
-// effects; in the main graph only what the outputs depend on.
+type vertex struct {
+	writes string  // an operation in it, or in what it depends on, that writes to a variable; "" where there is none
+	users  []int32 // vertices that depend on it
+}
+
+// What a vertex takes of memory beside its name, and an edge, with the room that maps and slices leave free.
+const (
+	vertexBytes = 192
+	edgeBytes   = 8
+)
+
+// none is no vertex.
+const none = -1
+
+func newGraph(reserve func(bytes int64) error) *graph {
+	return &graph{nodes: map[string]int32{}, functions: map[string]int32{}, meter: meter{reserve: reserve}}
+}
+
+// add returns a new vertex.
+func (g *graph) add() (int32, error) {
+	if err := g.meter.take(vertexBytes); err != nil {
+		return none, err
+	}
+	g.vertices = append(g.vertices, vertex{})
+	return int32(len(g.vertices) - 1), nil //nolint:gosec // a file of fewer than 2 GiB has fewer than 2^31 nodes
+}
+
+// named returns the vertex of a name, which may be mentioned before it is defined.
+func (g *graph) named(names map[string]int32, name []byte) (int32, error) {
+	if known, ok := names[string(name)]; ok {
+		return known, nil
+	}
+	if err := g.meter.take(int64(len(name))); err != nil {
+		return none, err
+	}
+	made, err := g.add()
+	if err == nil {
+		names[string(name)] = made
+	}
+	return made, err
+}
+
+func (g *graph) depend(user, used int32) error {
+	g.vertices[used].users = append(g.vertices[used].users, user)
+	return g.meter.take(edgeBytes)
+}
+
+// spread passes each operation that writes on to all vertices that depend on it. Each vertex is passed once, for all
+// signatures together, and without recursion: a file may hold a chain of millions.
+func (g *graph) spread() {
+	var found []int32
+	for v := range g.vertices {
+		if g.vertices[v].writes != "" {
+			found = append(found, int32(v)) //nolint:gosec // see add
+		}
+	}
+	for len(found) > 0 {
+		from := g.vertices[found[len(found)-1]]
+		found = found[:len(found)-1]
+		for _, user := range from.users {
+			if to := &g.vertices[user]; to.writes == "" {
+				to.writes = from.writes
+				found = append(found, user)
+			}
+		}
+	}
+}
+
+// assigned returns an operation that a signature depends on and that writes to a variable, or "".
 func (g *graph) assigned(signature Signature) string {
-	called := map[string]bool{}
-	var inFunctions func(n *node) string
-	inFunctions = func(n *node) string {
-		if assigns(n.op) {
-			return n.op
-		}
-		for _, name := range n.functions {
-			if called[name] {
-				continue
-			}
-			called[name] = true
-			for _, inner := range g.functions[name] {
-				if op := inFunctions(inner); op != "" {
-					return op
-				}
-			}
-		}
-		return ""
-	}
-	seen := map[string]bool{}
-	var upstream func(name string) string
-	upstream = func(name string) string {
-		n, ok := g.nodes[name]
-		if !ok || seen[name] {
-			return ""
-		}
-		seen[name] = true
-		if op := inFunctions(n); op != "" {
-			return op
-		}
-		for _, input := range n.inputs {
-			if op := upstream(input); op != "" {
-				return op
-			}
-		}
-		return ""
-	}
 	for _, out := range signature.Outputs {
 		name, _, _ := strings.Cut(out.Tensor, ":")
-		if op := upstream(name); op != "" {
-			return op
+		if v, ok := g.nodes[name]; ok && g.vertices[v].writes != "" {
+			return g.vertices[v].writes
 		}
 	}
 	return ""
@@ -97,12 +125,16 @@ func assigns(op string) bool {
 	case strings.HasPrefix(op, "Assign") && strings.HasSuffix(op, "VariableOp"):
 		return true
 	}
-	for _, prefix := range []string{"ResourceApply", "ResourceSparseApply", "ResourceScatter", "Scatter", "ResourceStridedSliceAssign"} {
+	for _, prefix := range writingPrefixes {
 		if rest, ok := strings.CutPrefix(op, prefix); ok && (prefix != "Scatter" || scatterWrites[rest]) {
 			return true
 		}
 	}
 	return false
+}
+
+var writingPrefixes = []string{
+	"ResourceApply", "ResourceSparseApply", "ResourceScatter", "Scatter", "ResourceStridedSliceAssign",
 }
 
 // scatterWrites holds the Scatter operations on reference variables; ScatterNd makes a new tensor.
@@ -111,92 +143,139 @@ var scatterWrites = map[string]bool{
 	"NdUpdate": true, "NdAdd": true, "NdSub": true, "NdMin": true, "NdMax": true,
 }
 
-func parseGraph(data []byte) (*graph, error) {
-	g := &graph{nodes: map[string]*node{}, functions: map[string][]*node{}}
-	err := fields(data, func(num protowire.Number, value []byte) error {
+// read reads a GraphDef.
+func (g *graph) read(m *message) error {
+	err := m.fields(func(num protowire.Number, field *message) error {
 		switch num {
 		case fieldGraphNode:
-			n, err := parseNode(value)
-			g.nodes[n.name] = n
-			return err
+			return g.readNode(field, none)
 		case fieldGraphLibrary:
-			return fields(value, func(num protowire.Number, value []byte) error {
+			return field.fields(func(num protowire.Number, field *message) error {
 				if num != fieldFunction {
 					return nil
 				}
-				return g.addFunction(value)
+				return g.readFunction(field)
 			})
 		}
 		return nil
 	})
-	return g, err
-}
-
-func (g *graph) addFunction(data []byte) error {
-	var name string
-	var nodes []*node
-	err := fields(data, func(num protowire.Number, value []byte) error {
-		switch num {
-		case fieldFunctionSig:
-			return fields(value, func(num protowire.Number, value []byte) error {
-				if num == fieldOpName {
-					name = string(value)
-				}
-				return nil
-			})
-		case fieldFunctionNode:
-			n, err := parseNode(value)
-			nodes = append(nodes, n)
-			return err
-		}
-		return nil
-	})
-	g.functions[name] = nodes
+	g.spread()
 	return err
 }
 
-func parseNode(data []byte) (*node, error) {
-	n := &node{}
-	err := fields(data, func(num protowire.Number, value []byte) error {
+// readFunction reads a FunctionDef.
+func (g *graph) readFunction(m *message) error {
+	body, err := g.add() // its name may come behind its nodes
+	if err != nil {
+		return err
+	}
+	return m.fields(func(num protowire.Number, field *message) error {
+		switch num {
+		case fieldFunctionSig:
+			return field.fields(func(num protowire.Number, field *message) error {
+				if num != fieldOpName {
+					return nil
+				}
+				function, err := g.mention(g.functions, field)
+				if err != nil {
+					return err
+				}
+				return g.depend(function, body)
+			})
+		case fieldFunctionNode:
+			return g.readNode(field, body)
+		}
+		return nil
+	})
+}
+
+// mention reads a name and returns its vertex.
+func (g *graph) mention(names map[string]int32, m *message) (int32, error) {
+	name, err := m.text()
+	if err != nil {
+		return none, err
+	}
+	return g.named(names, name)
+}
+
+// readNode reads a NodeDef of a function's body, or with none of the main graph.
+func (g *graph) readNode(m *message, body int32) error {
+	self, writes := body, ""
+	g.used = g.used[:0]
+	err := m.fields(func(num protowire.Number, field *message) (err error) {
 		switch num {
 		case fieldNodeName:
-			n.name = string(value)
+			if body == none {
+				self, err = g.mention(g.nodes, field)
+			}
+			return err
 		case fieldNodeOp:
-			n.op = string(value)
+			op, err := field.text()
+			if assigns(string(op)) {
+				writes = string(op)
+			}
+			return err
 		case fieldNodeInput:
-			name, _, _ := strings.Cut(strings.TrimPrefix(string(value), "^"), ":")
-			n.inputs = append(n.inputs, name)
+			if body != none {
+				return nil
+			}
+			name, err := field.text()
+			if err != nil {
+				return err
+			}
+			name, _, _ = bytes.Cut(bytes.TrimPrefix(name, []byte("^")), []byte(":"))
+			return g.use(g.named(g.nodes, name))
 		case fieldNodeAttr:
-			return fields(value, func(num protowire.Number, value []byte) error {
+			return field.fields(func(num protowire.Number, field *message) error {
 				if num != fieldMapValue {
 					return nil
 				}
-				return n.addAttribute(value)
+				return g.readAttribute(field)
 			})
 		}
 		return nil
 	})
-	return n, err
+	if err != nil || self == none {
+		return err
+	}
+	if writes != "" {
+		g.vertices[self].writes = writes
+	}
+	for _, used := range g.used {
+		if err := g.depend(self, used); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// addAttribute keeps the functions that an attribute names.
-func (n *node) addAttribute(data []byte) error {
-	name := func(num protowire.Number, value []byte) error {
-		if num == fieldFuncName {
-			n.functions = append(n.functions, string(value))
-		}
-		return nil
+// use notes what the node that is being read depends on.
+func (g *graph) use(vertex int32, err error) error {
+	if err != nil {
+		return err
 	}
-	return fields(data, func(num protowire.Number, value []byte) error {
+	g.used = append(g.used, vertex)
+	return g.meter.take(edgeBytes)
+}
+
+// readAttribute keeps the functions that an attribute names.
+func (g *graph) readAttribute(m *message) error {
+	function := func(num protowire.Number, field *message) error {
+		if num != fieldFuncName {
+			return nil
+		}
+		return g.use(g.mention(g.functions, field))
+	}
+	return m.fields(func(num protowire.Number, field *message) error {
 		switch num {
 		case fieldAttrFunc:
-			return fields(value, name)
+			return field.fields(function)
 		case fieldAttrList:
-			return fields(value, func(num protowire.Number, value []byte) error {
+			return field.fields(func(num protowire.Number, field *message) error {
 				if num != fieldListFunc {
 					return nil
 				}
-				return fields(value, name)
+				return field.fields(function)
 			})
 		}
 		return nil

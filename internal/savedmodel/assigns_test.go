@@ -17,7 +17,7 @@ func TestReadFindsSignaturesThatWrite(t *testing.T) {
 		{"slow", "serving_default", ""},
 	} {
 		t.Run(test.model+"/"+test.signature, func(t *testing.T) {
-			model, err := savedmodel.Read(filepath.Join("..", "..", "build", "models", test.model))
+			model, err := savedmodel.Read(t.Context(), filepath.Join("..", "..", "build", "models", test.model), nil)
 			if err != nil {
 				t.Fatalf("%v; make build/models/.done makes the models", err)
 			}

@@ -8,7 +8,10 @@ package savedmodel
 
 import (
 	"cmp"
-	"os"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,6 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 )
 
 // File is the name of the graph's file in a SavedModel's folder.
@@ -68,32 +72,59 @@ type Model struct {
 	Signatures map[string]Signature
 }
 
-// Read parses saved_model.pb in dir. It decodes the signatures and walks the graph's operations
-// without its constants, so its cost does not grow with frozen weights beyond reading the file.
-// Errors are faults: NotFound where dir is no SavedModel, BadRequest where the file
-// is broken or has no signature for serving.
-func Read(dir string) (*Model, error) {
-	data, err := os.ReadFile(filepath.Join(dir, File))
+// maxGraph is the most bytes of saved_model.pb: what a protocol buffer may have.
+const maxGraph = 2 << 30
+
+// A signature may have so many bytes, and takes so many times as much memory.
+const (
+	maxSignature     = 16 << 20
+	timesOfSignature = 8
+)
+
+// Read reads saved_model.pb in dir until ctx ends. It skips constants, so frozen weights cost neither time nor
+// memory. Before it takes more than about 1 MiB of memory it calls reserve, whose error ends it; nil allows all.
+// Errors are faults: NotFound where dir is no SavedModel, Precondition where the file cannot be read, BadRequest where
+// it is broken or has no signature for serving; or those of ctx and reserve.
+func Read(ctx context.Context, dir string, reserve func(bytes int64) error) (*Model, error) {
+	path := filepath.Join(dir, File)
+	file, err := regular.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.New(fault.NotFound, "%s is not a SavedModel: it has no %s", dir, File)
+	}
 	if err != nil {
-		if os.IsNotExist(err) {
-			return nil, fault.New(fault.NotFound, "%s is not a SavedModel: it has no %s", dir, File)
-		}
 		return nil, fault.New(fault.Precondition, "read SavedModel: %w", err)
 	}
-	model, err := parse(data)
+	defer func() { _ = file.Close() }()
+	info, err := file.Stat()
 	if err != nil {
-		return nil, fault.New(fault.BadRequest, "%s: %w", filepath.Join(dir, File), err)
+		return nil, fault.New(fault.Precondition, "read SavedModel: %w", err)
 	}
-	return model, nil
+	if info.Size() > maxGraph {
+		return nil, fault.New(fault.BadRequest, "%s has %d bytes; %d are the most", path, info.Size(), int64(maxGraph))
+	}
+	in := struct {
+		io.Reader
+		io.Seeker
+	}{regular.Until(ctx, file), file}
+	model, err := parse(newMessage(in, info.Size()), reserve)
+	switch kind, ok := fault.KindOf(err); {
+	case err == nil:
+		return model, nil
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case ok && kind != fault.BadRequest: // of reserve
+		return nil, err
+	}
+	return nil, fault.New(fault.BadRequest, "%s: %w", path, err)
 }
 
-func parse(data []byte) (*Model, error) {
+func parse(m *message, reserve func(bytes int64) error) (*Model, error) {
 	var found *Model
-	err := fields(data, func(num protowire.Number, value []byte) error {
+	err := m.fields(func(num protowire.Number, field *message) error {
 		if num != fieldMetaGraphs || found != nil {
 			return nil
 		}
-		model, tags, err := parseMetaGraph(value)
+		model, tags, err := parseMetaGraph(field, reserve)
 		if err == nil && slices.Contains(tags, ServeTag) {
 			found = model
 		}
@@ -111,25 +142,28 @@ func parse(data []byte) (*Model, error) {
 	return found, nil
 }
 
-func parseMetaGraph(data []byte) (*Model, []string, error) {
+func parseMetaGraph(m *message, reserve func(bytes int64) error) (*Model, []string, error) {
 	model := &Model{Signatures: map[string]Signature{}}
 	var tags []string
-	operations := &graph{}
-	err := fields(data, func(num protowire.Number, value []byte) error {
+	operations := newGraph(reserve)
+	err := m.fields(func(num protowire.Number, field *message) error {
 		switch num {
 		case fieldMetaInfo:
-			return fields(value, func(num protowire.Number, value []byte) error {
-				if num == fieldTags {
-					tags = append(tags, string(value))
+			return field.fields(func(num protowire.Number, field *message) error {
+				if num != fieldTags {
+					return nil
 				}
-				return nil
+				tag, err := field.text()
+				tags = append(tags, string(tag))
+				return errors.Join(err, operations.meter.take(vertexBytes+int64(len(tag))))
 			})
 		case fieldGraph:
-			var err error
-			operations, err = parseGraph(value)
-			return err
+			return operations.read(field)
 		case fieldSignatureMap:
-			return model.addSignature(value)
+			if err := operations.meter.take(timesOfSignature * field.left); err != nil {
+				return err
+			}
+			return model.addSignature(field)
 		}
 		return nil
 	})
@@ -141,15 +175,21 @@ func parseMetaGraph(data []byte) (*Model, []string, error) {
 }
 
 // addSignature takes one entry of map<string, SignatureDef>.
-func (m *Model) addSignature(entry []byte) error {
+func (m *Model) addSignature(entry *message) error {
 	var name string
 	var def corepb.SignatureDef
-	err := fields(entry, func(num protowire.Number, value []byte) error {
+	err := entry.fields(func(num protowire.Number, field *message) error {
 		switch num {
 		case fieldMapKey:
-			name = string(value)
+			text, err := field.text()
+			name = string(text)
+			return err
 		case fieldMapValue:
-			return proto.Unmarshal(value, &def)
+			data, err := field.bytes(maxSignature)
+			if err != nil {
+				return err
+			}
+			return proto.Unmarshal(data, &def)
 		}
 		return nil
 	})
@@ -164,7 +204,8 @@ func specs(infos map[string]*corepb.TensorInfo) []Spec {
 	list := make([]Spec, 0, len(infos))
 	for name, info := range infos {
 		shape := info.GetTensorShape()
-		spec := Spec{Name: name, Tensor: info.GetName(), DType: DType(info.GetDtype()), UnknownRank: shape == nil || shape.GetUnknownRank()}
+		spec := Spec{Name: name, Tensor: info.GetName(), DType: DType(info.GetDtype())}
+		spec.UnknownRank = shape == nil || shape.GetUnknownRank()
 		if !spec.UnknownRank {
 			spec.Shape = make([]int64, len(shape.GetDim()))
 			for i, dim := range shape.GetDim() {
@@ -177,41 +218,14 @@ func specs(infos map[string]*corepb.TensorInfo) []Spec {
 	return list
 }
 
-// fields calls visit for each length-delimited field of a message and skips the rest.
-func fields(data []byte, visit func(protowire.Number, []byte) error) error {
-	for len(data) > 0 {
-		num, typ, n := protowire.ConsumeTag(data)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		data = data[n:]
-		if typ != protowire.BytesType {
-			n = protowire.ConsumeFieldValue(num, typ, data)
-			if n < 0 {
-				return protowire.ParseError(n)
-			}
-			data = data[n:]
-			continue
-		}
-		value, n := protowire.ConsumeBytes(data)
-		if n < 0 {
-			return protowire.ParseError(n)
-		}
-		if err := visit(num, value); err != nil {
-			return err
-		}
-		data = data[n:]
-	}
-	return nil
-}
-
 // Signature returns the signature called name, or a NotFound fault that lists the
 // names there are.
 func (m *Model) Signature(name string) (Signature, error) {
 	if sig, ok := m.Signatures[name]; ok {
 		return sig, nil
 	}
-	return Signature{}, fault.New(fault.NotFound, "no signature %q; this model has %s", name, strings.Join(m.Names(), ", "))
+	return Signature{}, fault.New(fault.NotFound, "no signature %q; this model has %s",
+		name, strings.Join(m.Names(), ", "))
 }
 
 // Names returns the signatures' names, sorted.

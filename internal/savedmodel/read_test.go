@@ -1,6 +1,7 @@
 package savedmodel
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -59,7 +60,7 @@ func sample() map[string]*corepb.SignatureDef {
 
 func TestRead(t *testing.T) {
 	dir := write(t, metaGraph(nil, "train"), metaGraph(sample(), "gpu", ServeTag), metaGraph(nil, ServeTag))
-	model, err := Read(dir)
+	model, err := Read(t.Context(), dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +114,7 @@ func TestReadRefuses(t *testing.T) {
 		"no signature":   {write(t, metaGraph(nil, ServeTag)), fault.BadRequest, "export the model with signatures"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := Read(c.dir)
+			_, err := Read(t.Context(), c.dir, nil)
 			if kind, ok := fault.KindOf(err); !ok || kind != c.kind || !strings.Contains(err.Error(), c.part) {
 				t.Errorf("kind %d, %v; want %d and %q", kind, err, c.kind, c.part)
 			}
@@ -133,7 +134,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte{0x12, 0xff, 0xff, 0xff, 0xff, 0x0f})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		fuzztest.Bounded(t, 256<<20, func() {
-			model, err := parse(data)
+			model, err := parse(newMessage(bytes.NewReader(data), int64(len(data))), nil)
 			if (err == nil) == (model == nil) || err == nil && len(model.Names()) == 0 {
 				t.Errorf("model %v, error %v", model, err)
 			}

@@ -125,19 +125,20 @@ func masked(data []byte) uint32 {
 
 func (w *Warmup) parse(record []byte, room int64) error {
 	found := false
-	err := fields(record, func(num protowire.Number, value []byte) error {
+	m := newMessage(bytes.NewReader(record), int64(len(record)))
+	err := m.fields(func(num protowire.Number, field *message) error {
 		if kind, ok := logTypes[num]; ok {
 			w.Skipped = kind
 		}
 		if num != fieldPredictLog {
 			return nil
 		}
-		return fields(value, func(num protowire.Number, value []byte) error {
+		return field.fields(func(num protowire.Number, field *message) error {
 			if num != fieldPredictRequest {
 				return nil
 			}
 			found = true
-			return w.parseRequest(value, room)
+			return w.parseRequest(field, room)
 		})
 	})
 	if err == nil && !found && w.Skipped == "" {
@@ -149,42 +150,58 @@ func (w *Warmup) parse(record []byte, room int64) error {
 	return err
 }
 
-func (w *Warmup) parseRequest(data []byte, room int64) error {
+func (w *Warmup) parseRequest(m *message, room int64) error {
 	w.Inputs = map[string]Constant{}
-	return fields(data, func(num protowire.Number, value []byte) error {
+	return m.fields(func(num protowire.Number, field *message) error {
 		switch num {
 		case fieldModelSpec:
-			return fields(value, func(num protowire.Number, value []byte) error {
-				if num == fieldSignatureName {
-					w.Signature = string(value)
+			return field.fields(func(num protowire.Number, field *message) error {
+				if num != fieldSignatureName {
+					return nil
 				}
-				return nil
+				name, err := field.text()
+				w.Signature = string(name)
+				return err
 			})
 		case fieldOutputFilter:
-			w.Outputs = append(w.Outputs, string(value))
+			name, err := field.text()
+			w.Outputs = append(w.Outputs, string(name))
+			return err
 		case fieldInputs:
-			var name string
-			var content tensorpb.TensorProto
-			err := fields(value, func(num protowire.Number, value []byte) error {
-				switch num {
-				case fieldMapKey:
-					name = string(value)
-				case fieldMapValue:
-					return proto.Unmarshal(value, &content)
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			constant, err := newConstant(&content, &room)
-			if err != nil {
-				return fmt.Errorf("input %q: %w", name, err)
-			}
-			w.Inputs[name] = constant
+			return w.parseInput(field, &room)
 		}
 		return nil
 	})
+}
+
+// parseInput takes one entry of map<string, TensorProto>.
+func (w *Warmup) parseInput(entry *message, room *int64) error {
+	var name string
+	var content tensorpb.TensorProto
+	err := entry.fields(func(num protowire.Number, field *message) error {
+		switch num {
+		case fieldMapKey:
+			text, err := field.text()
+			name = string(text)
+			return err
+		case fieldMapValue:
+			data, err := field.bytes(maxWarmupBytes)
+			if err != nil {
+				return err
+			}
+			return proto.Unmarshal(data, &content)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	constant, err := newConstant(&content, room)
+	if err != nil {
+		return fmt.Errorf("input %q: %w", name, err)
+	}
+	w.Inputs[name] = constant
+	return nil
 }
 
 var errLarge = fmt.Errorf("its record has more than %d MiB of tensors", maxWarmupBytes>>20)

@@ -176,7 +176,7 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 	case again.plain == nil || again.plain.stamp != now.stamp:
 		return "", fault.New(fault.Unavailable, "model %s: version %s at %s changed while it was fetched; ask again", ref, number, at.name)
 	}
-	if _, err := savedmodel.Read(dir); err != nil {
+	if _, err := savedmodel.Read(ctx, dir, nil); err != nil {
 		return "", fault.New(fault.BadRequest, "model %s: %s of version %s at %s cannot be read: %w", ref, savedmodel.File, number, at.name, errors.Unwrap(err))
 	}
 	digest := files.digest()

@@ -303,7 +303,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	if err != nil {
 		return Model{}, err
 	}
-	return r.withSaved(model, snapshot{}) // the files of a digest never change
+	return r.withSaved(ctx, model, snapshot{}) // the files of a digest never change
 }
 
 // storedSettings reads a settings file beside versions in a store.

@@ -135,7 +135,7 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	if model.Settings, err = readSettings(base); err != nil {
 		return Model{}, err
 	}
-	return r.withSaved(model, now)
+	return r.withSaved(ctx, model, now)
 }
 
 func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
@@ -165,8 +165,8 @@ func (r *Repository) findLocal(ctx context.Context, ref, version, base string, w
 }
 
 // withSaved reads what the model says about itself, as far as its settings let it be served.
-func (r *Repository) withSaved(model Model, now snapshot) (Model, error) {
-	saved, err := r.read.model(model.Dir, now)
+func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
+	saved, err := r.read.model(ctx, model.Dir, now)
 	if err != nil {
 		return Model{}, err
 	}
@@ -190,7 +190,7 @@ type reading struct {
 }
 
 // model returns what savedmodel.Read returns. now is how the folder looked before.
-func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
+func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
 	graph, _ := now.find(savedmodel.File)
 	r.mu.Lock()
 	known, ok := r.known[dir]
@@ -198,7 +198,7 @@ func (r *readings) model(dir string, now snapshot) (*savedmodel.Model, error) {
 	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
-	model, err := savedmodel.Read(dir)
+	model, err := savedmodel.Read(ctx, dir, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func (r *Repository) Push(archive io.Reader, want string) (digest string, known 
 	if want != "" && digest != want {
 		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
 	}
-	if _, err := savedmodel.Read(dir); err != nil {
+	if _, err := savedmodel.Read(r.ctx, dir, nil); err != nil {
 		return "", false, fault.New(fault.BadRequest, "the archive's %s cannot be read: %w", savedmodel.File, errors.Unwrap(err))
 	}
 	err = os.Rename(dir, r.Place(digest))

@@ -1,0 +1,31 @@
+package main
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Less than this, and a front or its first runner ends with a message that does not say why.
+const (
+	leastFiles   = 64      // some 20 are open without a call
+	leastAddress = 4 << 30 // of address space: a runner of the smallest model takes more than 2.5 GB
+)
+
+// checkLimits says which limit of this process (getrlimit(2)) is too low for a front and its runners.
+func checkLimits() error {
+	for _, c := range []struct {
+		resource int
+		least    uint64
+		what     string
+	}{
+		{unix.RLIMIT_NOFILE, leastFiles, "open files (ulimit -n) is %d; flightsvc needs %d, and more for each stream"},
+		{unix.RLIMIT_AS, leastAddress, "address space (ulimit -v) is %d bytes; TensorFlow needs %d, and more for large models"},
+	} {
+		var limit unix.Rlimit
+		if err := unix.Getrlimit(c.resource, &limit); err == nil && limit.Cur < c.least {
+			return fmt.Errorf("the limit on "+c.what+"; raise it where flightsvc is started", limit.Cur, c.least)
+		}
+	}
+	return nil
+}
