@@ -109,7 +109,7 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 		return true, nil
 	}
 	if want.need > largest {
-		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory; %w; use another device, or set allow-cpu-fallback",
+		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory; %w; use another device, or set allow-cpu-fallback",
 			want.model.Ref, want.model.Version, config.Bytes(want.need), want.noRoom)
 	}
 	return false, nil
@@ -238,6 +238,6 @@ func (c *Cache) deviceFullLocked(want *claim) error {
 		}
 	}
 	slices.Sort(holders)
-	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory and has waited %s for it; %w; taken by %s; end some of their streams, use another device, or set allow-cpu-fallback",
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory and has waited %s for it; %w; used by %s; end some of their streams, use another device, or set allow-cpu-fallback",
 		want.model.Ref, want.model.Version, config.Bytes(want.need), c.options.LoadTimeout, want.noRoom, cmp.Or(strings.Join(holders, ", "), "other programs"))
 }

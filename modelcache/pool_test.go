@@ -109,13 +109,13 @@ func TestWhoHasTheMemory(t *testing.T) {
 		runner := leaseOf(t, cache, models[0], "s")
 		tell(t, runner, "open s")
 		_, err := cache.Ready(t.Context(), models[1], "")
-		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "raise the setting memory")
 		if !runner.Alive() {
 			t.Error("a stream was open")
 		}
 		huge := add(t, cache, "huge", `{"memory":"2GiB"}`)
 		_, err = cache.Ready(t.Context(), huge, "")
-		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "raise the setting memory")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		if _, err := cache.Ready(ctx, models[1], ""); err != context.DeadlineExceeded {
@@ -453,7 +453,7 @@ func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
 		}
 		measured(modelMemory + 100<<20)
 		_, err = cache.Ready(t.Context(), model, "")
-		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "raise the setting memory")
 	})
 }
 

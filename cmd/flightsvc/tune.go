@@ -22,8 +22,8 @@ type tuneCommand struct {
 	frontFlags
 	modelArgument
 	Signature string `default:"serving_default" help:"Signature to measure."`
-	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
-	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
+	Quick     bool   `help:"Take about a minute: choose one option after the other instead of trying all combinations."`
+	JSON      bool   `name:"json" help:"Print only the result, as one JSON object."`
 }
 
 // Run is called by kong.

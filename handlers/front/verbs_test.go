@@ -173,7 +173,7 @@ func TestArchiveOfChunks(t *testing.T) {
 	at := bytes.Index(body, []byte{0, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 6, 0, 0, 0})
 	body[at+4] = 200
 	got, err = read(t, s)
-	expect.Fault(t, err, fault.BadRequest, "chunk 0 of the archive does not lie in its buffer")
+	expect.Fault(t, err, fault.BadRequest, "chunk 0 of the archive lies outside its buffer")
 	if got != "" {
 		t.Errorf("read %q", got)
 	}

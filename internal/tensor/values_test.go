@@ -994,7 +994,7 @@ func TestNewPlanRefuses(t *testing.T) {
 		"input left out": {options: Options{Inputs: protocol.Inputs{}}, parts: []string{`input "x" is not mapped`}},
 		"unknown output": {options: Options{Outputs: protocol.Outputs{{Tensor: "nope", Column: "c"}}},
 			parts: []string{`no output "nope"`, `"y" float32 [?]`}},
-		"no output": {options: Options{Outputs: protocol.Outputs{}}, parts: []string{"no output is asked for"}},
+		"no output": {options: Options{Outputs: protocol.Outputs{}}, parts: []string{"no output is requested"}},
 		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)},
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
 			parts:   []string{`"c"`, "error_column"}},
