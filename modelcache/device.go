@@ -43,7 +43,7 @@ func (c *Cache) targetOf(model repository.Model, device string) (target, error) 
 		if kind, _ := fault.KindOf(err); !c.options.CPUFallback || kind == fault.BadRequest {
 			return t, fault.New(kind, "model %s: %w", model.Ref, err)
 		}
-		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
 	}
 	return t, nil
 }
@@ -104,7 +104,7 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	}
 	evicted := want.need <= largest && c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free)
 	if !evicted && c.options.CPUFallback {
-		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
 		want.fellBack = true
 		return true, nil
 	}

@@ -132,13 +132,13 @@ func show(out io.Writer, t *protocol.Tuning) error {
 	case t.NotFrozen != "":
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
 	case t.Freezing > 0:
-		fmt.Fprintf(out, "freezing: %.2f times as fast (median over all else the same)\n", t.Freezing)
+		fmt.Fprintf(out, "freezing: %.2f times as fast (median, all else equal)\n", t.Freezing)
 	}
 	if t.OneDNN > 0 {
-		fmt.Fprintf(out, "oneDNN:   %.2f times as fast (median over all else the same)\n", t.OneDNN)
+		fmt.Fprintf(out, "oneDNN:   %.2f times as fast (median, all else equal)\n", t.OneDNN)
 	}
 	name, flags := processor()
-	fmt.Fprintf(out, "processor: %s, with %s\n", name, strings.Join(flags, " "))
+	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))
 	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
 	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n", t.Machine, t.Stored)
 	return err

@@ -26,7 +26,7 @@ func TestTune(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, told)
 	}
-	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "processor: ", tuning.Machine()} {
+	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "oneDNN: ", "freezing: the graph is served as it is: ", "CPU: ", tuning.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}
@@ -68,7 +68,7 @@ model m, version 3, signature serving_default
     2  as it is     off        2        2     16    82.3        1.00                           yes
     3  as it is     off        1        2     16     1.0        0.01  no (3.0 times the tolerance)
 
-freezing: 1.20 times as fast (median over all else the same)
+freezing: 1.20 times as fast (median, all else equal)
 `
 	if got := out.String(); !strings.HasPrefix(got, want) {
 		t.Errorf("got\n%s", got)
