@@ -60,7 +60,7 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	if len(g.built) == maxGraphs {
 		var none G
 		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, "+
-			"its maximum; use one of them, or unload the model", maxGraphs)
+			"its limit; use one of them, or unload the model", maxGraphs)
 	}
 	graph, err := g.build(spec, g.budget)
 	if err == nil {

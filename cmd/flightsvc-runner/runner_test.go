@@ -260,9 +260,9 @@ func TestKinds(t *testing.T) {
 // TestRun covers what goes wrong before a runner serves; cmd/flightsvc tests the rest on the real program.
 func TestRun(t *testing.T) {
 	silent := &reporter{out: json.NewEncoder(io.Discard)}
-	for input, part := range map[string]string{"": "do not run it yourself", "{}": "do not run it yourself",
+	for input, text := range map[string]string{"": "do not run it yourself", "{}": "do not run it yourself",
 		"noise\n": "setup: ", `{"log_level":"loud"}` + "\n": "loud"} {
-		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), part) {
+		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("%q gives %v", input, err)
 		}
 	}

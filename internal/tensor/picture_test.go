@@ -71,7 +71,7 @@ func bindPicture(t *testing.T, schema *arrow.Schema) *Binding {
 		Inputs:  []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 1, 1, 3)},
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
 	}
-	plan, err := NewPlan(signature, Options{Pictures: map[string]Made{"p": pixel}})
+	plan, err := NewPlan(signature, Options{Pictures: map[string]PictureTensor{"p": pixel}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -404,7 +404,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	for name, c := range map[string]struct {
 		value Value
 		kind  fault.Kind
-		parts []string
+		texts []string
 	}{
 		"rows": {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest,
 			[]string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
@@ -420,7 +420,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 				t.Error("a record batch was written")
 				return nil
 			})
-			expect.Fault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.texts...)
 		})
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
