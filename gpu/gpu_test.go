@@ -131,8 +131,8 @@ func TestIdentity(t *testing.T) {
 		}
 	}
 	for want, part := range map[string]string{
-		"GPU-0000": "begins the UUIDs of 2 devices",
-		"GPU-":     "begins the UUIDs of 8 devices",
+		"GPU-0000": "is the beginning of the UUIDs of 2 devices",
+		"GPU-":     "is the beginning of the UUIDs of 8 devices",
 		"GPU-9":    `no device "GPU-9"; there is 0 GPU-00000000`,
 		"8":        `no device "8"`,
 		"0,":       `no device ""`,
@@ -322,7 +322,7 @@ func TestMemoryComesBackLate(t *testing.T) {
 	next.Settle(0)
 	i.patience = 20 * time.Millisecond
 	h.end(device, 8, time.Hour)
-	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB have not come back") {
+	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB are not free again") {
 		t.Errorf("memory that never comes back: %v", err)
 	}
 	var full *NoRoom

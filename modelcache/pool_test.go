@@ -331,6 +331,36 @@ func TestQuarantineGoesByTheFiles(t *testing.T) {
 	})
 }
 
+// TestWhatIsKnownOfModelsIsForgotten asks for a model and leaves, and lets another one crash once.
+func TestWhatIsKnownOfModelsIsForgotten(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		cache, models := poolOf(t, 1, 1, nil) // resolves m and a
+		runner, err := cache.Ready(t.Context(), models[0], "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		runner.process.(*fakeProcess).end("signal: killed")
+		known := func() string {
+			cache.mu.Lock()
+			defer cache.mu.Unlock()
+			return fmt.Sprint(len(cache.serving), len(cache.healths))
+		}
+		synctest.Wait()
+		if got := known(); got != "2 1" {
+			t.Errorf("known networks: %s", got)
+		}
+		time.Sleep(2 * time.Minute)
+		if got := known(); got != "0 1" {
+			t.Errorf("after two minutes known networks: %s", got)
+		}
+		time.Sleep(2 * strikeMemory)
+		if got := known(); got != "0 0" {
+			t.Errorf("in the end known networks: %s", got)
+		}
+	})
+}
+
 func TestBackOff(t *testing.T) {
 	h, now := &health{}, time.Now()
 	var waits []time.Duration
@@ -364,8 +394,8 @@ func TestLabelsAndSignatures(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
 		`{"batchin":{}}`:                             `unknown field "batchin"`,
-		`{"memory":"lots"}`:                          `"lots" is no amount of memory`,
-		`{"keep_alive":"long"}`:                      `"long" is no duration`,
+		`{"memory":"lots"}`:                          `"lots" is not an amount of memory`,
+		`{"keep_alive":"long"}`:                      `"long" is not a duration`,
 		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
 		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
 		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",

@@ -112,7 +112,7 @@ func (r *onDevice) await(what string, is func(control.Report) bool) control.Repo
 	}
 }
 
-// run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
+// run sends a record batch of rows 0, 1, 2..., checks the answer and returns its metadata.
 func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
 	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
@@ -233,7 +233,7 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 	second.end()
 
-	// Not even one row of the third fits, until the first has ended.
+	// Not even one row of the third fits until the first has ended.
 	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576",
 		"SIMULATED_ROW_BYTES=10485760")
 	third.await("ready", ready)
@@ -255,7 +255,7 @@ func TestSimulatedDevice(t *testing.T) {
 	fourth.await("ready", ready)
 	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||
 		!strings.Contains(err.Error(),
-			"record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
+			"record batch 0: a run of 1 rows, the smallest possible, failed twice: the device GPU-1 has no memory") {
 		t.Errorf("got %v", err)
 	}
 }

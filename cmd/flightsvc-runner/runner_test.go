@@ -148,7 +148,7 @@ func TestEngineFails(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "is not a SavedModel")
 }
 
-// blackPicture is a PNG of so many pixels a side.
+// blackPicture is a black PNG with sides of so many pixels.
 func blackPicture(t *testing.T, side int) tensor.Picture {
 	t.Helper()
 	var encoded bytes.Buffer
@@ -257,7 +257,7 @@ func TestKinds(t *testing.T) {
 	}
 }
 
-// TestRun covers what goes wrong before a runner serves; cmd/flightsvc tests the rest on the real program.
+// TestRun covers errors before a runner serves; cmd/flightsvc tests the rest with the real program.
 func TestRun(t *testing.T) {
 	silent := &reporter{out: json.NewEncoder(io.Discard)}
 	for input, text := range map[string]string{"": "do not run it yourself", "{}": "do not run it yourself",

@@ -22,7 +22,6 @@ type tuneCommand struct {
 	frontFlags
 	modelArgument
 	Signature string `default:"serving_default" help:"Signature to measure."`
-	Quick     bool   `help:"Take about a minute: choose one option after the other instead of trying all combinations."`
 	JSON      bool   `name:"json" help:"Print only the result, as one JSON object."`
 }
 
@@ -42,8 +41,7 @@ func (c *tuneCommand) Run(about *cli) error {
 	body := struct {
 		modelBody
 		Signature string `json:"signature"`
-		Quick     bool   `json:"quick"`
-	}{model, c.Signature, c.Quick}
+	}{model, c.Signature}
 	tried := 0
 	var tuning *protocol.Tuning
 	err = client.Action(ctx, front, "model.tune", body, func(told protocol.TuneResult) error {
@@ -128,14 +126,8 @@ func show(out io.Writer, t *protocol.Tuning) error {
 		return err
 	}
 	fmt.Fprintln(out)
-	switch {
-	case t.NotFrozen != "":
+	if t.NotFrozen != "" {
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
-	case t.Freezing > 0:
-		fmt.Fprintf(out, "freezing: %.2f times as fast (median, all else equal)\n", t.Freezing)
-	}
-	if t.OneDNN > 0 {
-		fmt.Fprintf(out, "oneDNN:   %.2f times as fast (median, all else equal)\n", t.OneDNN)
 	}
 	name, flags := processor()
 	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))

@@ -91,7 +91,7 @@ func TestPutCommands(t *testing.T) {
 		`{"v":1,"put":"table"}`:                `put is "table", this server takes "model"`,
 		`{"v":1,"put":"model","x":1}`:          `unknown field "x"`,
 		`{"v":1,"put":"model"}{}`:              "text after the object",
-		`{"v":1,"put":"model","digest":"md5"}`: `"md5" is no digest`,
+		`{"v":1,"put":"model","digest":"md5"}`: `"md5" is not a digest`,
 	} {
 		_, err := parsePut(command(text))
 		expect.Fault(t, err, fault.BadRequest, part)

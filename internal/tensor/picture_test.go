@@ -147,7 +147,7 @@ func TestImageStructs(t *testing.T) {
 	}
 }
 
-// weighed is a picture whose size is the number in it.
+// weighed is a Pictures by which the size of a picture is the number in it.
 type weighed struct{ decoder }
 
 func (weighed) Bytes(_ string, p Picture) int64 { return int64(p.Data[0] - '0') }

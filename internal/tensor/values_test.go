@@ -32,7 +32,7 @@ import (
 // The oracle works on plain Go values, a row at a time: nil is a null, []any a list, and an element is an
 // int64, a uint64, a float64, a bool or a string.
 
-// huge stands for a decimal beyond 64 bits.
+// huge is a decimal of more than 64 bits.
 type huge struct{}
 
 var (
@@ -93,7 +93,7 @@ func (l level) around(t arrow.DataType) arrow.DataType {
 	return arrow.FixedSizeListOf(int32(l.size), t)
 }
 
-// element draws one element that the type can hold exactly. Where the tensor is checked, few do not fit.
+// element draws one element that the type can hold exactly. For a checked dtype a few are out of range.
 func element(r *rand.Rand, leaf arrow.DataType, dtype savedmodel.DType) any {
 	switch leaf.ID() {
 	case arrow.BOOL:
@@ -150,7 +150,7 @@ func value(r *rand.Rand, levels []level, element func() any, regular, ragged boo
 	return list
 }
 
-// dirty is an allocator whose memory is not zeroed, as that of offheap.
+// dirty is an allocator whose memory is not zeroed, like offheap's.
 type dirty struct{ *memory.GoAllocator }
 
 func (d dirty) Allocate(size int) []byte {
@@ -167,7 +167,7 @@ func (d dirty) Reallocate(size int, b []byte) []byte {
 	return grown
 }
 
-// anywhere reports whether is holds of v or of an element in it at any depth.
+// anywhere reports whether a condition holds for v or for an element in it, at any depth.
 func anywhere(v any, is func(any) bool) bool {
 	list, isList := v.([]any)
 	return is(v) || isList && slices.ContainsFunc(list, func(e any) bool { return anywhere(e, is) })
@@ -265,7 +265,7 @@ func appendValue(b array.Builder, v any) {
 }
 
 // dictionary replaces the elements below all lists by indices of a type into a dictionary that has them in another
-// order, with one more that nobody uses. Some nulls are in the indices, the others in the dictionary.
+// order, and one unused element. Some nulls are in the indices, the others in the dictionary.
 func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.DataType,
 	mem memory.Allocator) arrow.ArrayData {
 	if len(data.Children()) > 0 {
@@ -378,7 +378,7 @@ func nearest(x float64, from func(uint16) float32) uint16 {
 	return sign | above
 }
 
-// sizes raises dims to the longest list at each level of v, and says whether a list differs from what was there.
+// sizes raises dims to the longest list at each level of v, and reports whether a list differs from dims.
 func sizes(v any, dims []int64) (differ bool) {
 	list, ok := v.([]any)
 	if !ok {
@@ -412,7 +412,7 @@ func padded(v any, dims []int64, filling any) any {
 	return out
 }
 
-// want is one input as the oracle sees it.
+// want is one input, for the oracle.
 type want struct {
 	rows    []any
 	levels  []level
@@ -762,10 +762,10 @@ func TestTakeCopiesRows(t *testing.T) {
 	}
 }
 
-// pixel is what a picture of one pixel becomes.
+// pixel is the tensor of pictures of one pixel.
 var pixel = PictureTensor{savedmodel.Float32, []int64{-1, 1, 1, 3}}
 
-// decoder stands for what decodes pictures: a picture becomes twelve bytes, each of them its first one.
+// decoder is a Pictures by which a picture becomes twelve copies of its first byte.
 type decoder func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error)
 
 func (d decoder) Bytes(_ string, p Picture) int64 { return int64(len(p.Data)) }
@@ -1213,8 +1213,8 @@ func TestValuesRefuse(t *testing.T) {
 	}
 }
 
-// TestCheckFindsLies damages whole columns, one buffer or length at a time.
-func TestCheckFindsLies(t *testing.T) {
+// TestCheckFindsDamage damages valid columns, one buffer or length at a time.
+func TestCheckFindsDamage(t *testing.T) {
 	f32, i32 := arrow.PrimitiveTypes.Float32, func(v ...int32) []byte { return arrow.Int32Traits.CastToBytes(v) }
 	i64 := func(v ...int64) []byte { return arrow.Int64Traits.CastToBytes(v) }
 	array4 := func(t arrow.DataType, n int, children []arrow.ArrayData, buffers ...[]byte) *array.Data {

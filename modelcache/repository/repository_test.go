@@ -2,6 +2,7 @@ package repository
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -134,4 +135,22 @@ func TestAllowedLibraries(t *testing.T) {
 	}
 	_, err := ask(filepath.Join(folder, "gone.so"))
 	expect.Fault(t, err, fault.Precondition, "gone.so")
+}
+
+// TestAMemoIsBounded remembers more than there is room for.
+func TestAMemoIsBounded(t *testing.T) {
+	var m memo[int]
+	for i := range 2 * remembered {
+		m.put(fmt.Sprint(i), i)
+		if got, ok := m.get(fmt.Sprint(i)); !ok || got != i {
+			t.Fatalf("just remembered %d, found %d, %t", i, got, ok)
+		}
+	}
+	if len(m.known) != remembered {
+		t.Errorf("%d are remembered", len(m.known))
+	}
+	m.drop(fmt.Sprint(2*remembered - 1))
+	if _, ok := m.get(fmt.Sprint(2*remembered - 1)); ok {
+		t.Error("one that was dropped is known")
+	}
 }
