@@ -390,7 +390,7 @@ class Part:
                 name="graph",
             )
         except ValueError as error:
-            raise InvalidArgumentError(f"the graph does not accept its inputs: {first_line(error)}") from error
+            raise InvalidArgumentError(f"the graph does not take its inputs: {first_line(error)}") from error
         known = dict(zip(wanted, made, strict=True)) | given
         return [tf.identity(known[tensor.name]) for tensor in self.fetches]
 
