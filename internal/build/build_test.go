@@ -1,3 +1,5 @@
+// Build identity, and the walls between packages.
+
 package build
 
 import (

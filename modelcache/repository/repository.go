@@ -62,7 +62,7 @@ func New(options Options) *Repository {
 }
 
 // ErrClosing is the fault of whatever is asked of a server that ends.
-var ErrClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
+var ErrClosing = fault.New(fault.Unavailable, "this server is ending; connect to another")
 
 // begin counts work that Close has to await, with working.Done at its end; false where the repository is closing.
 func (r *Repository) begin() bool {
@@ -242,7 +242,7 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 		case found.number != "" || busy == "":
 			return found.number, now, nil
 		case !wait || time.Since(started) > settleWait:
-			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is not whole yet, or has changed in the last second; ask again when it has been copied", ref, busy)
+			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed in the last second; ask again when it has been copied", ref, busy)
 		}
 		select {
 		case <-ctx.Done():

@@ -151,7 +151,7 @@ func (s *snapshot) folder(in int, name, below string, depth int) error {
 			s.vanished(err)
 			continue
 		case len(s.files) >= maxEntries || depth > maxDepth:
-			return fmt.Errorf("%s has more than %d files, or more than %d folders in each other", folder.Name(), maxEntries, maxDepth)
+			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d", folder.Name(), maxEntries, maxDepth)
 		case kind == unix.S_IFDIR:
 			if err := s.folder(fd, name, path, depth+1); err != nil {
 				return err
