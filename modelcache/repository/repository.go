@@ -39,13 +39,17 @@ type Repository struct {
 	mu      sync.Mutex     // held while work begins, and while ctx ends
 	working sync.WaitGroup // fetches, digests, pushes and collections
 
+	reserve func(ctx context.Context, bytes int64) error // see ReserveWith; nil grants all
+
 	read      readings
+	reading   shared[*savedmodel.Model] // by folder and stamp
 	seen      sightings
 	stores    stores
 	fetches   shared[string] // digests, by URI and stamp
 	origins   sync.Map       // digests, by path of the note
 	digesting shared[string]
 	digests   sync.Map // by folder and stamp
+	verified  sync.Map // digests of models in the cache-dir whose files this process has hashed
 
 	collecting atomic.Bool // a collection is on its way and has not begun
 	collected  sync.Mutex  // held by a collection
@@ -129,10 +133,13 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	}
 	if filepath.Dir(base) == r.models() {
 		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
+			if err := r.verify(ctx, model.Digest); err != nil {
+				return Model{}, err
+			}
 			r.touch(base)
 		}
 	}
-	if model.Settings, err = readSettings(base); err != nil {
+	if model.Settings, err = readSettings(ctx, base); err != nil {
 		return Model{}, err
 	}
 	return r.withSaved(ctx, model, now)
@@ -166,7 +173,9 @@ func (r *Repository) findLocal(ctx context.Context, ref, version, base string, w
 
 // withSaved reads what the model says about itself, as far as its settings let it be served.
 func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
-	saved, err := r.read.model(ctx, model.Dir, now)
+	saved, err := r.read.model(model.Dir, now, func() (*savedmodel.Model, error) {
+		return r.readGraph(ctx, model.Dir, now.stamp)
+	})
 	if err != nil {
 		return Model{}, err
 	}
@@ -189,8 +198,8 @@ type reading struct {
 	model   *savedmodel.Model
 }
 
-// model returns what savedmodel.Read returns. now is how the folder looked before.
-func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
+// model returns what read returns, or has returned before. now is how the folder looked before.
+func (r *readings) model(dir string, now snapshot, read func() (*savedmodel.Model, error)) (*savedmodel.Model, error) {
 	graph, _ := now.find(savedmodel.File)
 	r.mu.Lock()
 	known, ok := r.known[dir]
@@ -198,7 +207,7 @@ func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedm
 	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
-	model, err := savedmodel.Read(ctx, dir, nil)
+	model, err := read()
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +218,13 @@ func (r *readings) model(ctx context.Context, dir string, now snapshot) (*savedm
 	}
 	r.known[dir] = reading{changed: graph.changed, size: graph.size, model: model}
 	return model, nil
+}
+
+// forget drops what was read in a folder.
+func (r *readings) forget(dir string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.known, dir)
 }
 
 // resolveImage is Find for the model that is built in.

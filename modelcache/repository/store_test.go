@@ -117,7 +117,7 @@ func TestPush(t *testing.T) {
 	if tree(t, c.options.CacheDir) != "" {
 		t.Error("the cache-dir is there before its first use")
 	}
-	digest, known, err := c.Push(bytes.NewReader(archive), "")
+	digest, known, err := c.Push(t.Context(), bytes.NewReader(archive), "")
 	if err != nil || known || CheckDigest(digest) != nil || !c.Known(digest) {
 		t.Fatalf("pushed as %s, %t, %v", digest, known, err)
 	}
@@ -127,7 +127,7 @@ func TestPush(t *testing.T) {
 		t.Errorf("the cache-dir holds %s, want %s", got, want)
 	}
 	for _, wanted := range []string{"", digest} {
-		if again, known, err := c.Push(bytes.NewReader(archive), wanted); again != digest || !known || err != nil {
+		if again, known, err := c.Push(t.Context(), bytes.NewReader(archive), wanted); again != digest || !known || err != nil {
 			t.Errorf("pushed again as %s, %t, %v", again, known, err)
 		}
 	}
@@ -162,7 +162,7 @@ func TestPushesOfOneModelAtOnce(t *testing.T) {
 		pushed.Go(func() {
 			// All have all but the last byte unpacked before any goes on.
 			r := io.MultiReader(bytes.NewReader(archive[:len(archive)-1]), &gate{reached: read.Done, open: all}, bytes.NewReader(archive[len(archive)-1:]))
-			_, known, err := c.Push(r, "")
+			_, known, err := c.Push(t.Context(), r, "")
 			if err != nil {
 				t.Error(err)
 			}
@@ -245,12 +245,12 @@ func TestPushRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			store := newStore(t)
-			_, _, err := store.Push(bytes.NewReader(c.archive), c.want)
+			_, _, err := store.Push(t.Context(), bytes.NewReader(c.archive), c.want)
 			expect.Fault(t, err, fault.BadRequest, "archive", c.part)
 			if got := tree(t, store.options.CacheDir); got != "models" {
 				t.Errorf("left behind: %s", got)
 			}
-			if _, _, err := store.Push(bytes.NewReader(good), ""); err != nil {
+			if _, _, err := store.Push(t.Context(), bytes.NewReader(good), ""); err != nil {
 				t.Errorf("afterwards: %v", err)
 			}
 		})
@@ -288,7 +288,7 @@ func TestPushEndsWithItsReader(t *testing.T) {
 	c := newStore(t)
 	cause := errors.New("the stream is gone")
 	part := archived(t, entry{name: "saved_model.pb", text: strings.Repeat("x", 5000)})[:2000]
-	_, _, err := c.Push(io.MultiReader(bytes.NewReader(part), iotest.ErrReader(cause)), "")
+	_, _, err := c.Push(t.Context(), io.MultiReader(bytes.NewReader(part), iotest.ErrReader(cause)), "")
 	if !errors.Is(err, cause) {
 		t.Errorf("got %v", err)
 	}
@@ -296,7 +296,7 @@ func TestPushEndsWithItsReader(t *testing.T) {
 		t.Errorf("left behind: %s", got)
 	}
 	c.Close()
-	_, _, err = c.Push(bytes.NewReader(nil), "")
+	_, _, err = c.Push(t.Context(), bytes.NewReader(nil), "")
 	expect.Fault(t, err, fault.Unavailable, "this server is ending")
 }
 
@@ -320,7 +320,7 @@ func TestDiskFaults(t *testing.T) {
 	if err := os.Mkdir(open, 0o755); err != nil { //nolint:gosec // to be refused
 		t.Fatal(err)
 	}
-	_, _, err := c.Push(bytes.NewReader(nil), "")
+	_, _, err := c.Push(t.Context(), bytes.NewReader(nil), "")
 	expect.Fault(t, err, fault.Precondition, "cache-dir: "+open, "chmod 700")
 }
 
@@ -375,7 +375,7 @@ func FuzzUnpack(f *testing.F) {
 	f.Cleanup(c.Close)
 	f.Fuzz(func(t *testing.T, archive []byte) {
 		fuzztest.Bounded(t, 64<<20, func() {
-			digest, known, err := c.Push(bytes.NewReader(archive), "")
+			digest, known, err := c.Push(t.Context(), bytes.NewReader(archive), "")
 			got := tree(t, around)
 			switch {
 			case err != nil && got != "cache cache/models":
