@@ -35,7 +35,7 @@ type claim struct {
 	least  int64 // bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an estimate
 	ending bool  // the process is ending, and the memory comes back
 
-	wish        wish
+	target      target
 	need        int64          // bytes of a device that it is placed with, and may take
 	placement   *gpu.Placement // nil on the processor
 	noRoom      *gpu.NoRoom    // why it waits for a device
@@ -111,6 +111,16 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	recheck := time.NewTicker(tick) // leases expire without a word
 	defer recheck.Stop()
 	for {
+		switch {
+		case c.ctx.Err() != nil:
+			return repository.ErrClosing
+		case ctx.Err() != nil && want.noRoom != nil:
+			return c.deviceFullLocked(want)
+		case ctx.Err() != nil:
+			return c.fullLocked(want)
+		case !wanted():
+			return context.Canceled
+		}
 		if c.memory.waiting[0] == want {
 			short := c.memory.held() + want.bytes - c.memory.total
 			if c.memory.total == 0 || short <= 0 {
@@ -129,24 +139,12 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 		}
 		changed := c.memory.changed
 		c.mu.Unlock()
-		var err error
 		select {
 		case <-changed:
 		case <-recheck.C:
 		case <-ctx.Done():
-			err = ctx.Err()
 		}
 		c.mu.Lock()
-		switch {
-		case c.ctx.Err() != nil:
-			return repository.ErrClosing
-		case err != nil && want.noRoom != nil:
-			return c.deviceFullLocked(want)
-		case err != nil:
-			return c.fullLocked(want)
-		case !wanted():
-			return context.Canceled
-		}
 	}
 }
 

@@ -23,7 +23,7 @@ type Options struct {
 	Repository  *repository.Repository // where models come from
 	Profiles    *tuning.Profiles       // what was measured of them
 	Folder      string                 // the front's folder, in which runners make their sockets
-	Binary      string                 // path of flightsvc-runner
+	Runners     Starter                // starts them
 	Build       string                 // of the front; a runner of another build is refused
 	Server      string                 // name under which runners answer
 	Cores       int                    // threads of a runner's pools; 0 leaves it to TensorFlow
@@ -36,10 +36,7 @@ type Options struct {
 	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
 	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
 	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
-	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each load
-	// and its error is a sentence that says what to install.
-	Library func(context.Context) (string, error)
-	Log     *zap.Logger
+	Log                           *zap.Logger
 }
 
 // Cache keeps runners: at most one for each model version on each device.
@@ -55,7 +52,6 @@ type Cache struct {
 	healths map[string]*health  // by folder
 	serving map[string]*serving // by reference: which version "latest" is
 	counts  control.Counts      // of all runners, those that have ended included
-
 }
 
 // tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
@@ -138,13 +134,13 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 
 // Loaded returns the live runner of a model, without loading anything.
 func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
-	w, err := c.wishFor(model, device)
+	target, err := c.targetOf(model, device)
 	if err != nil {
 		return nil, false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := c.slotLocked(model, w)
+	s := c.slotLocked(model, target)
 	if s == nil || s.runner == nil || !s.runner.Alive() {
 		return nil, false
 	}
@@ -153,7 +149,7 @@ func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
 
 // slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
 func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
-	w, err := c.wishFor(model, device)
+	target, err := c.targetOf(model, device)
 	if err != nil {
 		return nil, err
 	}
@@ -162,12 +158,12 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 	if c.ctx.Err() != nil {
 		return nil, repository.ErrClosing
 	}
-	s := c.slotLocked(model, w)
+	s := c.slotLocked(model, target)
 	if s == nil {
 		if err := c.healthLocked(model).refuses(model, time.Now()); err != nil {
 			return nil, err
 		}
-		s = &slot{model: model, wish: w, state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
+		s = &slot{model: model, target: target, state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
 		s.waiting, s.leave = context.WithCancel(c.ctx)
 		c.slots = append(c.slots, s)
 		c.working.Go(func() { c.load(s) })
@@ -177,10 +173,10 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 	return s, nil
 }
 
-// slotLocked returns the slot of a model that grants a wish.
-func (c *Cache) slotLocked(model repository.Model, w wish) *slot {
+// slotLocked returns the slot of a model on a target.
+func (c *Cache) slotLocked(model repository.Model, target target) *slot {
 	for _, s := range c.slots {
-		if s.model.Dir == model.Dir && w.grants(s) {
+		if s.model.Dir == model.Dir && target.matches(s) {
 			return s
 		}
 	}
@@ -360,8 +356,8 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	s.digest, s.profile = digest, known
 	c.mu.Unlock()
 	want := newClaim(s.model, s.profile)
-	want.wish = s.wish
-	want.need = deviceNeed(s.model, s.profile, s.wish.devices)
+	want.target = s.target
+	want.need = deviceNeed(s.model, s.profile, s.target.devices)
 	runner, err := c.startWith(s, want)
 	var refused *loadError
 	if !errors.As(err, &refused) || !refused.noMemory {
@@ -372,7 +368,7 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	s.state, s.claim, s.uuid = StateQueued, nil, ""
 	c.mu.Unlock()
 	again := newClaim(s.model, s.profile)
-	again.wish, again.need = s.wish, want.need // was too little, unless it is all that there is
+	again.target, again.need = s.target, want.need // was too little, unless it is all that there is
 	if more := want.need + want.need/2; more < want.placement.Device().Memory {
 		again.need = more
 	}

@@ -22,30 +22,30 @@ import (
 // twice, once as variables and once as what a run needs.
 const bareContext = 640 << 20
 
-// wish is where a model may run: what a caller's word for a device comes to.
-type wish struct {
-	word    string
+// target is the devices that a request's device resolves to.
+type target struct {
+	word    string       // as the request says it, or the model's settings do
 	devices []gpu.Device // any of these; none is the processor
 }
 
-// wishFor returns what a caller's device means for a model. Its faults are those of gpu.Inventory.Choose, but
+// targetOf returns what a caller's device means for a model. Its faults are those of gpu.Inventory.Choose, but
 // with CPUFallback the processor stands in for devices that are not there, or are drained.
-func (c *Cache) wishFor(model repository.Model, device string) (wish, error) {
+func (c *Cache) targetOf(model repository.Model, device string) (target, error) {
 	if device == "" || device == deviceAuto {
 		device = cmp.Or(model.Settings.Device, deviceAuto)
 	}
 	if model.Dir == "" {
 		device = deviceCPU // the model Image
 	}
-	w := wish{word: device}
+	t := target{word: device}
 	var err error
-	if w.devices, err = c.options.Devices.Choose(device); err != nil {
+	if t.devices, err = c.options.Devices.Choose(device); err != nil {
 		if kind, _ := fault.KindOf(err); !c.options.CPUFallback || kind == fault.BadRequest {
-			return w, fault.New(kind, "model %s: %w", model.Ref, err)
+			return t, fault.New(kind, "model %s: %w", model.Ref, err)
 		}
 		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
 	}
-	return w, nil
+	return t, nil
 }
 
 const (
@@ -53,16 +53,16 @@ const (
 	deviceCPU  = "cpu"
 )
 
-// grants reports whether a slot is what a wish asks for.
-func (w *wish) grants(s *slot) bool {
-	same := slices.EqualFunc(s.wish.devices, w.devices, func(a, b gpu.Device) bool { return a.UUID == b.UUID })
+// matches reports whether a slot runs where a target asks for.
+func (t *target) matches(s *slot) bool {
+	same := slices.EqualFunc(s.target.devices, t.devices, func(a, b gpu.Device) bool { return a.UUID == b.UUID })
 	switch {
 	case s.claim == nil: // it has no place yet
 		return same
-	case s.uuid == "": // a wish that was not granted is not granted twice
-		return len(w.devices) == 0 || s.fellBack && same
+	case s.uuid == "": // a slot that fell back to the CPU serves only requests for the CPU, or for the same devices
+		return len(t.devices) == 0 || s.fellBack && same
 	}
-	return slices.ContainsFunc(w.devices, func(d gpu.Device) bool { return d.UUID == s.uuid })
+	return slices.ContainsFunc(t.devices, func(d gpu.Device) bool { return d.UUID == s.uuid })
 }
 
 // deviceNeed is what a model is counted with on a device of a name.
@@ -83,11 +83,11 @@ func deviceNeed(model repository.Model, known tuning.Profile, devices []gpu.Devi
 // placeLocked finds room on a device for a claim, whose host memory is granted, and evicts others that nobody uses
 // to make some. It reports false if the claim has to wait; for what no device can hold that is no use, an Exhausted. The mu is not held meanwhile.
 func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
-	if len(want.wish.devices) == 0 {
+	if len(want.target.devices) == 0 {
 		return true, nil
 	}
 	c.mu.Unlock()
-	placement, err := c.options.Devices.Place(ctx, want.wish.devices, want.need)
+	placement, err := c.options.Devices.Place(ctx, want.target.devices, want.need)
 	c.mu.Lock()
 	want.noRoom = nil
 	if err == nil {
@@ -97,9 +97,9 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	if !errors.As(err, &want.noRoom) {
 		return false, fault.New(fault.Unavailable, "model %s: %v", want.model.Ref, err) // also when the time is over
 	}
-	uuids := make([]string, len(want.wish.devices))
+	uuids := make([]string, len(want.target.devices))
 	largest := int64(0)
-	for i, d := range want.wish.devices {
+	for i, d := range want.target.devices {
 		uuids[i], largest = d.UUID, max(largest, d.Memory)
 	}
 	evicted := want.need <= largest && c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free)
@@ -233,7 +233,7 @@ const outOfService = "its device is out of service: "
 func (c *Cache) deviceFullLocked(want *claim) error {
 	var holders []string
 	for _, s := range c.slots {
-		if s.claim != nil && s.claim != want && want.wish.grants(&slot{claim: s.claim, uuid: s.uuid}) {
+		if s.claim != nil && s.claim != want && want.target.matches(&slot{claim: s.claim, uuid: s.uuid}) {
 			holders = append(holders, c.holderLocked(s, s.claim.ofDevice()))
 		}
 	}

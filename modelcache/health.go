@@ -20,24 +20,34 @@ const (
 // health is what is known against a model version. The Cache's mu guards it. Its zero value is a model
 // that nothing is known against.
 type health struct {
-	ref, version, stamp string // of the model; other files begin anew
+	ref, version string
+	stamp        string // of the files; others begin anew
 
-	crashes []time.Time // within crashMemory
-	strikes int         // crashes in a row without an answer in between
-	suspect string      // request whose stream alone was open at the last crash
-	bars    time.Time   // in quarantine until then: no runner is started
-	broken  time.Time   // it could not be loaded; "latest" passes it over until then
-	reason  string      // of the last crash or failure, until it is loaded again
+	crashes          []time.Time // within crashMemory
+	strikes          int         // crashes in a row without an answer in between
+	suspect          string      // request whose stream alone was open at the last crash
+	quarantinedUntil time.Time   // no runner is started before
+	failedUntil      time.Time   // it could not be loaded; "latest" passes it over before
+	reason           string      // of the last crash or failure, until it is loaded again
 }
 
 // healthLocked returns the health of a model version.
 func (c *Cache) healthLocked(model repository.Model) *health {
 	h, ok := c.healths[model.Dir]
-	if !ok || h.stamp != model.Stamp {
-		h = &health{ref: model.Ref, version: model.Version, stamp: model.Stamp}
+	if stamp := stampOf(model); !ok || h.stamp != stamp {
+		h = &health{ref: model.Ref, version: model.Version, stamp: stamp}
 		c.healths[model.Dir] = h
 	}
 	return h
+}
+
+// stampOf tells the files of a folder from others that were there before. The files of a digest never change, while
+// each name for them has a stamp of its own.
+func stampOf(model repository.Model) string {
+	if model.Digest != "" {
+		return ""
+	}
+	return model.Stamp
 }
 
 // healthOf lets f see or change the health of a model version.
@@ -49,22 +59,24 @@ func (c *Cache) healthOf(model repository.Model, f func(*health)) {
 
 // refuses returns why no runner is started now, nil if one may be. Its fault is Precondition.
 func (h *health) refuses(model repository.Model, now time.Time) error {
-	if !now.Before(h.bars) {
+	if !now.Before(h.quarantinedUntil) {
 		return nil
 	}
-	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; load it (model.load, flightsvc load) to try at once, or put another version there", model.Ref, model.Version, h.bars.Sub(now).Round(time.Second), h.reason)
+	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; load it (model.load, flightsvc load) to try at once, or put another version there", model.Ref, model.Version, h.quarantinedUntil.Sub(now).Round(time.Second), h.reason)
 }
 
 func (h *health) answered() { h.strikes, h.suspect = 0, "" }
 
-func (h *health) loaded() { h.reason, h.broken = "", time.Time{} }
+func (h *health) loaded() { h.reason, h.failedUntil = "", time.Time{} }
 
 func (h *health) failed(now time.Time, reason string) {
-	h.broken, h.reason = now.Add(quarantineTime), reason
+	h.failedUntil, h.reason = now.Add(quarantineTime), reason
 }
 
 // avoided reports whether another version is the better choice.
-func (h *health) avoided(now time.Time) bool { return now.Before(h.bars) || now.Before(h.broken) }
+func (h *health) avoided(now time.Time) bool {
+	return now.Before(h.quarantinedUntil) || now.Before(h.failedUntil)
+}
 
 // crashed notes that a runner ended by itself. requests are those whose streams it had open; loading says that it
 // was not ready yet. What one request alone does to runners, however often, counts once: whoever sends
@@ -85,7 +97,7 @@ func (h *health) crashed(now time.Time, loading bool, requests []string, how str
 	}
 	h.reason = fmt.Sprintf("its runner ended by itself %s (%s)", when, how)
 	if h.strikes >= crashesToQuarantine {
-		h.bars = now.Add(quarantineTime)
+		h.quarantinedUntil = now.Add(quarantineTime)
 		h.strikes = crashesToQuarantine - 1 // afterwards one more is enough
 		h.reason = fmt.Sprintf("%d runners in a row ended by themselves, the last %s (%s)", crashesToQuarantine, when, how)
 	}

@@ -1,11 +1,7 @@
 package modelcache
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
-	"os"
-	"os/exec"
 	"time"
 
 	"flightsvc/gpu"
@@ -45,12 +41,43 @@ func (c *Cache) Measure(ctx context.Context, model repository.Model, choice prot
 		return control.Report{}, err
 	}
 	defer unhold()
-	library, err := c.options.Library(ctx)
-	if err != nil {
-		return control.Report{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
-	}
 	var processor *gpu.Placement // it is what is tuned
-	return runToEnd(ctx, c.options, setup, append(runnerEnv(os.Environ(), library, nil, processor.Env()), tuning.Environment(choice)...))
+	return c.runToEnd(ctx, setup, append(processor.Env(), tuning.Environment(choice)...))
+}
+
+// measureTime bounds a measurement, beside load-timeout.
+const measureTime = 5 * time.Minute
+
+// runToEnd starts a runner that ends by itself and returns its last report. The end of ctx kills it.
+func (c *Cache) runToEnd(ctx context.Context, setup control.Setup, fixed []string) (last control.Report, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.options.LoadTimeout+measureTime)
+	defer cancel()
+	process, err := c.options.Runners.Start(ctx, setup, nil, fixed)
+	if err != nil {
+		return last, err
+	}
+	defer context.AfterFunc(ctx, process.Kill)()
+	for {
+		report, err := process.Report()
+		if err != nil {
+			break
+		}
+		if report.Measured != nil || report.Error != "" {
+			last = report
+		}
+	}
+	how := process.Wait()
+	switch {
+	case ctx.Err() != nil:
+		return last, ctx.Err()
+	case last.Error != "":
+		return last, fault.New(last.Kind, "%s", last.Error)
+	case last.Measured == nil:
+		return last, fault.New(fault.Internal, "model %s: its runner ended while it was measured (%s); the log has what it said", setup.Model, how)
+	case last.Build != c.options.Build:
+		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", last.Build, c.options.Build)
+	}
+	return last, nil
 }
 
 // InMemory returns the models that are ready.
@@ -63,51 +90,6 @@ func (c *Cache) InMemory() (models []repository.Model) {
 		}
 	}
 	return models
-}
-
-// runToEnd starts a runner that ends by itself and returns its report.
-func runToEnd(ctx context.Context, options Options, setup control.Setup, env []string) (control.Report, error) {
-	ctx, cancel := context.WithTimeout(ctx, options.LoadTimeout+5*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, options.Binary) //nolint:gosec // the binary lies beside our own
-	cmd.Env, cmd.Stderr = env, os.Stderr
-	cmd.WaitDelay = runnerGrace
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return control.Report{}, err
-	}
-	defer func() { _ = stdin.Close() }() // its end would end the runner
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return control.Report{}, err
-	}
-	line, err := json.Marshal(setup)
-	if err != nil {
-		return control.Report{}, err
-	}
-	if err := cmd.Start(); err != nil {
-		return control.Report{}, fault.New(fault.Precondition, "model %s: start %s: %w", setup.Model, options.Binary, err)
-	}
-	_, _ = stdin.Write(append(line, '\n')) // a runner that is gone says nothing, which is an error below
-	var last control.Report
-	for lines := bufio.NewScanner(stdout); lines.Scan(); {
-		var report control.Report
-		if json.Unmarshal(lines.Bytes(), &report) == nil && (report.Measured != nil || report.Error != "") {
-			last = report
-		}
-	}
-	err = cmd.Wait()
-	switch {
-	case ctx.Err() != nil:
-		return last, ctx.Err()
-	case last.Error != "":
-		return last, fault.New(last.Kind, "%s", last.Error)
-	case last.Measured == nil:
-		return last, fault.New(fault.Internal, "model %s: its runner ended while it was measured (%v); the log has what it said", setup.Model, err)
-	case last.Build != options.Build:
-		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", last.Build, options.Build)
-	}
-	return last, nil
 }
 
 // Interface guards.

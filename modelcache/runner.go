@@ -1,19 +1,12 @@
 package modelcache
 
 import (
-	"bufio"
 	"context"
 	"crypto/rand"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -31,12 +24,13 @@ const runnerGrace = 2 * time.Second
 
 // Runner is a process that has one model loaded and serves streams on its own socket.
 type Runner struct {
-	setup  control.Setup
-	cmd    *exec.Cmd
-	stdin  io.WriteCloser
-	ended  chan struct{} // closed when the process is gone and nothing of it is left
-	events events
-	log    *zap.Logger
+	setup   control.Setup
+	process Process
+	how     string        // it ended, once exited is closed
+	exited  chan struct{} // closed when the process has ended
+	ended   chan struct{} // closed when nothing of it is left: its socket, and the device's memory
+	events  events
+	log     *zap.Logger
 
 	mu      sync.Mutex         // guards the fields below
 	leases  map[string]lease   // that have not opened a stream
@@ -77,24 +71,28 @@ type loadError struct {
 	noMemory bool // of the device
 }
 
-// start runs flightsvc-runner and waits until its model is ready. ctx bounds the wait. tuned and device
-// are for runnerEnv. events.ended is called in any case, and last.
-func start(ctx context.Context, options Options, setup control.Setup, tuned, device []string, events events) (*Runner, error) {
+// start starts a runner and waits until its model is ready. ctx bounds the wait. defaults and fixed are for its
+// environment, see Starter. events.ended is called in any case, and last.
+func start(ctx context.Context, options Options, setup control.Setup, defaults, fixed []string, events events) (*Runner, error) {
 	setup.Key = []byte(rand.Text() + rand.Text())                             // 260 bits
 	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock") // as long as front.sock: both fit or neither
-	r := &Runner{
-		setup:   setup,
-		ended:   make(chan struct{}),
-		events:  events,
-		log:     options.Log.With(zap.String("model", setup.Model)),
-		leases:  map[string]lease{},
-		streams: map[string]*stream{},
-	}
-	handshake, err := r.run(ctx, options, tuned, device)
+	process, err := options.Runners.Start(ctx, setup, defaults, fixed)
 	if err != nil {
 		events.ended(end{asked: true})
 		return nil, err
 	}
+	r := &Runner{
+		setup:   setup,
+		process: process,
+		exited:  make(chan struct{}),
+		ended:   make(chan struct{}),
+		events:  events,
+		log:     options.Log.With(zap.String("model", setup.Model), zap.Int("runner", process.PID())),
+		leases:  map[string]lease{},
+		streams: map[string]*stream{},
+	}
+	handshake := make(chan control.Report, 1)
+	go r.follow(handshake)
 	select {
 	case report := <-handshake:
 		err = r.greet(report, options.Build)
@@ -108,99 +106,28 @@ func start(ctx context.Context, options Options, setup control.Setup, tuned, dev
 	return r, nil
 }
 
-// run starts the process and follows it.
-func (r *Runner) run(ctx context.Context, options Options, tuned, device []string) (<-chan control.Report, error) {
-	library, err := options.Library(ctx)
-	if err != nil {
-		return nil, fault.New(fault.Precondition, "model %s: %w", r.setup.Model, err)
-	}
-	line, err := json.Marshal(r.setup)
-	if err != nil {
-		return nil, err
-	}
-	r.cmd = exec.Command(options.Binary) //nolint:gosec // the binary lies beside our own
-	r.cmd.Env = runnerEnv(os.Environ(), library, tuned, device)
-	r.cmd.Stderr = os.Stderr
-	if r.stdin, err = r.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	stdout, err := r.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := r.cmd.Start(); err != nil {
-		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", r.setup.Model, options.Binary, err)
-	}
-	handshake := make(chan control.Report, 1)
-	go r.follow(stdout, handshake)
-	_, _ = r.stdin.Write(append(line, '\n')) // a runner that is gone already says why in its handshake, or not at all
-	return handshake, nil
-}
-
-// runnerEnv passes the environment on with the library's folders in front of the search path, and
-// with TensorFlow's settings that are ours: for all models, and as this one was tuned. What the environment says of them
-// goes over that, since the last of two entries counts. Which device there is, the front alone says.
-func runnerEnv(environ []string, library string, tuned, device []string) []string {
-	env := append([]string{
-		"TF_CPP_MIN_LOG_LEVEL=2",  // errors alone: libpng warns of many a picture
-		"TF_ENABLE_ONEDNN_OPTS=1", // measured: EfficientNet-Lite0 runs 1.7 times as fast with AVX2
-	}, tuned...)
-	env = append(append(env, environ...), device...)
-	// A model is a program: it does not see the credentials for stores.
-	env = slices.DeleteFunc(env, func(entry string) bool {
-		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") || strings.HasPrefix(entry, "AZURE_")
-	})
-	search := libraryFolders(library)
-	for _, entry := range environ {
-		if path, ok := strings.CutPrefix(entry, "LD_LIBRARY_PATH="); ok {
-			search = append(search, path)
-		}
-	}
-	return append(env, "LD_LIBRARY_PATH="+strings.Join(search, ":"))
-}
-
-// LibraryFile is what makes a folder TensorFlow's: the library that the C API is in.
-const LibraryFile = "libtensorflow_cc.so.2"
-
-// libraryFolders returns where a runner finds the libraries that it is linked with and those that these open: the
-// folder of libtensorflow, and those of NVIDIA's packages that were installed beside it (tensorflow[and-cuda] brings
-// them: nvidia/cudnn/lib and others). The folder may hold links; what they lead to says which installation it is.
-func libraryFolders(library string) []string {
-	folders := []string{library}
-	if file, err := filepath.EvalSymlinks(filepath.Join(library, LibraryFile)); err == nil {
-		site := filepath.Dir(filepath.Dir(file))
-		beside, _ := fs.Glob(os.DirFS(site), "nvidia/*/lib")
-		for _, folder := range beside {
-			folders = append(folders, filepath.Join(site, folder))
-		}
-	}
-	return folders
-}
-
 // greet checks the handshake.
 func (r *Runner) greet(report control.Report, build string) error {
 	switch {
 	case report.Error != "":
 		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
 	case !report.Ready:
-		r.Close() // it closed its standard output, and has ended or will now
-		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.cmd.ProcessState)
+		r.Close() // it reports nothing any more, and has ended or will now
+		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.how)
 	case report.Build != build:
 		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", report.Build, build)
 	}
-	r.log.Debug("runner ready", zap.Int("runner", r.PID()), zap.String("tensorflow", report.TensorFlow))
+	r.log.Debug("runner ready", zap.String("tensorflow", report.TensorFlow))
 	return nil
 }
 
 // follow reads the runner's reports until it ends, then clears up after it.
-func (r *Runner) follow(stdout io.Reader, handshake chan<- control.Report) {
-	lines := bufio.NewScanner(stdout)
+func (r *Runner) follow(handshake chan<- control.Report) {
 	greeted, refused := false, false
-	for lines.Scan() {
-		var report control.Report
-		if err := json.Unmarshal(lines.Bytes(), &report); err != nil {
-			r.log.Warn("runner wrote a line that is no report", zap.Error(err)) // some library, say
-			continue
+	for {
+		report, err := r.process.Report()
+		if err != nil {
+			break
 		}
 		if !greeted && (report.Ready || report.Error != "") {
 			greeted, refused = true, report.Error != ""
@@ -215,7 +142,8 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- control.Report) {
 	by := end{asked: r.closing, loading: !r.ready, reported: refused}
 	r.mu.Unlock()
 	close(handshake) // a handshake that never came reads as an empty report
-	err := r.cmd.Wait()
+	r.how = r.process.Wait()
+	close(r.exited)
 	if rmErr := os.Remove(r.setup.Socket); rmErr != nil && !os.IsNotExist(rmErr) {
 		r.log.Warn("socket not removed", zap.Error(rmErr))
 	}
@@ -223,7 +151,7 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- control.Report) {
 	if r.conn != nil {
 		_ = r.conn.Close()
 	}
-	by.how = r.cmd.ProcessState.String()
+	by.how = r.how
 	for _, s := range r.streams {
 		if !slices.Contains(by.requests, s.request) {
 			by.requests = append(by.requests, s.request)
@@ -235,7 +163,7 @@ func (r *Runner) follow(stdout io.Reader, handshake chan<- control.Report) {
 	queued := r.counts.Queued
 	r.mu.Unlock()
 	r.events.counted(control.Counts{Queued: -queued})
-	r.log.Info("runner ended", zap.Int("runner", r.PID()), zap.Error(err))
+	r.log.Info("runner ended", zap.String("how", r.how))
 	r.events.ended(by)
 	close(r.ended)
 }
@@ -287,11 +215,7 @@ func (r *Runner) Leased(id, request string, expires time.Time) bool {
 	if r.retired {
 		return false
 	}
-	if s, open := r.streams[id]; open {
-		s.request = request // the client was faster
-	} else {
-		r.leases[id] = lease{request: request, expires: expires}
-	}
+	r.leases[id] = lease{request: request, expires: expires}
 	return true
 }
 
@@ -356,7 +280,7 @@ func (r *Runner) Alive() bool {
 }
 
 // PID returns the process's id.
-func (r *Runner) PID() int { return r.cmd.Process.Pid }
+func (r *Runner) PID() int { return r.process.PID() }
 
 // Key returns the secret with which leases for this runner are signed.
 func (r *Runner) Key() []byte { return r.setup.Key }
@@ -390,15 +314,12 @@ func (r *Runner) Close() {
 	r.mu.Lock()
 	r.closing = true
 	r.mu.Unlock()
-	if err := r.stdin.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
-		r.log.Debug("close standard input of runner", zap.Error(err))
-	}
+	r.process.Stop()
 	select {
-	case <-r.ended:
-		return
+	case <-r.exited:
 	case <-time.After(runnerGrace):
+		r.log.Warn("runner does not end, killing it")
+		r.process.Kill()
 	}
-	r.log.Warn("runner does not end, killing it", zap.Int("runner", r.PID()))
-	_ = r.cmd.Process.Kill() // an error means that it has ended
 	<-r.ended
 }

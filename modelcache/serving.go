@@ -19,9 +19,9 @@ import (
 
 // serving is which version a reference means by "latest". The Cache's mu guards it.
 type serving struct {
-	model  repository.Model
-	moving bool      // another version is being looked for, or loaded to take over
-	rests  time.Time // no other version is loaded before, since one found no memory
+	model      repository.Model
+	moving     bool      // another version is being looked for, or loaded to take over
+	retryAfter time.Time // no other version is loaded before, since one found no memory
 }
 
 // Resolve finds the SavedModel of a reference: a file, s3, gs or azblob URI or an absolute path of a SavedModel or of
@@ -103,7 +103,7 @@ func (c *Cache) knownToFail(model repository.Model) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	h, ok := c.healths[model.Dir]
-	return ok && h.stamp == model.Stamp && h.avoided(time.Now())
+	return ok && h.stamp == stampOf(model) && h.avoided(time.Now())
 }
 
 // poll looks for newer versions of the models in memory that were asked for as "latest".
@@ -111,7 +111,7 @@ func (c *Cache) poll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for ref, s := range c.serving {
-		if s.moving || time.Now().Before(s.rests) || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
+		if s.moving || time.Now().Before(s.retryAfter) || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
 			continue
 		}
 		s.moving = true
@@ -147,7 +147,7 @@ func (c *Cache) advance(ref string, s *serving) {
 	devices := map[string]bool{}
 	for _, slot := range c.slots {
 		if slot.model.Dir == old.Dir {
-			devices[slot.wish.word] = true
+			devices[slot.target.word] = true
 		}
 	}
 	c.mu.Unlock()
@@ -162,7 +162,7 @@ func (c *Cache) advance(ref string, s *serving) {
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			if !slices.ContainsFunc(c.slots, func(slot *slot) bool { return slot.model.Dir == newer.Dir && slot.state != StateQueued }) {
-				s.rests = time.Now().Add(swapRest)
+				s.retryAfter = time.Now().Add(swapRest)
 				c.options.Log.Warn("there is no memory for a newer version beside the old one", zap.String("model", ref), zap.String("version", newer.Version), zap.String("serving", old.Version))
 			}
 			return

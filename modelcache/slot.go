@@ -3,11 +3,7 @@ package modelcache
 import (
 	"cmp"
 	"context"
-	"fmt"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -33,7 +29,7 @@ const (
 // slot is one model version on one device, in memory or on its way there. The Cache's mu guards it but for loaded.
 type slot struct {
 	model   repository.Model
-	wish    wish          // of the caller who came first
+	target  target        // of the caller who came first
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
 	callers int             // of Ready that wait
@@ -118,7 +114,7 @@ func (c *Cache) measure() {
 		if !ready {
 			continue
 		}
-		bytes, err := ownMemory(runner.PID())
+		bytes, err := runner.process.Memory()
 		if err != nil {
 			continue // it has just ended
 		}
@@ -145,29 +141,4 @@ func (c *Cache) measure() {
 			c.learn(s, func(p *tuning.Profile) { p.HostBytes = max(p.HostBytes, most) })
 		}
 	}
-}
-
-// ownMemory returns the bytes that only this process has: what is not a file's. TensorFlow's library is
-// mapped once for all runners and the kernel may drop it.
-func ownMemory(pid int) (int64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	total := int64(0)
-	for line := range strings.Lines(string(text)) {
-		name, value, _ := strings.Cut(line, ":")
-		if name != "RssAnon" && name != "RssShmem" {
-			continue
-		}
-		kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("/proc/%d/status: %s is %q", pid, name, value)
-		}
-		total += kib << 10
-	}
-	if total == 0 {
-		return 0, fmt.Errorf("process %d has ended", pid)
-	}
-	return total, nil
 }

@@ -25,7 +25,7 @@ func (c *Cache) Status() []protocol.ModelStatus {
 			continue
 		}
 		state := StateFailed
-		if now.Before(h.bars) {
+		if now.Before(h.quarantinedUntil) {
 			state = StateQuarantined
 		}
 		list = append(list, protocol.ModelStatus{Model: h.ref, Version: h.version, Dir: dir, State: state, Reason: h.reason})

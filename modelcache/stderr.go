@@ -70,8 +70,8 @@ func (l *runnerLog) tell() {
 	}
 }
 
-// Close passes on what was written last. It is called when the process has ended.
-func (l *runnerLog) Close() {
+// close passes on what was written last. It is called when the process has ended.
+func (l *runnerLog) close() {
 	if len(l.line) > 0 {
 		l.pass()
 	}

@@ -30,7 +30,7 @@ func TestRunnerLogIsJSON(t *testing.T) {
 		}
 		rest = rest[n:]
 	}
-	written.Close()
+	written.close()
 	count := map[string]int{}
 	lines := bufio.NewScanner(&out)
 	for lines.Scan() {

@@ -261,7 +261,7 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		Repository:     m.repository,
 		Profiles:       profiles,
 		Folder:         folder,
-		Binary:         filepath.Join(filepath.Dir(self), "flightsvc-runner"),
+		Runners:        &modelcache.Programs{Binary: filepath.Join(filepath.Dir(self), "flightsvc-runner"), Library: library, Log: log},
 		Build:          build.ID(),
 		Server:         serverName(settings.Executor),
 		Cores:          cores,
@@ -274,7 +274,6 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		KeepAlive:      settings.KeepAlive,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
-		Library:        library,
 		Log:            log,
 	})
 	m.tuner = tuning.New(tuning.Options{

@@ -1,0 +1,195 @@
+package modelcache
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"flightsvc/internal/control"
+	"flightsvc/internal/fault"
+)
+
+// Starter starts runners. The pool's tests start theirs in the test's own process.
+type Starter interface {
+	// Start starts a runner with its setup. defaults are variables that the environment of the front goes over, fixed
+	// those that go over the environment. ctx bounds the start, and not the life of the runner.
+	Start(ctx context.Context, setup control.Setup, defaults, fixed []string) (Process, error)
+}
+
+// Process is a runner that was started.
+type Process interface {
+	PID() int
+	// Report returns the next report, io.EOF when there will be no more. It has one caller.
+	Report() (control.Report, error)
+	// Wait waits for the end, after the last report, and says how it came: "exit status 1".
+	Wait() string
+	// Stop asks the runner to end, by the end of its standard input.
+	Stop()
+	Kill()
+	// Memory returns the bytes of the host that the runner has for itself.
+	Memory() (int64, error)
+}
+
+// Programs starts runners as processes of this host.
+type Programs struct {
+	Binary string // path of flightsvc-runner
+	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each start and its error is a
+	// sentence that says what to install.
+	Library func(context.Context) (string, error)
+	Log     *zap.Logger
+}
+
+// Start is part of Starter. Its faults are Precondition.
+func (p *Programs) Start(ctx context.Context, setup control.Setup, defaults, fixed []string) (Process, error) {
+	library, err := p.Library(ctx)
+	if err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: %w", setup.Model, err)
+	}
+	line, err := json.Marshal(setup)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(p.Binary) //nolint:gosec // the binary lies beside our own
+	log := p.Log.With(zap.String("model", setup.Model))
+	said := &runnerLog{out: os.Stderr, log: log}
+	cmd.Env, cmd.Stderr = runnerEnv(os.Environ(), library, defaults, fixed), said
+	cmd.WaitDelay = runnerGrace // a child of the runner may keep its standard error open
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", setup.Model, p.Binary, err)
+	}
+	_, _ = stdin.Write(append(line, '\n')) // a runner that is gone already says why in its reports, or not at all
+	return &program{cmd: cmd, stdin: stdin, lines: bufio.NewReaderSize(stdout, maxReport), said: said, log: log}, nil
+}
+
+// maxReport bounds a line that a runner writes: longer ones are no reports.
+const maxReport = 1 << 20
+
+// program is a runner in a process of its own.
+type program struct {
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	lines *bufio.Reader
+	said  *runnerLog
+	log   *zap.Logger
+}
+
+func (p *program) PID() int { return p.cmd.Process.Pid }
+
+func (p *program) Report() (report control.Report, err error) {
+	for {
+		line, err := p.lines.ReadSlice('\n')
+		fits := !errors.Is(err, bufio.ErrBufferFull)
+		for errors.Is(err, bufio.ErrBufferFull) {
+			_, err = p.lines.ReadSlice('\n')
+		}
+		if fits && json.Unmarshal(line, &report) == nil {
+			return report, nil
+		}
+		if err != nil {
+			return control.Report{}, io.EOF // nothing else is to be had from this pipe
+		}
+		report = control.Report{}
+		p.log.Warn("runner wrote a line that is no report") // some library, say
+	}
+}
+
+func (p *program) Wait() string {
+	_ = p.cmd.Wait() // how it ended is in its state
+	p.said.close()
+	return p.cmd.ProcessState.String()
+}
+
+func (p *program) Stop()                  { _ = p.stdin.Close() }      // fails where it is closed already
+func (p *program) Kill()                  { _ = p.cmd.Process.Kill() } // fails where it has ended
+func (p *program) Memory() (int64, error) { return ownMemory(p.PID()) }
+
+// runnerEnv passes the environment on with the library's folders in front of the search path, and
+// with TensorFlow's settings that are ours: for all models, and the defaults of this one. What the environment says of
+// them goes over that, since the last of two entries counts, and what is fixed over all.
+func runnerEnv(environ []string, library string, defaults, fixed []string) []string {
+	env := append([]string{
+		"TF_CPP_MIN_LOG_LEVEL=2",  // errors alone: libpng warns of many a picture
+		"TF_ENABLE_ONEDNN_OPTS=1", // measured: EfficientNet-Lite0 runs 1.7 times as fast with AVX2
+	}, defaults...)
+	env = append(append(env, environ...), fixed...)
+	// A model is a program: it does not see the credentials for stores.
+	env = slices.DeleteFunc(env, func(entry string) bool {
+		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") || strings.HasPrefix(entry, "AZURE_")
+	})
+	search := libraryFolders(library)
+	for _, entry := range environ {
+		if path, ok := strings.CutPrefix(entry, "LD_LIBRARY_PATH="); ok {
+			search = append(search, path)
+		}
+	}
+	return append(env, "LD_LIBRARY_PATH="+strings.Join(search, ":"))
+}
+
+// LibraryFile is what makes a folder TensorFlow's: the library that the C API is in.
+const LibraryFile = "libtensorflow_cc.so.2"
+
+// libraryFolders returns where a runner finds the libraries that it is linked with and those that these open: the
+// folder of libtensorflow, and those of NVIDIA's packages that were installed beside it (tensorflow[and-cuda] brings
+// them: nvidia/cudnn/lib and others). The folder may hold links; what they lead to says which installation it is.
+func libraryFolders(library string) []string {
+	folders := []string{library}
+	if file, err := filepath.EvalSymlinks(filepath.Join(library, LibraryFile)); err == nil {
+		site := filepath.Dir(filepath.Dir(file))
+		beside, _ := fs.Glob(os.DirFS(site), "nvidia/*/lib")
+		for _, folder := range beside {
+			folders = append(folders, filepath.Join(site, folder))
+		}
+	}
+	return folders
+}
+
+// ownMemory returns the bytes that only this process has: what is not a file's. TensorFlow's library is
+// mapped once for all runners and the kernel may drop it.
+func ownMemory(pid int) (int64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	total := int64(0)
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, ":")
+		if name != "RssAnon" && name != "RssShmem" {
+			continue
+		}
+		kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("/proc/%d/status: %s is %q", pid, name, value)
+		}
+		total += kib << 10
+	}
+	if total == 0 {
+		return 0, fmt.Errorf("process %d has ended", pid)
+	}
+	return total, nil
+}
+
+// Interface guards.
+var (
+	_ Starter = (*Programs)(nil)
+	_ Process = (*program)(nil)
+)
