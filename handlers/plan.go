@@ -52,11 +52,11 @@ func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error)
 }
 
 // pictureTensors says what the pictures of each input become, and settles the types that the descriptor leaves open.
-func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map[string]tensor.Made, error) {
-	all := make(map[string]tensor.Made, len(d.Preprocess))
+func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map[string]tensor.PictureTensor, error) {
+	all := make(map[string]tensor.PictureTensor, len(d.Preprocess))
 	for name, p := range d.Preprocess {
 		if d.Model == protocol.Image {
-			all[name] = tensor.Made{DType: savedmodel.String, Shape: []int64{-1}}
+			all[name] = tensor.PictureTensor{DType: savedmodel.String, Shape: []int64{-1}}
 			continue
 		}
 		at := slices.IndexFunc(signature.Inputs, func(spec savedmodel.Spec) bool { return spec.Name == name })
@@ -68,7 +68,7 @@ func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map
 			}
 			d.Preprocess[name] = p
 		}
-		all[name] = tensor.Made{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]), int64(p.ChannelCount())}}
+		all[name] = tensor.PictureTensor{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]), int64(p.ChannelCount())}}
 	}
 	return all, nil
 }

@@ -90,6 +90,7 @@ func (c *Cache) tend() {
 		}
 		c.measure()
 		c.endIdle(time.Now())
+		c.forgetOld(time.Now())
 		if c.options.PollInterval > 0 && time.Since(polled) >= c.options.PollInterval {
 			c.poll()
 			polled = time.Now()

@@ -13,6 +13,7 @@ const (
 	crashesToQuarantine = 2                      // in a row, without an answered record batch in between
 	quarantineTime      = 5 * time.Minute        // also how long a version that could not be loaded is passed over
 	crashMemory         = time.Minute            // how long a crash slows the next start
+	strikeMemory        = time.Hour              // how long one counts of a model that is not in memory
 	firstBackOff        = 200 * time.Millisecond // after the second crash within crashMemory; doubles with each further one
 	longestBackOff      = 10 * time.Second
 )
@@ -24,6 +25,7 @@ type health struct {
 	stamp        string // of the files; others begin anew
 
 	crashes          []time.Time // within crashMemory
+	last             time.Time   // crash
 	strikes          int         // crashes in a row without an answer in between
 	suspect          string      // request whose stream alone was open at the last crash
 	quarantinedUntil time.Time   // no runner is started before
@@ -78,11 +80,16 @@ func (h *health) avoided(now time.Time) bool {
 	return now.Before(h.quarantinedUntil) || now.Before(h.failedUntil)
 }
 
+// stale reports whether nothing is known against the model any more.
+func (h *health) stale(now time.Time) bool {
+	return !h.avoided(now) && (h.strikes == 0 && len(h.crashes) == 0 || now.Sub(h.last) > strikeMemory)
+}
+
 // crashed notes that a runner ended by itself. requests are those whose streams it had open; loading says that it
 // was not ready yet. What one request alone does to runners, however often, counts once: whoever sends
 // it finds the record batch that is to blame.
 func (h *health) crashed(now time.Time, loading bool, requests []string, how string) {
-	h.crashes = append(h.crashes, now)
+	h.crashes, h.last = append(h.crashes, now), now
 	suspect := ""
 	if !loading && len(requests) == 1 {
 		suspect = requests[0]

@@ -332,6 +332,36 @@ func TestQuarantineGoesByTheFiles(t *testing.T) {
 	})
 }
 
+// TestWhatIsKnownOfModelsIsForgotten asks for a model and leaves, and lets another one crash once.
+func TestWhatIsKnownOfModelsIsForgotten(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		cache, models := poolOf(t, 1, 1, nil) // resolves m and a
+		runner, err := cache.Ready(t.Context(), models[0], "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		runner.process.(*fakeProcess).end("signal: killed")
+		known := func() string {
+			cache.mu.Lock()
+			defer cache.mu.Unlock()
+			return fmt.Sprint(len(cache.serving), len(cache.healths))
+		}
+		synctest.Wait()
+		if got := known(); got != "2 1" {
+			t.Errorf("known are %s", got)
+		}
+		time.Sleep(2 * time.Minute)
+		if got := known(); got != "0 1" {
+			t.Errorf("after two minutes known are %s", got)
+		}
+		time.Sleep(2 * strikeMemory)
+		if got := known(); got != "0 0" {
+			t.Errorf("in the end known are %s", got)
+		}
+	})
+}
+
 func TestBackOff(t *testing.T) {
 	h, now := &health{}, time.Now()
 	var waits []time.Duration

@@ -21,6 +21,7 @@ import (
 type serving struct {
 	model      repository.Model
 	moving     bool      // another version is being looked for, or loaded to take over
+	since      time.Time // when it was resolved
 	retryAfter time.Time // no other version is loaded before, since one found no memory
 }
 
@@ -50,7 +51,7 @@ func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Mo
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if s, ok := c.serving[ref]; !ok || !c.inMemoryLocked(s.model) {
-			c.serving[ref] = &serving{model: model}
+			c.serving[ref] = &serving{model: model, since: time.Now()}
 		}
 		return c.serving[ref].model, nil
 	}
@@ -61,7 +62,7 @@ func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Mo
 	labels := model.Settings.VersionLabels
 	number, ok := labels[version]
 	if !ok {
-		return repository.Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, repository.Latest, or a label in its %s, which has %q", ref, version, control.SettingsFile, slices.Sorted(maps.Keys(labels)))
+		return repository.Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, latest, or a label in its %s, which has %q", ref, version, control.SettingsFile, slices.Sorted(maps.Keys(labels)))
 	}
 	return c.options.Repository.Find(ctx, ref, strconv.FormatUint(number, 10))
 }

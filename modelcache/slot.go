@@ -3,6 +3,7 @@ package modelcache
 import (
 	"cmp"
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -87,6 +88,21 @@ func (c *Cache) endIdle(now time.Time) {
 			c.retireLocked(s, why, now)
 		}
 	}
+}
+
+// forgetOld drops what is known of models that are neither in memory nor on their way there, once it is old: callers
+// may ask for any number of names.
+func (c *Cache) forgetOld(now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	used := map[string]bool{}
+	for _, s := range c.slots {
+		used[s.model.Dir] = true
+	}
+	maps.DeleteFunc(c.serving, func(_ string, s *serving) bool {
+		return !used[s.model.Dir] && !s.moving && now.Sub(s.since) > time.Minute
+	})
+	maps.DeleteFunc(c.healths, func(dir string, h *health) bool { return !used[dir] && h.stale(now) })
 }
 
 // retireLocked ends a slot without a stream or a lease, and reports whether it did.

@@ -1,20 +1,20 @@
-"""Writes golden/: what goes over the wire, for tests in Go, in Python and in any other language.
+"""Writes golden/: bytes of the protocol, for tests in Go, Python and any other language.
 
     python testdata/make_golden.py
 
-What should come out is computed here, in plain Python and numpy, not by the server. ``docs/protocol.md`` says
-what it means. The files:
+The expected values are computed here, in Python and numpy, not by the server. ``docs/protocol.md`` explains
+them. The files:
 
-    descriptors.json         descriptors with what each means once defaults are set; those refused, at
-                             once or by the tiny model below, with words that the refusal must say
+    descriptors.json         valid descriptors with their meaning after defaults are set; invalid ones, and
+                             those that do not fit the tiny model below, with texts that the error contains
     app_metadata.json        metadata of answered record batches
     status.json              an answer of the action status
     schema_metadata.json     metadata of the schema of an answer
-    columns.arrows           an IPC stream of record batches with a column of every type that is taken
-    columns.json             the tensors that its columns become
+    columns.arrows           an IPC stream of record batches with a column of every accepted type
+    columns.json             the tensors that these columns become
     questions-*.arrows       record batches for the test models ``ints`` and ``strings``
     answers-*.arrows         their answers
-    model/, model.tar        a tiny SavedModel, a signature that cannot run, as folder and as DoPut sends it
+    model/, model.tar        a tiny SavedModel, which cannot run, as a folder and as the archive of a DoPut
     digest.json              its digest, step by step
 """
 
@@ -50,7 +50,7 @@ PICTURE = {"size": [2, 3], "resize": "bilinear", "fit": "crop", "channels": "RGB
 
 
 def descriptors() -> dict[str, Any]:
-    """Descriptors that are taken, as text and as what they mean, and those that are refused."""
+    """Valid descriptors as text with their meaning, and invalid ones."""
 
     def good(name: str, sent: dict[str, Any] | str, **means: Any) -> dict[str, Any]:
         text = sent if isinstance(sent, str) else json.dumps({"v": 1, "model": MODEL, **sent})
@@ -237,7 +237,7 @@ def descriptors() -> dict[str, Any]:
 
 
 def app_metadata() -> list[dict[str, Any]]:
-    """Metadata of answers: the text as it is sent, and what it says."""
+    """Metadata of answers: the text as it is sent, and its meaning."""
 
     def about(**fields: Any) -> dict[str, Any]:
         return {"text": json.dumps(fields, separators=(",", ":")), "says": fields}
@@ -364,7 +364,7 @@ def digest() -> dict[str, Any]:
 
 
 def archive() -> bytes:
-    """The folder as DoPut sends it: a plain POSIX tar, here with entries for its folders and out of order."""
+    """The folder as the archive of a DoPut: a POSIX tar, with entries for folders and not sorted."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for folder in ("variables", "assets.extra", "assets"):
@@ -420,12 +420,12 @@ VECTOR = pa.struct(
 
 
 def has_null(value: Any) -> bool:
-    """Tells whether a row is null at any depth."""
+    """Return whether a row is null at any depth."""
     return value is None or (isinstance(value, list) and any(has_null(element) for element in value))
 
 
 def encode(values: list[Any], dtype: str) -> Any:
-    """The elements of a tensor: hexadecimal digits of the bytes, little endian, or of each string."""
+    """The elements of a tensor in hexadecimal: their bytes, little endian, or those of each string."""
     if dtype == "string":
         return [(v.encode() if isinstance(v, str) else v).hex() for v in np.ravel(np.array(values, object))]
     if dtype == "bfloat16":
@@ -436,7 +436,7 @@ def encode(values: list[Any], dtype: str) -> Any:
 
 
 class Columns:
-    """The columns and what is asked of them."""
+    """The columns, and the inputs that they feed."""
 
     def __init__(self) -> None:
         self.fields: list[pa.Field] = []
@@ -445,7 +445,7 @@ class Columns:
         self.asks: list[dict[str, Any]] = []
 
     def column(self, name: str, kind: pa.DataType, values: list[Any], array: pa.Array | None = None) -> None:
-        """Adds a column with the values of all rows; ``array`` where they do not make one by themselves."""
+        """Adds a column with the values of all rows; ``array`` if pyarrow cannot infer it from them."""
         assert len(values) == ROWS, name
         self.fields.append(pa.field(name, kind))
         self.arrays.append(pa.array(values, kind) if array is None else array)
@@ -501,7 +501,7 @@ class Columns:
 
 
 def columns() -> Columns:
-    """All columns, with all that is asked of them."""
+    """All columns, and the inputs that they feed."""
     c = Columns()
     limits = {name: np.iinfo(code) for name, code in DTYPES.items() if "int" in name}
     for name, limit in limits.items():
@@ -514,7 +514,7 @@ def columns() -> Columns:
     for name in ("float16", "float32", "float64", "bool"):
         c.ask(name, name)
 
-    # Casts: exact ones and float64 to float32 without a question, others value by value.
+    # Casts: exact ones and float64 to float32 unconditionally, others with a check of each value.
     c.ask("int8", "int16")
     c.ask("int8", "float32")
     c.ask("uint8", "int16")

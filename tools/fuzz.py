@@ -1,12 +1,12 @@
-"""Runs every fuzz target of the repository, one after another, and says what each did.
+"""Runs every fuzz target of the repository and prints a table of the results.
 
     python tools/fuzz.py                                   1,000,000 executions of each target
-    python tools/fuzz.py --executions 20000 --unguided     a short run, soon built
-    python tools/fuzz.py --seconds 60 FuzzStream ...       these targets, for at most so long
+    python tools/fuzz.py --executions 20000 --unguided     a short run that is built fast
+    python tools/fuzz.py --seconds 60 FuzzStream ...       these targets, for at most 60 s each
 
-A target fails when Go finds an input that breaks it, which Go keeps in testdata/fuzz below the package, when
-it stands still, or when its processes grow. Each target bounds the time and the memory of one execution
-itself. The figures go to the file that FLIGHTSVC_FIGURES names, if it does.
+A target fails if Go finds a failing input, which it writes to testdata/fuzz below the package, if there is no
+further execution for a minute, or if its processes grow. Each target bounds the time and the memory of one
+execution itself. Figures are added to the file that FLIGHTSVC_FIGURES names, if it is set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTION = re.compile(r"^func (Fuzz\w+)\(", re.MULTILINE)
 PROGRESS = re.compile(r"fuzz: elapsed: .*execs: (\d+)")
-STILL_SECONDS = 60  # without a further execution; Go reports every 3 s
+STALL_SECONDS = 60  # without a further execution; Go reports every 3 s
 START_SECONDS = 300  # before the first execution that is not a seed
 GROWTH_MIB = 512  # of all processes of a target, from the first half minute to the end
 SETTLED_SECONDS = 10
@@ -38,7 +38,7 @@ SETTLED_SECONDS = 10
 
 @dataclass
 class Target:
-    """One fuzz function, and the test binary that has it."""
+    """One fuzz function and its test binary."""
 
     folder: Path
     binary: Path
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass
 class Outcome:
-    """What a target did."""
+    """The result of one target."""
 
     executions: int = 0
     seconds: float = 0.0
@@ -57,14 +57,14 @@ class Outcome:
 
     @property
     def rate(self) -> int:
-        """Return executions a second."""
+        """Return the executions per second."""
         return round(self.executions / self.seconds) if self.seconds else 0
 
 
 def targets(wanted: list[str], build: Path, guided: bool) -> list[Target]:
-    """Build and return the fuzz functions of the repository, or those that are wanted.
+    """Build and return the fuzz functions of the repository, or the wanted ones.
 
-    Guided, a target counts the branches that an input takes, for which all libraries are compiled once more.
+    A guided target counts the branches that an input takes; all libraries are compiled once more for that.
     """
     found = []
     listed = ["go", "list", "-f", "{{.Dir}}", "./..."]
@@ -83,20 +83,20 @@ def targets(wanted: list[str], build: Path, guided: bool) -> list[Target]:
 
 
 def resident_mib(group: int) -> int:
-    """Return the resident memory of the processes that fuzz, in a process group."""
+    """Return the resident memory of the fuzzing processes in a process group."""
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
             if int(fields[2]) == group and b"-test.fuzzworker" in (stat.parent / "cmdline").read_bytes():
                 total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
     return total >> 20
 
 
 def fuzz(target: Target, executions: int, seconds: float, parallel: int) -> Outcome:
-    """Run one target until it has done so much, has taken so long, or fails."""
+    """Run one target for a number of executions, or seconds if that is not 0, or until it fails."""
     command = [
         str(target.binary),
         "-test.run=^$",
@@ -124,7 +124,7 @@ def fuzz(target: Target, executions: int, seconds: float, parallel: int) -> Outc
     threading.Thread(target=read, args=(process.stdout,), daemon=True).start()
     outcome, output = Outcome(), []
     began = moved = time.monotonic()
-    fuzzing = 0.0  # when the first execution was
+    fuzzing = 0.0  # time of the first execution
     samples: list[tuple[float, int]] = []
     stopped = False
     while True:
@@ -145,8 +145,8 @@ def fuzz(target: Target, executions: int, seconds: float, parallel: int) -> Outc
             samples.append((now - fuzzing, resident))
         if stopped:
             continue
-        if now - moved > (STILL_SECONDS if fuzzing else START_SECONDS):
-            outcome.fault = f"stood still for {now - moved:.0f} s"
+        if now - moved > (STALL_SECONDS if fuzzing else START_SECONDS):
+            outcome.fault = f"no execution for {now - moved:.0f} s"
             stopped = True
             os.killpg(process.pid, signal.SIGKILL)
         elif seconds and fuzzing and now - fuzzing > seconds:
@@ -179,20 +179,20 @@ def report(figures: dict[str, Any]) -> None:
 def main() -> int:
     """Run the targets and print the table."""
     parser = argparse.ArgumentParser(description="Run every fuzz target.")
-    parser.add_argument("targets", nargs="*", help="names; all if there is none")
+    parser.add_argument("targets", nargs="*", help="names; default: all")
     parser.add_argument("--executions", type=int, default=1_000_000, help="of each target")
-    parser.add_argument("--seconds", type=float, default=0, help="for each target at most; 0 for no limit")
+    parser.add_argument("--seconds", type=float, default=0, help="limit for each target; 0 for none")
     cores = os.cpu_count() or 1
     parser.add_argument(
         "--parallel",
         type=int,
         default=cores,
-        help="processes of a target; with fewer than cores, targets at once",
+        help="processes of one target; with fewer than cores, several targets run at once",
     )
-    parser.add_argument("--unguided", action="store_true", help="count no branches: soon built")
+    parser.add_argument("--unguided", action="store_true", help="do not count branches, which builds faster")
     asked = parser.parse_args()
     wanted = asked.executions
-    head = f"{'target':<28} {'executions':>11} {'seconds':>8} {'a second':>9} {'resident MiB':>13}  result"
+    head = f"{'target':<28} {'executions':>11} {'seconds':>8} {'per s':>9} {'resident MiB':>13}  result"
     print(head, flush=True)
     failed = 0
     with (

@@ -1,13 +1,13 @@
-"""Lists all that flightsvc has on this host, and whose it is; needs Linux and Python, nothing else.
+"""Lists what flightsvc has on this host, and whose it is; needs only Linux and Python.
 
     python tools/leftovers.py
     python tools/leftovers.py --run-dir /run/user/1000/flightsvc --cache-dir ~/.cache/flightsvc
 
-A line for each process, folder and socket of the run-dir, lock, unfinished copy of a model, private folder of
-a driver and segment of shared memory. ``in use`` is what a living process has or is owed to one; ``left`` is
-what nobody has any more. A folder of a dead front is taken over, or removed, by the next front that starts
-in the same run-dir, and an unfinished copy goes with the next front of the same cache-dir. The exit code is 1
-if anything is left.
+It prints a line for each process, folder and socket of the run-dir, lock, unfinished copy of a model, private
+folder of a driver and segment of shared memory. ``in use`` means that it belongs to a live process; ``left``
+means that its process has ended. The next front in the same run-dir takes over or removes the folder of a
+front that has ended; the next front with the same cache-dir removes unfinished copies. The exit code is 1 if
+anything is left.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _OWNER = re.compile(r"--owner=(\d+):(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Something of flightsvc's.
+    """A process, file or lock of flightsvc.
 
     Attributes:
         kind: ``process``, ``folder``, ``socket``, ``file``, ``lock``, ``copy``, ``driver`` or ``memory``.
         what: A process id with its program, or a path.
-        whose: Whose it is, for people.
-        used: Whether a living process has it; for a process, whether whom it serves is alive.
+        whose: Its owner, as text.
+        used: Whether its process is alive; for a process, whether its owner is alive.
     """
 
     kind: str
@@ -52,20 +52,20 @@ class _Process:
     pid: int
     name: str
     parent: int
-    start: int  # clock ticks after boot; with the pid it names one process for ever
+    start: int  # clock ticks after boot; pid and start together are unique
     words: str  # its command line
     environ: bytes
 
 
 def default_run_dir() -> Path:
-    """Return the run-dir of a front to which none is set."""
+    """Return the default run-dir."""
     given = os.environ.get("FLIGHTSVC_RUN_DIR")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(given or (f"{runtime}/flightsvc" if runtime else f"/tmp/flightsvc-{os.geteuid()}"))
 
 
 def default_cache_dir() -> Path:
-    """Return the cache-dir of a front to which none is set."""
+    """Return the default cache-dir."""
     given = os.environ.get("FLIGHTSVC_CACHE_DIR")
     return Path(
         given or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "" if given else "flightsvc"
@@ -73,12 +73,12 @@ def default_cache_dir() -> Path:
 
 
 def find(run_dir: Path, cache_dir: Path, temporary: Path | None = None) -> list[Found]:
-    """Return all that belongs to fronts of this run-dir and this cache-dir.
+    """Return what belongs to fronts with this run-dir and this cache-dir.
 
     Args:
-        run_dir: The folder of sockets; it need not be there.
-        cache_dir: The folder of models; it need not be there.
-        temporary: Where drivers have their private folders; default: ``$TMPDIR``.
+        run_dir: The folder of sockets; it may be missing.
+        cache_dir: The folder of models; it may be missing.
+        temporary: The folder with the private folders of drivers; default: ``$TMPDIR``.
     """
     return [
         *_processes(run_dir, cache_dir),
@@ -91,14 +91,14 @@ def find(run_dir: Path, cache_dir: Path, temporary: Path | None = None) -> list[
 
 
 def _read(pid: int) -> _Process | None:
-    """Return a process that runs; one that has ended and was not waited for does not."""
+    """Return a live process, else None; a zombie is not alive."""
     with contextlib.suppress(OSError, ValueError):
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         fields = stat[stat.rindex(")") + 2 :].split()
         if fields[0] in "ZX":
             return None
         words, environ = "", b""
-        with contextlib.suppress(OSError):  # another user's
+        with contextlib.suppress(OSError):  # of another user's process
             words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             environ = Path(f"/proc/{pid}/environ").read_bytes()
         name = stat[stat.index("(") + 1 : stat.rindex(")")]
@@ -107,7 +107,7 @@ def _read(pid: int) -> _Process | None:
 
 
 def _owner(pid: int, start: int | None = None) -> tuple[str, bool]:
-    """Return who a process is, for people, and whether it is alive."""
+    """Return a process as text, and whether it is alive."""
     process = _read(pid)
     if process is None or (start is not None and process.start != start):
         return f"process {pid}, which has ended", False
@@ -127,7 +127,7 @@ def _processes(run_dir: Path, cache_dir: Path) -> Iterator[Found]:
         named = any(folder in process.words or folder.encode() in process.environ for folder in ours)
         return named or (process.parent in all_of and belongs(all_of[process.parent]))
 
-    default = str(run_dir) == str(default_run_dir())  # whose fronts need not name it
+    default = str(run_dir) == str(default_run_dir())  # then command lines may not name it
     for process in all_of.values():
         if not belongs(process) and not (default and b"FLIGHTSVC_RUN_DIR=" not in process.environ):
             continue
@@ -143,7 +143,7 @@ def _processes(run_dir: Path, cache_dir: Path) -> Iterator[Found]:
 
 
 def _folders(run_dir: Path) -> Iterator[Found]:
-    """The folders of fronts with their sockets, and what else lies in the run-dir."""
+    """The folders of fronts with their sockets, and everything else in the run-dir."""
     if not run_dir.is_dir():
         return
     for folder in sorted(run_dir.iterdir()):
@@ -152,7 +152,7 @@ def _folders(run_dir: Path) -> Iterator[Found]:
             named = json.loads((folder / "front").read_text())
             whose, used = _owner(named["pid"], named["start"])
         held = _holders({folder})
-        if not used and held:  # somebody is about to start a front here, or pushes a model
+        if not used and held:  # a process is about to start a front here, or pushes a model
             whose, used = f"locked by {_owner(held[0][1])[0]}", True
         yield Found("folder", str(folder), whose, used)
         for path in sorted(folder.glob("**/*")):
@@ -160,7 +160,7 @@ def _folders(run_dir: Path) -> Iterator[Found]:
 
 
 def _holders(paths: set[Path]) -> list[tuple[Path, int]]:
-    """Return which of these paths are locked, and by which process; -1 where Linux does not say."""
+    """Return the locked ones of these paths with the process that has the lock, -1 if it is unknown."""
     inodes = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ def _holders(paths: set[Path]) -> list[tuple[Path, int]]:
     held = []
     for line in Path("/proc/locks").read_text().splitlines():
         fields = line.split()
-        if fields[1] != "->" and fields[5] in inodes:  # not one who waits
+        if fields[1] != "->" and fields[5] in inodes:  # "->" waits for a lock
             held.append((inodes[fields[5]], int(fields[4])))
     return held
 
@@ -178,7 +178,7 @@ def _locks(run_dir: Path, cache_dir: Path) -> Iterator[Found]:
     """Locks on folders of the run-dir, and on models and the file of fetches in the cache-dir."""
     paths = {*run_dir.glob("*"), *cache_dir.glob("*"), *cache_dir.glob("models/*")}
     for path, pid in _holders(paths):
-        whose, used = _owner(pid) if pid > 0 else ("whoever fetches a model", True)
+        whose, used = _owner(pid) if pid > 0 else ("a process that fetches a model", True)
         yield Found("lock", str(path), whose, used)
 
 
@@ -190,7 +190,7 @@ def _unfinished(cache_dir: Path) -> Iterator[Found]:
 
 
 def _drivers(temporary: Path) -> Iterator[Found]:
-    """Private folders of drivers; a driver has its own locked."""
+    """Private folders of drivers, which a live driver keeps locked."""
     paths = sorted(temporary.glob("flightsvc-*-*"))
     held = dict(_holders(set(paths)))
     for path in paths:
@@ -205,7 +205,7 @@ def _memory() -> Iterator[Found]:
 
 
 def main() -> int:
-    """Print what there is."""
+    """Print the list."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Runs every promise at its full count and keeps the results in build/prove.json.
+"""Checks every promise at its full count and writes the results to build/prove.json.
 
 A bar is one promise: a pytest file or a benchmark that checks it and writes its figures, as JSON, to the
 file that FLIGHTSVC_FIGURES names. With FLIGHTSVC_PROVE=1 it runs at its full count. A result is kept under
@@ -113,7 +113,7 @@ def code_hash() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the properties of this machine that figures depend on."""
     cpu = dict(
         (part.strip() for part in line.split(":", 1))
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -161,7 +161,7 @@ def run(bar: str, code: str) -> dict[str, Any]:
 
 
 def main(wanted: list[str]) -> int:
-    """Run what is wanted, or missing, and write the summary."""
+    """Run the wanted bars, or all that are missing, and write the summary."""
     for name in wanted:
         if name not in BARS:
             print(f"there is no bar {name!r}; there are {', '.join(BARS)}")
@@ -188,7 +188,7 @@ def main(wanted: list[str]) -> int:
         print(f"{bar:<14} {result['seconds'] if result else 0:8}  {text}")
         for name, value in (result or {}).get("figures", {}).items():
             print(f"{'':14}{name}: {value}")
-    print(f"\nhash {code}; all of it in build/prove.json")
+    print(f"\nhash {code}; build/prove.json has all results")
     return int(len(results) < len(BARS) or not all(result["ok"] for result in results.values()))
 
 

@@ -1,9 +1,9 @@
-"""Makes the wheel, and checks that its tag is true: no program in it needs a newer glibc than the tag says.
+"""Makes the wheel and checks that no program in it needs a newer glibc than its tag says.
 
     python tools/wheel.py DIST TENSORFLOW
 
-DIST is the folder that the wheel is written to. TENSORFLOW is that of the libraries which the runner is
-linked with; they come from another wheel, and have to run where ours does.
+DIST is the folder for the wheel. TENSORFLOW is the folder of the libraries that the runner is linked with;
+they come from another wheel, which must run on the same systems.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PACKAGE = ROOT / "pyspark-shim"
 PROGRAMS = ("flightsvc", "flightsvc-runner")
 
 ELSEWHERE = re.compile(r"nvml|TF_|__gmon_start__$")
-"""What a program finds in other libraries: NVIDIA's, which it opens when there is one, and TensorFlow."""
+"""Symbols of libraries outside the wheel: NVIDIA's, which is loaded if there is one, and TensorFlow's."""
 
 
 def main(dist: Path, tensorflow: Path) -> None:
-    """Make the wheel and check it; leaves with one sentence where it must not be given to anybody."""
-    shutil.rmtree(PACKAGE / "build", ignore_errors=True)  # setuptools would take what it left there
+    """Make the wheel and check it; exits with one sentence if it must not be published."""
+    shutil.rmtree(PACKAGE / "build", ignore_errors=True)  # setuptools would package what is left there
     with tempfile.TemporaryDirectory() as folder:
         command = ["build/uv/bin/uv", "build", "--quiet", "--wheel", "--no-build-isolation"]
         subprocess.run(
@@ -46,7 +46,7 @@ def main(dist: Path, tensorflow: Path) -> None:
 
 
 def tagged(wheel: Path) -> tuple[int, int]:
-    """Return the version of glibc in a wheel's name."""
+    """Return the version of glibc in a wheel's tag."""
     found = re.search(r"manylinux_(\d+)_(\d+)_x86_64\.whl$", wheel.name)
     if found is None:
         sys.exit(f"wheel: {wheel.name} has no tag manylinux_2_NN_x86_64")
@@ -54,13 +54,13 @@ def tagged(wheel: Path) -> tuple[int, int]:
 
 
 def check(file: Path, allowed: tuple[int, int]) -> None:
-    """Check that a program or library wants nothing of a newer glibc, and a program nothing unknown."""
+    """Check that a file needs no newer glibc and, if it is a program, no symbol of an unknown library."""
     tag = "glibc {}.{}".format(*allowed)
     needed = max(glibc(file))
     if needed > allowed:
         sys.exit(f"wheel: {file.name} needs glibc {needed[0]}.{needed[1]}, the tag says {tag}")
     if file.name in PROGRAMS and (unknown := unversioned(file)):
-        sys.exit(f"wheel: {file.name} has functions that no library of {tag} has: {unknown}")
+        sys.exit(f"wheel: {file.name} needs symbols that no library of {tag} has: {unknown}")
     print(f"{file.name} needs glibc {needed[0]}.{needed[1]}")
 
 
@@ -71,14 +71,14 @@ def glibc(file: Path) -> set[tuple[int, int]]:
 
 
 def unversioned(file: Path) -> list[str]:
-    """Return the functions that the linker found in no library."""
+    """Return the symbols that the linker found in no library."""
     rows = (line.split() for line in readelf("--dyn-syms", file).splitlines())
     names = (row[7] for row in rows if len(row) == 8 and row[6] == "UND")
     return [name for name in names if "@" not in name and not ELSEWHERE.match(name)]
 
 
 def readelf(option: str, file: Path) -> str:
-    """Return what ``readelf`` says."""
+    """Return the output of ``readelf``."""
     return subprocess.run(["readelf", "-W", option, file], capture_output=True, text=True, check=True).stdout
 
 

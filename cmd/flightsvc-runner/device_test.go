@@ -1,3 +1,5 @@
+// Tests of a runner whose memory is on a device, with the program built for the simulated one.
+
 package main
 
 import (
@@ -92,8 +94,8 @@ func (r *onDevice) end() {
 	}
 }
 
-// hear waits for a report.
-func (r *onDevice) hear(what string, is func(control.Report) bool) control.Report {
+// await waits for a report.
+func (r *onDevice) await(what string, is func(control.Report) bool) control.Report {
 	r.t.Helper()
 	for late := time.After(30 * time.Second); ; {
 		select {
@@ -110,7 +112,7 @@ func (r *onDevice) hear(what string, is func(control.Report) bool) control.Repor
 	}
 }
 
-// run sends a record batch of rows 0, 1, 2... and checks the answer, which it returns the metadata of.
+// run sends a record batch of rows 0, 1, 2..., checks the answer and returns its metadata.
 func (r *onDevice) run(rows int) (protocol.AnswerMetadata, error) {
 	r.t.Helper()
 	d, err := protocol.ParseDescriptor([]byte(`{"v":1,"model":"m"}`))
@@ -202,8 +204,8 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 	first := startOnDevice(t, binary, state, folder, "first", func(s *control.Setup) { s.WarmUp = true },
 		"SIMULATED_MODEL_BYTES=10485760")
-	first.hear("warming", func(r control.Report) bool { return r.Warming })
-	first.hear("ready", ready)
+	first.await("warming", func(r control.Report) bool { return r.Warming })
+	first.await("ready", ready)
 	if got := taken(first); got != fmt.Sprint(11<<20) { // warmed up with one row
 		t.Errorf("it has %s bytes", got)
 	}
@@ -211,11 +213,11 @@ func TestSimulatedDevice(t *testing.T) {
 	if err != nil || meta.TFRows != 100+50+100 { // both halves of the first half fit, and two more
 		t.Errorf("%d rows of runs, %v", meta.TFRows, err)
 	}
-	if report := first.hear("of the rows that fit",
+	if report := first.await("of the rows that fit",
 		func(r control.Report) bool { return r.DeviceBatch != 0 }); report.DeviceBatch != 25 {
 		t.Errorf("%d rows fit", report.DeviceBatch)
 	}
-	first.hear("answered", func(r control.Report) bool { return r.Answered })
+	first.await("answered", func(r control.Report) bool { return r.Answered })
 	if meta, err = first.run(100); err != nil || meta.TFRows != 100 {
 		t.Errorf("%d rows of runs though it knows what fits, %v", meta.TFRows, err)
 	}
@@ -224,33 +226,33 @@ func TestSimulatedDevice(t *testing.T) {
 	}
 
 	second := startOnDevice(t, binary, state, folder, "second", nil, "SIMULATED_MODEL_BYTES=8388608")
-	if report := second.hear("of an error",
+	if report := second.await("of an error",
 		func(r control.Report) bool { return r.Error != "" }); !report.NoMemory ||
 		!strings.Contains(report.Error, "model second does not fit into the memory of the device GPU-1: OOM") {
 		t.Errorf("reported %+v", report)
 	}
 	second.end()
 
-	// Not even one row of the third fits, until the first has ended.
+	// Not even one row of the third fits until the first has ended.
 	third := startOnDevice(t, binary, state, folder, "third", nil, "SIMULATED_MODEL_BYTES=1048576",
 		"SIMULATED_ROW_BYTES=10485760")
-	third.hear("ready", ready)
+	third.await("ready", ready)
 	done := make(chan error, 1)
 	go func() {
 		_, err := third.run(1)
 		done <- err
 	}()
-	third.hear("that it is pressed", func(r control.Report) bool { return r.Pressed })
+	third.await("that it is pressed", func(r control.Report) bool { return r.Pressed })
 	first.end()
 	if err := <-done; err != nil {
 		t.Errorf("after the first has ended: %v", err)
 	}
 	third.end()
 
-	// The bound of the setup holds as well; what a stream hears then says what to do.
+	// The bound of the setup holds as well; the error of a stream says what to do.
 	fourth := startOnDevice(t, binary, state, folder, "fourth", func(s *control.Setup) { s.DeviceBytes = 2 << 20 },
 		"SIMULATED_MODEL_BYTES=1500000")
-	fourth.hear("ready", ready)
+	fourth.await("ready", ready)
 	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||
 		!strings.Contains(err.Error(),
 			"record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {

@@ -1,3 +1,5 @@
+// The engine of a SavedModel: it is loaded into TensorFlow, and each run is one of its session.
+
 package main
 
 import (
@@ -17,7 +19,7 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// engine is the model of a runner: what handlers ask of it, and what runs a batch.
+// engine is the model of a runner, as handlers and the scheduler use it.
 type engine interface {
 	handlers.Engine
 	Run(feeds []tensor.Feed, fetches []string, timeout time.Duration) (batch.Outputs, error)
@@ -36,15 +38,15 @@ func open(setup control.Setup) (engine, error) {
 	return load(setup)
 }
 
-// loaded is a SavedModel in memory with the picture graphs that its streams have asked for.
+// loaded is the engine of a SavedModel, with the picture graphs that its streams have asked for.
 type loaded struct {
 	saved   *savedmodel.Model
 	session session
-	device  string // that the session's memory is on, "" for the host
+	device  string // UUID of the device with the session's memory; "" for the host
 	graphs  *graphs[*preprocess.Graph]
 }
 
-// session is what runs a SavedModel: a *tensorflow.Session, but in a build with the tag simulated_device.
+// session runs a SavedModel. It is a *tensorflow.Session; with the build tag simulated_device it may be a *simulated.
 type session interface {
 	Run(timeout time.Duration, feeds []tensorflow.Feed, fetches []string) ([]*tensorflow.Tensor, error)
 	Close() error
@@ -73,10 +75,10 @@ func load(setup control.Setup) (*loaded, error) {
 	return &loaded{saved: saved, session: session, device: setup.Device, graphs: newGraphs(setup, preprocess.New)}, nil
 }
 
-// unknownOperation finds the name of an operation that TensorFlow does not have, in what it says then.
+// unknownOperation matches TensorFlow's message about an operation that it does not have, and the operation's name.
 var unknownOperation = regexp.MustCompile(`Op type not registered '([^']+)'`)
 
-// loadError says in plain words why a SavedModel cannot be loaded.
+// loadError explains why a SavedModel cannot be loaded, and what to do.
 func loadError(setup control.Setup, err error) error {
 	if op := unknownOperation.FindStringSubmatch(err.Error()); op != nil {
 		return fault.New(fault.Precondition, "model %s uses the operation %s, which TensorFlow %s does not have; "+
@@ -87,12 +89,12 @@ func loadError(setup control.Setup, err error) error {
 		return fault.New(fault.Exhausted, "model %s does not fit into the memory of the device %s: %s", setup.Model,
 			setup.Device, firstLine(err))
 	}
-	return fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damage(err),
+	return fault.New(kindOf(err), "model %s cannot be loaded from %s%s: %s", setup.Model, setup.Dir, damageHint(err),
 		firstLine(err))
 }
 
-// noMemory reports whether TensorFlow found no memory. Its allocators say ResourceExhausted; what CUDA itself says
-// comes with other codes, but not with InvalidArgument, which may quote a row.
+// noMemory reports whether TensorFlow ran out of memory. Its allocators report ResourceExhausted; CUDA's own messages
+// come with other codes, but never with InvalidArgument, whose message may quote a row.
 func noMemory(err error) bool {
 	var native *tensorflow.Error
 	if !errors.As(err, &native) {
@@ -103,11 +105,11 @@ func noMemory(err error) bool {
 	return native.Code == tensorflow.ResourceExhausted || said && native.Code != tensorflow.InvalidArgument
 }
 
-// Model returns what the SavedModel says about itself.
+// Model returns the signatures of the SavedModel.
 func (e *loaded) Model() *savedmodel.Model { return e.saved }
 
-// Run makes tensors of the feeds, without a copy where their memory is aligned, and runs the
-// session. It takes over the feeds. What TensorFlow finds wrong with the rows is a BadRequest.
+// Run makes tensors of the feeds, without a copy if their memory is aligned, and runs the session. It takes over the
+// feeds. An error that TensorFlow blames on the rows is a BadRequest.
 func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duration) (batch.Outputs, error) {
 	fed := make([]tensorflow.Feed, 0, len(feeds))
 	defer func() {
@@ -181,9 +183,8 @@ func (o outputs) Close() {
 	}
 }
 
-// damage says in plain words what TensorFlow's code means when files are shorter than they should be,
-// or missing.
-func damage(err error) string {
+// damageHint explains TensorFlow's codes for files that are truncated or missing.
+func damageHint(err error) string {
 	var native *tensorflow.Error
 	if errors.As(err, &native) {
 		switch native.Code {
@@ -194,8 +195,7 @@ func damage(err error) string {
 	return ""
 }
 
-// kindOf keeps the meaning of TensorFlow's codes that a caller can act on; all others are
-// Internal.
+// kindOf translates the TensorFlow codes that a caller can act on; all others are Internal.
 func kindOf(err error) fault.Kind {
 	var native *tensorflow.Error
 	if !errors.As(err, &native) {
@@ -214,7 +214,7 @@ func kindOf(err error) fault.Kind {
 	}
 }
 
-// firstLine returns what TensorFlow said, without the graph's stack below it.
+// firstLine returns the first line of an error's message; TensorFlow's go on with a stack of the graph.
 func firstLine(err error) string {
 	var native *tensorflow.Error
 	text := err.Error()

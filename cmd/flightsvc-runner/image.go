@@ -1,3 +1,5 @@
+// The engine of the built-in model image, which makes Spark's image structs of pictures.
+
 package main
 
 import (
@@ -16,9 +18,9 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// imageEngine is the built-in model: it makes Spark's image structs of pictures. The work is done where
-// other models decode their pictures, so that a bad one refuses its own row; a run takes the results apart.
-// In between a picture is one string: its pixels, then height, width, nChannels and mode.
+// imageEngine decodes pictures where other models decode theirs, before the run, so that a bad picture refuses its own
+// row. Between decoding and the run a picture is one string: its pixels, then height, width, nChannels and mode. The
+// run splits these strings into the output columns.
 type imageEngine struct {
 	decoders *graphs[*preprocess.Decoder]
 }
@@ -28,7 +30,7 @@ const (
 	trailerBytes = 4 * imageNumbers
 )
 
-// maxImageBytes is the most that the pixels of one picture may have, which leaves room for the rest of its row.
+// maxImageBytes bounds the pixels of one picture; the rest of MaxRowBytes is for the other fields of its row.
 const maxImageBytes = tensor.MaxRowBytes - 1<<20
 
 func newImageEngine(setup control.Setup) *imageEngine {
@@ -38,9 +40,9 @@ func newImageEngine(setup control.Setup) *imageEngine {
 // Model returns the signature of the built-in model.
 func (e *imageEngine) Model() *savedmodel.Model { return protocol.ImageModel }
 
-// Pictures returns what makes pixels of pictures.
+// Pictures returns a decoder for each input.
 func (e *imageEngine) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
-	// A decoder serves all sizes, so that there are few of them however many sizes are asked for.
+	// One decoder serves all sizes, so the number of decoders does not depend on the sizes that callers ask for.
 	sizeless := map[string]protocol.Preprocess{}
 	for input, p := range wanted {
 		p.Size = nil
@@ -53,14 +55,14 @@ func (e *imageEngine) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pi
 	return &images{decoders: e.decoders, byInput: byInput, wanted: wanted}, nil
 }
 
-// images makes strings of pictures.
+// images decodes pictures to strings.
 type images struct {
 	decoders *graphs[*preprocess.Decoder]
 	byInput  map[string]*preprocess.Decoder
 	wanted   map[string]protocol.Preprocess
 }
 
-// size returns the height and width that pictures get, 0 and 0 for their own.
+// size returns the height and width to resize pictures to, or 0 and 0 to keep their own.
 func (m *images) size(input string) (height, width int) {
 	if size := m.wanted[input].Size; size != nil {
 		return size[0], size[1]
@@ -82,7 +84,8 @@ func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Pic
 	height, width := m.size(input)
 	refused, err := m.decoders.each(ctx, input, pictures, func(ctx context.Context, i int) error {
 		if size := m.Bytes(input, pictures[i]); size > maxImageBytes {
-			return fault.New(fault.BadRequest, "a picture of %d MiB of pixels; %d are the most, give it a smaller size",
+			return fault.New(fault.BadRequest,
+				"the pixels of the picture have %d MiB, more than the limit of %d MiB; ask for a smaller size",
 				size>>20, maxImageBytes>>20)
 		}
 		pixels, err := m.byInput[input].Run(ctx, pictures[i], height, width)
@@ -100,7 +103,7 @@ func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Pic
 	return value, refused, err
 }
 
-// Run takes the pictures apart.
+// Run splits the strings of pictures into the fetched outputs.
 func (e *imageEngine) Run(feeds []tensor.Feed, fetches []string, _ time.Duration) (batch.Outputs, error) {
 	defer tensor.ReleaseFeeds(feeds)
 	pictures := feeds[0].Value.Strings

@@ -1,6 +1,5 @@
-// Command flightsvc-runner is one model in one process: it loads a SavedModel and serves
-// streams of inference on its own Unix socket. The front starts it and talks to it over
-// standard input and output; it ends when its standard input does.
+// Command flightsvc-runner loads one SavedModel and serves streams of inference for it on its own Unix socket. The
+// front starts it and talks to it over standard input and output; it ends when its standard input ends.
 package main
 
 import (
@@ -31,10 +30,9 @@ import (
 )
 
 func main() {
-	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the
-	// front drains first.
+	// The front decides when a runner ends: an interrupt in a terminal reaches both, and the front drains first.
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
-	signal.Ignore(syscall.SIGPIPE) // what the log goes to may be gone first
+	signal.Ignore(syscall.SIGPIPE) // the reader of the log may end before this process
 	pipe, err := controlPipe()
 	if err == nil {
 		err = run(os.Stdin, &reporter{out: json.NewEncoder(pipe)})
@@ -45,7 +43,7 @@ func main() {
 	}
 }
 
-// controlPipe takes standard output for reports alone: whatever a model prints goes to standard error.
+// controlPipe reserves standard output for reports: what a model prints there goes to standard error instead.
 func controlPipe() (*os.File, error) {
 	fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
@@ -54,7 +52,7 @@ func controlPipe() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "control"), unix.Dup3(2, 1, 0)
 }
 
-// run reads the setup, loads the model, says so, and serves until the front's end of stdin.
+// run reads the setup, loads the model, reports it as ready, and serves until the end of stdin.
 func run(stdin io.Reader, reports *reporter) error {
 	input := bufio.NewReader(stdin)
 	line, err := input.ReadBytes('\n')
@@ -72,7 +70,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	serving := make(chan *grpc.Server, 1)
 	go func() { // for as long as the process lives
 		_, _ = io.Copy(io.Discard, input)
-		// The front has drained, or is dead, or needs the memory. A load that hangs in native code ends here too.
+		// The front has drained, has died, or needs the memory. This also ends a load that hangs in native code.
 		_ = os.Remove(setup.Socket)
 		select {
 		case server := <-serving:
@@ -81,7 +79,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		}
 		os.Exit(0)
 	}()
-	if len(setup.OpLibraries) > 0 { // one that ends the process has been named
+	if len(setup.OpLibraries) > 0 { // logged before, because loading one may end the process
 		log.Info("loading op_libraries", zap.String("model", setup.Model), zap.Strings("libraries", setup.OpLibraries))
 	}
 	memory := &offheap.Allocator{}
@@ -116,7 +114,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		AllowedBatchSizes:  b.AllowedBatchSizes,
 		Run:                engine.Run,
 		Stuck: func(timeout time.Duration) {
-			log.Error("a TensorFlow run does not end, so this runner does", zap.String("model", setup.Model),
+			log.Error("a TensorFlow run ignores its timeout, so this runner ends", zap.String("model", setup.Model),
 				zap.Duration("run_timeout", timeout))
 			_ = os.Remove(setup.Socket)
 			os.Exit(1)
@@ -140,11 +138,11 @@ func run(stdin io.Reader, reports *reporter) error {
 	return server.Serve(listener)
 }
 
-// lastWords is how long a runner that ends goes on sending. A stream counts as closed when its handler has returned;
-// its last answer and its status may then still be on their way.
-const lastWords = 300 * time.Millisecond
+// flushGrace is how long a runner that ends goes on sending. A stream is closed when its handler has returned, but its
+// last answer and its status may not have been sent then.
+const flushGrace = 300 * time.Millisecond
 
-// finish lets streams end whose last words are on their way. Others are cut off.
+// finish sends what closed streams still have to send. Open streams are cut off.
 func finish(server *grpc.Server) {
 	done := make(chan struct{})
 	go func() {
@@ -153,12 +151,12 @@ func finish(server *grpc.Server) {
 	}()
 	select {
 	case <-done:
-	case <-time.After(lastWords):
+	case <-time.After(flushGrace):
 	}
 }
 
-// How a model is batched where its settings leave it, in TF Serving's words. max_batch_size is near its default of
-// 1,000; max_batch_bytes keeps a run of large rows, such as pictures, to what one message may hold.
+// Defaults of batching, in TF Serving's terms. max_batch_size is near its default of 1,000; max_batch_bytes bounds runs
+// of large rows, such as pictures, to what one message may hold.
 const (
 	maxBatchSize       = 1024
 	maxBatchBytes      = 64 << 20
@@ -166,9 +164,9 @@ const (
 	maxEnqueuedBatches = 128
 )
 
-// memoryWait is how long a run that does not fit into a device's memory waits until it is tried once more, after the
-// front has been asked to make room: 2 s in which a runner ends, and 5 s in which its memory comes back, the most that
-// Ollama found (server/sched.go, waitForVRAMRecovery).
+// memoryWait is how long a run that does not fit into a device's memory waits for a second try, after the front was
+// asked to free memory: 2 s until another runner has ended, and 5 s until its memory is free, the longest that Ollama
+// observed (server/sched.go, waitForVRAMRecovery).
 const memoryWait = 7 * time.Second
 
 // reporter writes reports to the front, a line each.
@@ -176,65 +174,65 @@ type reporter struct {
 	mu     sync.Mutex // guards the fields below
 	out    *json.Encoder
 	counts func() control.Counts // nil before the model serves
-	told   control.Counts
+	sent   control.Counts        // the last counts that the front was sent
 }
 
-// countInterval is how often the front is told what the runner has done, while that changes.
+// countInterval is how often changed counts are sent to the front.
 const countInterval = time.Second
 
-// count tells the front what the runner has done from now on, for as long as the process lives.
+// count sends the counts from now on, until the process ends.
 func (r *reporter) count(counts func() control.Counts) {
 	r.mu.Lock()
 	r.counts = counts
 	r.mu.Unlock()
 	go func() {
 		for range time.Tick(countInterval) {
-			r.recount()
+			r.sendCounts()
 		}
 	}()
 }
 
-func (r *reporter) recount() {
+func (r *reporter) sendCounts() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if counts := r.newsLocked(); counts != nil {
+	if counts := r.changedLocked(); counts != nil {
 		_ = r.out.Encode(control.Report{Counts: counts})
 	}
 }
 
-// newsLocked returns what the runner has done, nil if that has not changed since it was last told.
-func (r *reporter) newsLocked() *control.Counts {
+// changedLocked returns the counts, or nil if they have not changed since they were last sent.
+func (r *reporter) changedLocked() *control.Counts {
 	if r.counts == nil {
 		return nil
 	}
 	now := r.counts()
-	if now == r.told {
+	if now == r.sent {
 		return nil
 	}
-	r.told = now
+	r.sent = now
 	return &now
 }
 
 func (r *reporter) write(report control.Report) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	report.Counts = r.newsLocked()
-	_ = r.out.Encode(report) // a front that does not read is gone, and so are we soon
+	report.Counts = r.changedLocked()
+	_ = r.out.Encode(report) // fails only if the front has ended, and then this process ends soon
 }
 
-// StreamOpened tells the front that a lease has opened its stream.
+// StreamOpened reports that a lease has opened its stream.
 func (r *reporter) StreamOpened(lease string) { r.write(control.Report{Opened: lease}) }
 
-// StreamClosed tells the front that a stream is over.
+// StreamClosed reports that a stream has ended.
 func (r *reporter) StreamClosed(lease string) { r.write(control.Report{Closed: lease}) }
 
-// StreamResting tells the front that nothing moves on a stream.
+// StreamResting reports that a stream has become idle.
 func (r *reporter) StreamResting(lease string) { r.write(control.Report{Resting: lease}) }
 
-// StreamStirring tells the front that a stream which rested moves again.
+// StreamStirring reports that an idle stream is active again.
 func (r *reporter) StreamStirring(lease string) { r.write(control.Report{Stirring: lease}) }
 
-// Answered tells the front that the runner has answered its first record batch.
+// Answered reports that the runner has answered its first record batch.
 func (r *reporter) Answered() { r.write(control.Report{Answered: true}) }
 
 func (r *reporter) deviceBatch(rows int) { r.write(control.Report{DeviceBatch: rows}) }

@@ -1,3 +1,5 @@
+// Measuring: the speed of a model on random rows, for tuning.
+
 package main
 
 import (
@@ -21,16 +23,16 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// answerRows is how many rows the batch has whose outputs are compared.
+// answerRows is how many rows are run to compare their outputs between configurations.
 const answerRows = 4
 
-// measure runs the model on made-up rows as its Setup's Measure asks, and reports how fast that was.
+// measure runs the model on random rows as Setup.Measure asks and reports its speed.
 func measure(setup control.Setup, engine engine, reports *reporter, log *zap.Logger) error {
 	found, err := measured(setup, engine, log)
 	if err != nil {
 		kind, _ := fault.KindOf(err)
 		reports.write(control.Report{Build: build.ID(), Error: err.Error(), Kind: kind})
-		return nil // it has been told
+		return nil // the report has the error
 	}
 	reports.write(control.Report{Build: build.ID(), TensorFlow: tensorflow.Version(), Measured: found})
 	return nil
@@ -83,7 +85,7 @@ func measured(setup control.Setup, engine engine, log *zap.Logger) ([]control.Me
 			break
 		}
 	}
-	for range asked.Windows - 1 { // in turns, since a machine that others use slows down for a while
+	for range asked.Windows - 1 { // in turns, because other load may slow the machine down for a while
 		for _, one := range all {
 			if _, err := one.window(feeds, asked.Window); err != nil {
 				return nil, err
@@ -92,29 +94,31 @@ func measured(setup control.Setup, engine engine, log *zap.Logger) ([]control.Me
 	}
 	found := make([]control.Measured, len(all))
 	for i, one := range all {
-		speeds := one.speeds[1:] // without that of the first runs
+		speeds := one.speeds[1:] // without the window of the first runs
 		slices.Sort(speeds)
 		found[i] = control.Measured{BatchSize: one.size, Best: speeds[len(speeds)-1], Median: speeds[len(speeds)/2]}
 	}
 	return found, nil
 }
 
-// measurable says why rows cannot be made up for a signature.
+// measurable returns why a signature cannot be run on random rows, or nil.
 func measurable(signature savedmodel.Signature) error {
 	if len(signature.Inputs) == 0 {
-		return fault.New(fault.BadRequest, "it has no inputs to make up")
+		return fault.New(fault.BadRequest, "it has no inputs")
 	}
 	for _, spec := range signature.Inputs {
 		switch {
 		case spec.DType == savedmodel.String:
 			return fault.New(fault.BadRequest,
-				"input %q takes strings, which cannot be made up; this signature cannot be measured", spec.Name)
+				"input %q takes strings; only numbers and bools can be random, so this signature cannot be measured",
+				spec.Name)
 		case spec.DType.Size() == 0:
-			return fault.New(fault.BadRequest, "input %q has the type %s, which cannot be made up", spec.Name,
+			return fault.New(fault.BadRequest, "input %q has the type %s; only numbers and bools can be random",
+				spec.Name,
 				spec.DType)
 		case spec.UnknownRank || len(spec.Shape) == 0:
 			return fault.New(fault.BadRequest,
-				"input %q has no known number of dimensions, or no rows; this signature cannot be measured", spec.Name)
+				"input %q has an unknown rank, or no batch dimension; this signature cannot be measured", spec.Name)
 		case slices.Contains(spec.Shape[1:], -1):
 			return fault.New(fault.BadRequest, "input %q has the shape %v with an unknown dimension besides that of "+
 				"the rows; this signature cannot be measured", spec.Name, spec.Shape)
@@ -131,7 +135,7 @@ func elementsOf(spec savedmodel.Spec) int64 {
 	return max(n, 1)
 }
 
-// makeFeeds makes up rows for all inputs.
+// makeFeeds makes random rows for all inputs.
 func makeFeeds(signature savedmodel.Signature, rows int, seed uint64, memory *offheap.Allocator) []tensor.Feed {
 	random := random(seed)
 	feeds := make([]tensor.Feed, len(signature.Inputs))
@@ -146,7 +150,7 @@ func makeFeeds(signature savedmodel.Signature, rows int, seed uint64, memory *of
 
 func random(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) } //nolint:gosec // not for secrets
 
-// fill makes up elements.
+// fill writes random elements.
 func fill(data []byte, dtype savedmodel.DType, random *rand.Rand) {
 	size := dtype.Size()
 	for at := 0; at < len(data); at += size {
@@ -176,7 +180,7 @@ func first(feeds []tensor.Feed, rows int) []tensor.Feed {
 	return out
 }
 
-// writeAnswers runs the rows of feeds, which it takes over, and keeps the outputs.
+// writeAnswers runs the rows of feeds, which it takes over, and writes the outputs to folder.
 func writeAnswers(folder string, signature savedmodel.Signature, engine engine, feeds []tensor.Feed) error {
 	answers, err := engine.Run(feeds, outputTensors(signature), 0)
 	if err != nil {
@@ -199,10 +203,10 @@ func outputTensors(signature savedmodel.Signature) []string {
 	return names
 }
 
-// leastRuns is how many runs of each caller a window has at least, so that those of large batches are not one run long.
+// leastRuns is how many runs of each caller a window has at least: one run would be a poor sample of large batches.
 const leastRuns = 2
 
-// loop runs batches of one size, as many at once as the Setup says.
+// loop runs batches of one size, with as many callers as the Setup has threads.
 type loop struct {
 	model     string
 	size      int
@@ -212,7 +216,7 @@ type loop struct {
 	speeds    []float64 // rows/s of each window so far
 }
 
-// newLoop makes one, whose scheduler wants to be closed.
+// newLoop makes a loop. The caller closes its scheduler.
 func newLoop(setup control.Setup, engine engine, signature savedmodel.Signature, size int, memory *offheap.Allocator,
 	log *zap.Logger) *loop {
 	callers := max(setup.Batching.NumBatchThreads, 1)
@@ -227,8 +231,8 @@ func newLoop(setup control.Setup, engine engine, signature savedmodel.Signature,
 	}
 }
 
-// window runs the first rows of feeds, which stay the caller's, for a time, notes the rows/s, and returns how long a
-// run took.
+// window runs the first rows of feeds, which remain the caller's, for a while, appends the rows/s to speeds, and
+// returns the duration of a run.
 func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration, error) {
 	rates, took := make([]float64, l.callers), make([]time.Duration, l.callers)
 	var working errgroup.Group
@@ -244,10 +248,10 @@ func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration,
 				refused := len(answer.Refused) > 0
 				answer.Close()
 				if refused {
-					return fault.New(fault.BadRequest, "model %s refuses made-up rows; it cannot be measured", l.model)
+					return fault.New(fault.BadRequest, "model %s refuses random rows; it cannot be measured", l.model)
 				}
 				if passed := time.Since(began); passed >= length && runs >= leastRuns {
-					// Each caller has a rate of its own: the last run of one does not count as waiting of another.
+					// Each caller has a rate of its own, which the last run of another does not lower.
 					rates[i], took[i] = float64(runs*l.size)/passed.Seconds(), passed/time.Duration(runs)
 					return nil
 				}

@@ -1,3 +1,5 @@
+// Tests of measuring: speeds, compared outputs, and signatures that random rows cannot feed.
+
 package main
 
 import (
@@ -71,7 +73,7 @@ func TestMeasure(t *testing.T) {
 	}
 }
 
-// TestMeasureStopsAtLongRuns leaves out a batch that would take too long, by what the one before took.
+// TestMeasureStopsAtLongRuns leaves out a batch that would take too long, as the time of the one before predicts.
 func TestMeasureStopsAtLongRuns(t *testing.T) {
 	setup := measurement(t, 1, 2, 64)
 	setup.Measure.LongestRun = time.Nanosecond
@@ -82,10 +84,10 @@ func TestMeasureStopsAtLongRuns(t *testing.T) {
 }
 
 func TestNotMeasurable(t *testing.T) {
-	for model, part := range map[string]string{"strings": `input "s" takes strings`,
+	for model, text := range map[string]string{"strings": `input "s" takes strings`,
 		"sums": "an unknown dimension besides that of the rows", "echo": "an unknown dimension"} {
 		_, err := measured(measurement(t, 1), loadModel(t, model), zap.NewNop())
-		expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", part)
+		expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", text)
 	}
 }
 

@@ -1,3 +1,5 @@
+// Picture graphs: what streams ask of pictures, decoded in parallel within a budget of memory.
+
 package main
 
 import (
@@ -17,7 +19,7 @@ import (
 // maxGraphs is how many picture graphs a runner keeps. Each has a session with a thread of its own.
 const maxGraphs = 64
 
-// workingBytes bounds what pictures that are being decoded take together, but for a single one.
+// workingBytes bounds the memory of all pictures that are being decoded; a single one may take more.
 const workingBytes = 512 << 20
 
 // graphs are the picture graphs of a runner, each built when the first stream asks for it.
@@ -58,7 +60,7 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	if len(g.built) == maxGraphs {
 		var none G
 		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, "+
-			"the most that it keeps; use one of them, or unload the model", maxGraphs)
+			"its limit; use one of them, or unload the model", maxGraphs)
 	}
 	graph, err := g.build(spec, g.budget)
 	if err == nil {
@@ -78,8 +80,8 @@ func specOf(p protocol.Preprocess) preprocess.Spec {
 	return spec
 }
 
-// each calls decode for each picture, as many at once as there are cores, and returns why pictures were refused.
-// Its error names the input.
+// each calls decode for each picture, for as many at once as there are cores, and returns the reasons of refused
+// pictures by position. Its error names the input.
 func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture,
 	decode func(ctx context.Context, i int) error) (map[int]string, error) {
 	var mu sync.Mutex // guards refused
@@ -107,7 +109,7 @@ func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Pi
 	return refused, nil
 }
 
-// Pictures returns what makes tensors of pictures, with graphs that are built now or were built before.
+// Pictures returns the decoder of all inputs, and builds the graphs that are missing.
 func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	byInput, err := e.graphs.of(wanted)
 	if err != nil {
@@ -116,7 +118,7 @@ func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Picture
 	return &tensors{graphs: e.graphs, byInput: byInput, wanted: wanted}, nil
 }
 
-// tensors makes tensors of pictures.
+// tensors decodes pictures to tensors.
 type tensors struct {
 	graphs  *graphs[*preprocess.Graph]
 	byInput map[string]*preprocess.Graph

@@ -1,3 +1,5 @@
+// Tests of both engines with real models, and of what ends a runner before it serves.
+
 package main
 
 import (
@@ -146,7 +148,7 @@ func TestEngineFails(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "is not a SavedModel")
 }
 
-// blackPicture is a PNG of so many pixels a side.
+// blackPicture is a black PNG with sides of so many pixels.
 func blackPicture(t *testing.T, side int) tensor.Picture {
 	t.Helper()
 	var encoded bytes.Buffer
@@ -255,12 +257,12 @@ func TestKinds(t *testing.T) {
 	}
 }
 
-// TestRun covers what goes wrong before a runner serves; cmd/flightsvc tests the rest on the real program.
+// TestRun covers errors before a runner serves; cmd/flightsvc tests the rest with the real program.
 func TestRun(t *testing.T) {
 	silent := &reporter{out: json.NewEncoder(io.Discard)}
-	for input, part := range map[string]string{"": "not for the command line", "{}": "not for the command line",
+	for input, text := range map[string]string{"": "not for the command line", "{}": "not for the command line",
 		"noise\n": "setup: ", `{"log_level":"loud"}` + "\n": "loud"} {
-		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), part) {
+		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("%q gives %v", input, err)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 func openSession(setup control.Setup, options tensorflow.Options) (session, error) {
 	opened, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, options)
 	if err != nil {
-		return nil, err // and no session, not even a typed one
+		return nil, err // a nil *Session would be a session that is not nil
 	}
 	return opened, nil
 }

@@ -1,6 +1,6 @@
 //go:build simulated_device
 
-// A build with this tag is for tests of devices on hosts that have none; no product is built with it.
+// A simulated device, for tests on hosts without one. No product is built with this tag.
 
 package main
 
@@ -22,22 +22,22 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// simulated is a session on the processor that behaves as if on a device whose memory lies in the folder that
-// FAKENVML_STATE names, which the fake NVML library of package gpu reads as well:
+// simulated is a session on the CPU that keeps account of a device's memory. The account is in the folder that
+// FAKENVML_STATE names, which the fake NVML library of package gpu reads, too:
 //
 //	devices      a line for each device: UUID NAME BYTES COMPUTE PARENT
 //	UUID/PID     bytes that the process has on the device; they count while it lives
 //
-// The law: a model takes the size of its files, or SIMULATED_MODEL_BYTES, when it is loaded, and SIMULATED_ROW_BYTES,
-// 1 MiB if not set, for each row of the largest run so far, which it never gives back. DeviceBytes of the setup bounds
-// both. What does not fit is ResourceExhausted and takes nothing.
+// A model takes the size of its files, or SIMULATED_MODEL_BYTES, when it is loaded, and SIMULATED_ROW_BYTES, 1 MiB by
+// default, for each row of its largest run so far; it never frees them. DeviceBytes of the setup bounds both. What does
+// not fit is ResourceExhausted and takes nothing.
 type simulated struct {
 	session
-	folder string // of the device
-	most   int64  // bytes of the device, or what the setup allows of it
-	limit  int64
-	model  int64
-	perRow int64
+	folder   string // of the device
+	capacity int64  // bytes of the device
+	limit    int64  // bytes that this process may take of them; 0 is all
+	model    int64
+	perRow   int64
 
 	mu   sync.Mutex // guards rows
 	rows int64      // of the largest run
@@ -70,7 +70,7 @@ func (s *simulated) place(setup control.Setup) error {
 	defer func() { _ = file.Close() }()
 	for lines := bufio.NewScanner(file); lines.Scan(); {
 		if words := strings.Fields(lines.Text()); len(words) > 2 && words[0] == setup.Device {
-			if s.most, err = strconv.ParseInt(words[2], 10, 64); err != nil {
+			if s.capacity, err = strconv.ParseInt(words[2], 10, 64); err != nil {
 				return err
 			}
 		}
@@ -112,7 +112,7 @@ func number(variable string, otherwise int64) (int64, error) {
 	return strconv.ParseInt(text, 10, 64)
 }
 
-// take makes the process have so many bytes of the device, if there is room beside the other processes that live.
+// take sets what this process takes to a number of bytes, if the other live processes leave room for it.
 func (s *simulated) take(bytes int64) error {
 	folder, err := os.Open(s.folder)
 	if err != nil {
@@ -139,10 +139,10 @@ func (s *simulated) take(bytes int64) error {
 		has, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
 		others += has
 	}
-	if others+bytes > s.most || s.limit > 0 && bytes > s.limit {
+	if others+bytes > s.capacity || s.limit > 0 && bytes > s.limit {
 		return &tensorflow.Error{Code: tensorflow.ResourceExhausted,
 			Message: fmt.Sprintf("OOM when allocating %d bytes on a simulated device of %d, "+
-				"of which others have %d and this process may have %d", bytes, s.most, others, s.limit)}
+				"of which others have %d and this process may have %d", bytes, s.capacity, others, s.limit)}
 	}
 	fresh := filepath.Join(filepath.Dir(s.folder), fmt.Sprintf(".%d", os.Getpid()))
 	if err := os.WriteFile(fresh, []byte(strconv.FormatInt(bytes, 10)), 0o600); err != nil {

@@ -1,3 +1,5 @@
+// Warming up: the first runs of a model, before it counts as ready.
+
 package main
 
 import (
@@ -19,20 +21,20 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// zerosTime is how long a model that brings no requests is run with zeros at most, in all: a loop may not end on them.
+// zerosTime bounds all runs with zeros of a model without warm-up requests: a loop in it may not end on zeros.
 const zerosTime = 10 * time.Second
 
-// warmUp runs the model before it counts as ready, so that no stream waits for what TensorFlow does in its first runs:
-// with the Predict requests in TF Serving's file, as they are written there, whose failure is a fault that names the
-// record; without the file with zeros, whose failure is only logged.
+// warmUp runs the model, so that no stream waits for what TensorFlow does in its first runs. It replays the Predict
+// requests of TF Serving's warm-up file; a failure is a fault that names the record. Without the file it runs zeros; a
+// failure is only logged.
 func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logger) error {
 	started := time.Now()
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := os.Open(path) //nolint:gosec // of the model
 	if errors.Is(err, fs.ErrNotExist) {
-		// zeros may end the process
-		log.Info("warming up with zeros", zap.String("instead",
-			`requests in the model, or warm_up "off" in its settings`))
+		// Logged before, because zeros may end the process.
+		log.Info("warming up with zeros",
+			zap.String("instead", `requests in the model, or warm_up "off" in its settings`))
 		runs := e.warmUpWithZeros(setup, mem, log)
 		log.Info("warmed up with zeros", zap.Int("runs", runs), zap.Duration("took", time.Since(started)))
 		return nil
@@ -103,7 +105,7 @@ func (e *loaded) replay(w savedmodel.Warmup, mem memory.Allocator) error {
 	return nil
 }
 
-// newValue makes a value of a tensor in a file.
+// newValue makes a value of a tensor in a warm-up request.
 func newValue(c savedmodel.Constant, mem memory.Allocator) tensor.Value {
 	if c.DType == savedmodel.String {
 		return tensor.Value{DType: c.DType, Shape: c.Shape, Strings: c.Strings}
@@ -113,8 +115,8 @@ func newValue(c savedmodel.Constant, mem memory.Allocator) tensor.Value {
 	return value
 }
 
-// warmUpWithZeros runs each signature that can be, with each of the allowed batch sizes, and returns how many runs
-// there were.
+// warmUpWithZeros runs each signature with each of the allowed batch sizes, where it can, and returns the number of
+// runs.
 func (e *loaded) warmUpWithZeros(setup control.Setup, mem memory.Allocator, log *zap.Logger) (runs int) {
 	until := time.Now().Add(zerosTime)
 	sizes := []int{1}
@@ -139,8 +141,8 @@ func (e *loaded) warmUpWithZeros(setup control.Setup, mem memory.Allocator, log 
 	return runs
 }
 
-// zeros returns a feed for each input of a signature, where the size of unknown dimensions is 1, and that of the first
-// is rows; or why there is none. They have no more bytes than a run of several rows may have.
+// zeros returns a feed for each input of a signature, or why there is none. Unknown dimensions have size 1, the first
+// has size rows. Together the feeds have at most maxBatchBytes.
 func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]tensor.Feed, error) {
 	if signature.Assigns != "" {
 		return nil, fmt.Errorf("it assigns variables (%s)", signature.Assigns)
@@ -151,7 +153,7 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 		size := int64(spec.DType.Size())
 		if size == 0 || spec.UnknownRank {
 			tensor.ReleaseFeeds(feeds)
-			return nil, fmt.Errorf("nobody knows what to feed its input %q: it is %v, of shape %v", spec.Name,
+			return nil, fmt.Errorf("zeros cannot feed its input %q: it is %v, of shape %v", spec.Name,
 				spec.DType, spec.Shape)
 		}
 		shape := slices.Clone(spec.Shape)
@@ -176,12 +178,12 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 	return feeds, nil
 }
 
-// runUntil runs a signature and does not wait for one that ignores the end of its time.
+// runUntil runs a signature, but does not wait for a run that goes on after the end of its time.
 func (e *loaded) runUntil(until time.Time, feeds []tensor.Feed, signature savedmodel.Signature) error {
 	left := time.Until(until)
 	if left <= 0 {
 		tensor.ReleaseFeeds(feeds)
-		return errors.New("those before it took too long")
+		return errors.New("the runs before took all the time")
 	}
 	var fetches []string
 	for _, spec := range signature.Outputs {
@@ -199,6 +201,6 @@ func (e *loaded) runUntil(until time.Time, feeds []tensor.Feed, signature savedm
 	case err := <-done:
 		return err
 	case <-time.After(left + time.Second):
-		return fmt.Errorf("it takes longer than %s and does not end", zerosTime)
+		return fmt.Errorf("it takes longer than %s and ignores its timeout", zerosTime)
 	}
 }

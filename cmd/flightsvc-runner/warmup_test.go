@@ -1,3 +1,5 @@
+// Tests of warming up, of padded runs, of devices without memory, and of operations in libraries.
+
 package main
 
 import (
@@ -31,7 +33,7 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// watched notes the rows of each run of a session, and fails those that full says.
+// watched notes the rows of each run of a session, and fails the runs that full selects.
 type watched struct {
 	session
 	rows []int64
@@ -148,7 +150,7 @@ func TestWarmUpWithRequests(t *testing.T) {
 			}
 		})
 	}
-	// What TensorFlow finds wrong is said in its words.
+	// An error of TensorFlow keeps its message.
 	setup := control.Setup{Model: "m", Dir: withWarmup(t, "nested", request(t, "", "x", nil, 2)), Cores: 1}
 	e, err := load(setup)
 	if err != nil {
@@ -166,7 +168,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 	}{
 		"two":        {rows: []int64{1, 4, 1, 4}}, // two signatures
 		"echo":       {rows: []int64{1, 4}},       // unknown sizes
-		"vocabulary": {logged: "nobody knows what to feed"},
+		"vocabulary": {logged: "zeros cannot feed"},
 		"counter":    {logged: "assigns variables"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -196,7 +198,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 			}
 		})
 	}
-	// No run that serving would not have: a padded one has no more bytes than max_batch_bytes.
+	// No run has more than max_batch_bytes, as in serving.
 	signature := savedmodel.Signature{Inputs: []savedmodel.Spec{{Name: "x", DType: savedmodel.Float32,
 		Shape: []int64{-1, 1 << 20}}}}
 	for rows, refused := range map[int64]bool{16: false, 17: true} {
@@ -206,7 +208,7 @@ func TestWarmUpWithZeros(t *testing.T) {
 			t.Errorf("%d rows of 4 MiB: %v, %d bytes were not freed", rows, err, mem.Live())
 		}
 	}
-	// A run that does not end in its time is left.
+	// A run that ignores its timeout is not waited for.
 	e, mem := loadModel(t, "slow"), &offheap.Allocator{}
 	million := []byte{0x00, 0x24, 0x74, 0x4b} // 1.6e7 as float32: turns of the model's loop
 	feeds := []tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, million)}

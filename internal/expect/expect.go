@@ -1,5 +1,4 @@
-// Package expect holds what tests of several packages ask for in the same words. Only tests
-// import it.
+// Package expect holds assertions that tests of several packages share. Only tests import it.
 package expect
 
 import (
@@ -10,16 +9,16 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// Fault fails the test unless err is a fault of a kind, of one line that holds all the parts.
-func Fault(t *testing.T, err error, kind fault.Kind, parts ...string) {
+// Fault fails the test unless err is a fault of this kind, in one line that contains all the texts.
+func Fault(t *testing.T, err error, kind fault.Kind, texts ...string) {
 	t.Helper()
 	if got, ok := fault.KindOf(err); !ok || got != kind {
 		t.Errorf("kind %d, %t of %v; want %d", got, ok, err, kind)
 		return
 	}
-	for _, part := range parts {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%q does not say %q", err, part)
+	for _, text := range texts {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("%q does not contain %q", err, text)
 		}
 	}
 	if strings.Contains(err.Error(), "\n") {
@@ -32,7 +31,7 @@ func Eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("after 10 s it is not so that %s", what)
+			t.Fatalf("not within 10 s: %s", what)
 		}
 	}
 }

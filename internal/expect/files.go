@@ -25,7 +25,8 @@ func Write(t testing.TB, path, text string) {
 // SavedModel is a saved_model.pb with one signature, serving_default, from x to y.
 var SavedModel = sync.OnceValue(func() string {
 	tensor := func(name string) map[string]*corepb.TensorInfo {
-		return map[string]*corepb.TensorInfo{name: {Encoding: &corepb.TensorInfo_Name{Name: name + ":0"}, Dtype: types_go_proto.DataType_DT_FLOAT}}
+		return map[string]*corepb.TensorInfo{name: {Encoding: &corepb.TensorInfo_Name{Name: name + ":0"},
+			Dtype: types_go_proto.DataType_DT_FLOAT}}
 	}
 	data, err := proto.Marshal(&corepb.SavedModel{MetaGraphs: []*corepb.MetaGraphDef{{
 		MetaInfoDef:  &corepb.MetaGraphDef_MetaInfoDef{Tags: []string{"serve"}},

@@ -1,6 +1,6 @@
-// Package fuzztest holds what every fuzz target asserts of one execution, whatever it parses.
+// Package fuzztest bounds the time and the memory of one execution of a fuzz target.
 //
-// What may enter: bounds that hold for any bytes. What a parser promises of its result stays in its own tests.
+// What may enter: bounds that hold for any input. Assertions about a parser's result stay in its own tests.
 package fuzztest
 
 import (
@@ -12,16 +12,16 @@ import (
 // maxTime is how long one execution may take.
 const maxTime = slower * time.Second
 
-// Bounded runs parse and fails the test if that takes longer than a second, twice in a row since other
-// processes want the machine too, or takes more than most bytes of the Go heap, given back or not. Parse
-// must do the same each time.
-func Bounded(t *testing.T, most uint64, parse func()) {
+// Bounded runs parse and fails the test if it allocates more than limit bytes, freed ones included, or takes longer
+// than a second. A slow parse is run once more, because other processes may have slowed it down; it must do the same
+// each time.
+func Bounded(t *testing.T, limit uint64, parse func()) {
 	t.Helper()
 	before, started := allocated(), time.Now()
 	parse()
 	took := time.Since(started)
-	if bytes := allocated() - before; bytes > most {
-		t.Errorf("it took %d bytes of memory, more than %d", bytes, most)
+	if bytes := allocated() - before; bytes > limit {
+		t.Errorf("it allocated %d bytes, more than %d", bytes, limit)
 	}
 	if took > maxTime && !t.Failed() {
 		started = time.Now()
@@ -32,7 +32,7 @@ func Bounded(t *testing.T, most uint64, parse func()) {
 	}
 }
 
-// allocated returns the bytes that the process has taken from the Go heap so far.
+// allocated returns how many bytes the process has allocated on the Go heap so far.
 func allocated() uint64 {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(sample)

@@ -2,5 +2,5 @@
 
 package fuzztest
 
-// slower is how much longer anything takes under the race detector.
+// slower is the factor by which the race detector slows a test down.
 const slower = 10

@@ -115,7 +115,7 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	if !ok {
 		return fault.New(fault.BadRequest, "input %s cannot take column %q of %s%s", describe(in.spec), in.name, typeText(column), printable(in.hint(element, len(sizes))))
 	}
-	source := &lists{spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling}, pad: in.Pad != nil, counted: in.Lengths != "", most: in.most}
+	source := &lists{spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling}, pad: in.Pad != nil, counted: in.Lengths != "", maxLength: in.maxLength}
 	shape, err := tensorShape(field)
 	if err != nil {
 		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, typeText(column), err)
@@ -132,7 +132,7 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	}
 	for i, size := range sizes {
 		want := source.want(i + 1)
-		if size >= 0 && (want >= 0 && (size > want || size < want && (!source.pad || shape != nil)) || i == 0 && source.counted && size > in.most) {
+		if size >= 0 && (want >= 0 && (size > want || size < want && (!source.pad || shape != nil)) || i == 0 && source.counted && size > in.maxLength) {
 			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at dimension %d", describe(in.spec), in.name, typeText(column), size, i+1)
 		}
 	}

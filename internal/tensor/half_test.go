@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestHalves goes through all 16-bit floats: each widens to what its bits say and comes back; what lies between two
-// goes to the nearer, and from the middle to the even one.
+// TestHalves goes through all 16-bit floats: each widens to its value and back; a number between two rounds to the
+// nearer, and from the middle to the even one.
 func TestHalves(t *testing.T) {
 	for name, c := range map[string]struct {
 		to       func(float32) uint16

@@ -34,11 +34,11 @@ func tooLarge() error {
 // first.
 type lists struct {
 	leaf
-	spec    savedmodel.Spec
-	shape   []int64 // dimensions of an arrow.fixed_shape_tensor, else nil
-	pad     bool    // shorter lists are filled up to the dimension
-	counted bool    // another input receives the lengths
-	most    int64   // largest length that the dtype of that input holds
+	spec      savedmodel.Spec
+	shape     []int64 // dimensions of an arrow.fixed_shape_tensor, else nil
+	pad       bool    // shorter lists are filled up to the dimension
+	counted   bool    // another input receives the lengths
+	maxLength int64   // largest length that the dtype of that input holds
 }
 
 // want returns a dimension of the signature, -1 if it is open.
@@ -131,7 +131,7 @@ func (l *lists) screen(column arrow.Array, refuse func(row int, reason string)) 
 		for row, m := range marks(column, 1, l.misfits) {
 			switch {
 			case m.dim == 0:
-			case m.dim == 1 && l.counted && m.length > l.most:
+			case m.dim == 1 && l.counted && m.length > l.maxLength:
 				refuse(row, fmt.Sprintf("a list of %d elements, more than the input of lengths can count", m.length))
 			case l.pad:
 				refuse(row, fmt.Sprintf("a list of %d elements at dimension %d, want %d at most", m.length, m.dim,
@@ -159,16 +159,16 @@ func (l *lists) screen(column arrow.Array, refuse func(row int, reason string)) 
 // misfits marks the lists whose length does not fit a known dimension, or cannot be counted.
 func (l *lists) misfits(a arrow.Array, dim int) (all []misfit) {
 	list, ok := a.(array.ListLike)
-	want, most := l.want(dim), int64(math.MaxInt64)
+	want, limit := l.want(dim), int64(math.MaxInt64)
 	if dim == 1 && l.counted {
-		most = l.most
+		limit = l.maxLength
 	}
-	if !ok || want < 0 && most == math.MaxInt64 {
+	if !ok || want < 0 && limit == math.MaxInt64 {
 		return nil
 	}
 	for row := range a.Len() {
 		lo, hi := list.ValueOffsets(row)
-		if length := hi - lo; (want >= 0 && (length > want || length < want && !l.pad) || length > most) &&
+		if length := hi - lo; (want >= 0 && (length > want || length < want && !l.pad) || length > limit) &&
 			!a.IsNull(row) {
 			if all == nil {
 				all = make([]misfit, a.Len())

@@ -71,7 +71,7 @@ func bindPicture(t *testing.T, schema *arrow.Schema) *Binding {
 		Inputs:  []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 1, 1, 3)},
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
 	}
-	plan, err := NewPlan(signature, Options{Pictures: map[string]Made{"p": pixel}})
+	plan, err := NewPlan(signature, Options{Pictures: map[string]PictureTensor{"p": pixel}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +147,7 @@ func TestImageStructs(t *testing.T) {
 	}
 }
 
-// weighed is a picture whose size is the number in it.
+// weighed is a Pictures by which the size of a picture is the number in it.
 type weighed struct{ decoder }
 
 func (weighed) Bytes(_ string, p Picture) int64 { return int64(p.Data[0] - '0') }

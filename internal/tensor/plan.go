@@ -14,16 +14,16 @@ import (
 
 // Options are the fields of a request that shape a plan.
 type Options struct {
-	Inputs      protocol.Inputs  // nil: same names, or the only column to the only input
-	Outputs     protocol.Outputs // nil: all outputs, by tensor name
-	Layout      string           // protocol.LayoutList or protocol.LayoutTensor; "" is protocol.LayoutList
-	Pictures    map[string]Made  // inputs fed by pictures, and the tensors that these become
-	ErrorColumn string           // column for error texts; "" for none
-	Metadata    arrow.Metadata   // of the answer's schema
+	Inputs      protocol.Inputs          // nil: same names, or the only column to the only input
+	Outputs     protocol.Outputs         // nil: all outputs, by tensor name
+	Layout      string                   // protocol.LayoutList or protocol.LayoutTensor; "" is protocol.LayoutList
+	Pictures    map[string]PictureTensor // inputs fed by pictures, and the tensors that these become
+	ErrorColumn string                   // column for error texts; "" for none
+	Metadata    arrow.Metadata           // of the answer's schema
 }
 
-// Made is the tensor that the pictures of an input become.
-type Made struct {
+// PictureTensor is the tensor that the pictures of an input become.
+type PictureTensor struct {
 	DType savedmodel.DType
 	Shape []int64 // of the tensor, -1 for its rows
 }
@@ -40,11 +40,11 @@ type Plan struct {
 // input is an input of the signature that a column feeds.
 type input struct {
 	protocol.Input
-	spec    savedmodel.Spec
-	picture bool
-	filling []byte          // one element of padding, or nil
-	lengths savedmodel.Spec // input that receives the lengths, if Lengths names one
-	most    int64           // largest length that its dtype holds
+	spec      savedmodel.Spec
+	picture   bool
+	filling   []byte          // one element of padding, or nil
+	lengths   savedmodel.Spec // input that receives the lengths, if Lengths names one
+	maxLength int64           // largest length that its dtype holds
 }
 
 // NewPlan checks a request against a signature. Its faults name the input, output or column, and those of the
@@ -206,7 +206,7 @@ func (in *input) check(specs []savedmodel.Spec) error {
 			return fault.New(fault.BadRequest, "lengths of input %q names no input %q; the signature has %s",
 				in.spec.Name, in.Lengths, describe(specs...))
 		}
-		in.most, ok = longest(in.lengths.DType)
+		in.maxLength, ok = maxLengthOf(in.lengths.DType)
 		if !ok || !in.lengths.UnknownRank && len(in.lengths.Shape) != 1 {
 			return fault.New(fault.BadRequest,
 				"lengths of input %q wants an input of whole numbers of rank 1, but names %s", in.spec.Name,

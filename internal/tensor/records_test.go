@@ -35,14 +35,14 @@ var outTypes = map[savedmodel.DType]arrow.DataType{
 	savedmodel.Bool:     arrow.FixedWidthTypes.Boolean, savedmodel.String: arrow.BinaryTypes.Binary,
 }
 
-// tensorTypes are the column types of the layout tensor where they are others.
+// tensorTypes are the column types of the layout tensor that differ from outTypes.
 var tensorTypes = map[savedmodel.DType]arrow.DataType{
 	savedmodel.Uint8: arrow.PrimitiveTypes.Uint8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16,
 	savedmodel.Uint32: arrow.PrimitiveTypes.Uint32, savedmodel.Uint64: arrow.PrimitiveTypes.Uint64,
 	savedmodel.Float16: arrow.FixedWidthTypes.Float16,
 }
 
-// anyInput stands for the inputs where outputs alone matter.
+// anyInput are the inputs of tests in which only outputs matter.
 var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
 
 var outDTypes = []savedmodel.DType{
@@ -51,7 +51,7 @@ var outDTypes = []savedmodel.DType{
 	savedmodel.Bool, savedmodel.String,
 }
 
-// outElement draws an element of a tensor: how the tensor holds it, and what the column should say.
+// outElement draws an element of a tensor: as the tensor holds it, and as the column should.
 func outElement(r *rand.Rand, dtype savedmodel.DType) (data []byte, want any) {
 	bits := binary.LittleEndian.AppendUint64(nil, r.Uint64())[:dtype.Size()]
 	wide := binary.LittleEndian.Uint64(append(slices.Clone(bits), make([]byte, 8)...))
@@ -135,7 +135,8 @@ func read(column arrow.Array, row int) any {
 	panic(fmt.Sprintf("no way to read %T", column))
 }
 
-// draw appends one row of an output with the given inner dimensions to value, and returns what the column should say.
+// draw appends one row of an output with the given inner dimensions to value, and returns the row that the column
+// should have.
 func draw(r *rand.Rand, value *Value, inner []int64) any {
 	if len(inner) == 0 {
 		data, want := outElement(r, value.DType)
@@ -221,7 +222,7 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 			if tensor && len(out.Shape) > 1 {
 				column = arrow.FixedSizeListOf(int32(flat), column)
 			}
-			// the request says what the signature leaves open
+			// The request has the dimensions that the signature leaves open.
 			if r.IntN(4) == 0 || tensor && slices.Contains(out.Shape[1:], -1) {
 				entry.Shape = append([]int64{-1}, value.Shape[1:]...)
 				if r.IntN(2) == 0 {
@@ -297,8 +298,8 @@ func TestRecordsAgreeWithRows(t *testing.T) {
 	}
 }
 
-// TestLargeAnswersComeInParts cuts 130 MiB: rows stay in order, rows without an answer lie in all parts and fill
-// the last one alone.
+// TestLargeAnswersComeInParts cuts 130 MiB: rows stay in order, rows without an answer are in all parts, and the last
+// part has no others.
 func TestLargeAnswersComeInParts(t *testing.T) {
 	const kept, tail, width = 130, 150, 1 << 18 // a row has 1 MiB
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
@@ -364,8 +365,7 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 	}
 }
 
-// TestUnevenStringsComeInParts has all its bytes in the last rows: parts are bounded by their own rows, not by the
-// average.
+// TestUnevenStringsComeInParts has all its bytes in the last rows: the rows of a part bound it, not the average.
 func TestUnevenStringsComeInParts(t *testing.T) {
 	const n, large = 1000, 100
 	big := make([]byte, 1<<20)
@@ -404,7 +404,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	for name, c := range map[string]struct {
 		value Value
 		kind  fault.Kind
-		parts []string
+		texts []string
 	}{
 		"rows": {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest,
 			[]string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
@@ -420,7 +420,7 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 				t.Error("a record batch was written")
 				return nil
 			})
-			expect.Fault(t, err, c.kind, c.parts...)
+			expect.Fault(t, err, c.kind, c.texts...)
 		})
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
@@ -433,8 +433,8 @@ func TestRecordsRefuseOutputs(t *testing.T) {
 	expect.Fault(t, err, fault.Exhausted, "256 MiB")
 }
 
-// TestGivenShapeIsChecked has an output whose shape only the request says.
-func TestGivenShapeIsChecked(t *testing.T) {
+// TestShapeOfTheRequestIsChecked has an output whose shape is only in the request.
+func TestShapeOfTheRequestIsChecked(t *testing.T) {
 	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
 		DType: savedmodel.Float32, UnknownRank: true}}}
 	plan, err := NewPlan(signature,
@@ -453,8 +453,8 @@ func TestGivenShapeIsChecked(t *testing.T) {
 	expect.Fault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
 }
 
-// TestTensorLayoutSaysItsShape reads the field and the slots of rows without an answer.
-func TestTensorLayoutSaysItsShape(t *testing.T) {
+// TestTensorLayoutHasItsShape reads the field's metadata and the elements of rows without an answer.
+func TestTensorLayoutHasItsShape(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
@@ -494,7 +494,7 @@ func TestTensorLayoutSaysItsShape(t *testing.T) {
 	}
 }
 
-// TestTensorLayoutComesInParts counts the slots of null rows, which take room too.
+// TestTensorLayoutComesInParts counts the elements of null rows, which have bytes, too.
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
 	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,

@@ -331,8 +331,8 @@ func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	}
 }
 
-// TestNothingTyped has columns and lists of Arrow's null type, as SQL's NULL and array() have.
-func TestNothingTyped(t *testing.T) {
+// TestNullType has columns and lists of Arrow's null type, such as SQL's NULL and array().
+func TestNullType(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.String, savedmodel.Uint8, savedmodel.Bool} {
@@ -390,7 +390,7 @@ func TestNothingTyped(t *testing.T) {
 	}
 }
 
-// TestStringsHoldTheirColumn reads strings after the record batch is gone.
+// TestStringsHoldTheirColumn reads strings after the record batch was released.
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")

@@ -145,8 +145,8 @@ func remaining(before []int, rows *Rows) []int {
 	return positions
 }
 
-// longest returns the largest length that an integer dtype holds.
-func longest(dtype savedmodel.DType) (most int64, ok bool) {
+// maxLengthOf returns the largest length that an integer dtype holds.
+func maxLengthOf(dtype savedmodel.DType) (length int64, ok bool) {
 	bits := 8 * dtype.Size()
 	switch dtype {
 	case savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64:

@@ -32,7 +32,7 @@ import (
 // The oracle works on plain Go values, a row at a time: nil is a null, []any a list, and an element is an
 // int64, a uint64, a float64, a bool or a string.
 
-// huge stands for a decimal beyond 64 bits.
+// huge is a decimal of more than 64 bits.
 type huge struct{}
 
 var (
@@ -93,7 +93,7 @@ func (l level) around(t arrow.DataType) arrow.DataType {
 	return arrow.FixedSizeListOf(int32(l.size), t)
 }
 
-// element draws one element that the type can hold exactly. Where the tensor is checked, few do not fit.
+// element draws one element that the type can hold exactly. For a checked dtype a few are out of range.
 func element(r *rand.Rand, leaf arrow.DataType, dtype savedmodel.DType) any {
 	switch leaf.ID() {
 	case arrow.BOOL:
@@ -150,7 +150,7 @@ func value(r *rand.Rand, levels []level, element func() any, regular, ragged boo
 	return list
 }
 
-// dirty is an allocator whose memory is not zeroed, as that of offheap.
+// dirty is an allocator whose memory is not zeroed, like offheap's.
 type dirty struct{ *memory.GoAllocator }
 
 func (d dirty) Allocate(size int) []byte {
@@ -167,7 +167,7 @@ func (d dirty) Reallocate(size int, b []byte) []byte {
 	return grown
 }
 
-// anywhere reports whether is holds of v or of an element in it at any depth.
+// anywhere reports whether a condition holds for v or for an element in it, at any depth.
 func anywhere(v any, is func(any) bool) bool {
 	list, isList := v.([]any)
 	return is(v) || isList && slices.ContainsFunc(list, func(e any) bool { return anywhere(e, is) })
@@ -265,7 +265,7 @@ func appendValue(b array.Builder, v any) {
 }
 
 // dictionary replaces the elements below all lists by indices of a type into a dictionary that has them in another
-// order, with one more that nobody uses. Some nulls are in the indices, the others in the dictionary.
+// order, and one unused element. Some nulls are in the indices, the others in the dictionary.
 func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.DataType,
 	mem memory.Allocator) arrow.ArrayData {
 	if len(data.Children()) > 0 {
@@ -378,7 +378,7 @@ func nearest(x float64, from func(uint16) float32) uint16 {
 	return sign | above
 }
 
-// sizes raises dims to the longest list at each level of v, and says whether a list differs from what was there.
+// sizes raises dims to the longest list at each level of v, and reports whether a list differs from dims.
 func sizes(v any, dims []int64) (differ bool) {
 	list, ok := v.([]any)
 	if !ok {
@@ -412,7 +412,7 @@ func padded(v any, dims []int64, filling any) any {
 	return out
 }
 
-// want is one input as the oracle sees it.
+// want is one input, for the oracle.
 type want struct {
 	rows    []any
 	levels  []level
@@ -726,8 +726,8 @@ func TestWholeAlignedColumnIsNotCopied(t *testing.T) {
 		t.Error("a whole column was copied")
 	}
 	slice := rec.NewSlice(1, 3)
-	part := take(slice)
-	if unsafe.SliceData(part.Data) != (*byte)(unsafe.Add(unsafe.Pointer(address), 8)) {
+	sliced := take(slice)
+	if unsafe.SliceData(sliced.Data) != (*byte)(unsafe.Add(unsafe.Pointer(address), 8)) {
 		t.Error("a slice is not a view of its column")
 	}
 	holes := take(rec, 1)
@@ -736,7 +736,7 @@ func TestWholeAlignedColumnIsNotCopied(t *testing.T) {
 	}
 	// The buffer outlives the record for as long as a value views it.
 	slice.Release()
-	for _, v := range []Value{whole, part, holes} {
+	for _, v := range []Value{whole, sliced, holes} {
 		v.Release()
 	}
 }
@@ -762,10 +762,10 @@ func TestTakeCopiesRows(t *testing.T) {
 	}
 }
 
-// pixel is what a picture of one pixel becomes.
-var pixel = Made{savedmodel.Float32, []int64{-1, 1, 1, 3}}
+// pixel is the tensor of pictures of one pixel.
+var pixel = PictureTensor{savedmodel.Float32, []int64{-1, 1, 1, 3}}
 
-// decoder stands for what decodes pictures: a picture becomes twelve bytes, each of them its first one.
+// decoder is a Pictures by which a picture becomes twelve copies of its first byte.
 type decoder func(input string, pictures []Picture, mem memory.Allocator) (Value, map[int]string, error)
 
 func (d decoder) Bytes(_ string, p Picture) int64 { return int64(len(p.Data)) }
@@ -785,7 +785,7 @@ func TestPictures(t *testing.T) {
 			spec("q", savedmodel.Float32, -1, 1, 1, 3)},
 		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
 	}
-	plan, err := NewPlan(signature, Options{Pictures: map[string]Made{"p": pixel, "q": pixel}})
+	plan, err := NewPlan(signature, Options{Pictures: map[string]PictureTensor{"p": pixel, "q": pixel}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -873,100 +873,100 @@ func TestBindNamesColumnAndBothTypes(t *testing.T) {
 	for name, c := range map[string]struct {
 		input    savedmodel.Spec
 		column   arrow.DataType
-		parts    []string
+		texts    []string
 		metadata arrow.Metadata
 	}{
 		"wrong dtype": {input: spec("x", savedmodel.Float32, -1, 4), column: list(str),
-			parts: []string{`"x" float32 [?,4]`, `column "c"`, "list<item: utf8", "write CAST(c AS ARRAY<FLOAT>)"}},
+			texts: []string{`"x" float32 [?,4]`, `column "c"`, "list<item: utf8", "write CAST(c AS ARRAY<FLOAT>)"}},
 		"narrowing": {input: spec("x", savedmodel.Int32, -1), column: i64,
-			parts: []string{`"x" int32 [?]`, `column "c" of int64`, "write CAST(c AS INT)"}},
+			texts: []string{`"x" int32 [?]`, `column "c" of int64`, "write CAST(c AS INT)"}},
 		"narrowing in lists": {input: spec("x", savedmodel.Int32, -1, -1, -1), column: list(list(i64)),
-			parts: []string{"write CAST(c AS ARRAY<ARRAY<INT>>)"}},
+			texts: []string{"write CAST(c AS ARRAY<ARRAY<INT>>)"}},
 		"int32 to float32": {input: spec("x", savedmodel.Float32, -1), column: arrow.PrimitiveTypes.Int32,
-			parts: []string{`"x" float32 [?]`, "int32", "CAST(c AS FLOAT)"}},
+			texts: []string{`"x" float32 [?]`, "int32", "CAST(c AS FLOAT)"}},
 		"double to half": {input: spec("x", savedmodel.Float16, -1), column: arrow.PrimitiveTypes.Float64,
-			parts: []string{"float16", "float64", "CAST(c AS FLOAT)"}},
+			texts: []string{"float16", "float64", "CAST(c AS FLOAT)"}},
 		"too flat": {input: spec("x", savedmodel.Float32, -1, 4), column: f32,
-			parts: []string{`"x" float32 [?,4]`, "1 level of list", `column "c" is float32`}},
+			texts: []string{`"x" float32 [?,4]`, "1 level of list", `column "c" is float32`}},
 		"too deep": {input: spec("x", savedmodel.Float32, -1), column: list(f32),
-			parts: []string{"0 levels", "list<item: float32"}},
+			texts: []string{"0 levels", "list<item: float32"}},
 		"fixed size": {input: spec("x", savedmodel.Float32, -1, 4), column: arrow.FixedSizeListOf(3, f32),
-			parts: []string{`"x" float32 [?,4]`, "fixed_size_list", "3 elements at dimension 1"}},
+			texts: []string{`"x" float32 [?,4]`, "fixed_size_list", "3 elements at dimension 1"}},
 		"date": {input: spec("x", savedmodel.Int32, -1), column: date,
-			parts: []string{"date32", "int32", "write unix_date(c)"}},
+			texts: []string{"date32", "int32", "write unix_date(c)"}},
 		"date for int8": {input: spec("x", savedmodel.Int8, -1), column: date,
-			parts: []string{"write CAST(unix_date(c) AS TINYINT)"}},
+			texts: []string{"write CAST(unix_date(c) AS TINYINT)"}},
 		"dates in lists": {input: spec("x", savedmodel.Int64, -1, -1, -1), column: list(list(date)),
-			parts: []string{"write transform(c, x -> transform(x, x -> unix_date(x)))"}},
+			texts: []string{"write transform(c, x -> transform(x, x -> unix_date(x)))"}},
 		"timestamp": {input: spec("x", savedmodel.Int64, -1), column: stamp,
-			parts: []string{"timestamp[us", "int64", "write unix_micros(c)"}},
+			texts: []string{"timestamp[us", "int64", "write unix_micros(c)"}},
 		"timestamp for float": {input: spec("x", savedmodel.Float32, -1), column: stamp,
-			parts: []string{"write CAST(c AS FLOAT)"}},
+			texts: []string{"write CAST(c AS FLOAT)"}},
 		"timestamp for text": {input: spec("x", savedmodel.String, -1), column: stamp,
-			parts: []string{"write CAST(c AS STRING)"}},
+			texts: []string{"write CAST(c AS STRING)"}},
 		"time": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Time64ns,
-			parts: []string{"time64", "write CAST(c AS BIGINT)"}},
+			texts: []string{"time64", "write CAST(c AS BIGINT)"}},
 		"time for double": {input: spec("x", savedmodel.Float64, -1), column: arrow.FixedWidthTypes.Time64ns,
-			parts: []string{"write CAST(CAST(c AS DECIMAL(20,9)) AS DOUBLE)"}},
+			texts: []string{"write CAST(CAST(c AS DECIMAL(20,9)) AS DOUBLE)"}},
 		"timestamp without zone": {input: spec("x", savedmodel.Float64, -1),
 			column: &arrow.TimestampType{Unit: arrow.Microsecond},
-			parts:  []string{"write CAST(CAST(c AS TIMESTAMP) AS DOUBLE)"}},
+			texts:  []string{"write CAST(CAST(c AS TIMESTAMP) AS DOUBLE)"}},
 		"timestamp for int32": {input: spec("x", savedmodel.Int32, -1), column: stamp,
-			parts: []string{"write CAST(unix_seconds(c) AS INT)"}},
+			texts: []string{"write CAST(unix_seconds(c) AS INT)"}},
 		"duration": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.Duration_us,
-			parts: []string{"write unix_micros(timestamp_seconds(0) + c)"}},
+			texts: []string{"write unix_micros(timestamp_seconds(0) + c)"}},
 		"decimal": {input: spec("x", savedmodel.Float64, -1), column: decimal,
-			parts: []string{"decimal", "write CAST(c AS DOUBLE)"}},
+			texts: []string{"decimal", "write CAST(c AS DOUBLE)"}},
 		"decimal with fraction": {input: spec("x", savedmodel.Uint64, -1), column: decimal,
-			parts: []string{"write CAST(c AS DECIMAL(20,0))"}},
+			texts: []string{"write CAST(c AS DECIMAL(20,0))"}},
 		"binary": {input: spec("x", savedmodel.Float32, -1, 2), column: arrow.BinaryTypes.Binary,
-			parts: []string{"float32", "binary", `"encoding":"raw"`}},
+			texts: []string{"float32", "binary", `"encoding":"raw"`}},
 		"dictionary": {input: spec("x", savedmodel.Int32, -1),
 			column: &arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: i64},
-			parts:  []string{"dictionary", "write CAST(c AS INT)"}},
+			texts:  []string{"dictionary", "write CAST(c AS INT)"}},
 		"map": {input: spec("x", savedmodel.Float32, -1, -1), column: arrow.MapOf(str, f32),
-			parts: []string{"map<", "write map_values(c)"}},
+			texts: []string{"map<", "write map_values(c)"}},
 		"struct": {input: spec("x", savedmodel.Float32, -1),
 			column: arrow.StructOf(arrow.Field{Name: "a f", Type: f32}),
-			parts:  []string{"struct", "float32", "write c.`a f`"}},
+			texts:  []string{"struct", "float32", "write c.`a f`"}},
 		"union": {input: spec("x", savedmodel.Float32, -1),
 			column: arrow.SparseUnionOf([]arrow.Field{{Name: "f", Type: f32}}, []int8{0}),
-			parts:  []string{"union", "send plain float32"}},
+			texts:  []string{"union", "send plain float32"}},
 		"run-end encoded": {input: spec("x", savedmodel.Float32, -1),
 			column: arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, f32),
-			parts:  []string{"run_end_encoded", "send plain float32"}},
+			texts:  []string{"run_end_encoded", "send plain float32"}},
 		"interval": {input: spec("x", savedmodel.Int64, -1), column: arrow.FixedWidthTypes.MonthInterval,
-			parts: []string{"month_interval", "send plain int64"}},
+			texts: []string{"month_interval", "send plain int64"}},
 		"binary of no bytes": {input: spec("x", savedmodel.String, -1), column: &arrow.FixedSizeBinaryType{},
-			parts: []string{"fixed_size_binary[0]"}},
+			texts: []string{"fixed_size_binary[0]"}},
 		"dtype without type": {input: spec("x", savedmodel.Resource, -1), column: f32,
-			parts: []string{"resource", "float32", "no column can feed"}},
+			texts: []string{"resource", "float32", "no column can feed"}},
 		"vectors for integers": {input: spec("x", savedmodel.Int64, -1, -1), column: vectorType,
-			parts: []string{`"x" int64 [?,?]`, `column "c" of Spark vectors`, "vector_to_array(c)"}},
+			texts: []string{`"x" int64 [?,?]`, `column "c" of Spark vectors`, "vector_to_array(c)"}},
 		"vectors of rank 1": {input: spec("x", savedmodel.Float64, -1), column: vectorType,
-			parts: []string{"2 dimensions", "vector_to_array(c)"}},
+			texts: []string{"2 dimensions", "vector_to_array(c)"}},
 		"tensor of other shape": {input: spec("x", savedmodel.Float32, -1, 3, 2),
 			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3]}`),
-			parts: []string{"2 elements at dimension 1"}},
+			texts: []string{"2 elements at dimension 1"}},
 		"tensor of other rank": {input: spec("x", savedmodel.Float32, -1, 6), column: arrow.FixedSizeListOf(6, f32),
-			metadata: tensorField(`{"shape":[2,3]}`), parts: []string{"1 level of list"}},
+			metadata: tensorField(`{"shape":[2,3]}`), texts: []string{"1 level of list"}},
 		"tensor of other size": {input: spec("x", savedmodel.Float32, -1, 3, 2),
 			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,4]}`),
-			parts: []string{"shape [2 4]", "6 elements"}},
+			texts: []string{"shape [2 4]", "6 elements"}},
 		"tensor overflows": {input: spec("x", savedmodel.Float32, -1, 3, 2),
 			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[4294967296,4294967296]}`),
-			parts: []string{"6 elements"}},
+			texts: []string{"6 elements"}},
 		"tensor permuted": {input: spec("x", savedmodel.Float32, -1, 2, 3),
 			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{"shape":[2,3],"permutation":[1,0]}`),
-			parts: []string{"permutation [1 0]"}},
+			texts: []string{"permutation [1 0]"}},
 		"tensor without shape": {input: spec("x", savedmodel.Float32, -1, 2, 3),
 			column: arrow.FixedSizeListOf(6, f32), metadata: tensorField(`{}`),
-			parts: []string{"metadata", "cannot be read"}},
+			texts: []string{"metadata", "cannot be read"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := bindAll(savedmodel.Signature{Inputs: []savedmodel.Spec{c.input}},
 				arrow.NewSchema([]arrow.Field{{Name: "c", Type: c.column, Metadata: c.metadata}}, nil))
-			expect.Fault(t, err, fault.BadRequest, c.parts...)
+			expect.Fault(t, err, fault.BadRequest, c.texts...)
 		})
 	}
 	two := savedmodel.Signature{Inputs: []savedmodel.Spec{spec("a", savedmodel.Float32, -1),
@@ -987,96 +987,96 @@ func TestNewPlanRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		inputs, outputs []savedmodel.Spec
 		options         Options
-		parts           []string
+		texts           []string
 	}{
 		"unknown input": {options: Options{Inputs: protocol.Inputs{{Tensor: "nope", Column: "c"}}},
-			parts: []string{`no input "nope"`, `"x" float32 [?,4]`}},
-		"input left out": {options: Options{Inputs: protocol.Inputs{}}, parts: []string{`input "x" is not mapped`}},
+			texts: []string{`no input "nope"`, `"x" float32 [?,4]`}},
+		"input left out": {options: Options{Inputs: protocol.Inputs{}}, texts: []string{`input "x" is not mapped`}},
 		"unknown output": {options: Options{Outputs: protocol.Outputs{{Tensor: "nope", Column: "c"}}},
-			parts: []string{`no output "nope"`, `"y" float32 [?]`}},
-		"no output": {options: Options{Outputs: protocol.Outputs{}}, parts: []string{"no output is asked for"}},
+			texts: []string{`no output "nope"`, `"y" float32 [?]`}},
+		"no output": {options: Options{Outputs: protocol.Outputs{}}, texts: []string{"no output is asked for"}},
 		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)},
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
-			parts:   []string{`"c"`, "error_column"}},
-		"error column in use": {options: Options{ErrorColumn: "y"}, parts: []string{`"y"`, "error_column"}},
+			texts:   []string{`"c"`, "error_column"}},
+		"error column in use": {options: Options{ErrorColumn: "y"}, texts: []string{`"y"`, "error_column"}},
 		"output not per row": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32)},
-			parts: []string{`output "y"`, "float32", "first dimension must be the batch"}},
+			texts: []string{`output "y"`, "float32", "first dimension must be the batch"}},
 		"output of no rank": {outputs: []savedmodel.Spec{{Name: "y", DType: savedmodel.Float32, UnknownRank: true}},
-			parts: []string{`output "y"`, "unknown rank", `"outputs":{"y":{"column":"y","shape":[-1,-1]}}`}},
+			texts: []string{`output "y"`, "unknown rank", `"outputs":{"y":{"column":"y","shape":[-1,-1]}}`}},
 		"output of no type": {outputs: []savedmodel.Spec{spec("y", savedmodel.DType(8), -1)},
-			parts: []string{`output "y"`, "dtype(8)"}},
-		"no input": {inputs: []savedmodel.Spec{}, parts: []string{"no input"}},
+			texts: []string{`output "y"`, "dtype(8)"}},
+		"no input": {inputs: []savedmodel.Spec{}, texts: []string{"no input"}},
 		"input without batch": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32)},
-			parts: []string{`"x" float32 []`, "no batch dimension"}},
+			texts: []string{`"x" float32 []`, "no batch dimension"}},
 		"input of fixed batch": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, 8, 4)},
-			parts: []string{`"x" float32 [8,4]`, "no batch dimension"}},
+			texts: []string{`"x" float32 [8,4]`, "no batch dimension"}},
 		"encoding": {options: mapped(protocol.Input{Encoding: "base64"}),
-			parts: []string{`input "x"`, `"base64"`, `"raw"`}},
+			texts: []string{`input "x"`, `"base64"`, `"raw"`}},
 		"raw strings": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
-			options: mapped(protocol.Input{Encoding: "raw"}), parts: []string{`"x" string [?,4]`, "no fixed size"}},
+			options: mapped(protocol.Input{Encoding: "raw"}), texts: []string{`"x" string [?,4]`, "no fixed size"}},
 		"raw of open shape": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 4, -1)},
-			options: mapped(protocol.Input{Encoding: "raw"}), parts: []string{`"x" float32 [?,4,?]`, "must be known"}},
+			options: mapped(protocol.Input{Encoding: "raw"}), texts: []string{`"x" float32 [?,4,?]`, "must be known"}},
 		"raw with pad": {options: mapped(protocol.Input{Encoding: "raw", Pad: []byte("0")}),
-			parts: []string{"leave pad and lengths out"}},
+			texts: []string{"leave pad and lengths out"}},
 		"pad of rank 1": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1)},
-			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{`"x" float32 [?]`, "cannot have pad"}},
+			options: mapped(protocol.Input{Pad: []byte("0")}), texts: []string{`"x" float32 [?]`, "cannot have pad"}},
 		"pad of text": {options: mapped(protocol.Input{Pad: []byte(`"0"`)}),
-			parts: []string{`"x" float32 [?,4]`, "a number for float32"}},
-		"pad of null": {options: mapped(protocol.Input{Pad: []byte(`null`)}), parts: []string{"a number for float32"}},
-		"pad of list": {options: mapped(protocol.Input{Pad: []byte(`[0]`)}), parts: []string{"a number for float32"}},
+			texts: []string{`"x" float32 [?,4]`, "a number for float32"}},
+		"pad of null": {options: mapped(protocol.Input{Pad: []byte(`null`)}), texts: []string{"a number for float32"}},
+		"pad of list": {options: mapped(protocol.Input{Pad: []byte(`[0]`)}), texts: []string{"a number for float32"}},
 		"pad too large": {inputs: []savedmodel.Spec{spec("x", savedmodel.Int8, -1, 4)},
-			options: mapped(protocol.Input{Pad: []byte("128")}), parts: []string{"from -128 to 127", "int8"}},
+			options: mapped(protocol.Input{Pad: []byte("128")}), texts: []string{"from -128 to 127", "int8"}},
 		"pad negative": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 4)},
-			options: mapped(protocol.Input{Pad: []byte("-1")}), parts: []string{"0 to 255"}},
+			options: mapped(protocol.Input{Pad: []byte("-1")}), texts: []string{"0 to 255"}},
 		"pad infinite": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float16, -1, 4)},
-			options: mapped(protocol.Input{Pad: []byte("65520")}), parts: []string{"in range for float16"}},
+			options: mapped(protocol.Input{Pad: []byte("65520")}), texts: []string{"in range for float16"}},
 		"pad for bool": {inputs: []savedmodel.Spec{spec("x", savedmodel.Bool, -1, 4)},
-			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{"true or false for bool"}},
+			options: mapped(protocol.Input{Pad: []byte("0")}), texts: []string{"true or false for bool"}},
 		"pad for text": {inputs: []savedmodel.Spec{spec("x", savedmodel.String, -1, 4)},
-			options: mapped(protocol.Input{Pad: []byte("0")}), parts: []string{"a string for string"}},
-		"lengths of nobody": {options: mapped(protocol.Input{Lengths: "n"}), parts: []string{`no input "n"`}},
-		"lengths of itself": {options: mapped(protocol.Input{Lengths: "x"}), parts: []string{`input "x" is fed twice`}},
+			options: mapped(protocol.Input{Pad: []byte("0")}), texts: []string{"a string for string"}},
+		"lengths of nobody": {options: mapped(protocol.Input{Lengths: "n"}), texts: []string{`no input "n"`}},
+		"lengths of itself": {options: mapped(protocol.Input{Lengths: "x"}), texts: []string{`input "x" is fed twice`}},
 		"lengths in floats": {inputs: []savedmodel.Spec{spec("n", savedmodel.Float32, -1), x},
 			options: mapped(protocol.Input{Lengths: "n"}),
-			parts:   []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
+			texts:   []string{`"n" float32 [?]`, "whole numbers of rank 1"}},
 		"lengths in lists": {inputs: []savedmodel.Spec{spec("n", savedmodel.Int32, -1, -1), x},
-			options: mapped(protocol.Input{Lengths: "n"}), parts: []string{`"n" int32 [?,?]`, "rank 1"}},
+			options: mapped(protocol.Input{Lengths: "n"}), texts: []string{`"n" int32 [?,?]`, "rank 1"}},
 		"picture with pad": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)},
 			options: Options{Inputs: protocol.Inputs{{Tensor: "x", Column: "c", Pad: []byte("0")}},
-				Pictures: map[string]Made{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}},
-			parts: []string{"preprocess", "pad"}},
+				Pictures: map[string]PictureTensor{"x": {savedmodel.Float32, []int64{-1, 8, 8, 3}}}},
+			texts: []string{"preprocess", "pad"}},
 		"output of fixed batch": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, 3, 4)},
-			parts: []string{`"y" float32 [3,4]`, "must be the batch"}},
+			texts: []string{`"y" float32 [3,4]`, "must be the batch"}},
 		"output of type int": {options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Type: "int"}}},
-			parts: []string{`"int"`, `"utf8"`}},
+			texts: []string{`"int"`, `"utf8"`}},
 		"numbers as utf8": {options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Type: "utf8"}}},
-			parts: []string{`"y" float32 [?]`, "strings"}},
+			texts: []string{`"y" float32 [?]`, "strings"}},
 		"shape without batch": {
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{3}}}},
-			parts:   []string{"[3]", "-1 for the rows"}},
+			texts:   []string{"[3]", "-1 for the rows"}},
 		"shape of other rank": {
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
-			parts:   []string{`"y" float32 [?]`, "[?,3]"}},
+			texts:   []string{`"y" float32 [?]`, "[?,3]"}},
 		"shape of other size": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4)},
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, 3}}}},
-			parts:   []string{`"y" float32 [?,4]`, "[?,3]"}},
+			texts:   []string{`"y" float32 [?,4]`, "[?,3]"}},
 		"open tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 4, -1)},
-			options: Options{Layout: protocol.LayoutTensor}, parts: []string{`"y" float32 [?,4,?]`,
+			options: Options{Layout: protocol.LayoutTensor}, texts: []string{`"y" float32 [?,4,?]`,
 				`"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`}},
 		"empty tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 0)},
-			options: Options{Layout: protocol.LayoutTensor}, parts: []string{"from 1 to"}},
+			options: Options{Layout: protocol.LayoutTensor}, texts: []string{"from 1 to"}},
 		"huge tensor": {outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 1<<20, 1<<20)},
-			options: Options{Layout: protocol.LayoutTensor}, parts: []string{"from 1 to"}},
-		"unknown picture": {options: Options{Pictures: map[string]Made{"nope": pixel}},
-			parts: []string{`no input "nope"`}},
-		"picture of wrong rank": {options: Options{Pictures: map[string]Made{"x": pixel}},
-			parts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,4]`}},
+			options: Options{Layout: protocol.LayoutTensor}, texts: []string{"from 1 to"}},
+		"unknown picture": {options: Options{Pictures: map[string]PictureTensor{"nope": pixel}},
+			texts: []string{`no input "nope"`}},
+		"picture of wrong rank": {options: Options{Pictures: map[string]PictureTensor{"x": pixel}},
+			texts: []string{"makes float32 [?,1,1,3]", `"x" float32 [?,4]`}},
 		"picture of wrong size": {inputs: []savedmodel.Spec{spec("x", savedmodel.Float32, -1, 8, 8, 3)},
-			options: Options{Pictures: map[string]Made{"x": pixel}},
-			parts:   []string{"makes float32 [?,1,1,3]", `"x" float32 [?,8,8,3]`}},
+			options: Options{Pictures: map[string]PictureTensor{"x": pixel}},
+			texts:   []string{"makes float32 [?,1,1,3]", `"x" float32 [?,8,8,3]`}},
 		"picture of wrong type": {inputs: []savedmodel.Spec{spec("x", savedmodel.Uint8, -1, 1, 1, 3)},
-			options: Options{Pictures: map[string]Made{"x": pixel}},
-			parts:   []string{"makes float32 [?,1,1,3]", `"x" uint8 [?,1,1,3]`}},
+			options: Options{Pictures: map[string]PictureTensor{"x": pixel}},
+			texts:   []string{"makes float32 [?,1,1,3]", `"x" uint8 [?,1,1,3]`}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			signature := savedmodel.Signature{Inputs: c.inputs, Outputs: c.outputs}
@@ -1087,11 +1087,11 @@ func TestNewPlanRefuses(t *testing.T) {
 				signature.Outputs = []savedmodel.Spec{y}
 			}
 			_, err := NewPlan(signature, c.options)
-			expect.Fault(t, err, fault.BadRequest, c.parts...)
+			expect.Fault(t, err, fault.BadRequest, c.texts...)
 		})
 	}
 	plan, err := NewPlan(savedmodel.Signature{Inputs: []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 8, 8, 3)},
-		Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]Made{"p": {savedmodel.Float32,
+		Outputs: []savedmodel.Spec{y}}, Options{Pictures: map[string]PictureTensor{"p": {savedmodel.Float32,
 		[]int64{-1, 8, 8, 3}}}})
 	if err != nil {
 		t.Fatal(err)
@@ -1213,8 +1213,8 @@ func TestValuesRefuse(t *testing.T) {
 	}
 }
 
-// TestCheckFindsLies damages whole columns, one buffer or length at a time.
-func TestCheckFindsLies(t *testing.T) {
+// TestCheckFindsDamage damages valid columns, one buffer or length at a time.
+func TestCheckFindsDamage(t *testing.T) {
 	f32, i32 := arrow.PrimitiveTypes.Float32, func(v ...int32) []byte { return arrow.Int32Traits.CastToBytes(v) }
 	i64 := func(v ...int64) []byte { return arrow.Int64Traits.CastToBytes(v) }
 	array4 := func(t arrow.DataType, n int, children []arrow.ArrayData, buffers ...[]byte) *array.Data {

@@ -1,26 +1,22 @@
-// Package tensorflow is the one door to TensorFlow: cgo over its C API, and
-// nothing else. What may enter is what the way of a batch needs of
-// libtensorflow: load a SavedModel or a graph, own tensors, run a session. Arrow,
-// signatures and batches belong to other packages. Only cmd/flightsvc-runner and
-// what it is made of import it, since whatever imports it needs libtensorflow to
-// start.
+// Package tensorflow wraps the part of TensorFlow's C API that inference needs: load a SavedModel or a graph, own
+// tensors, run a session. Arrow, signatures and batches belong to other packages. Only cmd/flightsvc-runner and its
+// parts import it, because a program with it does not start without libtensorflow.
+//
+// TensorFlow's own Go binding is not used: it frees tensors in finalizers, so native memory grows while the collector
+// sees a few words, and it hides the status codes.
 //
 // # Memory
 //
-// Tensors live off the Go heap and are freed by Close, never by a finalizer: the
-// garbage collector sees a few words where TensorFlow holds megabytes. [NewTensor]
-// lends memory to TensorFlow without a copy and hears when it comes back;
-// [Allocate] and [NewStrings] make memory that TensorFlow owns. What Bytes and
-// String return are views, good until Close. TensorFlow counts references to a
-// buffer, and an output may share the buffer of an input, so lent memory may come
-// back after the input was closed, when the last tensor that shares it is. [Live]
-// counts what has not come back, for leak checks.
+// Tensors live off the Go heap and are freed by Close. [NewTensor] lends memory to TensorFlow without a copy and is
+// told when TensorFlow has released it; [Allocate] and [NewStrings] make memory that TensorFlow owns. What Bytes and
+// String return are views, valid until Close. TensorFlow counts references to a buffer, and an output may share the
+// buffer of an input, so lent memory may be released after its tensor was closed, with the last tensor that shares it.
+// [Live] counts what has not been released, for leak checks.
 //
 // # Errors
 //
-// Whatever TensorFlow refuses comes back as an [*Error] with TensorFlow's own code
-// and message. What would make TensorFlow end the process (a negative dimension, a
-// size that overflows) is refused here first.
+// What TensorFlow refuses is an [*Error] with TensorFlow's code and message. What would make TensorFlow end the
+// process, such as a negative dimension or a size that overflows, is refused here first.
 package tensorflow
 
 // #cgo LDFLAGS: -ltensorflow -ltensorflow_framework
@@ -35,18 +31,17 @@ import (
 // live counts open tensors, and buffers lent to TensorFlow.
 var live atomic.Int64
 
-// Live returns the number of tensors that are not closed, plus the number of
-// buffers of NewTensor and NewStrings that TensorFlow has not given back. It is 0
-// when nothing leaks.
+// Live returns the number of tensors that are not closed, plus the number of buffers of NewTensor and NewStrings that
+// TensorFlow has not released. It is 0 when nothing leaks.
 func Live() int64 { return live.Load() }
 
 // Version returns the version of the loaded libtensorflow, for instance "2.21.0".
 func Version() string { return C.GoString(C.TF_Version()) }
 
-// Oldest is the oldest version that answers are compared on (see pyspark-shim/tests/test_wheel.py).
+// Oldest is the oldest supported version; pyspark-shim/tests/test_wheel.py compares its answers.
 const Oldest = "2.19"
 
-// TooOld says whether a version, as Version gives it, comes before Oldest.
+// TooOld reports whether a version, as Version returns it, is before Oldest.
 func TooOld(version string) bool {
 	var major, minor, oldestMajor, oldestMinor int
 	_, _ = fmt.Sscanf(Oldest, "%d.%d", &oldestMajor, &oldestMinor)

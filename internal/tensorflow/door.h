@@ -1,4 +1,4 @@
-// The little C that Go cannot write itself: deallocators, and reads of a string
+// What cgo needs C for: deallocators, which TensorFlow calls, and reads of a string
 // element in one call.
 
 #ifndef FLIGHTSVC_DOOR_H_
@@ -10,14 +10,14 @@
 #include "tensorflow/c/c_api.h"
 #include "tensorflow/c/tf_tstring.h"
 
-// Makes a tensor over memory of the caller's; doorReturned(handle) is called once,
-// when TensorFlow needs the memory no more, or in this call if it fails.
+// Makes a tensor over memory of the caller; doorReturned(handle) is called once,
+// when TensorFlow has released the memory, or in this call if it fails.
 TF_Tensor* door_lend(TF_DataType dtype, const int64_t* dims, int num_dims,
                      void* data, size_t len, uintptr_t handle);
 
-// Makes a string tensor of n elements, which it takes over: elements came from
-// calloc. When TensorFlow needs them no more, each is deallocated, then the array,
-// and doorReturned(0) is called.
+// Makes a string tensor of n elements and takes over the array, which is from
+// calloc. When TensorFlow has released it, each element and then the array are
+// freed, and doorReturned(0) is called.
 TF_Tensor* door_strings(const int64_t* dims, int num_dims, TF_TString* elements,
                         size_t n);
 

@@ -5,12 +5,10 @@ import "C"
 
 import "unsafe"
 
-// LoadLibrary loads a shared library, and with it the operations and kernels that it
-// registers, for all graphs that are loaded afterwards. It stays for the life of the
-// process: TensorFlow cannot unload one. Loading it again does nothing. A file that is
-// not there, is no library for this machine, or was built for another version of
-// TensorFlow is an *Error with the loader's own words. The library's code runs in this
-// process, with all its rights.
+// LoadLibrary loads a shared library, and with it the operations and kernels that it registers, for all graphs that are
+// loaded afterwards. It stays until the process ends: TensorFlow cannot unload one. Loading it again does nothing. A
+// file that is missing, is no library for this machine, or was built for another version of TensorFlow is an *Error
+// with the loader's message. The library's code runs in this process, with all its rights.
 func LoadLibrary(path string) error {
 	c := C.CString(path)
 	defer C.free(unsafe.Pointer(c))

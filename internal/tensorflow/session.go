@@ -1,3 +1,5 @@
+// Sessions: a SavedModel or a graph is loaded with options, and runs from feeds to fetches.
+
 package tensorflow
 
 // #include "door.h"
@@ -14,25 +16,20 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Options configures a session. The zero value is TensorFlow's own choice: as many
-// threads of each kind as the machine has cores.
+// Options configures a session. With the zero value it has as many threads of each kind as the machine has cores.
 type Options struct {
-	// IntraOpThreads is the number of threads that one operation may use. Each
-	// session has threads of its own for this.
+	// IntraOpThreads is the number of threads that one operation may use. Each session has its own.
 	IntraOpThreads int
-	// InterOpThreads is the number of operations that may run at once. A positive
-	// number gives the session threads of its own; with 0 it shares those of the
-	// process. A negative one runs operations one after another in the thread that
-	// calls Run, which suits small graphs that many goroutines run at once; such a
-	// session knows no deadline.
+	// InterOpThreads is the number of operations that may run at once. A positive number gives the session threads of
+	// its own; 0 shares those of the process. A negative one runs operations one after another in the thread that
+	// calls Run, which suits small graphs that many goroutines run at once; such a session ignores timeouts.
 	InterOpThreads int
-	// GrowDevice makes TensorFlow take memory of a GPU as it needs it; without it
-	// it takes nearly all of it at once. It never gives memory back.
+	// GrowDevice makes TensorFlow allocate memory of a GPU when it needs it, instead of nearly all at once. It never
+	// frees memory.
 	GrowDevice bool
-	// DeviceMiB bounds what TensorFlow takes of the memory of the GPU that it sees, 0
-	// does not. It is the memory_limit_mb of one virtual device, which is in bytes;
-	// per_process_gpu_memory_fraction is of the whole GPU's, which is not known here.
-	// Without a GPU it does nothing.
+	// DeviceMiB bounds the memory that TensorFlow allocates of the GPU that it sees; 0 does not. It becomes the
+	// memory_limit_mb of one virtual device, because per_process_gpu_memory_fraction needs the size of the GPU, which
+	// is not known here. Without a GPU it does nothing.
 	DeviceMiB int
 }
 
@@ -80,9 +77,8 @@ func (o Options) config() []byte {
 	return b
 }
 
-// ownThreads makes TensorFlow give each session intra-op threads of its own.
-// Without it the first session of a process decides for all the others. TensorFlow
-// reads the variable once, when it makes its first session.
+// ownThreads makes TensorFlow give each session intra-op threads of its own. Without it all sessions share those of the
+// first. TensorFlow reads the variable once, when it makes its first session.
 var ownThreads = sync.OnceFunc(func() {
 	name, yes := C.CString("TF_OVERRIDE_GLOBAL_THREADPOOL"), C.CString("true")
 	defer C.free(unsafe.Pointer(name))
@@ -90,7 +86,7 @@ var ownThreads = sync.OnceFunc(func() {
 	C.setenv(name, yes, 0)
 })
 
-// withOptions calls f with the options as TensorFlow wants them.
+// withOptions calls f with the options as TF_SessionOptions.
 func withOptions(o Options, f func(*C.TF_SessionOptions) error) error {
 	ownThreads()
 	options := C.TF_NewSessionOptions()
@@ -106,8 +102,7 @@ func withOptions(o Options, f func(*C.TF_SessionOptions) error) error {
 	return f(options)
 }
 
-// Session runs one graph. Its methods may be called from several goroutines at
-// once.
+// Session runs one graph. It is safe for concurrent use.
 type Session struct {
 	mu    sync.RWMutex  // held for reading by each Run, for writing by Close
 	c     *C.TF_Session // nil once closed
@@ -169,13 +164,11 @@ type Feed struct {
 	Tensor *Tensor
 }
 
-// Run feeds tensors and returns the fetched ones, in the order of fetches, which
-// are names as in Feed. The caller closes them, and closes the feeds, which must
-// stay open until Run returns. The fetched ones may share memory with the feeds.
+// Run feeds tensors and returns the fetched ones, in the order of fetches, which are names as in Feed. The caller
+// closes them, and the feeds, which must stay open until Run returns. The fetched ones may share memory with the feeds.
 //
-// A run that takes longer than timeout is cancelled, ends once the operations
-// under way have, and gives DeadlineExceeded; 0 means no limit. A name that the
-// graph lacks is NotFound; a closed session is FailedPrecondition.
+// A run that takes longer than timeout is cancelled: it returns DeadlineExceeded as soon as the operations under way
+// have ended. 0 means no limit. A name that the graph lacks is NotFound; a closed session is FailedPrecondition.
 func (s *Session) Run(timeout time.Duration, feeds []Feed, fetches []string) ([]*Tensor, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -255,8 +248,8 @@ func (s *Session) output(name string) (C.TF_Output, error) {
 	return output, nil
 }
 
-// Close waits for the runs under way and frees the session and its graph. Runs
-// that come later fail. Calls after the first do nothing and return nil.
+// Close waits for the runs under way and frees the session and its graph. Later runs fail. Calls after the first do
+// nothing and return nil.
 func (s *Session) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

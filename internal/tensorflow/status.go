@@ -46,9 +46,8 @@ func (c Code) String() string {
 	return fmt.Sprintf("Code(%d)", int(c))
 }
 
-// Error is what TensorFlow refused, or what this package refused on its behalf.
-// Code is never OK. Message is TensorFlow's own and may name operations of the
-// graph, and shapes; it may run over several lines.
+// Error is an error of TensorFlow, or of this package in its place. Code is never OK. Message is TensorFlow's; it may
+// name operations of the graph and shapes, and may have several lines.
 type Error struct {
 	Code    Code
 	Message string
@@ -62,7 +61,7 @@ func errorf(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// withStatus calls f with a fresh status and returns as an error what f left there.
+// withStatus calls f with a new status and returns the error that f left in it.
 func withStatus(f func(*C.TF_Status)) error {
 	status := C.TF_NewStatus()
 	defer C.TF_DeleteStatus(status)

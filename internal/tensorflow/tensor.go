@@ -1,3 +1,5 @@
+// Tensors: memory that is lent to TensorFlow, or owned by it, and when it is released.
+
 package tensorflow
 
 // #include "door.h"
@@ -16,25 +18,23 @@ import (
 // maxRank is the most dimensions that TensorFlow's TensorShape can hold.
 const maxRank = 254
 
-// Tensor is an n-dimensional array that TensorFlow can read: dense, row-major. It
-// owns one reference to its buffer until Close. Several goroutines may read it and
-// feed it to sessions at once; Close must come after all of them, and after the
-// last use of what Bytes and String returned.
+// Tensor is a dense n-dimensional array, row-major. It owns one reference to its buffer until Close. Several goroutines
+// may read it and feed it to sessions at once; Close must come after all of them, and after the last use of what Bytes
+// and String returned.
 type Tensor struct {
 	c     *C.TF_Tensor // nil once closed
 	dtype savedmodel.DType
 	shape []int64
 }
 
-// NewTensor makes a tensor of elements of fixed size over data, whose length must
-// be exactly that of the shape. data must lie off the Go heap (C memory, a
-// mapping), since TensorFlow keeps the pointer after the call, and must not change
-// until release. It is not copied when 64-byte aligned; else TensorFlow may copy
-// it, in which case release is called before NewTensor returns.
+// NewTensor makes a tensor of elements of fixed size over data, whose length must be exactly that of the shape. data
+// must lie off the Go heap, in C memory or a mapping, because TensorFlow keeps the pointer after the call, and must not
+// change until release. It is not copied if 64-byte aligned; else TensorFlow may copy it, and then release is called
+// before NewTensor returns.
 //
-// release, which may be nil, is called exactly once, also when NewTensor fails: as
-// soon as TensorFlow needs data no more, which may be after Close when an output
-// shares the buffer. It runs on any thread and must neither block nor panic.
+// release, which may be nil, is called exactly once, also if NewTensor fails: as soon as TensorFlow no longer needs
+// data, which may be after Close if an output shares the buffer. It runs on any thread and must neither block nor
+// panic.
 func NewTensor(dt savedmodel.DType, shape []int64, data []byte, release func()) (*Tensor, error) {
 	if release == nil {
 		release = func() {}
@@ -56,8 +56,8 @@ func NewTensor(dt savedmodel.DType, shape []int64, data []byte, release func()) 
 	return own(c, dt, shape), nil
 }
 
-// Allocate makes a tensor of elements of fixed size in memory of TensorFlow's own,
-// 64-byte aligned. Its content is undefined until the caller fills Bytes.
+// Allocate makes a tensor of elements of fixed size in memory that TensorFlow owns, 64-byte aligned. Its content is
+// undefined until the caller fills Bytes.
 func Allocate(dt savedmodel.DType, shape []int64) (*Tensor, error) {
 	size, err := byteSize(dt, shape)
 	if err != nil {
@@ -73,22 +73,19 @@ func Allocate(dt savedmodel.DType, shape []int64) (*Tensor, error) {
 	return own(c, dt, shape), nil
 }
 
-// NewStrings makes a tensor of n strings, the number of elements of shape; at
-// returns the bytes of element i in row-major order and is called once for each.
-// The bytes are copied, short or long: operations such as Gather copy a string
-// element without its owner, so a view could outlive what it looks at. Elements
-// are freed one by one when TensorFlow needs them no more.
+// NewStrings makes a tensor of n strings, the number of elements of shape; at returns the bytes of element i in
+// row-major order and is called once for each. The bytes are copied, because operations such as Gather copy a string
+// element without its owner, so a view could outlive its memory. TensorFlow frees the elements one by one.
 func NewStrings(shape []int64, n int, at func(i int) []byte) (*Tensor, error) {
 	count, err := elements(shape)
 	if err != nil {
 		return nil, err
 	}
 	if count != n {
-		return nil, errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given", shape, count,
-			n)
+		return nil,
+			errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given", shape, count, n)
 	}
-	// A zeroed element is an empty string. One is made even for n = 0, since
-	// calloc may answer that with NULL.
+	// A zeroed element is an empty string. n = 0 allocates one, too, because calloc may return NULL for none.
 	array := (*C.TF_TString)(C.calloc(C.size_t(max(n, 1)), C.sizeof_TF_TString))
 	if array == nil {
 		return nil, errorf(ResourceExhausted, "no memory for a string tensor of shape %v", shape)
@@ -107,7 +104,7 @@ func NewStrings(shape []int64, n int, at func(i int) []byte) (*Tensor, error) {
 	return own(c, savedmodel.String, shape), nil
 }
 
-// own counts and wraps a tensor that this package must delete.
+// own wraps a tensor that this package has made and must delete.
 func own(c *C.TF_Tensor, dt savedmodel.DType, shape []int64) *Tensor {
 	live.Add(1)
 	return &Tensor{c: c, dtype: dt, shape: slices.Clone(shape)}
@@ -126,8 +123,7 @@ func adopt(c *C.TF_Tensor) *Tensor {
 // DType returns the element type.
 func (t *Tensor) DType() savedmodel.DType { return t.dtype }
 
-// Shape returns the length of each dimension, empty for a scalar. It must not be
-// written to.
+// Shape returns the length of each dimension, empty for a scalar. It must not be written to.
 func (t *Tensor) Shape() []int64 { return t.shape }
 
 // Len returns the number of elements.
@@ -136,10 +132,9 @@ func (t *Tensor) Len() int {
 	return n
 }
 
-// Bytes returns the elements as they lie in memory, in the machine's byte order:
-// Len times the element's size. It is a view, valid until Close, and nil for a
-// tensor that is empty, closed or of strings. Only the maker of an Allocate'd
-// tensor may write to it, before it is fed.
+// Bytes returns the elements in the machine's byte order, Len times the element's size. It is a view, valid until
+// Close, and nil for a tensor that is empty, closed or of strings. Only the caller of Allocate may write to it, before
+// the tensor is fed.
 func (t *Tensor) Bytes() []byte {
 	if t.c == nil || t.dtype.Size() == 0 {
 		return nil
@@ -147,9 +142,8 @@ func (t *Tensor) Bytes() []byte {
 	return unsafe.Slice((*byte)(C.TF_TensorData(t.c)), int(C.TF_TensorByteSize(t.c)))
 }
 
-// String returns the bytes of element i, in row-major order, of a string tensor. It
-// is a view, valid until Close. It panics when i is out of range, or the tensor is
-// closed or not of strings.
+// String returns the bytes of element i, in row-major order, of a string tensor. It is a view, valid until Close. It
+// panics if i is out of range, or the tensor is closed or not of strings.
 func (t *Tensor) String(i int) []byte {
 	if t.c == nil || t.dtype != savedmodel.String || i < 0 || i >= t.Len() {
 		panic("tensorflow: no such string element")
@@ -158,8 +152,7 @@ func (t *Tensor) String(i int) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(s.data)), int(s.len))
 }
 
-// Close gives up the tensor's reference to its buffer. Calls after the first do
-// nothing.
+// Close drops the tensor's reference to its buffer. Calls after the first do nothing.
 func (t *Tensor) Close() {
 	if t.c == nil {
 		return
@@ -169,8 +162,7 @@ func (t *Tensor) Close() {
 	live.Add(-1)
 }
 
-// doorReturned hears that TensorFlow gave a lent buffer back. handle is that of the
-// release function, or 0.
+// doorReturned is called when TensorFlow has released a lent buffer. handle is that of the release function, or 0.
 //
 //export doorReturned
 func doorReturned(handle C.uintptr_t) {
@@ -194,7 +186,7 @@ func elements(shape []int64) (int, error) {
 			return 0, errorf(InvalidArgument, "shape %v has a negative dimension", shape)
 		}
 		empty = empty || d == 0
-		// A zero must not hide an overflow, at which TensorFlow ends the process.
+		// Also after a zero dimension an overflow makes TensorFlow end the process.
 		high, low := bits.Mul64(n, uint64(max(d, 1)))
 		if high != 0 || low > math.MaxInt64 {
 			return 0, errorf(InvalidArgument, "shape %v has too many elements", shape)

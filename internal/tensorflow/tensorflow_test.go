@@ -1,3 +1,5 @@
+// Tests against TensorFlow in Python: answers, errors, lent memory, threads, deadlines and leaks.
+
 package tensorflow_test
 
 import (

@@ -173,7 +173,7 @@ func (r *Repository) forgetOrigins() {
 			continue
 		}
 		_ = os.Remove(name) // a fetch that ends just now is noted in memory
-		r.origins.Delete(name)
+		r.origins.drop(name)
 	}
 }
 

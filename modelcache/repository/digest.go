@@ -57,13 +57,13 @@ func (r *Repository) Digest(ctx context.Context, model Model) (string, error) {
 		return model.Digest, nil
 	}
 	key := model.Dir + "\n" + model.Stamp
-	if digest, ok := r.digests.Load(key); ok {
-		return digest.(string), nil
+	if digest, ok := r.digests.get(key); ok {
+		return digest, nil
 	}
 	return r.digesting.do(ctx, r, key, func(ctx context.Context) (string, error) {
 		digest, err := digestOf(ctx, model)
 		if err == nil {
-			r.digests.Store(key, digest)
+			r.digests.put(key, digest)
 		}
 		return digest, err
 	})

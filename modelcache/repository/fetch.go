@@ -65,15 +65,15 @@ func (r *Repository) originPath(uri, stamp string) string {
 // fetched returns the digest under which a version lies on this host.
 func (r *Repository) fetched(uri, stamp string) (string, bool) {
 	name := r.originPath(uri, stamp)
-	if digest, ok := r.origins.Load(name); ok && r.known(digest.(string)) {
-		return digest.(string), true
+	if digest, ok := r.origins.get(name); ok && r.known(digest) {
+		return digest, true
 	}
 	var known origin
 	text, err := regular.Read(r.ctx, name, maxNote)
 	if err != nil || json.Unmarshal(text, &known) != nil || CheckDigest(known.Digest) != nil || !r.known(known.Digest) {
 		return "", false
 	}
-	r.origins.Store(name, known.Digest)
+	r.origins.put(name, known.Digest)
 	return known.Digest, true
 }
 
@@ -204,7 +204,7 @@ func (r *Repository) keep(dir, digest string) error {
 		return nil
 	}
 	if err == nil {
-		r.verified.Store(digest, true)
+		r.verified.put(digest, true)
 	}
 	return err
 }
@@ -212,7 +212,7 @@ func (r *Repository) keep(dir, digest string) error {
 // remember notes where a model came from.
 func (r *Repository) remember(uri, stamp, digest string) error {
 	name := r.originPath(uri, stamp)
-	r.origins.Store(name, digest)
+	r.origins.put(name, digest)
 	text, err := json.Marshal(origin{Digest: digest, URI: uri})
 	if err != nil {
 		return err

@@ -118,9 +118,10 @@ type listing struct {
 type stores struct {
 	mu       sync.Mutex
 	buckets  map[string]*blob.Bucket // by URI
-	listings map[string]listing      // by URI of the location
-	settings map[string]storedSettings
-	otherTag map[string]bool // buckets whose checksums are none, by URI
+	otherTag map[string]bool         // buckets whose checksums are none, by URI
+
+	listings memo[listing]        // by URI of the location
+	settings memo[storedSettings] // the same
 
 	listing shared[listing]
 }
@@ -161,9 +162,7 @@ func (s *stores) close() {
 // listing goes on to serve.
 func (r *Repository) listed(ctx context.Context, ref string, at location, age time.Duration) (listing, error) {
 	s := &r.stores
-	s.mu.Lock()
-	last, ok := s.listings[at.uri]
-	s.mu.Unlock()
+	last, ok := s.listings.get(at.uri)
 	if ok && (age == 0 || time.Since(last.at) < age) {
 		return last, nil
 	}
@@ -174,12 +173,7 @@ func (r *Repository) listed(ctx context.Context, ref string, at location, age ti
 		if err != nil {
 			return listing{}, err
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.listings == nil {
-			s.listings = map[string]listing{}
-		}
-		s.listings[at.uri] = found
+		s.listings.put(at.uri, found)
 		return found, nil
 	})
 	switch {
@@ -309,9 +303,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 // storedSettings reads a settings file beside versions in a store.
 func (r *Repository) storedSettings(ctx context.Context, ref string, at location, about file) (Settings, error) {
 	s := &r.stores
-	s.mu.Lock()
-	known, ok := s.settings[at.uri]
-	s.mu.Unlock()
+	known, ok := s.settings.get(at.uri)
 	if of := known.of; ok && of.changed.Equal(about.changed) && of.size == about.size && bytes.Equal(of.md5, about.md5) { // times are whole seconds
 		return known.settings, nil
 	}
@@ -333,12 +325,7 @@ func (r *Repository) storedSettings(ctx context.Context, ref string, at location
 	if slices.ContainsFunc(settings.OpLibraries, func(library string) bool { return !path.IsAbs(library) }) {
 		return Settings{}, fault.New(fault.BadRequest, "model %s: op_libraries in %s beside versions in a store must be absolute paths of the server's host", ref, control.SettingsFile)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.settings == nil {
-		s.settings = map[string]storedSettings{}
-	}
-	s.settings[at.uri] = storedSettings{of: about, settings: settings}
+	s.settings.put(at.uri, storedSettings{of: about, settings: settings})
 	return settings, nil
 }
 

@@ -41,15 +41,15 @@ type Repository struct {
 
 	reserve func(ctx context.Context, bytes int64) error // see ReserveWith; nil grants all
 
-	read      readings
 	reading   shared[*savedmodel.Model] // by folder and stamp
+	readings  memo[reading]             // by folder
 	seen      sightings
 	stores    stores
 	fetches   shared[string] // digests, by URI and stamp
-	origins   sync.Map       // digests, by path of the note
+	origins   memo[string]   // digests, by path of the note
 	digesting shared[string]
-	digests   sync.Map // by folder and stamp
-	verified  sync.Map // digests of models in the cache-dir whose files this process has hashed
+	digests   memo[string] // by folder and stamp
+	verified  memo[bool]   // digests of models in the cache-dir whose files this process has hashed
 
 	collecting atomic.Bool // a collection is on its way and has not begun
 	collected  sync.Mutex  // held by a collection
@@ -173,9 +173,7 @@ func (r *Repository) findLocal(ctx context.Context, ref, version, base string, w
 
 // withSaved reads what the model says about itself, as far as its settings let it be served.
 func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
-	saved, err := r.read.model(model.Dir, now, func() (*savedmodel.Model, error) {
-		return r.readGraph(ctx, model.Dir, now.stamp)
-	})
+	saved, err := r.readSaved(ctx, model.Dir, now)
 	if err != nil {
 		return Model{}, err
 	}
@@ -185,46 +183,24 @@ func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (
 	return model, nil
 }
 
-// readings remembers what SavedModels say about themselves, for as long as their file stays the
-// same. Its zero value is ready.
-type readings struct {
-	mu    sync.Mutex         // guards known
-	known map[string]reading // by folder
-}
-
+// reading is what a SavedModel says about itself, as long as its file stays the same.
 type reading struct {
 	changed time.Time
 	size    int64
 	model   *savedmodel.Model
 }
 
-// model returns what read returns, or has returned before. now is how the folder looked before.
-func (r *readings) model(dir string, now snapshot, read func() (*savedmodel.Model, error)) (*savedmodel.Model, error) {
+// readSaved returns what savedmodel.Read returns. now is how the folder looked before.
+func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
 	graph, _ := now.find(savedmodel.File)
-	r.mu.Lock()
-	known, ok := r.known[dir]
-	r.mu.Unlock()
-	if ok && known.changed.Equal(graph.changed) && known.size == graph.size {
+	if known, ok := r.readings.get(dir); ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
-	model, err := read()
-	if err != nil {
-		return nil, err
+	model, err := r.readGraph(ctx, dir, now.stamp)
+	if err == nil {
+		r.readings.put(dir, reading{changed: graph.changed, size: graph.size, model: model})
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.known == nil {
-		r.known = map[string]reading{}
-	}
-	r.known[dir] = reading{changed: graph.changed, size: graph.size, model: model}
-	return model, nil
-}
-
-// forget drops what was read in a folder.
-func (r *readings) forget(dir string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.known, dir)
+	return model, err
 }
 
 // resolveImage is Find for the model that is built in.

@@ -2,6 +2,7 @@ package repository
 
 import (
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -134,4 +135,33 @@ func TestAllowedLibraries(t *testing.T) {
 	}
 	_, err := ask(filepath.Join(folder, "gone.so"))
 	expect.Fault(t, err, fault.Precondition, "gone.so")
+}
+
+// TestWhatIsRememberedIsBounded asks for more models than are remembered.
+func TestWhatIsRememberedIsBounded(t *testing.T) {
+	root := t.TempDir()
+	models := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1, Log: zap.NewNop()})
+	t.Cleanup(models.Close)
+	const asked = remembered + 50
+	for i := range asked {
+		name := fmt.Sprint("m", i)
+		expect.Write(t, filepath.Join(root, name, "1", savedmodel.File), expect.SavedModel())
+		model, err := models.Find(t.Context(), name, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := models.Digest(t.Context(), model); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for what, n := range map[string]int{
+		"readings": len(models.readings.known), "sightings": len(models.seen.seen.known), "digests": len(models.digests.known),
+	} {
+		if n == 0 || n > remembered {
+			t.Errorf("%d %s are kept of %d models", n, what, asked)
+		}
+	}
+	if model, err := models.Find(t.Context(), "m0", ""); err != nil || model.Version != "1" {
+		t.Errorf("one that may be forgotten is found as %+v, %v", model, err)
+	}
 }

@@ -92,7 +92,7 @@ func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (
 	if err != nil {
 		return "", false, r.diskFault(err)
 	}
-	r.verified.Store(digest, true)
+	r.verified.put(digest, true)
 	r.options.Log.Info("model pushed", zap.String("model", digest))
 	r.collectSoon()
 	return digest, false, nil
@@ -149,7 +149,7 @@ func (r *Repository) checkPrivate() error {
 // verify hashes the files of a model in the cache-dir, once for each process: whoever could write there before may have
 // changed them. A model whose files are not those of its digest is removed, and its fault is Unavailable.
 func (r *Repository) verify(ctx context.Context, digest string) error {
-	if _, ok := r.verified.Load(digest); ok {
+	if _, ok := r.verified.get(digest); ok {
 		return nil
 	}
 	_, err := r.digesting.do(ctx, r, digest, func(ctx context.Context) (string, error) {
@@ -163,7 +163,7 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 		}
 		found, err := digestOf(ctx, Model{Ref: digest, Version: "1", Dir: dir, Stamp: files.stamp})
 		if err == nil && found != digest {
-			r.read.forget(dir)
+			r.readings.drop(dir)
 			_, removeErr := r.discard(filepath.Base(dir))
 			r.options.Log.Error("a model in the cache-dir was changed and is not used", zap.String("model", digest),
 				zap.String("digest of its files", found), zap.NamedError("not removed", removeErr))
@@ -171,7 +171,7 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 				"again, and push its folder again if it was pushed", digest)
 		}
 		if err == nil {
-			r.verified.Store(digest, true)
+			r.verified.put(digest, true)
 		}
 		return found, err
 	})

@@ -191,8 +191,8 @@ const (
 
 // sightings remembers how versions looked. Its zero value is ready.
 type sightings struct {
-	mu   sync.Mutex
-	seen map[string]sighting // by folder or URI
+	mu   sync.Mutex     // held while one is judged
+	seen memo[sighting] // by folder or URI
 }
 
 type sighting struct {
@@ -208,13 +208,13 @@ func (s *sightings) judge(place string, now snapshot, age time.Duration) conditi
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !now.whole() {
-		delete(s.seen, place)
+		s.seen.drop(place)
 		if now.at.Sub(now.newest) < age {
 			return settling
 		}
 		return absent
 	}
-	last, ok := s.seen[place]
+	last, ok := s.seen.get(place)
 	if !ok || last.id != now.id {
 		last = sighting{}
 	}
@@ -228,10 +228,7 @@ func (s *sightings) judge(place string, now snapshot, age time.Duration) conditi
 	case last.settled:
 		state = unsettled
 	}
-	if s.seen == nil {
-		s.seen = map[string]sighting{}
-	}
-	s.seen[place] = last
+	s.seen.put(place, last)
 	return state
 }
 

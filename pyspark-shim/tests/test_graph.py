@@ -16,7 +16,8 @@ from pyspark.sql import Row
 
 import flightsvc
 from flightsvc.errors import InvalidArgumentError, NotFoundError
-from flightsvc.export.graph import TFInputGraph, picture_model
+from flightsvc.export.graph import TFInputGraph
+from flightsvc.export.pictures import picture_model
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -135,7 +136,8 @@ def test_without_the_behaviour_of_tensorflow_2(client: flightsvc.Client, tmp_pat
 import shutil, sys
 import tensorflow.compat.v1 as tf
 tf.disable_v2_behavior()
-from flightsvc.export.graph import TFInputGraph, picture_model
+from flightsvc.export.graph import TFInputGraph
+from flightsvc.export.pictures import picture_model
 with tf.Session() as session:
     x = tf.placeholder(tf.float32, [3], name="x")
     tf.multiply(x, tf.get_variable("v", initializer=2.0), name="y")

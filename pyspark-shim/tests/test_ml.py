@@ -245,6 +245,29 @@ def check(frame: Any, wanted: Any, column: str = COLUMN) -> None:
     np.testing.assert_allclose([value for _, value in found], wanted, **CLOSE)
 
 
+def test_a_graph_becomes_a_model_once(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flightsvc.export.graph import TFInputGraph
+    from flightsvc.ml import TFTransformer
+
+    made: list[Any] = []
+    saved_model = TFInputGraph.saved_model
+
+    def count(graph: Any, inputs: list[str], outputs: list[str]) -> Path:
+        made.append((inputs, outputs))
+        return saved_model(graph, inputs, outputs)
+
+    monkeypatch.setattr(TFInputGraph, "saved_model", count)
+    frame = spark.createDataFrame([(0, [1.0, 2.0, 3.0, 4.0])], "id bigint, x array<float>")
+    graph, mapping = frozen(tmp_path / "linear.pb"), {"x": "given:0"}
+    stage = TFTransformer(model=graph, inputMapping=mapping, outputMapping={"result:0": COLUMN})
+    for _ in range(3):
+        assert COLUMN in stage.transform(frame).columns
+    assert made == [(["given:0"], ["result:0"])]
+    stage.setOutputMapping({"result": "other"})
+    assert "other" in stage.transform(frame).columns
+    assert made[1:] == [(["given:0"], ["result"])]
+
+
 def test_several_inputs_and_outputs(spark: Any, models: Path, oracle: Any) -> None:
     from flightsvc.ml import TFTransformer
 

@@ -450,6 +450,32 @@ def test_a_stream_is_of_the_device_that_its_task_was_given(
     assert all(kept[device]._worker.request.device == device for device in kept)
 
 
+def test_a_worker_forgets_functions_that_are_idle_or_fail(
+    worker: sql_calls.Worker, monkeypatch: pytest.MonkeyPatch
+):
+    ours = [dataclasses.replace(worker, key=uuid.uuid4().hex) for _ in range(3)]  # as Model.udf() makes them
+
+    def kept() -> set[str]:
+        return {key[1] for key in sql_calls._all_calls} & {function.key for function in ours}
+
+    for function in ours:
+        assert function(lists([1, 2, 3])).to_pylist() == [6]
+    assert kept() == {function.key for function in ours}
+    used = time.monotonic()
+    while any(t.name == "flightsvc-idle" for t in threading.enumerate()):
+        assert time.monotonic() - used < 10
+        time.sleep(0.05)
+    assert not kept()
+
+    def fails(request: Any, conf: Any) -> Any:
+        raise flightsvc.UnavailableError("no front")
+
+    monkeypatch.setattr(sql_calls, "worker_connection", fails)
+    with pytest.raises(flightsvc.UnavailableError):
+        ours[0](lists([1, 2, 3]))
+    assert not kept()
+
+
 def test_a_runner_killed_between_calls_costs_nothing(client: flightsvc.Client, worker: sql_calls.Worker):
     assert worker(lists([1, 2, 3])).to_pylist() == [6]
     _, pid = streams(client)

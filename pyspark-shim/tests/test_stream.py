@@ -76,7 +76,7 @@ def test_the_answer_says_who_gave_it(connection: Connection, models: Path, clien
 
 def test_the_callers_columns_are_not_copied(connection: Connection, models: Path):
     [answer] = exchange(connection, ints(models), ["n", "i"]).answers(batches([100]))
-    beside = answer.beside("who")
+    beside = answer.joined("who")
     assert beside.schema.names == ["n", "i", "t", "who"]
     assert beside["n"].buffers()[1].address == answer.batch["n"].buffers()[1].address
 

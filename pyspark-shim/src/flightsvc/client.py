@@ -73,11 +73,11 @@ class Client:
         if not isinstance(model, Model):
             model = Model(model)
         request = model.request(**options, layout=layout)
-        request = request.knowing(lambda: read_signature(model, self._connection)["inputs"])
+        request = request.with_specs(lambda: read_signature(model, self._connection)["inputs"])
         known = () if request.inputs else tuple(read_signature(model, self._connection)["inputs"])
         positions = request.columns(data.schema.names, known, case_sensitive=True)
         answers = loading.answers(request, self._connection, data.schema, positions, _batches(data))
-        return pa.Table.from_batches([answer.beside() for answer in answers])
+        return pa.Table.from_batches([answer.joined() for answer in answers])
 
     def metadata(self, model: Model | str | os.PathLike[str]) -> dict[str, Any]:
         """Return the model's version and all its signatures, read without loading it.

@@ -104,7 +104,7 @@ class Model:
         model.name = self.name
         return model
 
-    def but(
+    def replace(
         self, *, signature: str | None = None, preprocess: Mapping[str, ImageInput] | None = None
     ) -> Model:
         """Return this model with another signature, or with other inputs that are made from pictures."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Request:
     """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules.
 
-    ``specs`` has the types of the inputs whose rows a function of the user makes; see :meth:`knowing`.
+    ``specs`` has the types of the inputs whose rows a function of the user makes; see :meth:`with_specs`.
     """
 
     model: Model
@@ -38,7 +38,7 @@ class Request:
     device: str = "auto"
     specs: dict[str, TensorSpec] = dataclasses.field(default_factory=dict)
 
-    def knowing(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
+    def with_specs(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
         """Return this request with ``specs`` out of ``inputs()``, which is asked only if there are any."""
         loaded = [
             name

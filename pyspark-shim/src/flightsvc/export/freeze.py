@@ -12,7 +12,7 @@ TensorFlow reads a graph in one piece of at most 2 GB. Otherwise nothing is writ
 
 The last line on standard output is JSON: ``{"frozen": true, ...}``, or ``{"frozen": false, "reason": "..."}``
 with exit code 3. Exit code 1 is an error, such as a folder that is no SavedModel. Progress goes to standard
-error. Besides `flightsvc.export.keras` this is the one module that needs TensorFlow, on the host of a server.
+error.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
+from flightsvc.export import first_line, import_tensorflow
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -87,12 +88,7 @@ def freeze(
     progress("importing TensorFlow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # constants are made on the processor
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise InvalidArgumentError(
-            f"freezing needs TensorFlow in this Python ({error}); pip install tensorflow"
-        ) from error
+    tf = import_tensorflow("freezing")
     tf.get_logger().setLevel("ERROR")  # what it says of its older functions is for programmers
     progress("looking for what has a state")
     meta = _meta_graph(data, model_dir)
@@ -103,7 +99,7 @@ def freeze(
         try:
             tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
         except Exception as error:  # whatever the loader and its kernels raise
-            raise InvalidArgumentError(f"{model_dir} cannot be loaded: {_first_line(error)}") from error
+            raise InvalidArgumentError(f"{model_dir} cannot be loaded: {first_line(error)}") from error
         progress(f"making {variables} variables constants")
         fetches = sorted(
             {_node(info.name) for name in kept for info in meta.signature_def[name].outputs.values()}
@@ -116,9 +112,7 @@ def freeze(
             with tf.Graph().as_default():
                 tf.import_graph_def(frozen, name="")  # checks every type, function bodies included
         except Exception as error:  # an operation on variables that it does not know, or a graph above 2 GB
-            raise NotFrozen(
-                f"TensorFlow cannot make its variables constants: {_first_line(error)}"
-            ) from error
+            raise NotFrozen(f"TensorFlow cannot make its variables constants: {first_line(error)}") from error
     present = {node.name for node in frozen.node}
     frozen.node.extend(
         node for node in meta.graph_def.node if node.name in fed - present
@@ -347,11 +341,6 @@ def _write(
         if (model_dir / "assets.extra").is_dir():
             shutil.copytree(model_dir / "assets.extra", folder / "assets.extra")
         folder.rename(out_dir)
-
-
-def _first_line(error: Exception) -> str:
-    """Return what an error says, without the graph's stack below it."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

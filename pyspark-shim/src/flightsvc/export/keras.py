@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import import_keras, import_tensorflow
 from flightsvc.server.shipping import private_folder
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def of_file(path: Path) -> Path:
             raise NotFoundError(f"model {path}: {error.strerror}") from None
         state = (about.st_size, about.st_mtime_ns)
         if path not in _files or _files[path][0] != state:
-            keras = imported(str(path))
+            keras = import_keras(str(path))
             try:
                 model = keras.saving.load_model(path, compile=False)
             except Exception as error:  # Keras raises whatever its layers do
@@ -90,39 +91,15 @@ def of_model(model: keras.Model) -> Path:
     return _export(model, f"{model.name!r} of Keras")
 
 
-def imported(name: str) -> Any:
-    """Return Keras, on TensorFlow, for the export of the model of ``name``.
-
-    Raises:
-        InvalidArgumentError: One of them is not here, or Keras runs on something else.
-    """
-    try:
-        import keras
-        import tensorflow  # noqa: F401, Keras on another backend does not need it, the export does
-    except ImportError as error:
-        raise InvalidArgumentError(
-            f"model {name}: exporting a model of Keras needs Keras and TensorFlow on the driver ({error}); "
-            "pip install tensorflow, or give the folder of a SavedModel"
-        ) from error
-    if keras.backend.backend() != "tensorflow":
-        raise InvalidArgumentError(
-            f"model {name}: Keras runs on {keras.backend.backend()} here, and only models on TensorFlow "
-            "can be exported; save it as a .keras file and start the driver with KERAS_BACKEND=tensorflow"
-        )
-    return keras
-
-
 def _export(model: keras.Model, name: str) -> Path:
-    keras = imported(name)
-    import tensorflow as tf
-
+    keras, tf = import_keras(name), import_tensorflow()
     arguments = _arguments(model, name)
-    specs: list[tf.TensorSpec] = []
+    specs: list[Any] = []
     for leaf in keras.tree.flatten(arguments):
         label = _unlike(_parameter(leaf.name), [spec.name for spec in specs])
         specs.append(tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype, label))
 
-    def serve(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+    def serve(*tensors: Any) -> dict[str, Any]:
         [args, kwargs] = keras.tree.pack_sequence_as(arguments, list(tensors))
         return _outputs(model, model(*args, **kwargs, training=False))
 
@@ -155,11 +132,10 @@ class _Input:
 
 def _arguments(model: keras.Model, name: str) -> list[Any]:
     """Return the positional and the named arguments of the model, with an :class:`_Input` for each tensor."""
-    import keras
-
+    keras = import_keras(name)
     if getattr(model, "inputs", None):
 
-        def of_tensor(tensor: keras.KerasTensor, label: str = "") -> _Input:
+        def of_tensor(tensor: Any, label: str = "") -> _Input:
             if tensor.sparse or tensor.ragged:
                 raise InvalidArgumentError(
                     f"model {name}: its input {_layer(tensor)!r} is sparse or ragged; "
@@ -200,8 +176,7 @@ def _arguments(model: keras.Model, name: str) -> list[Any]:
 
 def _outputs(model: keras.Model, result: Any) -> dict[str, tf.Tensor]:
     """Return the output tensors by name."""
-    import keras
-
+    keras = import_keras(model.name)
     if isinstance(result, dict) and not any(isinstance(v, (dict, list, tuple)) for v in result.values()):
         return result
     symbols = getattr(model, "outputs", None)

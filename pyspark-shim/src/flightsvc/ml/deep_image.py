@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from pyspark import keyword_only
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.errors import InvalidArgumentError
@@ -108,7 +109,7 @@ class _Named(Stage, HasInputCol, HasOutputCol):
     def _resizing(self, **how: Any) -> Model:
         """Return the model with pictures that are resized otherwise."""
         model = self._model()
-        return model.but(preprocess={INPUT: dataclasses.replace(model.preprocess[INPUT], **how)})
+        return model.replace(preprocess={INPUT: dataclasses.replace(model.preprocess[INPUT], **how)})
 
 
 class DeepImagePredictor(_Named):
@@ -144,6 +145,7 @@ class DeepImagePredictor(_Named):
         typeConverter=to_positive("topK"),
     )
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -159,17 +161,7 @@ class DeepImagePredictor(_Named):
     ):
         super().__init__()
         self._setDefault(decodePredictions=False, topK=5)
-        self.setParams(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelName=modelName,
-            decodePredictions=decodePredictions,
-            topK=topK,
-            weights=weights,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def getDecodePredictions(self) -> bool:
         """Return whether the likeliest classes are named."""
@@ -249,6 +241,7 @@ class DeepImageFeaturizer(_Named):
 
     _sources = ("modelName", "weights", "pooling", "layer")
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -265,18 +258,7 @@ class DeepImageFeaturizer(_Named):
     ):
         super().__init__()
         self._setDefault(scaleHint="SCALE_AREA_AVERAGING", pooling="avg")
-        self.setParams(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelName=modelName,
-            scaleHint=scaleHint,
-            pooling=pooling,
-            layer=layer,
-            weights=weights,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def getScaleHint(self) -> str:
         """Return how pictures are resized."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
+from pyspark import keyword_only
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc import image
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export.graph import as_graph
+from flightsvc.export.pictures import picture_model
 from flightsvc.mapping import ImageInput, Input, TensorSpec
 from flightsvc.ml.params import (
     HasInputCol,
@@ -19,7 +22,7 @@ from flightsvc.ml.params import (
     to_function,
 )
 from flightsvc.ml.stage import Asked, Made, Stage, as_vector
-from flightsvc.ml.tensors import KerasStage, as_graph
+from flightsvc.ml.tensors import KerasStage
 from flightsvc.model import Model
 from flightsvc.request import same_name
 from flightsvc.spark.session import active_conf, is_case_sensitive, quoted
@@ -80,6 +83,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
     _sources = ("graph", "inputTensor", "outputTensor", "channelOrder", "outputMode")
     _beside = ("graph",)
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -96,18 +100,7 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
     ):
         super().__init__()
         self._setDefault(inputTensor="sparkdl_image_input:0", outputMode="vector")
-        self.setParams(
-            channelOrder=channelOrder,
-            inputCol=inputCol,
-            outputCol=outputCol,
-            graph=graph,
-            inputTensor=inputTensor,
-            outputTensor=outputTensor,
-            outputMode=outputMode,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def getChannelOrder(self) -> str:
         """Return how the graph has colours."""
@@ -142,8 +135,6 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         return self._set(outputTensor=value)
 
     def _build(self) -> Model:
-        from flightsvc.export.graph import picture_model
-
         for name in ("outputTensor", "channelOrder"):
             if not self.isDefined(name):
                 raise InvalidArgumentError(f"{name} is not set")
@@ -234,6 +225,7 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
 
     _functions = ("imageLoader",)
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -249,17 +241,7 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
     ):
         super().__init__()
         self._setDefault(outputMode="vector")
-        self.setParams(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelFile=modelFile,
-            model=model,
-            imageLoader=imageLoader,
-            outputMode=outputMode,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def getImageLoader(self) -> Callable[[str], Any] | None:
         """Return what loads a picture; ``None``: the worker and the sidecar do."""
@@ -286,7 +268,7 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
         loader = self.getImageLoader()
         entry = column if loader is None else Input(column, load=loader)
         if loader is None and not model.preprocess:
-            model = model.but(preprocess={source: _whole(model, source, model.inputs[source])})
+            model = model.replace(preprocess={source: _whole(model, source, model.inputs[source])})
         finish = as_vector if self.getOutputMode() == "vector" else _as_image(column, "RGB")
         return Asked(model, {source: entry}, {output: result}, {result: finish(model, output)})
 

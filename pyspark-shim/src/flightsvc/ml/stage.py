@@ -92,6 +92,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
     _beside: ClassVar[tuple[str, ...]] = ("model",)
     _functions: ClassVar[tuple[str, ...]] = ()
     """Params that hold functions; they are saved as pickles."""
+    _input_kwargs: dict[str, Any]  # what the constructor was called with, by keyword_only
 
     batchSize: Param[int] = Param(
         Params._dummy(),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from pyspark import keyword_only
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.errors import InvalidArgumentError
+from flightsvc.export.graph import as_graph
 from flightsvc.ml.params import HasInputCol, HasModel, HasModelFile, HasOutputCol, first_set, to_mapping
 from flightsvc.ml.stage import Asked, Stage
 from flightsvc.model import Model
-
-if TYPE_CHECKING:
-    from flightsvc.export.graph import TFInputGraph
 
 
 class TFTransformer(Stage, HasModel):
@@ -23,7 +20,8 @@ class TFTransformer(Stage, HasModel):
     Args:
         model: A :class:`flightsvc.Model`, or what makes one: the folder of a SavedModel, a URI, a name, a
             Keras model or its file. Or a graph of TensorFlow 1: a ``tf.Graph``, a ``GraphDef``, its file
-            ``.pb``, or a :class:`flightsvc.export.graph.TFInputGraph`.
+            ``.pb``, or a :class:`flightsvc.export.graph.TFInputGraph`. A graph is read once for the same
+            tensors; after more training give the stage a new TFInputGraph.
         inputMapping: Column to input tensor. Absent: columns of the inputs' names, or the only column.
         outputMapping: Output tensor to column, in the wanted order. Absent: all, by tensor name.
         signature: Which signature to run. Absent: the model's own, else ``serving_default``.
@@ -53,6 +51,7 @@ class TFTransformer(Stage, HasModel):
 
     _sources = ("model", "signature")
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -65,15 +64,7 @@ class TFTransformer(Stage, HasModel):
         errorCol: str | None = None,
     ):
         super().__init__()
-        self.setParams(
-            model=model,
-            inputMapping=inputMapping,
-            outputMapping=outputMapping,
-            signature=signature,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def getInputMapping(self) -> dict[str, str]:
         """Return column to input tensor; empty when absent."""
@@ -99,22 +90,29 @@ class TFTransformer(Stage, HasModel):
         """Set which signature to run."""
         return self._set(signature=value)
 
-    def _model(self) -> Model:
-        given = self.getOrDefault(self.model) if self.isSet(self.model) else None
-        if given is None or isinstance(given, Model):
-            return super()._model()
-        inputs, outputs = self.getInputMapping(), self.getOutputMapping()
+    def _values(self) -> list[Any]:
+        values = super()._values()
+        if values[0] is not None and not isinstance(values[0], Model):  # a graph: its tensors make the model
+            values.append(repr(self._tensors()))
+        return values
+
+    def _tensors(self) -> tuple[list[str], list[str]]:
+        """Return the tensors of a graph that are fed, and those that become columns."""
+        return [*self.getInputMapping().values()], [*self.getOutputMapping()]
+
+    def _build(self) -> Model:
+        given = first_set(self, ["model"])
+        if isinstance(given, Model):
+            return given.replace(
+                signature=self.getOrDefault(self.signature) if self.isSet("signature") else None
+            )
+        inputs, outputs = self._tensors()
         if not inputs or not outputs:
             raise InvalidArgumentError(
                 "a graph has no signature; set inputMapping, column to input tensor, and outputMapping, "
                 "output tensor to column"
             )
-        tensors = [*inputs.values()], [*outputs]
-        return Model(as_graph(given, *tensors).saved_model(*tensors))
-
-    def _build(self) -> Model:
-        model: Model = first_set(self, ["model"])
-        return model.but(signature=self.getOrDefault(self.signature)) if self.isSet("signature") else model
+        return Model(as_graph(given, inputs, outputs).saved_model(inputs, outputs))
 
     def _asked(self) -> Asked:
         inputs = {tensor: column for column, tensor in self.getInputMapping().items()}
@@ -163,6 +161,7 @@ class KerasTransformer(KerasStage):
         errorCol: The column for the reason.
     """
 
+    @keyword_only
     def __init__(
         self,
         *,
@@ -175,50 +174,8 @@ class KerasTransformer(KerasStage):
         errorCol: str | None = None,
     ):
         super().__init__()
-        self.setParams(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelFile=modelFile,
-            model=model,
-            batchSize=batchSize,
-            onError=onError,
-            errorCol=errorCol,
-        )
+        self.setParams(**self._input_kwargs)
 
     def _asked(self) -> Asked:
         source, output = self._ends()
         return Asked(self._model(), {source: self._column("inputCol")}, {output: self.getOutputCol()})
-
-
-def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInputGraph:
-    """Return a graph of TensorFlow 1: a TFInputGraph as it is, a ``tf.Graph``, a ``GraphDef`` or its file.
-
-    The variables of a ``tf.Graph`` are those of the session that is the default one.
-
-    Args:
-        given: The graph.
-        inputs: The tensors that are fed.
-        outputs: The tensors that are asked for.
-
-    Raises:
-        InvalidArgumentError: It is something else, or the file holds none.
-        NotFoundError: There is no such file or tensor.
-    """
-    from flightsvc.export.graph import TFInputGraph
-
-    if isinstance(given, TFInputGraph):
-        return given
-    if isinstance(given, Path):
-        return TFInputGraph.fromFrozenFile(given)
-    import tensorflow as tf
-
-    if isinstance(given, tf.Graph):
-        session = tf.compat.v1.get_default_session()
-        if session is not None and session.graph is given:
-            return TFInputGraph.fromGraph(given, session, inputs, outputs)
-        given = given.as_graph_def()
-    if not isinstance(given, tf.compat.v1.GraphDef):
-        raise InvalidArgumentError(
-            f"a graph is a tf.Graph, a GraphDef or a TFInputGraph, not {type(given).__name__}"
-        )
-    return TFInputGraph.fromGraphDef(given, inputs, outputs)

@@ -59,7 +59,7 @@ class Answer:
     outputs: pa.RecordBatch
     server: str
 
-    def beside(self, server_column: str | None = None) -> pa.RecordBatch:
+    def joined(self, server_column: str | None = None) -> pa.RecordBatch:
         """Return the record batch with the outputs beside it, and ``server`` if a column is named for it.
 
         Nothing is copied.

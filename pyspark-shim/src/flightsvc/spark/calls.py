@@ -58,7 +58,7 @@ class Worker:
                 here = dataclasses.replace(here, request=loading.request, positions=loading.positions)
                 outputs = join(
                     [
-                        loading.settled(rows, _calls(here, rows.schema).outputs(rows))
+                        loading.apply_on_error(rows, _calls(here, rows.schema).outputs(rows))
                         for rows in loading.slices([batch])
                     ]
                 )
@@ -89,8 +89,9 @@ class Worker:
 class _Calls:
     """Calls of one function, schema and device in this process: a stream, from the first until it is idle."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: Worker, key: tuple[int, str, str, pa.Schema]):
         self._worker = worker
+        self._key = key
         self._turn = threading.Condition()  # guards what follows, and the stream
         self._answers: Generator[Answer, None, None] | None = None  # of the open stream
         self._due: pa.RecordBatch | None = None  # what it sends next; None ends it
@@ -103,18 +104,27 @@ class _Calls:
             FlightsvcError: The request was refused, or the sidecar stayed away.
         """
         with self._turn:
-            answers = self._answers
-            if answers is None:
-                answers = self._worker.answers(batch.schema.names, self._batches())
-                threading.Thread(
-                    target=self._watch, args=(answers,), name="flightsvc-idle", daemon=True
-                ).start()
-            self._answers = None  # not kept if it fails
-            self._due = batch
-            answer = next(answers)
-            self._answers = answers
-            self._used = time.monotonic()
-            return answer.outputs
+            answers, self._answers = self._answers, None  # not kept if it fails
+            try:
+                if answers is None:
+                    answers = self._worker.answers(batch.schema.names, self._batches())
+                    threading.Thread(
+                        target=self._watch, args=(answers,), name="flightsvc-idle", daemon=True
+                    ).start()
+                self._due = batch
+                answer = next(answers)
+                self._answers = answers
+                self._used = time.monotonic()
+                return answer.outputs
+            finally:
+                if self._answers is None:
+                    self._forget()
+
+    def _forget(self) -> None:
+        """Leave the process's calls: each :meth:`Model.udf` is a new function, and a worker sees many."""
+        with _all_calls_mutex:
+            if _all_calls.get(self._key) is self:
+                del _all_calls[self._key]
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         while self._due is not None:
@@ -130,10 +140,11 @@ class _Calls:
                     self._turn.wait(left)
                 else:
                     self._answers = None
+                    self._forget()
                     next(answers, None)
 
 
-# gRPC does not survive a fork: a stream opened before it is never used after it.
+# gRPC does not survive a fork, so the process is part of the key.
 _all_calls: dict[tuple[int, str, str, pa.Schema], _Calls] = {}
 _all_calls_mutex = threading.Lock()
 
@@ -142,4 +153,4 @@ def _calls(worker: Worker, schema: pa.Schema) -> _Calls:
     """Return this process's calls of a function with columns of ``schema``, on the device of its request."""
     with _all_calls_mutex:
         key = (os.getpid(), worker.key, worker.request.device, schema)
-        return _all_calls.setdefault(key, _Calls(worker))
+        return _all_calls.setdefault(key, _Calls(worker, key))

@@ -72,7 +72,7 @@ class Mapper:
             answers = loading.answers(request, connection, first.schema, positions, every, place())
             try:
                 for answer in answers:
-                    yield answer.beside(self.sidecar)
+                    yield answer.joined(self.sidecar)
             finally:
                 answers.close()
 
@@ -106,7 +106,7 @@ def for_workers(request: Request, session: SparkSession | None) -> Request:
         InvalidArgumentError: It holds a link, or changed while it was read.
     """
     model = request.model
-    request = request.knowing(lambda: model.inputs)
+    request = request.with_specs(lambda: model.inputs)
     if session is None or model.folder is None:
         return request
     folder = shipping.version_folder(model.folder, model.version)

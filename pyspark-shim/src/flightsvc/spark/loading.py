@@ -75,8 +75,8 @@ def answers(
         inner = exchange.answers(slices)
         try:
             for answer in inner:
-                outputs = loading.settled(answer.batch, answer.outputs)
-                yield dataclasses.replace(answer, batch=loading.given(answer.batch), outputs=outputs)
+                outputs = loading.apply_on_error(answer.batch, answer.outputs)
+                yield dataclasses.replace(answer, batch=loading.caller_columns(answer.batch), outputs=outputs)
         finally:
             inner.close()
 
@@ -173,7 +173,7 @@ class Loading:
             if rows or not batch.num_rows:
                 yield self._slice(batch.slice(start), rows, kinds)
 
-    def settled(self, rows: pa.RecordBatch, outputs: pa.RecordBatch) -> pa.RecordBatch:
+    def apply_on_error(self, rows: pa.RecordBatch, outputs: pa.RecordBatch) -> pa.RecordBatch:
         """Return the outputs for a slice as ``on_error`` wants them.
 
         Raises:
@@ -192,7 +192,7 @@ class Loading:
             columns.append(error)
         return pa.RecordBatch.from_arrays(columns, names=outputs.schema.names[: len(columns)])
 
-    def given(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+    def caller_columns(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """Return the caller's columns of a slice."""
         return pa.RecordBatch.from_arrays(rows.columns[: len(self._schema)], schema=self._schema)
 

@@ -50,17 +50,7 @@ _MODULES = {
     "registerKerasImageUDF": "udf.keras_image_model",
 }
 
-_removed = removed(
-    __name__,
-    "GraphFunction",
-    "HorovodRunner",
-    "IsolatedSession",
-    "KerasImageFileEstimator",
-    "imageSchema",
-    "imageType",
-    "readImages",
-    "stripAndFreezeGraph",
-)
+_removed = removed(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import import_keras, import_tensorflow
 from flightsvc.export import keras as keras_models
 from flightsvc.mapping import ImageInput
 from flightsvc.ml.networks import labels as classes
@@ -167,7 +168,7 @@ class Network:
 
     def _export(self, output: str, layer: str | None, pooling: str, file: Path | None) -> Path:
         """Return the SavedModel of the network as asked, in a folder that goes with this process."""
-        keras_models.imported(self.name)
+        import_keras(self.name)
         if self.name in _registered:
             model = _cut(self, self.build(file), output, layer, pooling)
         else:
@@ -184,10 +185,9 @@ class Network:
     def _keep(self, known: Path, output: str, layer: str | None, pooling: str, file: Path) -> Path:
         """Export the network into the cache folder, beside its place, and give it its place."""
         exported = self._export(output, layer, pooling, file)
-        import keras
-        import tensorflow as tf
-
-        folder = known.with_name(f"{known.name}-keras{keras.__version__}-tensorflow{tf.__version__}")
+        keras, tensorflow = import_keras(self.name), import_tensorflow()
+        versions = f"keras{keras.__version__}-tensorflow{tensorflow.__version__}"
+        folder = known.with_name(f"{known.name}-{versions}")
         _private(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
         try:
@@ -309,8 +309,7 @@ def _built_in() -> dict[str, Network]:
 
 def _cut(network: Network, model: keras.Model, output: str, layer: str | None, pooling: str) -> keras.Model:
     """Return the model from ``image`` to its output, or to the features of a layer."""
-    import keras
-
+    keras = import_keras(network.name)
     where = f"network {network.name}"
     inputs = getattr(model, "inputs", None)
     if not inputs or len(inputs) != 1 or len(inputs[0].shape) != 4 or len(model.outputs) != 1:
@@ -325,7 +324,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
     image = keras.Input((*network.size, inputs[0].shape[-1]), name=INPUT)
     try:
         if output == FEATURES:
-            model = keras.Model(inputs, _layer(where, model, layer))
+            model = keras.Model(inputs, _layer(keras, where, model, layer))
         result = model(image)
         if len(result.shape) == 4 and pooling != "none":
             result = keras.ops.max(result, (1, 2)) if pooling == "max" else keras.ops.mean(result, (1, 2))
@@ -343,7 +342,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
     return keras.Model(image, result)
 
 
-def _layer(where: str, model: keras.Model, name: str | None) -> Any:
+def _layer(keras: Any, where: str, model: keras.Model, name: str | None) -> Any:
     """Return the output of a layer: of that name, or of the last whose map is higher and wider than 1."""
     known = {operation.name: operation for operation in model.operations}
     if name is not None and name not in known:
@@ -353,8 +352,6 @@ def _layer(where: str, model: keras.Model, name: str | None) -> Any:
             f"{where}: there is no layer {name!r}; "
             + (f"did you mean {' or '.join(near)}?" if near else f"the last ones are {', '.join(last)}")
         )
-    import keras
-
     if name is not None:
         return keras.tree.flatten(known[name].output)[0]
     for operation in reversed(model.operations):

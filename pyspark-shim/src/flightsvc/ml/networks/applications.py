@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
-from flightsvc.export import keras as keras_models
+from flightsvc.export import import_keras
+from flightsvc.export.keras import reason as reason_of
 
 if TYPE_CHECKING:
     import keras
@@ -74,15 +75,14 @@ def build_network(name: str, file: str, weights: Path | None) -> keras.Model:
     The file of ImageNet's weights, wherever it lies, goes through Keras's own way: EfficientNet is built
     otherwise for it.
     """
-    import keras
-
     assert weights is not None
+    keras = import_keras(name)
     build = getattr(keras.applications, name)
     if weights.name != file:
         model = build(weights=None)
         load_weights(name, model, weights)
         return model
-    with _getting(file, lambda *_, **__: str(weights)):
+    with _getting(keras, file, lambda *_, **__: str(weights)):
         try:
             return build(weights=IMAGENET)
         except Exception as error:  # h5py and Keras raise many
@@ -91,12 +91,10 @@ def build_network(name: str, file: str, weights: Path | None) -> keras.Model:
 
 def load_weights(name: str, model: keras.Model, file: Path) -> None:
     """Load the weights, all of them: Keras itself only warns of some layers that a file does not have."""
-    import keras
-    import numpy as np
-
+    keras = import_keras(name)
     for variable in model.weights:
         if keras.backend.is_float_dtype(variable.dtype):
-            variable.assign(np.full(variable.shape, np.nan))
+            variable.assign(keras.ops.full(variable.shape, float("nan"), variable.dtype))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -104,17 +102,12 @@ def load_weights(name: str, model: keras.Model, file: Path) -> None:
     except Exception as error:  # h5py and Keras raise many
         raise _wrong(name, file, error) from error
     for variable in model.weights:
-        if (
-            keras.backend.is_float_dtype(variable.dtype)
-            and np.isnan(keras.ops.convert_to_numpy(variable)).any()
-        ):
+        if keras.backend.is_float_dtype(variable.dtype) and keras.ops.any(keras.ops.isnan(variable)):
             raise _wrong(name, file, ValueError(f"it has none for {variable.path}"))
 
 
 def _wrong(name: str, file: Path, error: Exception) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"network {name}: {file} does not hold its weights: {keras_models.reason(error)}"
-    )
+    return InvalidArgumentError(f"network {name}: {file} does not hold its weights: {reason_of(error)}")
 
 
 def fetch(name: str, file: Path) -> None:
@@ -135,7 +128,7 @@ def fetch(name: str, file: Path) -> None:
             urllib.request.urlopen(_HOST, timeout=_REACH_SECONDS).close()
     except OSError as error:
         raise missing(f"{_HOST}: {getattr(error, 'reason', error)}") from None
-    keras = keras_models.imported(name)
+    keras = import_keras(name)
 
     class Fetched(Exception):  # ends the building of the network, which nobody needs
         pass
@@ -144,21 +137,20 @@ def fetch(name: str, file: Path) -> None:
         try:
             get(*args, **kwargs, cache_dir=str(file.parent.parent))
         except Exception as error:  # Keras raises Exception itself
-            raise missing(keras_models.reason(error)) from error
+            raise missing(reason_of(error)) from error
         raise Fetched
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _getting(file.name, fetched), contextlib.suppress(Fetched):
+    with _getting(keras, file.name, fetched), contextlib.suppress(Fetched):
         getattr(keras.applications, name)(weights=IMAGENET)
     if not file.is_file():
         raise missing("Keras put it somewhere else")
 
 
 @contextlib.contextmanager
-def _getting(file: str, instead: Callable[..., str]) -> Iterator[None]:
+def _getting(keras: Any, file: str, instead: Callable[..., str]) -> Iterator[None]:
     """Put a function in the place of Keras's ``get_file``, for one file; it gets the old one first."""
-    from keras.src.utils import file_utils
-
+    file_utils = keras.src.utils.file_utils
     old = file_utils.get_file
 
     def get_file(fname: str | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flightsvc.errors import FlightsvcError, NotFoundError
+from flightsvc.export import import_keras, import_tensorflow
 from flightsvc.ml.networks.applications import load_weights
 from flightsvc.ml.networks.labels import imagenet_labels
 
@@ -83,8 +84,7 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
     weights = read_weights(weights_file())
     progress("importing TensorFlow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
+    tf = import_tensorflow("EfficientNetLite0")
     progress("building the network")
     model = network(weights)
     serve = tf.function(
@@ -119,8 +119,7 @@ def network(weights: dict[str, np.ndarray]) -> keras.Model:
     Raises:
         ValueError: when a weight is left over; the file is then of some other network.
     """
-    import keras
-
+    keras = import_keras("EfficientNetLite0")
     rest = {name for name in weights if not name.endswith(".num_batches_tracked")}
 
     def weight(name: str) -> np.ndarray:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError
-from flightsvc.export.graph import GraphError, TFInputGraph, strip_and_freeze
+from flightsvc.export import import_tensorflow
+from flightsvc.export.graph import GraphError, TFInputGraph
+from flightsvc.export.sessions import strip_and_freeze
 from flightsvc.model import Model
 from flightsvc.spark.functions import Function, register_udf
 from flightsvc.spark.session import active_session
@@ -50,8 +52,7 @@ def makeGraphUDF(
         NotFoundError: The graph has no such tensor.
         InvalidArgumentError: There is no session, no fetch or no placeholder, or a variable without a value.
     """
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     names = sorted(tfx.tensor_name(fetch, graph) for fetch in fetches)
     session = tf.compat.v1.get_default_session()
     frozen = TFInputGraph(

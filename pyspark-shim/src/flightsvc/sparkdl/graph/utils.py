@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import NotFoundError
-from flightsvc.export.graph import GraphError, strip_and_freeze
+from flightsvc.export import import_tensorflow
+from flightsvc.export.graph import GraphError
+from flightsvc.export.sessions import strip_and_freeze
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -37,8 +39,7 @@ def validated_graph(graph: tf.Graph) -> tf.Graph:
     Raises:
         TypeError: It is no ``tf.Graph``.
     """
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     if not isinstance(graph, tf.Graph):
         raise TypeError(f"a graph is a tf.Graph, not {type(graph).__name__}")
     return graph
@@ -163,8 +164,7 @@ def strip_and_freeze_until(
         TypeError, NotFoundError, AssertionError: As :func:`get_tensor`.
         InvalidArgumentError: A variable is not initialised.
     """
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     names = [tensor_name(fetch, graph) for fetch in fetches]
     session = sess or tf.compat.v1.get_default_session()
     if sess is None and session is not None and session.graph is not graph:
@@ -179,8 +179,7 @@ def strip_and_freeze_until(
 
 def _parts(found: Any) -> tuple[str, str | None]:
     """Return the operation and the number of the tensor, if it is one, or says so."""
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     if isinstance(found, tf.Operation):
         return found.name, None
     if not isinstance(found, str) and tf.is_tensor(found) and hasattr(found, "graph"):

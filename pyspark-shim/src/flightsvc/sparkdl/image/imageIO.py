@@ -43,7 +43,7 @@ __all__ = [
 
 _SLICE_BYTES = 16 << 20  # so many bytes of pictures, or one picture, leave a worker together
 
-__getattr__ = removed(__name__, "SparkMode", "imageSchema", "imageType", "readImages", "resizeImage")
+__getattr__ = removed(__name__)
 
 
 class ImageType(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.ml.param import TypeConverters
 
+from flightsvc.export import import_keras
 from flightsvc.export.graph import TFInputGraph
 from flightsvc.sparkdl.graph import utils as tfx
 
@@ -91,8 +92,7 @@ class SparkDLTypeConverters:
         Raises:
             ValueError: Keras has no such loss.
         """
-        import keras
-
+        keras = import_keras("of a Param")
         try:
             if isinstance(value, str) and callable(keras.losses.get(value)):
                 return value
@@ -103,8 +103,7 @@ class SparkDLTypeConverters:
     @staticmethod
     def toKerasOptimizer(value: Any) -> str:
         """Return the name of an optimizer of Keras."""
-        import keras
-
+        keras = import_keras("of a Param")
         try:
             if isinstance(value, str) and keras.optimizers.get(value):
                 return value

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.export.graph import TFInputGraph
+from flightsvc.ml import params
 from flightsvc.ml.params import HasInputCol, HasModelFile, HasOutputCol, to_function
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
 
@@ -111,8 +112,8 @@ class HasKerasLoss(Params):
         return self.getOrDefault(self.kerasLoss)
 
 
-class HasOutputMode(Params):
-    """Whether the output is a vector or a picture; a vector unless it is set."""
+class HasOutputMode(params.HasOutputMode):
+    """Whether the output is a vector, which is the default, or a picture."""
 
     outputMode: Param[str] = Param(
         Params._dummy(),
@@ -120,14 +121,6 @@ class HasOutputMode(Params):
         "vector or image",
         typeConverter=SparkDLTypeConverters.buildSupportedItemConverter(OUTPUT_MODES),
     )
-
-    def setOutputMode(self, value: str) -> Self:
-        """Set vector or image."""
-        return self._set(outputMode=value)
-
-    def getOutputMode(self) -> str:
-        """Return vector or image."""
-        return self.getOrDefault(self.outputMode)
 
     def __init__(self) -> None:
         super().__init__()

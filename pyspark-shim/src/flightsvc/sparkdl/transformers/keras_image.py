@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from pyspark import keyword_only
-
 from flightsvc.ml import images
 
 
@@ -20,24 +15,5 @@ class KerasImageFileTransformer(images.KerasImageFileTransformer):
         imageLoader: Makes an array ``[1, height, width, channels]`` of a URI, in the worker. Absent: the
             sidecar decodes the file and stretches it to the model's size, RGB from 0 to 255.
         outputMode: ``vector``, or ``image``: Spark's image struct of float32.
-        **params: Further Params: ``model``, ``batchSize``, ``onError``, ``errorCol``.
+        others: ``model``, ``batchSize``, ``onError``, ``errorCol``.
     """
-
-    @keyword_only
-    def __init__(
-        self,
-        inputCol: str | None = None,
-        outputCol: str | None = None,
-        modelFile: str | None = None,
-        imageLoader: Callable[[str], Any] | None = None,
-        outputMode: str = "vector",
-        **params: Any,
-    ):
-        super().__init__(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelFile=modelFile,
-            imageLoader=imageLoader,
-            outputMode=outputMode,
-            **params,
-        )

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from flightsvc.export import import_tensorflow
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -16,8 +18,7 @@ def KSessionWrap(graph: tf.Graph | None = None) -> Iterator[tuple[tf.compat.v1.S
 
     Keras 3 has no session: models of Keras are not built in it, operations of TensorFlow are.
     """
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     graph = graph or tf.Graph()
     with graph.as_default(), tf.compat.v1.Session(graph=graph) as session:
         yield session, graph

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pyspark import keyword_only
-
 from flightsvc.ml import deep_image
 from flightsvc.sparkdl.transformers.keras_applications import KERAS_APPLICATION_MODELS
 
@@ -22,27 +18,8 @@ class DeepImagePredictor(deep_image.DeepImagePredictor):
         modelName: The network.
         decodePredictions: Whether the likeliest classes are named, instead of the Vector of all.
         topK: How many of them.
-        **params: Further Params: ``weights``, ``batchSize``, ``onError``, ``errorCol``.
+        others: ``weights``, ``batchSize``, ``onError``, ``errorCol``.
     """
-
-    @keyword_only
-    def __init__(
-        self,
-        inputCol: str | None = None,
-        outputCol: str | None = None,
-        modelName: str | None = None,
-        decodePredictions: bool = False,
-        topK: int = 5,
-        **params: Any,
-    ):
-        super().__init__(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelName=modelName,
-            decodePredictions=decodePredictions,
-            topK=topK,
-            **params,
-        )
 
 
 class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
@@ -56,26 +33,9 @@ class DeepImageFeaturizer(deep_image.DeepImageFeaturizer):
         outputCol: The column that is added.
         modelName: The network.
         scaleHint: How pictures are resized, as :class:`flightsvc.ml.DeepImageFeaturizer` has it.
-        **params: Further Params: ``pooling``, ``layer``, ``weights``, ``batchSize``, ``onError`` and
+        others: ``pooling``, ``layer``, ``weights``, ``batchSize``, ``onError`` and
             ``errorCol``.
     """
-
-    @keyword_only
-    def __init__(
-        self,
-        inputCol: str | None = None,
-        outputCol: str | None = None,
-        modelName: str | None = None,
-        scaleHint: str = "SCALE_AREA_AVERAGING",
-        **params: Any,
-    ):
-        super().__init__(
-            inputCol=inputCol,
-            outputCol=outputCol,
-            modelName=modelName,
-            scaleHint=scaleHint,
-            **params,
-        )
 
     def getPooling(self) -> str:
         """Return what becomes of the last map: what was set, else what sparkdl did for this network."""

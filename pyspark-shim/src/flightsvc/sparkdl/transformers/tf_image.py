@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pyspark import keyword_only
-
 from flightsvc.ml import images
 
 
@@ -20,28 +16,5 @@ class TFImageTransformer(images.TFImageTransformer):
         inputTensor: Takes float32 ``[batch, height, width, channels]``; absent: ``sparkdl_image_input:0``.
         outputTensor: Name of the output.
         outputMode: ``vector``, or ``image``: Spark's image struct of float32.
-        **params: Further Params: ``batchSize``, ``onError``, ``errorCol``.
+        others: ``batchSize``, ``onError``, ``errorCol``.
     """
-
-    @keyword_only
-    def __init__(
-        self,
-        channelOrder: str | None = None,
-        inputCol: str | None = None,
-        outputCol: str | None = None,
-        graph: Any = None,
-        inputTensor: Any = None,
-        outputTensor: Any = None,
-        outputMode: str = "vector",
-        **params: Any,
-    ):
-        super().__init__(
-            channelOrder=channelOrder,
-            inputCol=inputCol,
-            outputCol=outputCol,
-            graph=graph,
-            inputTensor=inputTensor,
-            outputTensor=outputTensor,
-            outputMode=outputMode,
-            **params,
-        )

@@ -30,14 +30,9 @@ class TFTransformer(tensors.TFTransformer):
         tfHParms: None = None,
         **params: Any,
     ):
+        given = self._input_kwargs
         super().__init__()
-        self.setParams(
-            tfInputGraph=tfInputGraph,
-            inputMapping=inputMapping,
-            outputMapping=outputMapping,
-            tfHParms=tfHParms,
-            **params,
-        )
+        self.setParams(**given)
 
     def setParams(self, *, tfInputGraph: Any = None, tfHParms: None = None, **params: Any) -> Self:
         """Set Params by name, as the constructor takes them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError
+from flightsvc.export import import_tensorflow
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -32,8 +33,7 @@ def imageInputPlaceholder(nChannels: int | None = None) -> tf.Tensor:
     Raises:
         InvalidArgumentError: There is no graph to put it into.
     """
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     if tf.executing_eagerly():
         raise InvalidArgumentError(
             "a placeholder belongs into a graph; make it in `with tf.Graph().as_default():`, or call "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.export import import_keras
 from flightsvc.export import keras as keras_models
 from flightsvc.image import to_array
 from flightsvc.mapping import ImageInput, Input
@@ -83,7 +84,7 @@ def registerKerasImageUDF(
 
 
 def _keras_model(udf_name: str, source: Any) -> keras.Model:
-    keras = keras_models.imported(udf_name)
+    keras = import_keras(udf_name)
     if keras_models.is_model(source):
         return source
     path = Path(os.path.abspath(source))
@@ -118,8 +119,7 @@ def _shape(udf_name: str, model: keras.Model) -> tuple[int | None, int | None, i
 
 def _flat(model: keras.Model) -> keras.Model:
     """Return the model with its output as float32 ``[batch, n]``."""
-    import keras
-
+    keras = import_keras(model.name)
     output = model.outputs[0]
     if len(output.shape) == 2 and output.dtype == "float32":
         return model

@@ -1,5 +1,0 @@
-"""The estimator of sparkdl; see :mod:`flightsvc.sparkdl.removed`."""
-
-from flightsvc.sparkdl.removed import removed
-
-__getattr__ = removed(__name__, "KerasImageFileEstimator")

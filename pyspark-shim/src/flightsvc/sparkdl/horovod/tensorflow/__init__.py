@@ -1,1 +1,0 @@
-"""Names of sparkdl for Keras on Horovod; see :mod:`flightsvc.sparkdl.removed`."""

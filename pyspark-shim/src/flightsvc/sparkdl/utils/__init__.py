@@ -1,1 +1,0 @@
-"""Names of sparkdl's own machinery; see :mod:`flightsvc.sparkdl.removed`."""
