@@ -248,7 +248,7 @@ func TestKinds(t *testing.T) {
 			fault.Exhausted, "full"},
 		{&tensorflow.Error{Code: tensorflow.DeadlineExceeded, Message: "late"}, fault.Deadline, "late"},
 		{&tensorflow.Error{Code: tensorflow.NotFound, Message: "nope"}, fault.Internal, "nope"},
-		{fault.New(fault.Precondition, "first\nsecond"), fault.Precondition, "first"},
+		{fault.New(fault.Precondition, "one line"), fault.Precondition, "one line"},
 		{errors.New("plain"), fault.Internal, "plain"},
 	} {
 		if got := kindOf(c.err); got != c.kind || firstLine(c.err) != c.text {
