@@ -32,8 +32,8 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-# Recipes run beside each other; what they write is whole lines.
-MAKEFLAGS += --jobs=3
+# Two recipes run beside each other; what they write is whole lines.
+MAKEFLAGS += --jobs=2
 
 # Notes the seconds of a command for the table at the end of a run.
 CLOCK  := $(PYTHON) tools/suites.py --clock
