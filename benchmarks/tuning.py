@@ -1,6 +1,6 @@
 """What tuning finds for EfficientNet-Lite0 and MobileNetV2, against the best configuration and a bare loop.
 
-`flightsvc tune` searches, all combinations and quickly. What it chose, what else was fast, and each of frozen
+`flightsvc tune` searches. What it chose, what else was fast, and each of frozen
 or not and oneDNN on or off are then measured again in turns, each in a runner of its own; a bare loop over
 the session in the chosen configuration (`session/`) takes its turn beside the runner. Ratios are taken within
 each round. Prints tables, writes build/bench/tuning.json, and exits with 1 where a bound is missed.
@@ -173,20 +173,18 @@ def choice_of(candidate: dict[str, Any]) -> Choice:
     return (frozen or "", bool(onednn), cores, callers, batch)
 
 
-def measure(name: str, model: Path, rounds: int, full: bool, run_dir: Path) -> dict[str, Any]:
+def measure(name: str, model: Path, rounds: int, run_dir: Path) -> dict[str, Any]:
     """Tune a model and measure the results again."""
     began = time.monotonic()
     bench = Bench(model, run_dir)
-    quick = bench.tune("--quick")
-    print(f"{name}: quick search after {time.monotonic() - began:.0f} s", flush=True)
-    search = bench.tune() if full else quick
+    search = bench.tune()
     searched = time.monotonic() - began
     print(f"{name}: searched after {searched:.0f} s", flush=True)
-    chosen, quickly, default = (choice_of(c) for c in (search["chosen"], quick["chosen"], search["default"]))
+    chosen, default = choice_of(search["chosen"]), choice_of(search["default"])
     agreeing = [choice_of(c) for c in search["candidates"] if c["agrees"]]
     frozen = next((c[0] for c in agreeing if c[0]), "")
     grid = [(graph, on, *chosen[2:]) for graph in dict.fromkeys(["", frozen]) for on in (False, True)]
-    others = [*agreeing[:2], quickly, default, *grid]
+    others = [*agreeing[:2], default, *grid]
     others = [c for c in dict.fromkeys(others) if c != chosen]
     speeds: dict[Choice, list[float]] = {c: [] for c in [chosen, *others]}
     raw: list[float] = []
@@ -210,11 +208,9 @@ def measure(name: str, model: Path, rounds: int, full: bool, run_dir: Path) -> d
 
     return {
         "chosen": dict(zip(FIELDS, chosen, strict=True)),
-        "quick": dict(zip(FIELDS, quickly, strict=True)),
         "best": dict(zip(FIELDS, best, strict=True)),
         "rounds": len(raw),
         "chosen_to_best": ratio(speeds[chosen], speeds[best]),
-        "quick_to_best": ratio(speeds[quickly], speeds[best]),
         "chosen_to_default": ratio(speeds[chosen], speeds[default]),
         "runner_to_raw": ratio(speeds[chosen], raw),
         "raw_rows_per_s": round(statistics.median(raw), 1),
@@ -256,7 +252,7 @@ def show(name: str, of: dict[str, Any]) -> None:
     print(f"   freezing: {of['freezing']}; oneDNN: {of['onednn']}")
     print(
         f"   chosen: {of['chosen_to_best']} of the best, {of['chosen_to_default']} times the default; "
-        f"quick choice: {of['quick_to_best']} of the best; runner: {of['runner_to_raw']} of the raw loop"
+        f"runner: {of['runner_to_raw']} of the raw loop"
     )
 
 
@@ -265,7 +261,6 @@ def main() -> int:
     proving = os.environ.get("FLIGHTSVC_PROVE") == "1"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5 if proving else 2)
-    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=proving)
     parser.add_argument("--only", choices=("lite0", "mobilenet"))
     parser.add_argument("--export", metavar="DIR", help="write MobileNetV2 and nothing else")
     arguments = parser.parse_args()
@@ -284,7 +279,7 @@ def main() -> int:
     figures: dict[str, Any] = {"models": {}, "machine": about}
     for name, model in models.items():
         with tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as run_dir:
-            figures["models"][name] = measure(name, model, arguments.rounds, arguments.full, Path(run_dir))
+            figures["models"][name] = measure(name, model, arguments.rounds, Path(run_dir))
         show(name, figures["models"][name])
     print(f"\n{place(about)}; flags {' '.join(flag for flag in FLAGS if flag in about['cpu_flags'])}")
     keep("tuning", figures)

@@ -29,8 +29,10 @@ type cli struct {
 	Unload  unloadCommand    `cmd:"" help:"Take a model out of memory."`
 	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
-	Predict predictCommand   `cmd:"" help:"Run a model over the rows of a file."`
 	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use that from its next load."`
+	Predict pythonCommand    `cmd:"" passthrough:"" help:"Run a model over the rows of files."`
+	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Make constants of a model's variables."`
+	Conf    pythonCommand    `cmd:"" passthrough:"" help:"Print the configuration of the Spark plugin."`
 }
 
 type serveCommand struct {
@@ -59,12 +61,18 @@ const (
 
 func main() {
 	var line cli
-	ctx := kong.Parse(&line,
+	parser := kong.Must(&line,
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
 		kong.Configuration(fileSettings),
 		kong.Exit(func(code int) { os.Exit(code * exitUsage) }), // called after help, with 0, and for a wrong command line, with 1
 		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{"--help"}
+	}
+	ctx, err := parser.Parse(args)
+	parser.FatalIfErrorf(err)
 	if err := ctx.Run(&line); err != nil {
 		complain(err)
 		os.Exit(exitFailed)

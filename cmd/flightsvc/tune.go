@@ -22,7 +22,6 @@ type tuneCommand struct {
 	frontFlags
 	modelArgument
 	Signature string `default:"serving_default" help:"Signature to measure."`
-	Quick     bool   `help:"About a minute: one question after the other, in place of all combinations."`
 	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
 }
 
@@ -42,8 +41,7 @@ func (c *tuneCommand) Run(about *cli) error {
 	body := struct {
 		modelBody
 		Signature string `json:"signature"`
-		Quick     bool   `json:"quick"`
-	}{model, c.Signature, c.Quick}
+	}{model, c.Signature}
 	tried := 0
 	var tuning *protocol.Tuning
 	err = client.Action(ctx, front, "model.tune", body, func(told protocol.TuneResult) error {
@@ -128,14 +126,8 @@ func show(out io.Writer, t *protocol.Tuning) error {
 		return err
 	}
 	fmt.Fprintln(out)
-	switch {
-	case t.NotFrozen != "":
+	if t.NotFrozen != "" {
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
-	case t.Freezing > 0:
-		fmt.Fprintf(out, "freezing: %.2f times as fast (median over all else the same)\n", t.Freezing)
-	}
-	if t.OneDNN > 0 {
-		fmt.Fprintf(out, "oneDNN:   %.2f times as fast (median over all else the same)\n", t.OneDNN)
 	}
 	name, flags := processor()
 	fmt.Fprintf(out, "processor: %s, with %s\n", name, strings.Join(flags, " "))

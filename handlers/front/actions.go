@@ -13,7 +13,6 @@ import (
 	"flightsvc/internal/protocol"
 	"flightsvc/modelcache"
 	"flightsvc/modelcache/repository"
-	"flightsvc/modelcache/tuning"
 )
 
 // actions are what DoAction knows, in the order in which ListActions lists them.
@@ -28,7 +27,7 @@ var actions = []struct {
 	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
 	{"model.load", `{"model","version"?,"device"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
 	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`, (*Front).unload},
-	{"model.tune", `{"model","version"?,"signature"?,"quick"?} -> {"candidate"} for each configuration measured, then {"tuning"}; may take minutes`, (*Front).tune},
+	{"model.tune", `{"model","version"?,"signature"?} -> {"candidate"} for each configuration measured, then {"tuning"}; may take minutes`, (*Front).tune},
 	{"server.shutdown", `{} -> {"draining":true}; ends this server after its streams have ended`, (*Front).shutdown},
 }
 
@@ -154,7 +153,7 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	var ask protocol.TuneBody
 	if err := protocol.DecodeBody(body, &ask); err != nil || ask.Model == "" {
-		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"quick\":true}: %w", cmp.Or(err, protocol.ErrNoModel))
+		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"signature\":\"serving_default\"}: %w", cmp.Or(err, protocol.ErrNoModel))
 	}
 	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 	if err != nil {
@@ -163,7 +162,7 @@ func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	return results(func(send func(any) error) error {
 		ctx, leave := context.WithCancelCause(ctx)
 		defer leave(nil)
-		tuning, err := f.options.Tuner.Tune(ctx, model, tuning.TuneOptions{Signature: ask.Signature, Quick: ask.Quick}, func(c protocol.Candidate) {
+		tuning, err := f.options.Tuner.Tune(ctx, model, ask.Signature, func(c protocol.Candidate) {
 			if err := send(protocol.TuneResult{Candidate: &c}); err != nil {
 				leave(err)
 			}

@@ -40,7 +40,6 @@ type LoadBody struct {
 type TuneBody struct {
 	ModelBody
 	Signature string `json:"signature,omitempty"`
-	Quick     bool   `json:"quick,omitempty"`
 }
 
 // Ready is the answer of server.ready and model.ready.

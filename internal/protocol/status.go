@@ -112,14 +112,10 @@ type Tuning struct {
 	Signature string `json:"signature"`
 	Digest    string `json:"digest"`
 	Machine   string `json:"machine"`
-	Quick     bool   `json:"quick"`
 	// NotFrozen says why the graph was not frozen; "" if it was.
 	NotFrozen  string      `json:"not_frozen,omitempty"`
 	Candidates []Candidate `json:"candidates"` // the fastest first
 	Default    Candidate   `json:"default"`    // what runs without a choice
 	Chosen     Candidate   `json:"chosen"`
-	// Freezing and OneDNN are the median ratios of candidates that differ in that alone; 0 where there are none.
-	Freezing float64 `json:"freezing"`
-	OneDNN   float64 `json:"onednn"`
-	Stored   string  `json:"stored"` // the file of the profile
+	Stored     string      `json:"stored"` // the file of the profile
 }

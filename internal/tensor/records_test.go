@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"math/rand/v2"
 	"reflect"
 	"slices"
 	"testing"
@@ -23,71 +22,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// outTypes are the column types that Spark reads for each tensor type.
-var outTypes = map[savedmodel.DType]arrow.DataType{
-	savedmodel.Float32: arrow.PrimitiveTypes.Float32, savedmodel.Float64: arrow.PrimitiveTypes.Float64,
-	savedmodel.Int8: arrow.PrimitiveTypes.Int8, savedmodel.Int16: arrow.PrimitiveTypes.Int16,
-	savedmodel.Int32: arrow.PrimitiveTypes.Int32, savedmodel.Int64: arrow.PrimitiveTypes.Int64,
-	savedmodel.Uint8: arrow.PrimitiveTypes.Int16, savedmodel.Uint16: arrow.PrimitiveTypes.Int32,
-	savedmodel.Uint32: arrow.PrimitiveTypes.Int64,
-	savedmodel.Uint64: &arrow.Decimal128Type{Precision: 20}, savedmodel.Float16: arrow.PrimitiveTypes.Float32,
-	savedmodel.Bfloat16: arrow.PrimitiveTypes.Float32,
-	savedmodel.Bool:     arrow.FixedWidthTypes.Boolean, savedmodel.String: arrow.BinaryTypes.Binary,
-}
-
-// tensorTypes are the column types of the layout tensor that differ from outTypes.
-var tensorTypes = map[savedmodel.DType]arrow.DataType{
-	savedmodel.Uint8: arrow.PrimitiveTypes.Uint8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16,
-	savedmodel.Uint32: arrow.PrimitiveTypes.Uint32, savedmodel.Uint64: arrow.PrimitiveTypes.Uint64,
-	savedmodel.Float16: arrow.FixedWidthTypes.Float16,
-}
-
 // anyInput are the inputs of tests in which only outputs matter.
 var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
-
-var outDTypes = []savedmodel.DType{
-	savedmodel.Float32, savedmodel.Float64, savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64,
-	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64, savedmodel.Float16, savedmodel.Bfloat16,
-	savedmodel.Bool, savedmodel.String,
-}
-
-// outElement draws an element of a tensor: as the tensor holds it, and as the column should.
-func outElement(r *rand.Rand, dtype savedmodel.DType) (data []byte, want any) {
-	bits := binary.LittleEndian.AppendUint64(nil, r.Uint64())[:dtype.Size()]
-	wide := binary.LittleEndian.Uint64(append(slices.Clone(bits), make([]byte, 8)...))
-	switch dtype {
-	case savedmodel.Float32:
-		x := r.Float32()
-		return binary.LittleEndian.AppendUint32(nil, math.Float32bits(x)), x
-	case savedmodel.Float64:
-		x := r.Float64()
-		return binary.LittleEndian.AppendUint64(nil, math.Float64bits(x)), x
-	case savedmodel.Bool:
-		return []byte{byte(wide & 1)}, wide&1 == 1
-	case savedmodel.String:
-		s := fmt.Sprint(r.IntN(1e6))[r.IntN(2):] // sometimes empty
-		return []byte(s), s
-	case savedmodel.Float16: // neither infinite nor NaN
-		bits[1] &= 0xbf
-		return bits, FromHalf(uint16(wide & 0xbfff))
-	case savedmodel.Bfloat16:
-		bits[1] &= 0xbf
-		return bits, FromBfloat(uint16(wide & 0xbfff))
-	case savedmodel.Uint64:
-		return bits, decimal128.FromU64(wide)
-	case savedmodel.Int8:
-		return bits, int8(wide)
-	case savedmodel.Int16:
-		return bits, int16(wide)
-	case savedmodel.Uint8:
-		return bits, int16(wide)
-	case savedmodel.Int32:
-		return bits, int32(wide)
-	case savedmodel.Uint16:
-		return bits, int32(wide)
-	}
-	return bits, int64(wide)
-}
 
 // read turns one row of a column into plain Go values.
 func read(column arrow.Array, row int) any {
@@ -135,25 +71,6 @@ func read(column arrow.Array, row int) any {
 	panic(fmt.Sprintf("no way to read %T", column))
 }
 
-// draw appends one row of an output with the given inner dimensions to value, and returns the row that the column
-// should have.
-func draw(r *rand.Rand, value *Value, inner []int64) any {
-	if len(inner) == 0 {
-		data, want := outElement(r, value.DType)
-		if value.DType == savedmodel.String {
-			value.Strings = append(value.Strings, data)
-		} else {
-			value.Data = append(value.Data, data...)
-		}
-		return want
-	}
-	list := []any{}
-	for range inner[0] {
-		list = append(list, draw(r, value, inner[1:]))
-	}
-	return list
-}
-
 // flatten returns the elements of nested lists as one.
 func flatten(v any) any {
 	out := []any{}
@@ -167,134 +84,133 @@ func flatten(v any) any {
 	return out
 }
 
-// TestRecordsAgreeWithRows compares answers of random outputs and row states with what each row should hold.
-func TestRecordsAgreeWithRows(t *testing.T) {
-	for seed := range uint64(3000) {
-		r := rand.New(rand.NewPCG(seed, 2))
-		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-		rows := NewRows(r.IntN(10))
-		states := 1 + r.IntN(4)
-		for row := range rows.Len() {
-			switch r.IntN(states) {
-			case 1:
-				rows.Null(row)
-			case 2:
-				rows.Refuse(row, fmt.Sprintf("reason %d", row))
-			}
+// TestRecords has outputs of all types as columns of both layouts, with a null row, a refused one and their reasons.
+func TestRecords(t *testing.T) {
+	p, half := arrow.PrimitiveTypes, arrow.FixedWidthTypes.Float16
+	texts := [][]byte{[]byte("a"), nil, []byte("ß"), []byte("d"), []byte("\xff"),
+		[]byte("f"), []byte("g"), []byte("h")}
+	decimals := func(list ...uint64) (out []any) {
+		for _, v := range list {
+			out = append(out, decimal128.FromU64(v))
 		}
-		signature := savedmodel.Signature{Inputs: anyInput}
-		options := Options{}
-		tensor := r.IntN(3) == 0
-		if tensor {
-			options.Layout = protocol.LayoutTensor
-		}
-		var outputs []Value
-		var want [][]any // by column, then row
-		var types []arrow.DataType
-		for i := range 1 + r.IntN(3) {
-			dtype := outDTypes[r.IntN(len(outDTypes))]
-			out := savedmodel.Spec{Name: fmt.Sprintf("out%d", i), DType: dtype, Shape: []int64{-1}}
-			entry := protocol.Output{Tensor: out.Name, Column: out.Name}
-			value := Value{DType: dtype, Shape: []int64{int64(rows.Kept())}}
-			column := outTypes[dtype]
-			if other, ok := tensorTypes[dtype]; tensor && ok {
-				column = other
-			}
-			if dtype == savedmodel.String && r.IntN(2) == 0 {
-				column, entry.Type = arrow.BinaryTypes.String, "utf8"
-			}
-			flat := int64(1)
-			for range r.IntN(4) {
-				size := r.Int64N(4)
-				if tensor {
-					size++
+		return out
+	}
+	for dtype, c := range map[savedmodel.DType]struct {
+		list, tensor arrow.DataType
+		elements     any
+		want         []any // of the layout list; the layout tensor has the same values
+	}{
+		savedmodel.Int8:   {p.Int8, p.Int8, []int8{-128, 127}, []any{int8(-128), int8(127)}},
+		savedmodel.Int16:  {p.Int16, p.Int16, []int16{-1 << 15, 1}, []any{int16(-1 << 15), int16(1)}},
+		savedmodel.Int32:  {p.Int32, p.Int32, []int32{-1 << 31, 1}, []any{int32(-1 << 31), int32(1)}},
+		savedmodel.Int64:  {p.Int64, p.Int64, []int64{math.MinInt64, 1}, []any{int64(math.MinInt64), int64(1)}},
+		savedmodel.Uint8:  {p.Int16, p.Uint8, []uint8{255, 0}, []any{int16(255), int16(0)}},
+		savedmodel.Uint16: {p.Int32, p.Uint16, []uint16{65535, 0}, []any{int32(65535), int32(0)}},
+		savedmodel.Uint32: {p.Int64, p.Uint32, []uint32{math.MaxUint32, 0}, []any{int64(math.MaxUint32), int64(0)}},
+		savedmodel.Uint64: {&arrow.Decimal128Type{Precision: 20}, p.Uint64, []uint64{math.MaxUint64, 0},
+			decimals(math.MaxUint64, 0)},
+		savedmodel.Float32:  {p.Float32, p.Float32, []float32{0x1p-149, -1.5}, []any{float32(0x1p-149), float32(-1.5)}},
+		savedmodel.Float64:  {p.Float64, p.Float64, []float64{0x1p-1074, -1.5}, []any{0x1p-1074, -1.5}},
+		savedmodel.Float16:  {p.Float32, half, []uint16{0x7bff, 1}, []any{float32(65504), float32(0x1p-24)}},
+		savedmodel.Bfloat16: {p.Float32, p.Float32, []uint16{0x3f80, 0xc000}, []any{float32(1), float32(-2)}},
+		savedmodel.Bool: {arrow.FixedWidthTypes.Boolean, arrow.FixedWidthTypes.Boolean, []bool{true, false},
+			[]any{true, false}},
+		savedmodel.String: {arrow.BinaryTypes.Binary, arrow.BinaryTypes.Binary, nil,
+			[]any{"a", "", "ß", "d", "\xff", "f", "g", "h"}},
+	} {
+		for _, inner := range [][]int64{{}, {2}, {1, 2}, {2, 2}} {
+			for _, layout := range []string{"", protocol.LayoutTensor} {
+				// Two rows take part; the elements of an output are those of the table, again and again.
+				n := 2 * elements(inner)
+				value := Value{DType: dtype, Shape: append([]int64{2}, inner...)}
+				want := slices.Repeat(c.want, int(n))[:n]
+				if dtype == savedmodel.String {
+					value.Strings = texts[:n]
+				} else {
+					once, err := binary.Append(nil, binary.LittleEndian, c.elements)
+					if err != nil {
+						t.Fatal(err)
+					}
+					value.Data = slices.Repeat(once, int(n))[:int(n)*dtype.Size()]
 				}
-				dim := []int64{-1, size}[r.IntN(2)]
-				if tensor && r.IntN(2) == 0 {
-					dim = size
+				column := c.list
+				if layout != "" {
+					column = c.tensor
+					if len(inner) > 0 {
+						column = arrow.FixedSizeListOf(int32(n/2), column)
+					}
 				}
-				out.Shape, value.Shape = append(out.Shape, dim), append(value.Shape, size)
-				flat *= size
-				if !tensor {
-					column = arrow.ListOf(column)
+				for range inner {
+					if layout == "" {
+						column = arrow.ListOf(column)
+					}
 				}
-			}
-			if tensor && len(out.Shape) > 1 {
-				column = arrow.FixedSizeListOf(int32(flat), column)
-			}
-			// The request has the dimensions that the signature leaves open.
-			if r.IntN(4) == 0 || tensor && slices.Contains(out.Shape[1:], -1) {
-				entry.Shape = append([]int64{-1}, value.Shape[1:]...)
-				if r.IntN(2) == 0 {
-					out.Shape, out.UnknownRank = nil, true
-				}
-			}
-			signature.Outputs = append(signature.Outputs, out)
-			options.Outputs = append(options.Outputs, entry)
-			expected := make([]any, rows.Len())
-			for _, row := range rows.Positions() {
-				expected[row] = draw(r, &value, value.Shape[1:])
-				if tensor && len(value.Shape) > 1 {
-					expected[row] = flatten(expected[row])
-				}
-			}
-			outputs, want, types = append(outputs, value), append(want, expected), append(types, column)
-		}
-		if rows.Kept() == 0 && r.IntN(2) == 0 {
-			outputs = nil // nothing ran
-		}
-		if r.IntN(2) == 0 {
-			options.ErrorColumn = "error"
-			texts := make([]any, rows.Len())
-			for row := range texts {
-				if text, ok := rows.reason(row); ok {
-					texts[row] = text
-				}
-			}
-			want = append(want, texts)
-		}
-		plan, err := NewPlan(signature, options)
-		if err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
-		}
-		for i, column := range types {
-			if field := plan.Schema().Field(i); !arrow.TypeEqual(field.Type, column) || !field.Nullable {
-				t.Fatalf("seed %d, column %d is %s, want %s", seed, i, field, column)
+				first, second := want[:n/2], want[n/2:]
+				// The request says what the signature leaves open.
+				options := Options{Layout: layout, ErrorColumn: "why",
+					Outputs: protocol.Outputs{{Tensor: "y", Column: "y", Shape: append([]int64{-1}, inner...)}}}
+				output := savedmodel.Spec{Name: "y", DType: dtype, UnknownRank: true}
+				checkRecords(t, output, options, value, NewRows(2), column, []any{first, second})
+				rows := NewRows(4)
+				rows.Null(0)
+				rows.Refuse(2, "for the test")
+				checkRecords(t, output, options, value, rows, column, []any{nil, first, nil, second})
 			}
 		}
-		if outputs != nil {
-			settled, owned := plan.Settle(outputs, rows, mem)
-			if err := plan.CheckOutputs(outputs, rows.Kept()); err != nil || owned || len(settled) != len(outputs) {
-				t.Fatalf("seed %d: %d settled, %t, %v", seed, len(settled), owned, err)
-			}
-		}
-		parts := 0
+	}
+}
+
+// checkRecords compares the answer of one output, its nulls and its column of errors with the elements of its rows.
+func checkRecords(t *testing.T, output savedmodel.Spec, options Options, value Value, rows *Rows,
+	column arrow.DataType, want []any) {
+	t.Helper()
+	mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
+	defer mem.AssertSize(t, 0)
+	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{output}}, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if field := plan.Schema().Field(0); !arrow.TypeEqual(field.Type, column) || !field.Nullable {
+		t.Fatalf("%s: column %s, want %s", output.DType, field, column)
+	}
+	settled, owned := plan.Settle([]Value{value}, rows, mem)
+	if err := plan.CheckOutputs(settled, rows.Kept()); err != nil || owned {
+		t.Fatalf("%s: owned %t, %v", output.DType, owned, err)
+	}
+	for _, outputs := range [][]Value{settled, nil} { // nil where nothing ran
 		err = plan.Records(outputs, rows, mem, func(rec arrow.Record, last bool) error {
-			parts++
-			if !last || rec.NumRows() != int64(rows.Len()) || !rec.Schema().Equal(plan.Schema()) {
-				t.Fatalf("seed %d: %d rows, last %t, schema %s", seed, rec.NumRows(), last, rec.Schema())
+			if !last || !rec.Schema().Equal(plan.Schema()) || rec.NumRows() != int64(rows.Len()) {
+				t.Errorf("last %t, %d rows of %s", last, rec.NumRows(), rec.Schema())
 			}
-			for i, column := range rec.Columns() {
-				nulls := 0
-				for row := range rows.Len() {
-					got := read(column, row)
-					if got == nil {
-						nulls++
-					}
-					if !reflect.DeepEqual(got, want[i][row]) {
-						t.Fatalf("seed %d, column %d, row %d: %v, want %v", seed, i, row, got, want[i][row])
-					}
+			nulls := 0
+			for row := range rows.Len() {
+				got := read(rec.Column(0), row)
+				if list, ok := got.([]any); ok {
+					got = flatten(list)
+				} else if got != nil {
+					got = []any{got}
 				}
-				if column.NullN() != nulls {
-					t.Fatalf("seed %d, column %d says %d nulls, has %d", seed, i, column.NullN(), nulls)
+				if got == nil {
+					nulls++
 				}
+				if (want[row] == nil) != (got == nil) || want[row] != nil && !reflect.DeepEqual(got, want[row]) {
+					t.Errorf("%s as %s, row %d: %v, want %v", output.DType, column, row, got, want[row])
+				}
+				reason, refused := rows.reason(row)
+				if text := read(rec.Column(1), row); refused != (text != nil) || refused && text != reason {
+					t.Errorf("row %d: error %v, want %q", row, text, reason)
+				}
+			}
+			if rec.Column(0).NullN() != nulls {
+				t.Errorf("%d nulls are counted of %d", rec.Column(0).NullN(), nulls)
 			}
 			return nil
 		})
-		if err != nil || parts != 1 {
-			t.Fatalf("seed %d: %d parts, %v", seed, parts, err)
+		if err != nil {
+			t.Error(err)
 		}
-		mem.AssertSize(t, 0)
+		rows, want = NewRows(1), []any{nil}
+		rows.Null(0)
 	}
 }
 

@@ -4,7 +4,6 @@ package tensor
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"testing"
 	"unsafe"
@@ -42,65 +41,30 @@ func one(name string, column arrow.Array) arrow.Record {
 		[]arrow.Array{column}, int64(column.Len()))
 }
 
-// TestRawAgreesWithCells compares raw cells of all binary types with their concatenation.
-func TestRawAgreesWithCells(t *testing.T) {
-	columns := []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.BinaryView,
-		&arrow.FixedSizeBinaryType{ByteWidth: 12}}
-	dtypes := []savedmodel.DType{savedmodel.Bool, savedmodel.Uint8, savedmodel.Bfloat16, savedmodel.Int32,
-		savedmodel.Float32}
-	for seed := range uint64(300) {
-		r := rand.New(rand.NewPCG(seed, 3))
-		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-		column, dtype := columns[r.IntN(len(columns))], dtypes[r.IntN(len(dtypes))]
-		n, size := 1+r.IntN(9), int64(12/dtype.Size())
-		var rows []any
-		var want []byte
-		var kept []int
-		for row := range n {
-			cell := make([]byte, 12)
-			for i := range cell {
-				cell[i] = byte(r.IntN(2))
+// TestRawCells has cells of all binary types: null ones, those of another size, and booleans that are none.
+func TestRawCells(t *testing.T) {
+	cells := []any{"\x00\x01\x00\x01", nil, "\x01\x01\x01\x01", "\x00\x01\x02\x00"}
+	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.LargeBinary,
+		arrow.BinaryTypes.BinaryView, &arrow.FixedSizeBinaryType{ByteWidth: 4}} {
+		for dtype, kept := range map[savedmodel.DType][]int{savedmodel.Bool: {0, 2}, savedmodel.Uint8: {0, 2, 3},
+			savedmodel.Bfloat16: {0, 2, 3}, savedmodel.Float32: {0, 2, 3}} {
+			mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
+			rows, n := cells, len(kept)
+			if column.ID() != arrow.FIXED_SIZE_BINARY {
+				rows = slices.Concat(cells, []any{"\x00", ""})
 			}
-			bad := false
-			switch choice := r.IntN(8); {
-			case choice == 0:
-				rows = append(rows, nil)
-				continue
-			case choice == 1 && column.ID() != arrow.FIXED_SIZE_BINARY:
-				cell, bad = cell[:r.IntN(12)], true
-			case choice == 2:
-				cell[r.IntN(12)], bad = 2, dtype == savedmodel.Bool
-			}
-			rows = append(rows, string(cell))
-			if !bad {
-				want, kept = append(want, cell...), append(kept, row)
-			}
-		}
-		rec := record(t, mem, "c", column, rows...)
-		binding := bindOne(t, spec("x", dtype, -1, size, 1), protocol.Input{Encoding: "raw"},
-			rec.Schema().Field(0))
-		if err := binding.Check(rec); err != nil {
-			t.Fatal(err)
-		}
-		state := NewRows(n)
-		binding.Nulls(rec, state, false)
-		if state.Kept() > 0 {
-			feeds, err := binding.Values(t.Context(), rec, state, nil, mem)
-			if err != nil {
-				t.Fatalf("seed %d: %v", seed, err)
-			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
-				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), size, 1})) {
-				t.Fatalf("seed %d, %s of %s: %v %v, want %v", seed, column, dtype, feeds[0].Value.Shape,
-					feeds[0].Value.Data, want)
+			rec := record(t, mem, "c", column, rows...)
+			size := int64(4 / max(dtype.Size(), 1))
+			feeds, state, err := feedsOf(t, rec, mem, protocol.Input{Encoding: "raw"}, spec("x", dtype, -1, size, 1))
+			want := []byte("\x00\x01\x00\x01\x01\x01\x01\x01\x00\x01\x02\x00")[:4*n]
+			if err != nil || !slices.Equal(state.Positions(), kept) ||
+				!holds(feeds[0].Value, []int64{int64(n), size, 1}, want) {
+				t.Errorf("%s of %s: rows %v, %v, %v", column, dtype, state.Positions(), feeds, err)
 			}
 			ReleaseFeeds(feeds)
+			rec.Release()
+			mem.AssertSize(t, 0)
 		}
-		if !slices.Equal(state.Positions(), kept) {
-			t.Fatalf("seed %d: rows %v took part, want %v", seed, state.Positions(), kept)
-		}
-		rec.Release()
-		mem.AssertSize(t, 0)
 	}
 }
 
@@ -137,113 +101,74 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	}
 }
 
-// TestVectorsAgreeWithRows compares sparse and dense vectors, good and bad ones, with an oracle that walks the rows.
-func TestVectorsAgreeWithRows(t *testing.T) {
-	refusals := 0
-	for seed := range uint64(600) {
-		r := rand.New(rand.NewPCG(seed, 4))
-		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-		n, size, before := r.IntN(10), r.IntN(5), r.IntN(2)
-		input := spec("x", []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}[r.IntN(2)], -1,
-			[]int64{-1, int64(size)}[r.IntN(2)])
-		b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
-		var kept []int
-		var nulls []bool
-		var want []byte
-		put := func(kind, length any, indices, values any) {
-			b.Append(true)
-			for i, v := range []any{kind, length, indices, values} {
-				appendValue(b.FieldBuilder(i), v)
-			}
+// TestVectors has dense and sparse vectors, whole ones with a null somewhere, and those that cannot be.
+func TestVectors(t *testing.T) {
+	sparse, dense := int64(0), int64(1)
+	indices := func(at ...int64) (list []any) {
+		for _, i := range at {
+			list = append(list, i)
 		}
-		for row := -before; row < n; row++ {
-			dense := make([]any, size)
-			indices, values := []any{}, []any{}
-			for i := range dense {
-				if dense[i] = 0.0; r.IntN(2) == 0 {
-					dense[i] = float64(r.IntN(100))
-					indices, values = append(indices, int64(i)), append(values, dense[i])
+		return list
+	}
+	const fits, null, bad = 0, 1, 2
+	vectors := []struct {
+		parts []any // type, size, indices, values
+		state int
+	}{
+		{[]any{dense, nil, nil, []any{1.0, 2.0, 3.0}}, fits},
+		{nil, null},
+		{[]any{sparse, int64(3), indices(0, 2), []any{1.5, -2.0}}, fits},
+		{[]any{sparse, int64(3), []any{}, []any{}}, fits},
+		{[]any{dense, nil, nil, []any{1.0, nil, 3.0}}, null},
+		{[]any{sparse, nil, indices(0), []any{1.0}}, null},
+		{[]any{nil, nil, nil, []any{1.0, 2.0, 3.0}}, null},
+		{[]any{int64(2), nil, nil, []any{1.0, 2.0, 3.0}}, bad},
+		{[]any{sparse, int64(3), indices(3), []any{1.0}}, bad},
+		{[]any{sparse, int64(3), indices(-1), []any{1.0}}, bad},
+		{[]any{sparse, int64(3), indices(1, 1), []any{1.0, 1.0}}, bad},
+		{[]any{sparse, int64(3), indices(2, 1), []any{1.0, 1.0}}, bad},
+		{[]any{sparse, int64(3), indices(1), []any{1.0, 1.0}}, bad},
+		{[]any{dense, nil, nil, []any{0.0, 0.0, 0.1}}, fits},
+	}
+	for _, size := range []int64{-1, 3} {
+		for dtype, want := range map[savedmodel.DType]any{
+			savedmodel.Float32: []float32{1, 2, 3, 1.5, 0, -2, 0, 0, 0, 0, 0, 0.1},
+			savedmodel.Float64: []float64{1, 2, 3, 1.5, 0, -2, 0, 0, 0, 0, 0, 0.1}} {
+			mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
+			b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
+			var kept []int
+			for i := -1; i < len(vectors); i++ { // the first one is sliced off
+				v := vectors[max(i, 0)]
+				if v.parts == nil {
+					b.AppendNull()
+				} else {
+					b.Append(true)
+				}
+				for field, part := range v.parts {
+					appendValue(b.FieldBuilder(field), part)
+				}
+				if i >= 0 && v.state == fits {
+					kept = append(kept, i)
 				}
 			}
-			null, bad := false, false
-			switch r.IntN(12) {
-			case 0:
-				b.AppendNull()
-				null = true
-			case 1:
-				put(int64(2), nil, nil, dense)
-				bad = true
-			case 2:
-				put(int64(0), int64(size), append(indices, int64(size)), append(values, 1.0))
-				bad = true
-			case 3:
-				put(int64(0), int64(size), append([]any{int64(-1)}, indices...), append(values, 1.0))
-				bad = true
-			case 4:
-				put(int64(0), int64(size), append(indices, int64(0), int64(0)), append(values, 1.0, 1.0))
-				bad = true
-			case 5:
-				put(int64(0), int64(size), indices, append(values, 1.0))
-				bad = true
-			case 6:
-				put(int64(1), nil, nil, append(dense, nil))
-				null = true
-			case 7:
-				put(int64(0), nil, indices, values)
-				null = true
-			case 8:
-				put(nil, nil, nil, dense)
-				null = true
-			case 9, 10:
-				put(int64(0), int64(size), indices, values)
-			default:
-				put(int64(1), nil, nil, dense)
+			whole := b.NewArray()
+			b.Release()
+			rec := one("c", array.NewSlice(whole, 1, int64(whole.Len())))
+			whole.Release()
+			feeds, rows, err := feedsOf(t, rec, mem, protocol.Input{}, spec("x", dtype, -1, size))
+			if err != nil || !slices.Equal(rows.Positions(), kept) || !holds(feeds[0].Value, []int64{4, 3}, want) {
+				t.Errorf("%s [?,%d]: rows %v, %v, %v", dtype, size, rows.Positions(), feeds, err)
 			}
-			if row >= 0 {
-				nulls = append(nulls, null)
-				if !null && !bad {
-					kept = append(kept, row)
-					want, _ = appendTensor(want, nil, dense, input.DType)
+			for i, v := range vectors {
+				if _, refused := rows.reason(i); refused != (v.state == bad) ||
+					(rows.state[i] == rowNull) != (v.state == null) {
+					t.Errorf("vector %d: state %d, want %d", i, rows.state[i], v.state)
 				}
-				if bad {
-					refusals++
-				}
-			}
-		}
-		whole := b.NewArray()
-		rec := one("c", array.NewSlice(whole, int64(before), int64(before+n)))
-		whole.Release()
-		b.Release()
-		binding := bindOne(t, input, protocol.Input{}, rec.Schema().Field(0))
-		if err := binding.Check(rec); err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
-		}
-		rows := NewRows(n)
-		binding.Nulls(rec, rows, false)
-		for row, null := range nulls {
-			if (rows.state[row] == rowNull) != null {
-				t.Fatalf("seed %d: row %d is null: %t", seed, row, null)
-			}
-		}
-		if rows.Kept() > 0 {
-			feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
-			if err != nil {
-				t.Fatalf("seed %d: %v", seed, err)
-			}
-			if len(kept) > 0 && (string(feeds[0].Value.Data) != string(want) ||
-				!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept)), int64(size)})) {
-				t.Fatalf("seed %d: %v %v, want %v", seed, feeds[0].Value.Shape, feeds[0].Value.Data, want)
 			}
 			ReleaseFeeds(feeds)
+			rec.Release()
+			mem.AssertSize(t, 0)
 		}
-		if !slices.Equal(rows.Positions(), kept) {
-			t.Fatalf("seed %d: rows %v took part, want %v: %v", seed, rows.Positions(), kept, rows.texts)
-		}
-		rec.Release()
-		mem.AssertSize(t, 0)
-	}
-	if refusals < 100 {
-		t.Errorf("%d refused rows are too few", refusals)
 	}
 }
 

@@ -1,4 +1,4 @@
-// Tests of input tensors: random columns against an oracle that goes row by row, and each kind of error.
+// Tests of input tensors: columns of all kinds beside the tensors that they become, and each kind of error.
 
 package tensor
 
@@ -10,9 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"math/rand/v2"
 	"slices"
-	"sort"
 	"strings"
 	"testing"
 	"unsafe"
@@ -29,126 +27,11 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// The oracle works on plain Go values, a row at a time: nil is a null, []any a list, and an element is an
-// int64, a uint64, a float64, a bool or a string.
+// Columns are written as plain Go values: nil is a null, []any a list, and an element is an int64, a uint64, a float64,
+// a bool or a string.
 
 // huge is a decimal of more than 64 bits.
 type huge struct{}
-
-var (
-	signed   = []savedmodel.DType{savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64}
-	unsigned = []savedmodel.DType{savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64}
-	doubles  = []savedmodel.DType{savedmodel.Float32, savedmodel.Float64}
-	halves   = []savedmodel.DType{savedmodel.Float16, savedmodel.Bfloat16}
-	strings_ = []savedmodel.DType{savedmodel.String}
-)
-
-// leafTypes lists, for each element type of a column, the tensor types that it feeds.
-var leafTypes = map[arrow.DataType][]savedmodel.DType{
-	arrow.PrimitiveTypes.Int8:                slices.Concat(signed, unsigned, doubles, halves),
-	arrow.PrimitiveTypes.Int16:               slices.Concat(signed[1:], unsigned, doubles),
-	arrow.PrimitiveTypes.Int32:               slices.Concat(signed[2:], unsigned, doubles[1:]),
-	arrow.PrimitiveTypes.Int64:               slices.Concat(signed[3:], unsigned),
-	arrow.PrimitiveTypes.Uint8:               slices.Concat(signed[1:], unsigned, doubles, halves),
-	arrow.PrimitiveTypes.Uint16:              slices.Concat(signed[2:], unsigned, doubles),
-	arrow.PrimitiveTypes.Uint32:              slices.Concat(signed[3:], unsigned, doubles[1:]),
-	arrow.PrimitiveTypes.Uint64:              unsigned,
-	&arrow.Decimal128Type{Precision: 20}:     unsigned,
-	arrow.FixedWidthTypes.Float16:            slices.Concat(halves[:1], doubles),
-	arrow.PrimitiveTypes.Float32:             slices.Concat(doubles, halves),
-	arrow.PrimitiveTypes.Float64:             doubles,
-	arrow.FixedWidthTypes.Boolean:            {savedmodel.Bool},
-	arrow.BinaryTypes.String:                 strings_,
-	arrow.BinaryTypes.LargeString:            strings_,
-	arrow.BinaryTypes.Binary:                 strings_,
-	arrow.BinaryTypes.StringView:             strings_,
-	arrow.BinaryTypes.BinaryView:             strings_,
-	&arrow.FixedSizeBinaryType{ByteWidth: 3}: strings_,
-}
-
-// leaves are the keys of leafTypes in a fixed order, so that a seed means one case.
-var leaves = slices.SortedFunc(maps.Keys(leafTypes), func(a, b arrow.DataType) int {
-	return strings.Compare(a.String(), b.String())
-})
-
-// level is one list around the elements of a column.
-type level struct {
-	kind int // 0 list, 1 large list, 2 list view, 3 large list view, 4 fixed-size list
-	size int // of most rows
-}
-
-const fixedSize = 4
-
-func (l level) around(t arrow.DataType) arrow.DataType {
-	switch l.kind {
-	case 0:
-		return arrow.ListOf(t)
-	case 1:
-		return arrow.LargeListOf(t)
-	case 2:
-		return arrow.ListViewOf(t)
-	case 3:
-		return arrow.LargeListViewOf(t)
-	}
-	return arrow.FixedSizeListOf(int32(l.size), t)
-}
-
-// element draws one element that the type can hold exactly. For a checked dtype a few are out of range.
-func element(r *rand.Rand, leaf arrow.DataType, dtype savedmodel.DType) any {
-	switch leaf.ID() {
-	case arrow.BOOL:
-		return r.IntN(2) == 1
-	case arrow.FIXED_SIZE_BINARY:
-		return fmt.Sprint(100 + r.IntN(900))
-	case arrow.STRING, arrow.LARGE_STRING, arrow.BINARY, arrow.STRING_VIEW, arrow.BINARY_VIEW:
-		return strings.Repeat("ß", 5*r.IntN(4)) + fmt.Sprint(r.IntN(100))
-	case arrow.FLOAT16:
-		return float64(r.IntN(2048)) / 8
-	case arrow.FLOAT32:
-		if slices.Contains(halves, dtype) && r.IntN(20) > 0 {
-			return float64(float32(r.NormFloat64()))
-		}
-		return float64(math.Float32frombits(uint32(r.Uint32()&0x7effffff) | uint32(r.IntN(2))<<31))
-	case arrow.FLOAT64:
-		return (r.Float64() - 0.5) * 1e6
-	}
-	bits := leaf.(arrow.FixedWidthDataType).BitWidth()
-	isUnsigned := strings.HasPrefix(leaf.Name(), "uint")
-	if slices.Contains(unsigned, dtype) && r.IntN(20) > 0 {
-		bits = min(bits, 8*dtype.Size()) // fits, or nearly: int8 to uint8 has no sign
-		if !isUnsigned {
-			bits--
-		}
-		return int64(r.Uint64() >> (64 - bits) >> max(bits-63, 0))
-	}
-	switch {
-	case leaf.ID() == arrow.DECIMAL128:
-		return []any{huge{}, r.Uint64(), int64(-1)}[r.IntN(3)]
-	case isUnsigned:
-		return r.Uint64() >> (64 - bits)
-	}
-	return int64(r.Uint64()) >> (64 - bits)
-}
-
-// value draws one row below the given levels. A row that is not regular may hold nulls. Every list may have a length of
-// its own if ragged is set.
-func value(r *rand.Rand, levels []level, element func() any, regular, ragged bool) any {
-	if !regular && r.IntN(4) == 0 {
-		return nil
-	}
-	if len(levels) == 0 {
-		return element()
-	}
-	size := levels[0].size
-	if ragged && levels[0].kind != fixedSize {
-		size = r.IntN(4)
-	}
-	list := make([]any, size)
-	for i := range list {
-		list[i] = value(r, levels[1:], element, regular, ragged)
-	}
-	return list
-}
 
 // dirty is an allocator whose memory is not zeroed, like offheap's.
 type dirty struct{ *memory.GoAllocator }
@@ -165,31 +48,6 @@ func (d dirty) Reallocate(size int, b []byte) []byte {
 	grown := d.Allocate(size)
 	copy(grown, b)
 	return grown
-}
-
-// anywhere reports whether a condition holds for v or for an element in it, at any depth.
-func anywhere(v any, is func(any) bool) bool {
-	list, isList := v.([]any)
-	return is(v) || isList && slices.ContainsFunc(list, func(e any) bool { return anywhere(e, is) })
-}
-
-func hasNull(v any) bool { return anywhere(v, func(v any) bool { return v == nil }) }
-
-// outside reports whether an element is out of the range of a checked dtype.
-func outside(v any, dtype savedmodel.DType) bool {
-	switch v := v.(type) {
-	case huge:
-		return true
-	case uint64:
-		return slices.Contains(unsigned, dtype) && dtype != savedmodel.Uint64 && v>>(8*dtype.Size()) != 0
-	case int64:
-		return slices.Contains(unsigned, dtype) && (v < 0 || dtype != savedmodel.Uint64 && v>>(8*dtype.Size()) != 0)
-	case float64:
-		// Halfway between the largest number and the next power of two rounds up.
-		return dtype == savedmodel.Float16 && math.Abs(v) >= 65520 ||
-			dtype == savedmodel.Bfloat16 && math.Abs(v) >= 0x1.ffp127
-	}
-	return false
 }
 
 func appendValue(b array.Builder, v any) {
@@ -264,402 +122,261 @@ func appendValue(b array.Builder, v any) {
 	}
 }
 
-// dictionary replaces the elements below all lists by indices of a type into a dictionary that has them in another
-// order, and one unused element. Some nulls are in the indices, the others in the dictionary.
-func dictionary(t *testing.T, r *rand.Rand, data arrow.ArrayData, index arrow.DataType,
-	mem memory.Allocator) arrow.ArrayData {
-	if len(data.Children()) > 0 {
-		child := dictionary(t, r, data.Children()[0], index, mem)
-		defer child.Release()
-		var dtype arrow.DataType
-		switch list := data.DataType().(type) {
-		case *arrow.ListType:
-			dtype = arrow.ListOf(child.DataType())
-		case *arrow.LargeListType:
-			dtype = arrow.LargeListOf(child.DataType())
-		case *arrow.ListViewType:
-			dtype = arrow.ListViewOf(child.DataType())
-		case *arrow.LargeListViewType:
-			dtype = arrow.LargeListViewOf(child.DataType())
-		case *arrow.FixedSizeListType:
-			dtype = arrow.FixedSizeListOf(list.Len(), child.DataType())
-		}
-		return array.NewData(dtype, data.Len(), data.Buffers(), []arrow.ArrayData{child}, data.NullN(), data.Offset())
+// feedsOf binds a record batch to one input and returns what is fed of it, and the rows that take part.
+func feedsOf(t *testing.T, rec arrow.Record, mem memory.Allocator, entry protocol.Input,
+	inputs ...savedmodel.Spec) ([]Feed, *Rows, error) {
+	t.Helper()
+	entry.Tensor, entry.Column = inputs[0].Name, rec.ColumnName(0)
+	plan, err := NewPlan(savedmodel.Signature{Inputs: inputs, Outputs: anyInput},
+		Options{Inputs: protocol.Inputs{entry}})
+	if err != nil {
+		t.Fatal(err)
 	}
-	plain := array.MakeFromData(data)
-	defer plain.Release()
-	n := plain.Len()
-	by := 0
-	values := plain
-	// which cannot be joined
-	if id := data.DataType().ID(); n > 0 && id != arrow.STRING_VIEW && id != arrow.BINARY_VIEW {
-		by = r.IntN(n)
-		back, front := array.NewSlice(plain, int64(by), int64(n)), array.NewSlice(plain, 0, int64(by))
-		var err error
-		if values, err = array.Concatenate([]arrow.Array{back, front}, mem); err != nil {
-			t.Fatal(err)
-		}
-		back.Release()
-		front.Release()
-		defer values.Release()
+	binding, err := plan.Bind(rec.Schema())
+	if err != nil {
+		t.Fatal(err)
 	}
-	indices := array.NewBuilder(mem, index)
-	defer indices.Release()
-	for i := range n {
-		if plain.IsNull(i) && r.IntN(2) == 0 {
-			indices.AppendNull()
-			continue
-		}
-		appendValue(indices, int64((i-by+n)%n))
+	if err := binding.Check(rec); err != nil {
+		t.Fatal(err)
 	}
-	at := indices.NewArray()
-	defer at.Release()
-	return array.NewDataWithDictionary(&arrow.DictionaryType{IndexType: index, ValueType: data.DataType()}, n,
-		at.Data().Buffers(), at.NullN(), 0, values.Data().(*array.Data))
+	rows := NewRows(int(rec.NumRows()))
+	binding.Nulls(rec, rows, false)
+	feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
+	return feeds, rows, err
 }
 
-// appendTensor appends the elements of a row as a tensor of dtype holds them.
-func appendTensor(data []byte, texts [][]byte, v any, dtype savedmodel.DType) ([]byte, [][]byte) {
-	if list, ok := v.([]any); ok {
-		for _, e := range list {
-			data, texts = appendTensor(data, texts, e, dtype)
-		}
-		return data, texts
-	}
-	var number uint64
-	var float float64
-	switch v := v.(type) {
-	case string:
-		return data, append(texts, []byte(v))
-	case bool:
-		if v {
-			return append(data, 1), texts
-		}
-		return append(data, 0), texts
-	case uint64:
-		number, float = v, float64(v)
-	case int64:
-		number, float = uint64(v), float64(v)
-	case float64:
-		float = v
-	}
-	le := binary.LittleEndian
-	switch dtype {
-	case savedmodel.Float16:
-		data = le.AppendUint16(data, nearest(float, FromHalf))
-	case savedmodel.Bfloat16:
-		data = le.AppendUint16(data, nearest(float, FromBfloat))
-	case savedmodel.Float32:
-		data = le.AppendUint32(data, math.Float32bits(float32(float)))
-	case savedmodel.Float64:
-		data = le.AppendUint64(data, math.Float64bits(float))
-	default:
-		data = append(data, le.AppendUint64(nil, number)[:dtype.Size()]...)
-	}
-	return data, texts
-}
+// TestValues has columns of all kinds beside their tensors, whole and as a slice. Random columns are compared with
+// TensorFlow in test_property.py.
+func TestValues(t *testing.T) {
+	p, b := arrow.PrimitiveTypes, arrow.BinaryTypes
+	boolean, half := arrow.FixedWidthTypes.Boolean, arrow.FixedWidthTypes.Float16
+	decimal := &arrow.Decimal128Type{Precision: 20}
+	list := func(of arrow.DataType) arrow.DataType { return arrow.ListOf(of) }
+	words, pairs := []any{"", "ß", nil, "longer than a view's twelve bytes"}, []any{[]any{1.0, 2.0}, []any{3.0, 4.0}}
+	wordsRead := []string{"", "ß", "longer than a view's twelve bytes"}
+	holes := []any{[]any{int64(1), int64(2)}, nil, []any{int64(3), nil}, []any{int64(4), int64(5)}}
+	deep := []any{[]any{[]any{1.0}, []any{}}, []any{}, []any{[]any{2.0, 3.0}}}
+	pads := map[string]string{"padded": "-1.5", "padded to a known size": "9", "padded text": `"-"`,
+		"padded booleans": "true"}
+	type dims = []int64
+	for name, c := range map[string]struct {
+		dtype  savedmodel.DType
+		shape  dims // of the input; unknown rank if nil
+		column arrow.DataType
+		rows   []any
+		got    dims // the shape of the tensor
+		want   any
+	}{
+		"int8": {savedmodel.Int8, dims{-1}, p.Int8, []any{int64(-128), nil, int64(127)}, dims{2},
+			[]int8{-128, 127}},
+		"int64": {savedmodel.Int64, dims{-1}, p.Int64, []any{int64(math.MinInt64), int64(math.MaxInt64)},
+			dims{2}, []int64{math.MinInt64, math.MaxInt64}},
+		"int8 as int16":  {savedmodel.Int16, dims{-1}, p.Int8, []any{int64(-128)}, dims{1}, []int16{-128}},
+		"uint8 as int16": {savedmodel.Int16, dims{-1}, p.Uint8, []any{int64(255)}, dims{1}, []int16{255}},
+		"int16 as int32": {savedmodel.Int32, dims{-1}, p.Int16,
+			[]any{int64(-1 << 15)}, dims{1}, []int32{-1 << 15}},
+		"uint16 as int32": {savedmodel.Int32, dims{-1}, p.Uint16, []any{int64(65535)}, dims{1}, []int32{65535}},
+		"int32 as int64": {savedmodel.Int64, dims{-1}, p.Int32,
+			[]any{int64(-1 << 31)}, dims{1}, []int64{-1 << 31}},
+		"uint32 as int64": {savedmodel.Int64, dims{-1}, p.Uint32, []any{int64(math.MaxUint32)}, dims{1},
+			[]int64{math.MaxUint32}},
+		"int64 as uint8": {savedmodel.Uint8, dims{-1}, p.Int64,
+			[]any{int64(0), int64(255)}, dims{2}, []uint8{0, 255}},
+		"int8 as uint16": {savedmodel.Uint16, dims{-1}, p.Int8, []any{int64(127)}, dims{1}, []uint16{127}},
+		"uint64 as uint32": {savedmodel.Uint32, dims{-1}, p.Uint64, []any{uint64(math.MaxUint32)}, dims{1},
+			[]uint32{math.MaxUint32}},
+		"decimal": {savedmodel.Uint64, dims{-1}, decimal, []any{uint64(math.MaxUint64), int64(0)},
+			dims{2}, []uint64{math.MaxUint64, 0}},
+		"bool": {savedmodel.Bool, dims{-1}, boolean, []any{true, false, nil, true}, dims{3},
+			[]bool{true, false, true}},
+		"double to the nearest float": {savedmodel.Float32, dims{-1}, p.Float64,
+			[]any{1 + 0x1p-24, 1 + 0x1.8p-23, 0x1p-149, math.Inf(-1), math.Copysign(0, -1)}, dims{5},
+			[]float32{1, 1 + 0x1p-22, 0x1p-149, float32(math.Inf(-1)), float32(math.Copysign(0, -1))}},
+		"int16 as float32": {savedmodel.Float32, dims{-1}, p.Int16,
+			[]any{int64(-1 << 15)}, dims{1}, []float32{-1 << 15}},
+		"uint32 as float64": {savedmodel.Float64, dims{-1}, p.Uint32,
+			[]any{int64(math.MaxUint32)}, dims{1}, []float64{math.MaxUint32}},
+		"float32 as float64": {savedmodel.Float64, dims{-1}, p.Float32, []any{math.MaxFloat32, 0x1p-149},
+			dims{2}, []float64{math.MaxFloat32, 0x1p-149}},
+		"float16 as float64": {savedmodel.Float64, dims{-1}, half, []any{65504.0, -0.5}, dims{2},
+			[]float64{65504, -0.5}},
+		"float16": {savedmodel.Float16, dims{-1}, half, []any{1.5}, dims{1}, []uint16{0x3e00}},
+		"float32 as float16": {savedmodel.Float16, dims{-1}, p.Float32,
+			[]any{65519.0, 0x1p-24, 0x1p-25, math.Inf(1)},
+			dims{4}, []uint16{0x7bff, 1, 0, 0x7c00}},
+		"int8 as float16": {savedmodel.Float16, dims{-1}, p.Int8,
+			[]any{int64(-128)}, dims{1}, []uint16{0xd800}},
+		"uint8 as bfloat16": {savedmodel.Bfloat16, dims{-1}, p.Uint8,
+			[]any{int64(255)}, dims{1}, []uint16{0x437f}},
+		"float32 as bfloat16": {savedmodel.Bfloat16, dims{-1}, p.Float32,
+			[]any{1 + 0x1p-8, 1 + 0x1.8p-7, math.Inf(1)},
+			dims{3}, []uint16{0x3f80, 0x3f82, 0x7f80}},
 
-// nearest finds the 16-bit float nearest to x by search, the even one of two.
-func nearest(x float64, from func(uint16) float32) uint16 {
-	sign := uint16(0)
-	if math.Signbit(x) {
-		sign, x = 0x8000, -x
-	}
-	above := uint16(sort.Search(0x7fff, func(h int) bool {
-		v := float64(from(uint16(h)))
-		return v >= x || math.IsNaN(v)
-	}))
-	if above > 0 {
-		up, down := float64(from(above))-x, x-float64(from(above-1))
-		if down < up || down == up && above%2 == 1 {
-			above--
-		}
-	}
-	return sign | above
-}
+		"utf8":         {savedmodel.String, dims{-1}, b.String, words, dims{3}, wordsRead},
+		"large utf8":   {savedmodel.String, dims{-1}, b.LargeString, words, dims{3}, wordsRead},
+		"utf8 views":   {savedmodel.String, dims{-1}, b.StringView, words, dims{3}, wordsRead},
+		"binary":       {savedmodel.String, dims{-1}, b.Binary, words, dims{3}, wordsRead},
+		"binary views": {savedmodel.String, dims{-1}, b.BinaryView, words, dims{3}, wordsRead},
+		"binary of 3": {savedmodel.String, dims{-1}, &arrow.FixedSizeBinaryType{ByteWidth: 3},
+			[]any{"abc", nil, "\xff\x00\x01"},
+			dims{2}, []string{"abc", "\xff\x00\x01"}},
 
-// sizes raises dims to the longest list at each level of v, and reports whether a list differs from dims.
-func sizes(v any, dims []int64) (differ bool) {
-	list, ok := v.([]any)
-	if !ok {
-		return false
-	}
-	differ = dims[0] >= 0 && dims[0] != int64(len(list))
-	dims[0] = max(dims[0], int64(len(list)))
-	for _, e := range list {
-		differ = sizes(e, dims[1:]) || differ
-	}
-	return differ
-}
+		"lists": {savedmodel.Float32, dims{-1, 2}, list(p.Float32), pairs,
+			dims{2, 2}, []float32{1, 2, 3, 4}},
+		"large lists": {savedmodel.Float32, dims{-1, -1}, arrow.LargeListOf(p.Float64), pairs,
+			dims{2, 2}, []float32{1, 2, 3, 4}},
+		"list views": {savedmodel.Float64, dims{-1, 2}, arrow.ListViewOf(p.Float32), pairs,
+			dims{2, 2}, []float64{1, 2, 3, 4}},
+		"large list views": {savedmodel.Float32, dims{-1, 2}, arrow.LargeListViewOf(p.Float32), pairs,
+			dims{2, 2},
+			[]float32{1, 2, 3, 4}},
+		"fixed-size lists": {savedmodel.Float32, nil, arrow.FixedSizeListOf(2, p.Float32), pairs,
+			dims{2, 2}, []float32{1, 2, 3, 4}},
+		"nulls in lists": {savedmodel.Uint8, dims{-1, 2}, list(p.Int32), holes,
+			dims{2, 2}, []uint8{1, 2, 4, 5}},
+		"nulls in views": {savedmodel.Int64, dims{-1, -1}, arrow.ListViewOf(p.Int64), holes,
+			dims{2, 2}, []int64{1, 2, 4, 5}},
+		"nulls in fixed": {savedmodel.Int64, dims{-1, 2}, arrow.FixedSizeListOf(2, p.Int8), holes,
+			dims{2, 2}, []int64{1, 2, 4, 5}},
+		"lists of nothing": {savedmodel.Int32, dims{-1, -1}, list(p.Int32),
+			[]any{[]any{}, []any{}}, dims{2, 0}, []int32{}},
+		"lists of booleans": {savedmodel.Bool, dims{-1, 2}, list(boolean),
+			[]any{[]any{true, false}, []any{false, true}}, dims{2, 2}, []bool{true, false, false, true}},
+		"lists of text": {savedmodel.String, nil, arrow.LargeListOf(b.StringView),
+			[]any{[]any{"a", ""}, nil, []any{"b", "c"}},
+			dims{2, 2}, []string{"a", "", "b", "c"}},
+		"lists in lists": {savedmodel.Int32,
+			dims{-1, 1, -1, 2}, arrow.ListViewOf(arrow.LargeListOf(arrow.FixedSizeListOf(2, p.Int16))),
+			[]any{[]any{[]any{[]any{int64(1), int64(2)}, []any{int64(3), int64(4)}}}}, dims{1, 1, 2, 2},
+			[]int32{1, 2, 3, 4}},
 
-// padded fills the lists of v up to dims.
-func padded(v any, dims []int64, filling any) any {
-	if len(dims) == 0 {
-		if v == nil {
-			return filling
-		}
-		return v
-	}
-	list, _ := v.([]any)
-	out := []any{}
-	for i := range int(dims[0]) {
-		var e any
-		if i < len(list) {
-			e = list[i]
-		}
-		out = append(out, padded(e, dims[1:], filling))
-	}
-	return out
-}
-
-// want is one input, for the oracle.
-type want struct {
-	rows    []any
-	levels  []level
-	spec    savedmodel.Spec
-	filling any  // nil without padding
-	lengths bool // the next input has them
-}
-
-// refuses reports whether a row cannot be part of the tensor.
-func (w *want) refuses(v any) bool {
-	if anywhere(v, func(v any) bool { return outside(v, w.spec.DType) }) {
-		return true
-	}
-	var misfits func(v any, dims []int64) bool
-	misfits = func(v any, dims []int64) bool {
-		list, ok := v.([]any)
-		if !ok {
-			return false
-		}
-		length := int64(len(list))
-		return dims[0] >= 0 && (length > dims[0] || length < dims[0] && w.filling == nil) ||
-			slices.ContainsFunc(list, func(e any) bool { return misfits(e, dims[1:]) })
-	}
-	return !w.spec.UnknownRank && misfits(v, w.spec.Shape[1:])
-}
-
-// TestValuesAgreeWithRows compares Values on random columns, types, lengths, slices, nulls and selections with an
-// oracle that walks the rows one by one.
-func TestValuesAgreeWithRows(t *testing.T) {
-	disagreed, refusals, paddings := 0, 0, 0
-	for seed := range uint64(4000) {
-		r := rand.New(rand.NewPCG(seed, 1))
+		"padded": {savedmodel.Float32, dims{-1, -1, -1}, list(list(p.Float64)), deep, dims{3, 2, 2},
+			[]float32{1, -1.5, -1.5, -1.5, -1.5, -1.5, -1.5, -1.5, 2, 3, -1.5, -1.5}},
+		"padded to a known size": {savedmodel.Int16, dims{-1, 3}, arrow.ListViewOf(p.Int8),
+			[]any{[]any{}, nil, []any{int64(1)}}, dims{2, 3}, []int16{9, 9, 9, 1, 9, 9}},
+		"padded text": {savedmodel.String, dims{-1, -1}, list(b.String),
+			[]any{[]any{"a"}, []any{"b", "c"}}, dims{2, 2}, []string{"a", "-", "b", "c"}},
+		"padded booleans": {savedmodel.Bool, dims{-1, -1}, list(boolean),
+			[]any{[]any{false}, []any{}, []any{false, false}}, dims{3, 2},
+			[]bool{false, true, true, true, false, false}},
+	} {
 		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-		n, before, after := r.IntN(12), r.IntN(3), r.IntN(3)
-		irregular := make([]bool, before+n+after) // rows that do not take part
-		refused := make([]bool, n)
-		for i := range irregular {
-			irregular[i] = i < before || i >= before+n || r.IntN(4) == 0
+		input := savedmodel.Spec{Name: "x", Tensor: "x:0", DType: c.dtype, Shape: c.shape, UnknownRank: c.shape == nil}
+		var entry protocol.Input
+		if pad, ok := pads[name]; ok {
+			entry.Pad = []byte(pad)
 		}
-		if r.IntN(3) == 0 { // the fast way: all rows take part
-			clear(irregular[before : before+n])
+		whole := record(t, mem, "c", c.column, c.rows...)
+		long := record(t, mem, "c", c.column, slices.Concat(c.rows, c.rows, c.rows[:1])...)
+		for _, rec := range []arrow.Record{whole, long.NewSlice(int64(len(c.rows)), int64(2*len(c.rows)))} {
+			feeds, rows, err := feedsOf(t, rec, mem, entry, input)
+			if err != nil || !holds(feeds[0].Value, c.got, c.want) || rows.Kept() != int(c.got[0]) {
+				t.Errorf("%s: %v, want %v of %v (%v)", name, feeds, c.want, c.got, err)
+			}
+			ReleaseFeeds(feeds)
+			rec.Release()
 		}
-
-		signature := savedmodel.Signature{Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)}}
-		mapping := protocol.Inputs{}
-		var fields []arrow.Field
-		var columns []arrow.Array
-		var wants []want
-		for i := range 1 + r.IntN(3) {
-			leaf := leaves[r.IntN(len(leaves))]
-			dtypes := leafTypes[leaf]
-			w := want{spec: savedmodel.Spec{Name: fmt.Sprintf("in%d", i), Tensor: fmt.Sprintf("t%d:0", i),
-				DType: dtypes[r.IntN(len(dtypes))], Shape: []int64{-1}}}
-			w.levels = make([]level, r.IntN(4))
-			column := leaf
-			for j := range w.levels {
-				w.levels[j] = level{kind: r.IntN(5), size: r.IntN(4)}
-				if w.levels[j].kind == fixedSize {
-					w.levels[j].size++ // Arrow has no fixed-size list of 0
-				}
-				w.spec.Shape = append(w.spec.Shape, []int64{-1, int64(w.levels[j].size)}[r.IntN(2)])
-			}
-			for j := len(w.levels) - 1; j >= 0; j-- {
-				column = w.levels[j].around(column)
-			}
-			if r.IntN(8) == 0 {
-				w.spec.Shape, w.spec.UnknownRank = nil, true
-			}
-			entry := protocol.Input{Tensor: w.spec.Name, Column: w.spec.Name}
-			if len(w.levels) > 0 && r.IntN(3) == 0 {
-				switch w.spec.DType {
-				case savedmodel.String:
-					w.filling, entry.Pad = "pad", []byte(`"pad"`)
-				case savedmodel.Bool:
-					w.filling, entry.Pad = true, []byte("true")
-				default:
-					w.filling, entry.Pad = int64(7), []byte("7")
-				}
-			}
-			signature.Inputs = append(signature.Inputs, w.spec)
-			if len(w.levels) > 0 && r.IntN(4) == 0 {
-				w.lengths = true
-				entry.Lengths = w.spec.Name + "n"
-				all := slices.Concat(signed, unsigned)
-				signature.Inputs = append(signature.Inputs,
-					savedmodel.Spec{Name: entry.Lengths, Tensor: entry.Lengths + ":0", DType: all[r.IntN(len(all))],
-						Shape: []int64{-1}})
-			}
-			b := array.NewBuilder(mem, column)
-			raggedOf := []int{0, 1, 8}[r.IntN(3)] // no row, every row, one in 8
-			for row, odd := range irregular {
-				ragged := odd || raggedOf > 0 && r.IntN(raggedOf) == 0
-				v := value(r, w.levels, func() any { return element(r, leaf, w.spec.DType) }, !odd, ragged)
-				w.rows = append(w.rows, v)
-				appendValue(b, v)
-				if in := row - before; in >= 0 && in < n && odd && !hasNull(v) {
-					refused[in] = true // taken out for a reason of its own, like a picture that cannot be decoded
-				}
-			}
-			w.rows = w.rows[before : before+n]
-			whole := b.NewArray()
-			if r.IntN(4) == 0 {
-				all := slices.Concat(signed, unsigned)
-				indices := []arrow.DataType{arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Uint8,
-					arrow.PrimitiveTypes.Int16, arrow.PrimitiveTypes.Uint16,
-					arrow.PrimitiveTypes.Int32, arrow.PrimitiveTypes.Uint32, arrow.PrimitiveTypes.Int64,
-					arrow.PrimitiveTypes.Uint64}
-				index := indices[r.IntN(len(all))]
-				// more elements than it can count
-				if index.(arrow.FixedWidthDataType).Bytes() == 1 && len(w.levels) > 1 {
-					index = arrow.PrimitiveTypes.Int32
-				}
-				data := dictionary(t, r, whole.Data(), index, mem)
-				whole.Release()
-				whole = array.MakeFromData(data)
-				data.Release()
-				column = whole.DataType()
-			}
-			columns = append(columns, array.NewSlice(whole, int64(before), int64(before+n)))
-			whole.Release()
-			b.Release()
-			fields = append(fields, arrow.Field{Name: w.spec.Name, Type: column, Nullable: true})
-			mapping = append(mapping, entry)
-			wants = append(wants, w)
+		none := long.NewSlice(1, 1)
+		if feeds, rows, err := feedsOf(t, none, mem, entry, input); err != nil || len(feeds) > 0 && rows.Kept() > 0 {
+			t.Errorf("%s without rows: %v, %v", name, feeds, err)
+		} else {
+			ReleaseFeeds(feeds)
 		}
-		rec := array.NewRecord(arrow.NewSchema(fields, nil), columns, int64(n))
-		for _, column := range columns {
-			column.Release()
-		}
-
-		plan, err := NewPlan(signature, Options{Inputs: mapping})
-		if err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
-		}
-		binding, err := plan.Bind(rec.Schema())
-		if err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
-		}
-		if err := binding.Check(rec); err != nil {
-			t.Fatalf("seed %d: %v", seed, err)
-		}
-		rows := NewRows(n)
-		binding.Nulls(rec, rows, r.IntN(2) == 0)
-		var candidates, kept []int
-		for row := range n {
-			null := slices.ContainsFunc(wants, func(w want) bool { return hasNull(w.rows[row]) })
-			if (rows.state[row] != rowKept) != null {
-				t.Fatalf("seed %d, row %d: state %d, but null is %t", seed, row, rows.state[row], null)
-			}
-			if refused[row] {
-				rows.Refuse(row, "for the test")
-			} else if !null {
-				candidates = append(candidates, row)
-			}
-		}
-		if rows.Kept() != len(candidates) || !slices.Equal(rows.Positions(), candidates) {
-			t.Fatalf("seed %d: kept %v, want %v", seed, rows.Positions(), candidates)
-		}
-		if len(candidates) > 0 {
-			for _, row := range candidates {
-				if !slices.ContainsFunc(wants, func(w want) bool { return w.refuses(w.rows[row]) }) {
-					kept = append(kept, row)
-				}
-			}
-			differ := false
-			dims := make([][]int64, len(wants))
-			for i, w := range wants {
-				dims[i] = make([]int64, len(w.levels))
-				for j := range dims[i] {
-					dims[i][j] = -1
-					if !w.spec.UnknownRank {
-						dims[i][j] = w.spec.Shape[j+1]
-					}
-					if dims[i][j] < 0 && w.levels[j].kind == fixedSize {
-						dims[i][j] = int64(w.levels[j].size)
-					}
-				}
-				for _, row := range kept {
-					differ = sizes(w.rows[row], dims[i]) && w.filling == nil || differ
-				}
-				for j := range dims[i] {
-					dims[i][j] = max(dims[i][j], 0) // nobody can know
-				}
-			}
-			feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
-			refusals += len(candidates) - len(kept)
-			switch {
-			case !slices.Equal(rows.Positions(), kept):
-				t.Fatalf("seed %d: rows %v took part, want %v; %v", seed, rows.Positions(), kept, rows.texts)
-			case differ:
-				disagreed++
-				expect.Fault(t, err, fault.BadRequest, "elements at dimension", `"pad"`)
-			case err != nil:
-				t.Fatalf("seed %d: %v", seed, err)
-			case len(kept) == 0:
-				if feeds != nil {
-					t.Fatalf("seed %d: %d feeds without a row", seed, len(feeds))
-				}
-			default:
-				for i, w := range wants {
-					got := feeds[0].Value
-					var data []byte
-					var texts [][]byte
-					var lengths []byte
-					for _, row := range kept {
-						data, texts = appendTensor(data, texts, padded(w.rows[row], dims[i], w.filling), w.spec.DType)
-						if w.lengths {
-							lengths, _ = appendTensor(lengths, nil, int64(len(w.rows[row].([]any))),
-								feeds[1].Value.DType)
-						}
-					}
-					shape := append([]int64{int64(len(kept))}, dims[i]...)
-					same := slices.EqualFunc(got.Strings, texts,
-						func(a, b []byte) bool { return string(a) == string(b) })
-					if feeds[0].Tensor != w.spec.Tensor || got.DType != w.spec.DType ||
-						!slices.Equal(got.Shape, shape) || string(got.Data) != string(data) || !same {
-						t.Fatalf("seed %d, input %d: %s\n got %v %v %v %q\nwant %v %v %v %q", seed, i, fields[i].Type,
-							got.DType, got.Shape, got.Data, got.Strings, w.spec.DType, shape, data, texts)
-					}
-					if w.filling != nil {
-						paddings++
-					}
-					feeds[0].Value.Release()
-					feeds = feeds[1:]
-					if w.lengths {
-						if string(feeds[0].Value.Data) != string(lengths) || feeds[0].Tensor != w.spec.Name+"n:0" ||
-							!slices.Equal(feeds[0].Value.Shape, []int64{int64(len(kept))}) {
-							t.Fatalf("seed %d, input %d: lengths %v, want %v", seed, i, feeds[0].Value.Data, lengths)
-						}
-						feeds[0].Value.Release()
-						feeds = feeds[1:]
-					}
-				}
-				if len(feeds) > 0 {
-					t.Fatalf("seed %d: %d feeds too many", seed, len(feeds))
-				}
-			}
-		}
-		rec.Release()
+		none.Release()
+		long.Release()
 		mem.AssertSize(t, 0)
-		if t.Failed() {
-			t.Fatalf("seed %d", seed)
+	}
+}
+
+// holds reports whether a tensor has a shape and elements, which are a slice.
+func holds(v Value, shape []int64, elements any) bool {
+	if texts, ok := elements.([]string); ok {
+		return slices.Equal(v.Shape, shape) &&
+			slices.EqualFunc(v.Strings, texts, func(a []byte, b string) bool { return string(a) == b })
+	}
+	data, err := binary.Append(nil, binary.LittleEndian, elements)
+	return err == nil && slices.Equal(v.Shape, shape) && bytes.Equal(v.Data, data)
+}
+
+// TestDictionaries has nulls among the indices and among the values, in columns and in lists.
+func TestDictionaries(t *testing.T) {
+	for _, index := range []arrow.DataType{arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Uint8,
+		arrow.PrimitiveTypes.Int16, arrow.PrimitiveTypes.Uint16, arrow.PrimitiveTypes.Int32,
+		arrow.PrimitiveTypes.Uint32, arrow.PrimitiveTypes.Int64, arrow.PrimitiveTypes.Uint64} {
+		mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
+		for _, c := range []struct {
+			of     arrow.DataType
+			values []any
+			dtype  savedmodel.DType
+			want   any
+		}{
+			{arrow.BinaryTypes.String, []any{"a", nil, "unused", "ß"}, savedmodel.String, []string{"ß", "a", "a"}},
+			{arrow.BinaryTypes.BinaryView, []any{"a", nil, "unused", "ß"}, savedmodel.String, []string{"ß", "a", "a"}},
+			{arrow.PrimitiveTypes.Int16, []any{int64(7), nil, int64(8), int64(9)}, savedmodel.Uint8,
+				[]uint8{9, 7, 7}},
+			{arrow.FixedWidthTypes.Boolean, []any{false, nil, true, true}, savedmodel.Bool, []bool{true, false, false}},
+		} {
+			values := record(t, mem, "v", c.of, c.values...)
+			indices := record(t, mem, "i", index, int64(3), nil, int64(0), int64(1), int64(0))
+			kind := &arrow.DictionaryType{IndexType: index, ValueType: c.of}
+			coded := array.NewDictionaryArray(kind, indices.Column(0), values.Column(0))
+			rec := one("c", coded)
+			feeds, _, err := feedsOf(t, rec, mem, protocol.Input{}, spec("x", c.dtype, -1))
+			if err != nil || !holds(feeds[0].Value, []int64{3}, c.want) {
+				t.Errorf("%s by %s: %v, %v", c.of, index, feeds, err)
+			}
+			ReleaseFeeds(feeds)
+			ends := memory.NewBufferBytes(arrow.Int32Traits.CastToBytes([]int32{2, 3, 5}))
+			data := array.NewData(arrow.ListOf(kind), 2, []*memory.Buffer{nil, ends},
+				[]arrow.ArrayData{rec.Column(0).Data()}, 0, 0)
+			lists := one("c", array.MakeFromData(data))
+			feeds, rows, err := feedsOf(t, lists, mem, protocol.Input{}, spec("x", c.dtype, -1, -1))
+			if err != nil || !slices.Equal(rows.Positions(), []int{0}) ||
+				!slices.Equal(feeds[0].Value.Shape, []int64{1, 1}) {
+				t.Errorf("lists of %s by %s: rows %v, %v, %v", c.of, index, rows.Positions(), feeds, err)
+			}
+			ReleaseFeeds(feeds)
+			data.Release()
+			for _, r := range []arrow.Record{lists, rec, indices, values} {
+				r.Release()
+			}
+		}
+		mem.AssertSize(t, 0)
+	}
+}
+
+// TestNullsMayBeRefused has a row with a null, which takes no part, with and without a reason.
+func TestNullsMayBeRefused(t *testing.T) {
+	rec := record(t, memory.DefaultAllocator, "c", arrow.PrimitiveTypes.Int64, int64(1), nil)
+	defer rec.Release()
+	binding := bindOne(t, spec("x", savedmodel.Int64, -1), protocol.Input{}, rec.Schema().Field(0))
+	for refuse, want := range map[bool]rowState{false: rowNull, true: rowRefused} {
+		rows := NewRows(2)
+		binding.Nulls(rec, rows, refuse)
+		if reason, refused := rows.reason(1); rows.state[1] != want || refused != refuse ||
+			refuse && !strings.Contains(reason, `"c"`) || rows.Kept() != 1 {
+			t.Errorf("state %d, %q", rows.state[1], reason)
 		}
 	}
-	t.Logf("%d batches with lists that disagree, %d refused rows, %d padded inputs", disagreed, refusals, paddings)
-	if disagreed < 100 || refusals < 100 || paddings < 100 {
-		t.Error("too few cases of a kind")
+}
+
+// TestLengths feeds how long the lists of the rows were that take part.
+func TestLengths(t *testing.T) {
+	mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
+	defer mem.AssertSize(t, 0)
+	rec := record(t, mem, "c", arrow.ListOf(arrow.PrimitiveTypes.Int32),
+		[]any{int64(1), int64(2)}, []any{}, nil, []any{int64(3)})
+	defer rec.Release()
+	for dtype, want := range map[savedmodel.DType]any{savedmodel.Int8: []int8{2, 0, 1},
+		savedmodel.Uint16: []uint16{2, 0, 1},
+		savedmodel.Int32:  []int32{2, 0, 1}, savedmodel.Uint64: []uint64{2, 0, 1}} {
+		entry := protocol.Input{Pad: []byte("0"), Lengths: "n"}
+		feeds, _, err := feedsOf(t, rec, mem, entry, spec("x", savedmodel.Int64, -1, -1), spec("n", dtype, -1))
+		if err != nil || len(feeds) != 2 || !holds(feeds[0].Value, []int64{3, 2}, []int64{1, 2, 0, 0, 3, 0}) ||
+			feeds[1].Tensor != "n:0" || !holds(feeds[1].Value, []int64{3}, want) {
+			t.Errorf("%s: %v, %v", dtype, feeds, err)
+		}
+		ReleaseFeeds(feeds)
 	}
 }
 
@@ -1148,6 +865,23 @@ func TestValuesRefuse(t *testing.T) {
 		"half overflows": {input: spec("x", savedmodel.Float16, -1), column: f32,
 			rows:    []any{65519.0, 65520.0, math.Inf(1)},
 			refused: map[int]string{1: `column "c": a value is outside float16, -65504 to 65504`}},
+		"uint16 of int32": {input: spec("x", savedmodel.Uint16, -1), column: arrow.PrimitiveTypes.Int32,
+			rows: []any{int64(65535), int64(65536), int64(0), int64(-3077)},
+			refused: map[int]string{1: `column "c": a value is outside uint16, 0 to 65535`,
+				3: `column "c": a value is outside uint16, 0 to 65535`}},
+		"uint32 of uint64": {input: spec("x", savedmodel.Uint32, -1), column: arrow.PrimitiveTypes.Uint64,
+			rows:    []any{int64(math.MaxUint32), int64(1 << 32), int64(0)},
+			refused: map[int]string{1: `column "c": a value is outside uint32, 0 to 4294967295`}},
+		"uint64 of int64": {input: spec("x", savedmodel.Uint64, -1), column: arrow.PrimitiveTypes.Int64,
+			rows:    []any{int64(math.MaxInt64), int64(math.MinInt64)},
+			refused: map[int]string{1: `column "c": a value is outside uint64, 0 to 18446744073709551615`}},
+		"uint64 of decimals": {input: spec("x", savedmodel.Uint64, -1), column: &arrow.Decimal128Type{Precision: 20},
+			rows: []any{uint64(math.MaxUint64), huge{}, int64(-77)},
+			refused: map[int]string{1: `column "c": a value is outside uint64, 0 to 18446744073709551615`,
+				2: `column "c": a value is outside uint64, 0 to 18446744073709551615`}},
+		"bfloat16 overflows": {input: spec("x", savedmodel.Bfloat16, -1), column: f32,
+			rows:    []any{1.0, math.MaxFloat32, math.Inf(-1)},
+			refused: map[int]string{1: `column "c": a value is outside bfloat16, -3.39e38 to 3.39e38`}},
 		"raw size": {input: spec("x", savedmodel.Float32, -1, 2), mapping: protocol.Input{Encoding: "raw"},
 			column: blobs,
 			rows:   []any{"12345678", "1234", ""},

@@ -137,31 +137,20 @@ func TestAllowedLibraries(t *testing.T) {
 	expect.Fault(t, err, fault.Precondition, "gone.so")
 }
 
-// TestWhatIsRememberedIsBounded asks for more models than are remembered.
-func TestWhatIsRememberedIsBounded(t *testing.T) {
-	root := t.TempDir()
-	models := New(Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1, Log: zap.NewNop()})
-	t.Cleanup(models.Close)
-	const asked = remembered + 50
-	for i := range asked {
-		name := fmt.Sprint("m", i)
-		expect.Write(t, filepath.Join(root, name, "1", savedmodel.File), expect.SavedModel())
-		model, err := models.Find(t.Context(), name, "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := models.Digest(t.Context(), model); err != nil {
-			t.Fatal(err)
+// TestAMemoIsBounded remembers more than there is room for.
+func TestAMemoIsBounded(t *testing.T) {
+	var m memo[int]
+	for i := range 2 * remembered {
+		m.put(fmt.Sprint(i), i)
+		if got, ok := m.get(fmt.Sprint(i)); !ok || got != i {
+			t.Fatalf("just remembered %d, found %d, %t", i, got, ok)
 		}
 	}
-	for what, n := range map[string]int{
-		"readings": len(models.readings.known), "sightings": len(models.seen.seen.known), "digests": len(models.digests.known),
-	} {
-		if n == 0 || n > remembered {
-			t.Errorf("%d %s are kept of %d models", n, what, asked)
-		}
+	if len(m.known) != remembered {
+		t.Errorf("%d are remembered", len(m.known))
 	}
-	if model, err := models.Find(t.Context(), "m0", ""); err != nil || model.Version != "1" {
-		t.Errorf("one that may be forgotten is found as %+v, %v", model, err)
+	m.drop(fmt.Sprint(2*remembered - 1))
+	if _, ok := m.get(fmt.Sprint(2*remembered - 1)); ok {
+		t.Error("one that was dropped is known")
 	}
 }

@@ -94,7 +94,7 @@ func (t *Tuner) tuneIdle(ctx context.Context) {
 		if _, failed := t.untunable.Load(digest); failed {
 			continue
 		}
-		about, err := t.Tune(ctx, model, TuneOptions{Quick: true}, func(protocol.Candidate) {})
+		about, err := t.Tune(ctx, model, "", func(protocol.Candidate) {})
 		switch {
 		case ctx.Err() != nil:
 			return

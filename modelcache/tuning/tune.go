@@ -3,15 +3,10 @@ package tuning
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,18 +33,12 @@ const (
 	tuneSeed       = 1
 	tie            = 0.03
 	reach          = 0.10
-	finalists      = 4 // that are measured again at most, in turns, beside the default
+	finalists      = 2 // that are measured again at most, in turns, beside the default
 	rounds         = 3 // in which they are
 )
 
 // tuneSizes are the batch sizes to try where the model's settings allow all.
 var tuneSizes = []int{4, 16, 64, 256, 1024}
-
-// TuneOptions say what a search is for.
-type TuneOptions struct {
-	Signature string // that is measured, savedmodel.DefaultSignature if ""
-	Quick     bool   // one question after the other in about a minute, in place of all combinations
-}
 
 // Pool is what a search asks of those who keep models in memory.
 type Pool interface {
@@ -91,8 +80,7 @@ type search struct {
 	t         *Tuner
 	model     repository.Model
 	digest    string
-	ask       TuneOptions
-	signature savedmodel.Signature
+	signature string // its name
 	library   string
 	cores     int
 	standard  protocol.Choice // what runs without a choice; its BatchSize is set once it was measured
@@ -110,21 +98,21 @@ type search struct {
 //
 // Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
 // while another search runs; those of a load.
-func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOptions, progress func(protocol.Candidate)) (protocol.Tuning, error) {
+func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature string, progress func(protocol.Candidate)) (protocol.Tuning, error) {
 	if !t.searching.TryLock() {
 		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
 	}
 	defer t.searching.Unlock()
-	ask.Signature = cmp.Or(ask.Signature, savedmodel.DefaultSignature)
+	signature = cmp.Or(signature, savedmodel.DefaultSignature)
 	if model.Dir == "" {
 		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
 	}
-	signature, err := model.Saved.Signature(ask.Signature)
+	spec, err := model.Saved.Signature(signature)
 	if err != nil {
 		return protocol.Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
 	}
-	if signature.Assigns != "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, ask.Signature, signature.Assigns)
+	if spec.Assigns != "" {
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, signature, spec.Assigns)
 	}
 	digest, err := t.options.Repository.Digest(ctx, model)
 	if err != nil {
@@ -137,7 +125,7 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOption
 	if err != nil {
 		return protocol.Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
-	s := &search{t: t, model: model, digest: digest, ask: ask, signature: signature, library: library, progress: progress}
+	s := &search{t: t, model: model, digest: digest, signature: signature, library: library, progress: progress}
 	s.cores = cmp.Or(t.options.Cores, runtime.GOMAXPROCS(0))
 	if model.Settings.Cores > 0 {
 		s.cores = min(s.cores, model.Settings.Cores)
@@ -148,7 +136,7 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, ask TuneOption
 		s.onednn = []bool{s.standard.OneDNN}
 	}
 	s.sizes = sizesFor(model.Settings.Batching)
-	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: ask.Signature, Digest: digest, Machine: Machine(), Quick: ask.Quick}
+	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: signature, Digest: digest, Machine: Machine()}
 	if err := s.run(ctx, &about); err != nil {
 		return protocol.Tuning{}, err
 	}
@@ -191,13 +179,7 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	case err != nil: // of this host, and no reason to leave the rest alone
 		about.NotFrozen = err.Error()
 	}
-	graphs := slices.Compact([]string{"", frozen})
-	if s.ask.Quick {
-		err = s.quick(ctx, graphs)
-	} else {
-		err = s.grid(ctx, graphs, s.threads(), s.sizes)
-	}
-	if err != nil {
+	if err := s.narrow(ctx, slices.Compact([]string{"", frozen})); err != nil {
 		return err
 	}
 	list, err := s.finals(ctx)
@@ -207,29 +189,21 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	return err
 }
 
-// grid tries all combinations.
-func (s *search) grid(ctx context.Context, graphs []string, threads [][2]int, sizes []int) error {
-	for _, graph := range graphs {
-		for _, n := range threads {
-			for _, on := range s.onednn {
-				if err := s.try(ctx, protocol.Choice{Frozen: graph, OneDNN: on, Cores: n[0], BatchThreads: n[1]}, sizes); err != nil {
-					return err
-				}
-			}
-		}
-	}
-	return nil
-}
-
-// quick asks one question after the other, each of the best configuration so far: which batch sizes, frozen and oneDNN or
-// not, and which threads.
-func (s *search) quick(ctx context.Context, graphs []string) error {
+// narrow asks one question after the other, each of the best configuration so far: which batch sizes, which graph with
+// or without oneDNN, and which threads.
+func (s *search) narrow(ctx context.Context, graphs []string) error {
 	if err := s.try(ctx, s.standard, s.sizes); err != nil {
 		return err
 	}
 	sizes := s.sizesOf(s.standard)
-	if err := s.grid(ctx, graphs, [][2]int{{s.standard.Cores, s.standard.BatchThreads}}, sizes); err != nil {
-		return err
+	for _, graph := range graphs {
+		for _, on := range s.onednn {
+			choice := s.standard
+			choice.Frozen, choice.OneDNN = graph, on
+			if err := s.try(ctx, choice, sizes); err != nil {
+				return err
+			}
+		}
 	}
 	best, err := s.best()
 	if err != nil {
@@ -316,7 +290,7 @@ func (s *search) best() ([]protocol.Candidate, error) {
 	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool { return !c.Agrees || c.Reason != "" })
 	if len(list) == 0 {
 		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
-		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.ask.Signature, why)
+		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.signature, why)
 	}
 	bySpeed(list)
 	return list, nil
@@ -334,12 +308,9 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	if err != nil {
 		return nil, err
 	}
-	first, again := finalists, []protocol.Choice{}
-	if s.ask.Quick {
-		first = finalists / 2
-	}
+	again := []protocol.Choice{}
 	for _, c := range list {
-		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < first && !slices.Contains(again, one) {
+		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < finalists && !slices.Contains(again, one) {
 			again = append(again, one)
 		}
 	}
@@ -417,39 +388,6 @@ func (s *search) conclude(about *protocol.Tuning, list []protocol.Candidate) {
 	about.Chosen.Relative = ratio(about.Chosen.RowsPerSecond, about.Default.RowsPerSecond)
 	about.Candidates = slices.Clone(s.tried)
 	bySpeed(about.Candidates)
-	about.Freezing = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
-		on := c.Frozen != ""
-		c.Frozen = ""
-		return on, c
-	})
-	about.OneDNN = s.effect(func(c protocol.Choice) (bool, protocol.Choice) {
-		on := c.OneDNN
-		c.OneDNN = false
-		return on, c
-	})
-}
-
-// effect returns the median ratio of the speeds of candidates that differ only in what split takes away.
-func (s *search) effect(split func(protocol.Choice) (on bool, rest protocol.Choice)) float64 {
-	with, without := map[protocol.Choice]float64{}, map[protocol.Choice]float64{}
-	for _, c := range s.tried {
-		on, rest := split(c.Choice)
-		if on {
-			with[rest] = c.RowsPerSecond
-		} else {
-			without[rest] = c.RowsPerSecond
-		}
-	}
-	var ratios []float64
-	for rest, speed := range with {
-		if r := ratio(speed, without[rest]); r > 0 {
-			ratios = append(ratios, r)
-		}
-	}
-	if len(ratios) == 0 {
-		return 0
-	}
-	return median(ratios)
 }
 
 func ratio(a, b float64) float64 {
@@ -475,63 +413,11 @@ func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []in
 	}
 	defer func() { _ = os.RemoveAll(folder) }()
 	report, err := s.t.options.Pool.Measure(ctx, s.model, choice, control.Measurement{
-		Signature: s.ask.Signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
+		Signature: s.signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
 	})
 	if err != nil {
 		return nil, nil, err
 	}
 	answers, err := control.ReadAnswers(folder)
 	return report.Measured, answers, err
-}
-
-// notFrozen is why a model has to be served as it is.
-type notFrozen string
-
-func (n notFrozen) Error() string { return string(n) }
-
-// freeze makes constants of the model's variables, with Python, and keeps the result in the repository; it returns its
-// digest. Its error is a notFrozen where the model is the reason.
-func (s *search) freeze(ctx context.Context) (digest string, err error) {
-	options := s.t.options
-	if options.Python == nil {
-		return "", errors.New("this server has no Python to freeze it with")
-	}
-	python, err := options.Python(ctx, s.library)
-	if err != nil {
-		return "", err
-	}
-	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error { return s.freezeInto(ctx, python, folder) })
-}
-
-func (s *search) freezeInto(ctx context.Context, python, folder string) error {
-	args := []string{"-m", "flightsvc.export.freeze", s.model.Dir, folder}
-	for _, name := range s.model.Saved.Names() {
-		if s.model.Saved.Signatures[name].Assigns == "" {
-			args = append(args, "--signature", name)
-		}
-	}
-	cmd := exec.CommandContext(ctx, python, args...) //nolint:gosec // the user's own interpreter
-	cmd.WaitDelay = freezerGrace
-	var said, cause strings.Builder
-	cmd.Stdout, cmd.Stderr = &said, &cause
-	err := cmd.Run()
-	var told struct {
-		Frozen bool   `json:"frozen"`
-		Reason string `json:"reason"`
-	}
-	switch {
-	case json.Unmarshal([]byte(lastLine(said.String())), &told) != nil:
-		return fmt.Errorf("freezing failed (%w): %s", cmp.Or(err, io.ErrUnexpectedEOF), lastLine(cause.String()))
-	case !told.Frozen:
-		return notFrozen(told.Reason)
-	}
-	return nil
-}
-
-// freezerGrace is how long what Python has started may keep its pipes open once it has ended.
-const freezerGrace = 2 * time.Second
-
-func lastLine(text string) string {
-	lines := strings.Split(strings.TrimSpace(text), "\n")
-	return lines[len(lines)-1]
 }

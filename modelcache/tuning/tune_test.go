@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"math"
 	"os"
 	"path/filepath"
@@ -92,7 +91,7 @@ func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 	t.Helper()
 	python, root, cacheDir := filepath.Join(t.TempDir(), "python"), t.TempDir(), filepath.Join(t.TempDir(), "cache")
 	expect.Write(t, python, `#!/bin/sh
-`+cmp.Or(says, `mkdir "$4" && cp "$3/saved_model.pb" "$4" && touch "$4/frozen" && echo '{"frozen":true}'`)+"\n")
+`+cmp.Or(says, `mkdir "$5" && cp "$4/saved_model.pb" "$5" && touch "$5/frozen" && echo '{"frozen":true}'`)+"\n")
 	if err := os.Chmod(python, 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
@@ -115,38 +114,34 @@ func nothing(protocol.Candidate) {}
 
 func TestTune(t *testing.T) {
 	t.Parallel()
-	for _, quick := range []bool{false, true} {
-		t.Run(fmt.Sprintf("quick %t", quick), func(t *testing.T) {
-			c, model := newTuned(t, "", "")
-			var seen []protocol.Candidate
-			about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, func(c protocol.Candidate) { seen = append(seen, c) })
-			if err != nil {
-				t.Fatal(err)
-			}
-			got := about.Chosen.Choice
-			if got.Frozen == "" || !got.OneDNN || got.Cores != 2 || got.BatchThreads != 1 || got.BatchSize != 1024 {
-				t.Errorf("chosen %+v", got)
-			}
-			if !c.options.Repository.Known(got.Frozen) {
-				t.Errorf("the frozen model %s is not kept", got.Frozen)
-			}
-			if math.Abs(about.Freezing-1.3) > 1e-9 || math.Abs(about.OneDNN-1.5) > 1e-9 || math.Abs(about.Chosen.Relative-1.3*1.2) > 1e-9 {
-				t.Errorf("freezing %g, oneDNN %g, in all %g", about.Freezing, about.OneDNN, about.Chosen.Relative)
-			}
-			if len(seen) != len(about.Candidates) || !quick && len(seen) != 2*2*3*len(tuneSizes) {
-				t.Errorf("%d candidates were told, %d are in the table", len(seen), len(about.Candidates))
-			}
-			if stored := c.options.Profiles.Read(about.Digest).Tuned[Machine()]; stored != got {
-				t.Errorf("stored %+v", stored)
-			}
-		})
+	c, model := newTuned(t, "", "")
+	var seen []protocol.Candidate
+	about, err := c.Tune(t.Context(), model, "", func(c protocol.Candidate) { seen = append(seen, c) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := about.Chosen.Choice
+	if got.Frozen == "" || !got.OneDNN || got.Cores != 2 || got.BatchThreads != 1 || got.BatchSize != 1024 {
+		t.Errorf("chosen %+v", got)
+	}
+	if !c.options.Repository.Known(got.Frozen) {
+		t.Errorf("the frozen model %s is not kept", got.Frozen)
+	}
+	if math.Abs(about.Chosen.Relative-1.3*1.2) > 1e-9 {
+		t.Errorf("it is %g times the default", about.Chosen.Relative)
+	}
+	if len(seen) != len(about.Candidates) {
+		t.Errorf("%d candidates were told, %d are in the table", len(seen), len(about.Candidates))
+	}
+	if stored := c.options.Profiles.Read(about.Digest).Tuned[Machine()]; stored != got {
+		t.Errorf("stored %+v", stored)
 	}
 }
 
 func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 	t.Parallel()
 	c, model := newTuned(t, "nothing", "")
-	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	about, err := c.Tune(t.Context(), model, "", nothing)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -158,16 +153,14 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 // TestTuneMeasuresAgain prefers large batches to small ones that were lucky once.
 func TestTuneMeasuresAgain(t *testing.T) {
 	t.Parallel()
-	for _, quick := range []bool{false, true} {
-		c, model := newTuned(t, "by chance", "")
-		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: quick}, nothing)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got := about.Chosen.Choice
-		if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
-			t.Errorf("quick %t: chosen %+v", quick, got)
-		}
+	c, model := newTuned(t, "by chance", "")
+	about, err := c.Tune(t.Context(), model, "", nothing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := about.Chosen.Choice
+	if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
+		t.Errorf("chosen %+v", got)
 	}
 }
 
@@ -175,7 +168,7 @@ func TestTuneMeasuresAgain(t *testing.T) {
 func TestTuneObeysTheVariable(t *testing.T) {
 	t.Setenv(oneDNN, "1")
 	c, model := newTuned(t, "nothing", "")
-	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	about, err := c.Tune(t.Context(), model, "", nothing)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +182,7 @@ func TestTuneObeysTheVariable(t *testing.T) {
 func TestTuneRefusesOtherAnswers(t *testing.T) {
 	t.Parallel()
 	c, model := newTuned(t, "frozen wrongly", "")
-	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	about, err := c.Tune(t.Context(), model, "", nothing)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,10 +200,10 @@ func TestTuneWithoutFreezing(t *testing.T) {
 	t.Parallel()
 	for says, want := range map[string]string{
 		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
-		`echo 'flightsvc.export.freeze: no' >&2; exit 1`:            "freezing failed (exit status 1): flightsvc.export.freeze: no",
+		`echo 'flightsvc: no' >&2; exit 1`:                          "freezing failed (exit status 1): flightsvc: no",
 	} {
 		c, model := newTuned(t, "", says)
-		about, err := c.Tune(t.Context(), model, TuneOptions{Quick: true}, nothing)
+		about, err := c.Tune(t.Context(), model, "", nothing)
 		if err != nil || about.NotFrozen != want || about.Chosen.Frozen != "" || about.Chosen.BatchThreads != 1 {
 			t.Errorf("%q, chosen %+v, %v", about.NotFrozen, about.Chosen.Choice, err)
 		}
@@ -221,7 +214,7 @@ func TestTuneObeysTheOwner(t *testing.T) {
 	t.Parallel()
 	c, model := newTuned(t, "", "")
 	model.Settings.Batching = control.Batching{AllowedBatchSizes: []int{2, 8}, MaxBatchSize: 8, NumBatchThreads: 2}
-	about, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	about, err := c.Tune(t.Context(), model, "", nothing)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,17 +228,17 @@ func TestTuneObeysTheOwner(t *testing.T) {
 func TestTuneSaysWhyNot(t *testing.T) {
 	t.Parallel()
 	c, model := newTuned(t, "strings", "")
-	_, err := c.Tune(t.Context(), model, TuneOptions{}, nothing)
+	_, err := c.Tune(t.Context(), model, "", nothing)
 	if kind, _ := fault.KindOf(err); kind != fault.BadRequest || err == nil {
 		t.Errorf("strings: %v", err)
 	}
 	random, its := newTuned(t, "another model each time", "")
-	_, err = random.Tune(t.Context(), its, TuneOptions{}, nothing)
+	_, err = random.Tune(t.Context(), its, "", nothing)
 	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "chance")
-	if _, err := c.Tune(t.Context(), model, TuneOptions{Signature: "x"}, nothing); err == nil {
+	if _, err := c.Tune(t.Context(), model, "x", nothing); err == nil {
 		t.Error("a signature that is not there")
 	}
-	if _, err := c.Tune(t.Context(), repository.Model{Ref: protocol.Image, Saved: protocol.ImageModel}, TuneOptions{}, nothing); err == nil {
+	if _, err := c.Tune(t.Context(), repository.Model{Ref: protocol.Image, Saved: protocol.ImageModel}, "", nothing); err == nil {
 		t.Error("the built-in model")
 	}
 }
@@ -257,11 +250,11 @@ func TestTuneEndsAtOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		_, err := c.Tune(ctx, model, TuneOptions{}, nothing)
+		_, err := c.Tune(ctx, model, "", nothing)
 		ended <- err
 	}()
 	expect.Eventually(t, "a runner measures", func() bool { return c.options.Pool.(*fakePool).measures.Load() == 1 })
-	if _, err := c.Tune(ctx, model, TuneOptions{}, nothing); err == nil {
+	if _, err := c.Tune(ctx, model, "", nothing); err == nil {
 		t.Error("two searches at once")
 	}
 	cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flightsvc.commandline import Parser
 from flightsvc.errors import NotFoundError
 
 _CLASS = "io.flightsvc.spark.FlightsvcPlugin"
@@ -15,9 +16,9 @@ def spark_conf() -> dict[str, str]:
 
         SparkSession.builder.config(map=flightsvc.spark_conf()).getOrCreate()
 
-    ``python -m flightsvc`` prints the same as lines of a ``spark-defaults.conf``. If your configuration
-    already has ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join both values: with a
-    comma, but the class path with a colon.
+    The command ``flightsvc conf`` prints the same as lines of a ``spark-defaults.conf``. If your
+    configuration already has ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join both
+    values: with a comma, but the class path with a colon.
 
     Raises:
         NotFoundError: The plugin's jar is not installed.
@@ -28,3 +29,11 @@ def spark_conf() -> dict[str, str]:
             "`make wheel` writes into dist"
         )
     return {"spark.plugins": _CLASS, "spark.jars": str(_JAR), "spark.driver.extraClassPath": str(_JAR)}
+
+
+def main(arguments: list[str]) -> int:
+    """Answer ``flightsvc conf``: print the configuration, a key and its value a line."""
+    Parser("conf", "", "Print the configuration of the Spark plugin.").parse_args(arguments)
+    for key, value in spark_conf().items():
+        print(key, value)
+    return 0

@@ -1,6 +1,6 @@
 """Freezing, also as a program: variables of a SavedModel become constants, which TensorFlow can fold.
 
-    python -m flightsvc.export.freeze MODEL_DIR OUT_DIR [--signature NAME]...
+    flightsvc freeze MODEL_DIR OUT_DIR [--signature NAME]...
 
 OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. Outputs may
 differ by the order of floating-point sums.
@@ -16,7 +16,6 @@ standard error.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flightsvc.commandline import Parser
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import first_line, import_tensorflow
 
@@ -338,19 +338,17 @@ def _write(
         folder.rename(out_dir)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Freeze the model on the command line and print one line of JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flightsvc.export.freeze", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a SavedModel")
-    parser.add_argument("out", metavar="OUT_DIR", help="the new folder")
+def main(arguments: Sequence[str]) -> int:
+    """Answer ``flightsvc freeze``: freeze a model and print one line of JSON."""
+    parser = Parser("freeze", "<model> <out>", "Make constants of a model's variables.")
+    parser.add_argument("model", metavar="<model>", help="Folder of a SavedModel.")
+    parser.add_argument("out", metavar="<out>", help="The new folder.")
     parser.add_argument(
         "--signature",
         action="append",
         default=[],
         metavar="NAME",
-        help="keep this one; may be given several times",
+        help="Keep this one; once for each. Default: all that assign no variable.",
     )
     given = parser.parse_args(arguments)
     try:
@@ -363,12 +361,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotFrozen as why:
         print(json.dumps({"frozen": False, "reason": str(why)}))
         return NOT_FROZEN
-    except (FlightsvcError, OSError) as error:
-        print(f"flightsvc.export.freeze: {error}", file=sys.stderr)
-        return 1
     print(json.dumps({"frozen": True, **about}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
