@@ -23,15 +23,15 @@ import (
 type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
 	Config  kong.ConfigFlag  `placeholder:"FILE" help:"JSON file with settings, for instance {\"model_root\": \"/models\"}."`
-	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal, the owner's end, or idleness."`
+	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal arrives, the owner ends, or the server is idle."`
 	Models  modelsCommand    `cmd:"" help:"List the models that the front knows."`
 	Load    loadCommand      `cmd:"" help:"Load a model into memory."`
-	Unload  unloadCommand    `cmd:"" help:"Take a model out of memory."`
-	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
+	Unload  unloadCommand    `cmd:"" help:"Unload a model from memory."`
+	Status  statusCommand    `cmd:"" help:"Show which models are in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
-	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use that from its next load."`
+	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use it from the next load."`
 	Predict pythonCommand    `cmd:"" passthrough:"" help:"Run a model over the rows of files."`
-	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Make constants of a model's variables."`
+	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Replace a model's variables by constants."`
 	Conf    pythonCommand    `cmd:"" passthrough:"" help:"Print the configuration of the Spark plugin."`
 }
 
@@ -125,7 +125,7 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	}
 	for key := range f.keys {
 		if !known[key] {
-			return fmt.Errorf("the configuration file has a setting %q that there is not; there are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+			return fmt.Errorf("the configuration file has an unknown setting %q; the settings are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		}
 	}
 	return nil

@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"text/tabwriter"
+
+	"flightsvc/internal/fault"
 )
 
 // table prints rows under a header, in columns; an empty cell is a dash.
@@ -14,7 +16,7 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(cells []string) {
 		for i, cell := range cells {
-			if cell = cmp.Or(cell, "-"); i < len(cells)-1 { // no spaces after the last
+			if cell = cmp.Or(fault.Printable(cell), "-"); i < len(cells)-1 { // no spaces after the last
 				cell += "\t"
 			}
 			fmt.Fprint(out, cell)

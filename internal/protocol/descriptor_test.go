@@ -115,14 +115,14 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"picture fit":           {in(`"preprocess":{"p":{"size":[1,1],"fit":"box"}}`), []string{`fit is "box"`, `"stretch"`}},
 		"picture channels":      {in(`"preprocess":{"p":{"size":[1,1],"channels":"rgb"}}`), []string{`channels is "rgb"`, `"BGR"`}},
 		"picture dtype":         {in(`"preprocess":{"p":{"size":[1,1],"dtype":"int8"}}`), []string{`dtype is "int8"`, "uint8"}},
-		"nearest antialias":     {in(`"preprocess":{"p":{"size":[1,1],"resize":"nearest","antialias":true}}`), []string{"antialias goes with bilinear and bicubic"}},
+		"nearest antialias":     {in(`"preprocess":{"p":{"size":[1,1],"resize":"nearest","antialias":true}}`), []string{"antialias works with bilinear and bicubic"}},
 		"picture scale of two":  {in(`"preprocess":{"p":{"size":[1,1],"scale":[1,2]}}`), []string{"a number or a list with one for each channel"}},
 		"picture scale of null": {in(`"preprocess":{"p":{"size":[1,1],"scale":null}}`), []string{"a number or a list with one for each channel"}},
 		"one scale for three":   {in(`"preprocess":{"p":{"size":[1,1],"scale":[1]}}`), []string{"scale has 1 numbers, but RGB has 3 channels"}},
 		"three scales for one":  {in(`"preprocess":{"p":{"size":[1,1],"channels":"L","offset":[1,2,3]}}`), []string{"offset has 3 numbers, but L has 1 channels"}},
 		"built-in scale":        {`{"v":1,"model":"image","preprocess":{"image":{"scale":2}}}`, []string{"scale, offset and dtype are for tensors"}},
 		"built-in RGB":          {`{"v":1,"model":"image","preprocess":{"image":{"channels":"RGB"}}}`, []string{`channels is "RGB"`, `"BGR"`}},
-		"built-in fit":          {`{"v":1,"model":"image","preprocess":{"image":{"fit":"pad"}}}`, []string{"want a size"}},
+		"built-in fit":          {`{"v":1,"model":"image","preprocess":{"image":{"fit":"pad"}}}`, []string{"need a size"}},
 		"too long":              {`{"v":1,"model":"` + strings.Repeat("m", MaxDescriptorBytes) + `"}`, []string{"bytes, more than 65536"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -19,8 +19,9 @@ SOURCE = Path(flightsvc.__file__).parent
 
 # From the bottom: a module imports from rooms above its own line in this table, and from its own room.
 ROOMS = (
-    ("errors", "_version", "plugin", "commandline"),
-    ("mapping", "settings", "tables"),
+    ("commandline", "errors", "_version"),
+    ("plugin", "tables"),
+    ("mapping", "settings"),
     ("server",),
     ("request",),
     ("spark",),

@@ -82,7 +82,7 @@ def read_images(
     from pyspark.sql.functions import col
 
     if stream and not isinstance(path, str):
-        raise InvalidArgumentError("a stream of pictures has one path, which may be a pattern")
+        raise InvalidArgumentError("read_images with stream=True takes one path, which may be a glob pattern")
     paths: Any = path if isinstance(path, str) else list(path)
     # With the columns of the source given, Spark moves one behind the others if a folder has its name. It
     # cannot move content, the last one; then Spark refuses the job when it plans it.
@@ -92,8 +92,8 @@ def read_images(
     for own, found in zip(_FILE_COLUMNS, files.columns, strict=False):
         if own != found:
             raise InvalidArgumentError(
-                f"read_images: folders are called {own}=..., as a column of Spark's file source is; "
-                "rename them, or read the folder itself: recursiveFileLookup=True makes no columns"
+                f"read_images: a folder is named {own}=..., but {own} is a column of Spark's file source; "
+                "rename the folder, or set recursiveFileLookup=True, which makes no partition columns"
             )
     folders = files.columns[len(_FILE_COLUMNS) :]
     added = ["image", error_column] if on_error == "column" else ["image"]
@@ -101,8 +101,8 @@ def read_images(
     for i, name in enumerate(names):
         if any(same_name(name, other, case_sensitive=False) for other in names[:i]):
             raise InvalidArgumentError(
-                f"read_images: the result would have two columns {name!r}; name error_column otherwise, or "
-                "read the folder itself: recursiveFileLookup=True makes no columns"
+                f"read_images: the result would have two columns {name!r}; set another error_column, or set "
+                "recursiveFileLookup=True, which makes no partition columns"
             )
     with acting_for(spark):
         picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
@@ -160,7 +160,7 @@ def resize(
         FlightsvcError: No front could be reached, which checks the arguments.
     """
     if channels not in (None, "BGR", "L"):
-        raise InvalidArgumentError(f"channels is {channels!r}; a picture in a column is BGR or L")
+        raise InvalidArgumentError(f"channels is {channels!r}; it is BGR or L, or None to keep its own")
     # RGB is the default and not sent; the built-in model then keeps the channels of each picture.
     how = ImageInput(size, resize=resize, antialias=antialias, fit=fit, channels=channels or "RGB")
     return _function("resize", how, on_error, error_column)
@@ -197,7 +197,7 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     import numpy as np
 
     if picture is None:
-        raise InvalidArgumentError("there is no picture, the column is null here")
+        raise InvalidArgumentError("the picture is null")
     height, width, channels = (picture[name] for name in ("height", "width", "nChannels"))
     mode, data = picture["mode"], picture["data"]
     if mode == -1:
@@ -209,7 +209,7 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     dtype = np.dtype(name).newbyteorder("<")
     if channels != wanted or min(height, width) < 1 or len(data) != height * width * wanted * dtype.itemsize:
         raise InvalidArgumentError(
-            f"the picture's numbers do not agree: mode {mode} ({wanted} x {name}), {height} x {width} "
+            f"the picture's fields do not match: mode {mode} ({wanted} x {name}), {height} x {width} "
             f"pixels, {channels} channels, {len(data)} bytes"
         )
     return np.frombuffer(data, dtype).reshape(height, width, wanted)
@@ -314,7 +314,7 @@ def _function(
     if on_error not in _POLICIES:
         raise InvalidArgumentError(f"on_error is {on_error!r}; it is one of {', '.join(_POLICIES)}")
     if on_error == "column" and same_name(error_column, "image", case_sensitive=False):
-        raise InvalidArgumentError("error_column is 'image', as the pictures are called; name it otherwise")
+        raise InvalidArgumentError("error_column is 'image', which names the pictures; choose another")
     model = Model(IMAGE_MODEL, preprocess={} if preprocess is None else {"image": preprocess})
     request = model.request(on_error="column")
     if preprocess is not None:  # the driver's front checks it
@@ -330,7 +330,7 @@ def _function(
     def checked(*columns: Column | str) -> Column:
         if len(columns) not in (1, 2):
             raise InvalidArgumentError(
-                f"{name} takes the pictures and, if wanted, their origin; it got {len(columns)} columns"
+                f"{name} takes a column of pictures and perhaps one of origins; it got {len(columns)} columns"
             )
         given = [of_type(name, columns[0], f"^binary$|{IMAGES}", _PICTURES)]
         given += [of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]]
@@ -350,7 +350,7 @@ def _slices(column: pa.Array | tuple[pa.Array, ...]) -> Iterator[pa.RecordBatch]
     picture, *origins = column if isinstance(column, tuple) else (column,)
     if len(origins) > 1:
         raise InvalidArgumentError(
-            f"there are {1 + len(origins)} columns; give the pictures and, if wanted, their origin"
+            f"there are {1 + len(origins)} columns; give one of pictures and perhaps one of origins"
         )
     data = picture
     if pa.types.is_struct(picture.type):

@@ -61,7 +61,9 @@ class Request:
             if (value := getattr(self, name)) not in choices:
                 raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
         if self.run_timeout is not None and not 0 <= self.run_timeout < math.inf:
-            raise InvalidArgumentError(f"run_timeout is {self.run_timeout!r}; want seconds, 0 for no bound")
+            raise InvalidArgumentError(
+                f"run_timeout is {self.run_timeout!r}; give seconds, or 0 for no limit"
+            )
         check_device(self.device)
 
     def with_specs(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
@@ -161,8 +163,8 @@ class Request:
                 )
             if len(found) > 1:
                 raise InvalidArgumentError(
-                    f"{where}: {len(found)} columns are called {column!r}, which one feeds input {name!r}? "
-                    "Rename them"
+                    f"{where}: {len(found)} columns are named {column!r}, ambiguous for input {name!r}; "
+                    "rename them"
                 )
             positions[name] = found[0]
         return positions

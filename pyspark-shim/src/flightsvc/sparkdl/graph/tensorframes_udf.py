@@ -67,7 +67,7 @@ def makeGraphUDF(
         name = tfx.tensor_name(feed, graph)
         if name not in parameters:
             raise GraphError(
-                f"{name!r} is no placeholder that {', '.join(names)} need; {', '.join(feeds)} are"
+                f"{name!r} is no placeholder that {', '.join(names)} need; those are {', '.join(feeds)}"
             )
         parameters[name] = field
     model = Model(frozen.saved_model(feeds, names, per_row=not blocked))

@@ -185,7 +185,7 @@ def _parts(found: Any) -> tuple[str, str | None]:
 def _found(given: Any, graph: tf.Graph, find: Callable[[str], Any], name: str, what: str) -> Any:
     """Return what ``find`` finds in ``graph``; refuse an object in another graph."""
     if not isinstance(given, str) and getattr(given, "graph", graph) is not graph:
-        raise GraphError(f"{op_name(given)!r} is one of another graph")
+        raise GraphError(f"{op_name(given)!r} belongs to another graph")
     try:
         return find(name)
     except (KeyError, ValueError):
