@@ -26,11 +26,11 @@ LARGE_FILES = ("internal/batch/scheduler.go",)
 """Files that may have more than FILE_LINES."""
 
 PENDING = {
-    "columns": r"^(cmd/flightsvc|gpu|handlers|modelcache)/"
-    r"|^internal/(build|client|config|control|preprocess|protocol|rundir|savedmodel)/"
+    "columns": r"^(cmd/flightsvc|gpu|handlers)/"
+    r"|^internal/(client|config|preprocess|protocol|rundir|savedmodel)/"
     r"|^internal/tensor/(bind|mapping)",
-    "opens": r"^(cmd/flightsvc|gpu|handlers|modelcache|pyspark-shim/tests)/|^internal/tensor/bind"
-    r"|^internal/(client|control|preprocess|protocol|rundir|savedmodel|tablefile)/",
+    "opens": r"^(cmd/flightsvc|gpu|handlers|pyspark-shim/tests)/|^internal/tensor/bind"
+    r"|^internal/(client|preprocess|protocol|rundir|savedmodel|tablefile)/",
     "sizes": r"/graph\.py$",
     "words": r"^(ARCHITECTURE|cmd/flightsvc/|gpu|handlers|modelcache|pyspark-shim|internal/(client|control))",
 }
