@@ -1,3 +1,6 @@
+// Messages: what a stream sends, checked before Arrow's reader believes it. The checks of FlatBuffers are kept by hand
+// because those of Arrow's Go library are internal to it and version 15 is fixed.
+
 package handlers
 
 import (

@@ -1,3 +1,5 @@
+// Plans: what a descriptor means for one model.
+
 package handlers
 
 import (

@@ -1,3 +1,5 @@
+// Runner: the Flight service of a runner process, which is DoExchange alone.
+
 package handlers
 
 import (

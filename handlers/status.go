@@ -1,3 +1,5 @@
+// Status: how errors become gRPC codes and sentences, and what is logged of them.
+
 package handlers
 
 import (

@@ -1,3 +1,5 @@
+// Actions: what DoAction does, and its JSON.
+
 package front
 
 import (

@@ -1,3 +1,5 @@
+// Front: schemas, tickets and relayed streams.
+
 package front
 
 import (

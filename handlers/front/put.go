@@ -1,3 +1,5 @@
+// Puts: models that callers push as an archive.
+
 package front
 
 import (

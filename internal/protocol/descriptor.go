@@ -1,3 +1,5 @@
+// Descriptors: what a caller asks of a model, as JSON.
+
 package protocol
 
 import (

@@ -1,3 +1,5 @@
+// Preprocess: what becomes of pictures, as JSON in a descriptor.
+
 package protocol
 
 import (
