@@ -14,8 +14,8 @@ import (
 )
 
 // What a stream may hold of record batches that were read and not answered. One that holds none may always read one.
-// Otherwise it holds readAhead record batches and streamBytes at most, and reads on only while all streams of the runner
-// hold less than runnerBytes.
+// Otherwise it holds readAhead record batches and streamBytes at most, and reads on only while all streams of the
+// runner hold less than runnerBytes.
 const (
 	readAhead   = 5
 	streamBytes = 64 << 20
@@ -88,7 +88,8 @@ func readAll(
 	ctx context.Context, reader *flight.Reader, mem *ReadMemory, bound *ahead, p *pulse, log *zap.Logger, ended func(),
 ) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
-	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // never blocks its sender
+	// never blocks its sender
+	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel}
 	go func() {
 		defer ended()
 		defer mem.Discard() // after the reader, which releases its dictionaries

@@ -8,8 +8,8 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// minWindow is the window that every decoder of Zstandard should support, by RFC 8878. Encoders ask for a larger one only
-// for more data.
+// minWindow is the window that every decoder of Zstandard should support, by RFC 8878. Encoders ask for a larger one
+// only for more data.
 const minWindow = 8 << 20
 
 // checkFrames refuses a compressed buffer whose Zstandard frames ask for a window of more than minWindow and more than
@@ -37,15 +37,16 @@ func checkFrames(buffer []byte) {
 		}
 		window, checksum, blocks := frameHeader(frames[4:])
 		if window > max(minWindow, uint64(max(becomes, 0))*2) {
-			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it becomes",
+			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it "+
+				"becomes",
 				window>>20))
 		}
 		frames = skip(skipBlocks(blocks), checksum)
 	}
 }
 
-// frameHeader reads what follows a frame's magic number: the size of its window, that of the checksum at its end, and the
-// data from its first block on.
+// frameHeader reads what follows a frame's magic number: the size of its window, that of the checksum at its end, and
+// the data from its first block on.
 func frameHeader(data []byte) (window uint64, checksum int64, blocks []byte) {
 	if len(data) == 0 {
 		return 0, 0, nil

@@ -112,7 +112,8 @@ func (m *ReadMemory) Allocate(size int) []byte {
 	defer m.mu.Unlock()
 	if size < 0 || size > m.limit-m.live {
 		m.refused = true
-		panic(fmt.Sprintf("the stream holds %d MiB and wants %d MiB more, of at most %d MiB", m.live>>20, uint64(size)>>20, m.limit>>20))
+		panic(fmt.Sprintf("the stream holds %d MiB and wants %d MiB more, of at most %d MiB", m.live>>20,
+			uint64(size)>>20, m.limit>>20))
 	}
 	if size == 0 {
 		return nil
@@ -233,7 +234,8 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
 		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
-			return fault.New(fault.BadRequest, "a dictionary that adds to the one before (isDelta) is not taken; send it whole")
+			return fault.New(fault.BadRequest, "a dictionary that adds to the one before (isDelta) is not taken; send "+
+				"it whole")
 		}
 		c.awaited--
 		data := about.table(slotDictionaryData)
@@ -391,7 +393,8 @@ func (t *flatTable) batch(body []byte, want parts) {
 		case n < 0:
 			panic(errHeader)
 		case n > MaxBatchRows:
-			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send it in parts", n, MaxBatchRows))
+			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send it in parts", n,
+				MaxBatchRows))
 		}
 	}
 	zstd := false

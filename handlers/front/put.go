@@ -57,10 +57,12 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	if err != nil {
 		return err
 	}
-	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
+	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" ||
+		got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
 	}
-	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
+	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" &&
+		f.options.Repository.Known(command.Digest)}
 	if !result.Known {
 		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
 			return err
@@ -139,7 +141,8 @@ func (a *archive) advance() error {
 	return nil
 }
 
-var errPutSize = fault.New(fault.BadRequest, "a record batch of the archive has more than %d bytes; send chunks of 4 MiB", maxPutBytes)
+var errPutSize = fault.New(fault.BadRequest, "a record batch of the archive has more than %d bytes; send chunks of 4 "+
+	"MiB", maxPutBytes)
 
 // Interface guards.
 var _ io.Reader = (*archive)(nil)
