@@ -1,3 +1,5 @@
+// Fuzz targets for the Arrow messages of a stream.
+
 package handlers
 
 import (

@@ -1,3 +1,5 @@
+// Tests against the golden files: descriptors that fit no model, metadata of a schema, columns.
+
 package handlers
 
 import (

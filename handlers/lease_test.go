@@ -1,3 +1,5 @@
+// Tests of tickets and their leases.
+
 package handlers
 
 import (

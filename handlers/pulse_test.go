@@ -1,3 +1,5 @@
+// Tests of streams that rest and stir.
+
 package handlers
 
 import (

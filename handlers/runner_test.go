@@ -1,3 +1,5 @@
+// Tests of a runner's service on a real socket, with an engine in plain Go.
+
 package handlers
 
 import (

@@ -1,3 +1,5 @@
+// Detaching: a front in a session of its own, and the line by which it says that it serves.
+
 package main
 
 import (

@@ -1,3 +1,5 @@
+// Fronts that commands talk to: finding one, and starting this user's own.
+
 package main
 
 import (

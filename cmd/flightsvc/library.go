@@ -1,3 +1,5 @@
+// Libraries: where libtensorflow is, and a Python that can freeze models.
+
 package main
 
 import (

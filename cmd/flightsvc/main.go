@@ -66,8 +66,8 @@ var helps = kong.Vars{
 	"tune_help":     "Measure which configuration runs a model fastest, and use that from its next load.",
 	"endpoint_help": "The front to ask. Default: this user's own, in the folder user of the run-dir.",
 	"run_dir_help":  "Folder for sockets. Default: $XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID.",
-	"model_help": "A name in the front's repository, a folder with a SavedModel or with its numbered versions, a URI, " +
-		"or a digest.",
+	"model_help": "A name in the front's repository, a folder with a SavedModel or with its numbered versions, " +
+		"a URI, or a digest.",
 	"device_help": "auto, cpu, gpu, a UUID, or numbers as nvidia-smi prints them. Default: auto.",
 }
 

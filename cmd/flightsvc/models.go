@@ -1,3 +1,5 @@
+// Commands about models, the status of a front, and devices.
+
 package main
 
 import (

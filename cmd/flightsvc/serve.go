@@ -1,3 +1,5 @@
+// Serving: the command serve, from its settings to the end of the last stream.
+
 package main
 
 import (
@@ -128,7 +130,7 @@ func serve(settings config.Serve) (err error) {
 		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner",
 			settings.Owner))
 
-	letGo()
+	dropStartupPages()
 
 	select {
 	case err := <-served:

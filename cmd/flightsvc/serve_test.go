@@ -1,3 +1,5 @@
+// Tests of the real programs: a front with real runners, and how they end.
+
 package main
 
 import (
@@ -1037,7 +1039,7 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	p := newPlace(t)
 	cache := filepath.Join(p.home, "pushed")
 	f := p.serve(t, "--drain-timeout", "100ms", "--cache-dir", cache)
-	pieces := func() []string {
+	arriving := func() []string {
 		list, err := filepath.Glob(filepath.Join(cache, "models", ".*", "saved_model.pb"))
 		if err != nil {
 			t.Fatal(err)
@@ -1065,7 +1067,7 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	if err := writer.Write(rec); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(pieces()) == 1 })
+	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(arriving()) == 1 })
 	f.signal(t, syscall.SIGTERM)
 	if code := f.wait(t); code != 0 {
 		t.Errorf("exit code %d: %s", code, f.stderr)

@@ -1,3 +1,5 @@
+// The command tune: a search, and what it shows of it.
+
 package main
 
 import (

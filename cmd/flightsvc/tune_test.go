@@ -1,3 +1,5 @@
+// Tests of what the command tune shows.
+
 package main
 
 import (

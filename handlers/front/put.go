@@ -20,7 +20,7 @@ import (
 // maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
 const maxPutBytes = 64 << 20
 
-// putSchema is what DoPut takes: rows are consecutive pieces of one archive.
+// putSchema is what DoPut takes: rows are consecutive chunks of one archive.
 var putSchema = arrow.NewSchema([]arrow.Field{{Name: "chunk", Type: arrow.BinaryTypes.Binary}}, nil)
 
 func parsePut(fd *flight.FlightDescriptor) (*protocol.PutCommand, error) {
@@ -59,7 +59,7 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	}
 	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" ||
 		got.Field(0).Type.ID() != arrow.BINARY {
-		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
+		return fault.New(fault.BadRequest, "DoPut wants the schema %s of chunks of a tar archive", putSchema)
 	}
 	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" &&
 		f.options.Repository.Known(command.Digest)}

@@ -1,3 +1,5 @@
+// Tests of actions, puts and criteria, with fuzz targets for whatever a caller sends there.
+
 package front
 
 import (
@@ -117,22 +119,22 @@ func (s *sent) Recv() (*flight.FlightData, error) {
 	return next, nil
 }
 
-// chunks encodes record batches of pieces; a nil piece is null.
+// chunks encodes record batches of an archive; a nil chunk is null.
 func chunks(t *testing.T, options []ipc.Option, batches ...[][]byte) *sent {
 	t.Helper()
 	out := &captured{}
 	w := flight.NewRecordWriter(out, append(options, ipc.WithSchema(putSchema))...)
-	for _, pieces := range batches {
+	for _, chunks := range batches {
 		b := array.NewBinaryBuilder(memory.DefaultAllocator, arrow.BinaryTypes.Binary)
-		for _, piece := range pieces {
-			if piece == nil {
+		for _, chunk := range chunks {
+			if chunk == nil {
 				b.AppendNull()
 			} else {
-				b.Append(piece)
+				b.Append(chunk)
 			}
 		}
 		column := b.NewArray()
-		if err := w.Write(array.NewRecord(putSchema, []arrow.Array{column}, int64(len(pieces)))); err != nil {
+		if err := w.Write(array.NewRecord(putSchema, []arrow.Array{column}, int64(len(chunks)))); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -61,6 +61,20 @@ const (
 	tfgo       = "github.com/galeone/tfgo"
 )
 
+// walls are dependencies that must not be, direct or not.
+var walls = []struct{ from, to, why string }{
+	{runner, "flightsvc/modelcache", "a runner knows one model, and links no model stores"},
+	{runner, "flightsvc/gpu", "a runner is told its device, and links no NVML"},
+	{runner, "gocloud.dev", "only the front reads stores"},
+	{runner, "github.com/NVIDIA", "only the front asks NVML"},
+	{"flightsvc/internal/client", "flightsvc/handlers", "a client needs the protocol alone"},
+	{"flightsvc/internal/protocol", "github.com/apache/arrow", "the protocol's JSON needs neither Arrow nor gRPC"},
+	{"flightsvc/internal/protocol", "google.golang.org/grpc", "the protocol's JSON needs neither Arrow nor gRPC"},
+}
+
+// within reports whether a package is another or below it.
+func within(path, parent string) bool { return path == parent || strings.HasPrefix(path, parent+"/") }
+
 // TestDependencies holds the walls of ARCHITECTURE.md.
 func TestDependencies(t *testing.T) {
 	for _, p := range packages(t, "./...") {
@@ -80,6 +94,11 @@ func TestDependencies(t *testing.T) {
 		default:
 			if len(linked) > 0 {
 				t.Errorf("%s links %v; TensorFlow's only users are the runner and preprocess", p.ImportPath, linked)
+			}
+		}
+		for _, wall := range walls {
+			if within(p.ImportPath, wall.from) && slices.ContainsFunc(p.Deps, func(dep string) bool { return within(dep, wall.to) }) {
+				t.Errorf("%s depends on %s: %s", p.ImportPath, wall.to, wall.why)
 			}
 		}
 		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess && p.ImportPath != session {
