@@ -228,14 +228,15 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	message.vector(slotMessageMetadata, 4)
 	kind := message.byte(slotHeaderType)
 	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
-		return fault.New(fault.BadRequest, "the schema wants %d more dictionaries before anything else", c.awaited)
+		return fault.New(fault.BadRequest, "%d more dictionaries of the schema must come before record batches",
+			c.awaited)
 	}
 	c.mem.useGoHeap(kind == headerDictionary)
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
 		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
-			return fault.New(fault.BadRequest, "a dictionary that adds to the one before (isDelta) is not taken; send "+
-				"it whole")
+			return fault.New(fault.BadRequest, "a delta dictionary (isDelta) is not supported; send the whole "+
+				"dictionary")
 		}
 		c.awaited--
 		data := about.table(slotDictionaryData)

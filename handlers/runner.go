@@ -150,7 +150,7 @@ func (r *Runner) Counts() control.Counts {
 // stayAway refuses a stream that comes at a bad time.
 func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
 	stream.SetTrailer(metadata.Pairs(protocol.RetryAfter, fmt.Sprint(retryAfter.Milliseconds())))
-	return fault.New(fault.Unavailable, "the runner takes no further stream now, %s; ask again in %d ms (%s)", reason,
+	return fault.New(fault.Unavailable, "the runner accepts no more streams now, %s; ask again in %d ms (%s)", reason,
 		retryAfter.Milliseconds(), protocol.RetryAfter)
 }
 

@@ -99,7 +99,7 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	defer c.mu.Unlock()
 	c.memory.capLocked(want)
 	if total := c.memory.total; total > 0 && want.bytes > total {
-		return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; set memory to more", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
+		return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; raise the setting memory", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
 	}
 	c.memory.waiting = append(c.memory.waiting, want)
 	defer func() {
@@ -220,7 +220,7 @@ func (c *Cache) fullLocked(want *claim) error {
 		holders = append(holders, c.holderLocked(s, s.claim.bytes))
 	}
 	slices.Sort(holders)
-	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for it; of %s for all models %s are taken by %s; end some of their streams, or set memory to more",
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for it; of %s for all models %s are used by %s; end some of their streams, or raise the setting memory",
 		want.model.Ref, want.model.Version, config.Bytes(want.bytes), c.options.LoadTimeout, config.Bytes(c.memory.total), config.Bytes(c.memory.held()),
 		cmp.Or(strings.Join(holders, ", "), "models that are ending"))
 }

@@ -109,13 +109,13 @@ func TestWhoHasTheMemory(t *testing.T) {
 		runner := leaseOf(t, cache, models[0], "s")
 		tell(t, runner, "open s")
 		_, err := cache.Ready(t.Context(), models[1], "")
-		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "raise the setting memory")
 		if !runner.Alive() {
 			t.Error("a stream was open")
 		}
 		huge := add(t, cache, "huge", `{"memory":"2GiB"}`)
 		_, err = cache.Ready(t.Context(), huge, "")
-		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "raise the setting memory")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		if _, err := cache.Ready(ctx, models[1], ""); err != context.DeadlineExceeded {
@@ -348,15 +348,15 @@ func TestWhatIsKnownOfModelsIsForgotten(t *testing.T) {
 		}
 		synctest.Wait()
 		if got := known(); got != "2 1" {
-			t.Errorf("known are %s", got)
+			t.Errorf("known networks: %s", got)
 		}
 		time.Sleep(2 * time.Minute)
 		if got := known(); got != "0 1" {
-			t.Errorf("after two minutes known are %s", got)
+			t.Errorf("after two minutes known networks: %s", got)
 		}
 		time.Sleep(2 * strikeMemory)
 		if got := known(); got != "0 0" {
-			t.Errorf("in the end known are %s", got)
+			t.Errorf("in the end known networks: %s", got)
 		}
 	})
 }
@@ -394,8 +394,8 @@ func TestLabelsAndSignatures(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
 		`{"batchin":{}}`:                             `unknown field "batchin"`,
-		`{"memory":"lots"}`:                          `"lots" is no amount of memory`,
-		`{"keep_alive":"long"}`:                      `"long" is no duration`,
+		`{"memory":"lots"}`:                          `"lots" is not an amount of memory`,
+		`{"keep_alive":"long"}`:                      `"long" is not a duration`,
 		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
 		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
 		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
@@ -483,7 +483,7 @@ func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
 		}
 		measured(modelMemory + 100<<20)
 		_, err = cache.Ready(t.Context(), model, "")
-		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "raise the setting memory")
 	})
 }
 

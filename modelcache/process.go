@@ -105,7 +105,7 @@ func (p *program) Report() (report control.Report, err error) {
 			return control.Report{}, io.EOF // nothing else is to be had from this pipe
 		}
 		report = control.Report{}
-		p.log.Warn("runner wrote a line that is no report") // some library, say
+		p.log.Warn("runner wrote a line that is not a report") // some library, say
 	}
 }
 

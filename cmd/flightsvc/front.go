@@ -162,7 +162,7 @@ func awaitEnd(ctx context.Context, front rundir.Process) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-time.After(endTimeout):
-		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; its log says why; to start another: "+
+		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; see its log; to start another one: "+
 			"kill -9 %d", front.PID, front.PID)
 	}
 }

@@ -23,15 +23,15 @@ import (
 type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
 	Config  kong.ConfigFlag  `placeholder:"FILE" help:"${config_help}"`
-	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal, the owner's end, or idleness."`
+	Serve   serveCommand     `cmd:"" help:"${serve_help}"`
 	Models  modelsCommand    `cmd:"" help:"List the models that the front knows."`
 	Load    loadCommand      `cmd:"" help:"Load a model into memory."`
-	Unload  unloadCommand    `cmd:"" help:"Take a model out of memory."`
-	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
+	Unload  unloadCommand    `cmd:"" help:"Unload a model from memory."`
+	Status  statusCommand    `cmd:"" help:"Show which models are in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
 	Tune    tuneCommand      `cmd:"" help:"${tune_help}"`
 	Predict pythonCommand    `cmd:"" passthrough:"" help:"Run a model over the rows of files."`
-	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Make constants of a model's variables."`
+	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Replace a model's variables by constants."`
 	Conf    pythonCommand    `cmd:"" passthrough:"" help:"Print the configuration of the Spark plugin."`
 }
 
@@ -63,8 +63,9 @@ const (
 var helps = kong.Vars{
 	"version":       build.Version + " (" + build.ID() + ")",
 	"config_help":   `JSON file with settings, for instance {"model_root": "/models"}.`,
-	"tune_help":     "Measure which configuration runs a model fastest, and use that from its next load.",
-	"endpoint_help": "The front to ask. Default: this user's own, in the folder user of the run-dir.",
+	"tune_help":     "Measure which configuration runs a model fastest, and use it from the next load.",
+	"serve_help":    "Serve models on a Unix socket until a signal arrives, the owner ends, or the server is idle.",
+	"endpoint_help": "The front to connect to. Default: this user's own, in the folder user of the run-dir.",
 	"run_dir_help":  "Folder for sockets. Default: $XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID.",
 	"model_help": "A name in the front's repository, a folder with a SavedModel or with its numbered versions, " +
 		"a URI, or a digest.",
@@ -138,7 +139,7 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	}
 	for key := range f.keys {
 		if !known[key] {
-			return fmt.Errorf("the configuration file has a setting %q that there is not; there are %s", key,
+			return fmt.Errorf("the configuration file has an unknown setting %q; the settings are %s", key,
 				strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		}
 	}

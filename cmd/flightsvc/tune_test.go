@@ -29,7 +29,7 @@ func TestTune(t *testing.T) {
 		t.Fatalf("%v: %s", err, told)
 	}
 	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ",
-		"freezing: the graph is served as it is: ", "processor: ", tuning.Machine()} {
+		"freezing: the graph is served as it is: ", "CPU: ", tuning.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}

@@ -1,3 +1,5 @@
+// Tests of the build: its identity, and which package may depend on which.
+
 package build
 
 import (

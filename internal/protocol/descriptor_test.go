@@ -144,7 +144,7 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"picture dtype": {in(`"preprocess":{"p":{"size":[1,1],"dtype":"int8"}}`), []string{`dtype is "int8"`,
 			"uint8"}},
 		"nearest antialias": {in(`"preprocess":{"p":{"size":[1,1],"resize":"nearest","antialias":true}}`),
-			[]string{"antialias goes with bilinear and bicubic"}},
+			[]string{"antialias works with bilinear and bicubic"}},
 		"picture scale of two": {in(`"preprocess":{"p":{"size":[1,1],"scale":[1,2]}}`),
 			[]string{"a number or a list with one for each channel"}},
 		"picture scale of null": {in(`"preprocess":{"p":{"size":[1,1],"scale":null}}`),
@@ -158,7 +158,7 @@ func TestParseDescriptorRefuses(t *testing.T) {
 		"built-in RGB": {`{"v":1,"model":"image","preprocess":{"image":{"channels":"RGB"}}}`,
 			[]string{`channels is "RGB"`, `"BGR"`}},
 		"built-in fit": {`{"v":1,"model":"image","preprocess":{"image":{"fit":"pad"}}}`,
-			[]string{"want a size"}},
+			[]string{"need a size"}},
 		"too long": {`{"v":1,"model":"` + strings.Repeat("m", MaxDescriptorBytes) + `"}`,
 			[]string{"bytes, more than 65536"}},
 	} {

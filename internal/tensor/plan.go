@@ -65,7 +65,7 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 		}
 	}
 	if len(outputs) == 0 {
-		return nil, fault.New(fault.BadRequest, "no output is asked for; the signature has %s",
+		return nil, fault.New(fault.BadRequest, "no output is requested; the signature has %s",
 			describe(signature.Outputs...))
 	}
 	var columns []arrow.Field

@@ -707,7 +707,7 @@ func TestNewPlanRefuses(t *testing.T) {
 		"input left out": {options: Options{Inputs: protocol.Inputs{}}, texts: []string{`input "x" is not mapped`}},
 		"unknown output": {options: Options{Outputs: protocol.Outputs{{Tensor: "nope", Column: "c"}}},
 			texts: []string{`no output "nope"`, `"y" float32 [?]`}},
-		"no output": {options: Options{Outputs: protocol.Outputs{}}, texts: []string{"no output is asked for"}},
+		"no output": {options: Options{Outputs: protocol.Outputs{}}, texts: []string{"no output is requested"}},
 		"two outputs, one name": {outputs: []savedmodel.Spec{y, spec("z", savedmodel.Int64, -1)},
 			options: Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c"}, {Tensor: "z", Column: "c"}}},
 			texts:   []string{`"c"`, "error_column"}},

@@ -49,7 +49,7 @@ func (r *Repository) Hold(model Model) (release func(), err error) {
 }
 
 func errGone(model Model) error {
-	return fault.New(fault.Unavailable, "model %s: its files were cleared from the cache-dir just now; ask again", model.Ref)
+	return fault.New(fault.Unavailable, "model %s: its files have just been removed from the cache-dir; ask again", model.Ref)
 }
 
 // isStill reports whether a path names the open folder.

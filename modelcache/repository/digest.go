@@ -24,7 +24,7 @@ var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 // CheckDigest refuses text that is not sha256: and 64 hexadecimal digits.
 func CheckDigest(digest string) error {
 	if !digestForm.MatchString(digest) {
-		return fault.New(fault.BadRequest, "%.80q is no digest; want sha256: and 64 lower-case hexadecimal digits", digest)
+		return fault.New(fault.BadRequest, "%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits", digest)
 	}
 	return nil
 }

@@ -184,7 +184,7 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 		return "", r.diskFault(err)
 	}
 	if err := r.remember(at.uri, now.stamp, digest); err != nil {
-		log.Warn("fetched model not noted; another front may fetch it again", zap.Error(err))
+		log.Warn("origin of a fetched model not written; another front may fetch it again", zap.Error(err))
 	}
 	log.Info("model fetched", zap.String("digest", digest), zap.Stringer("size", config.Bytes(now.size())), zap.Duration("fetch_time", time.Since(started)))
 	r.collectSoon()
@@ -317,7 +317,7 @@ func (t *transfer) second(ctx context.Context, about file, first []byte) error {
 		return err
 	}
 	if !bytes.Equal(sum.Sum(nil), first) {
-		return fault.New(fault.Unavailable, "%s arrived damaged: its checksum is not the store's", about.path)
+		return fault.New(fault.Unavailable, "%s arrived damaged: its checksum differs from the store's", about.path)
 	}
 	s := &t.r.stores
 	s.mu.Lock()
@@ -349,11 +349,11 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case gcerrors.Code(err) == gcerrors.NotFound:
-			return fault.New(fault.Unavailable, "%s is gone, so the version changes just now; ask again", about.path)
+			return fault.New(fault.Unavailable, "%s has disappeared, so the version is being changed; ask again", about.path)
 		case offset > about.size || err == nil:
 			return fault.New(fault.Unavailable, "%s has %d bytes, and the store said %d; ask again", about.path, offset, about.size)
 		case attempt >= readAttempts:
-			return fault.New(fault.Unavailable, "%s was cut after %d of %d bytes (%w), %d times; ask again, and check the network if it stays so", about.path, offset, about.size, rootOf(err), attempt)
+			return fault.New(fault.Unavailable, "the transfer of %s broke off after %d of %d bytes (%w), %d times; ask again, and check the network if it happens again", about.path, offset, about.size, rootOf(err), attempt)
 		}
 		select {
 		case <-ctx.Done():

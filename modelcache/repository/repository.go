@@ -62,7 +62,7 @@ func New(options Options) *Repository {
 }
 
 // ErrClosing is the fault of whatever is asked of a server that ends.
-var ErrClosing = fault.New(fault.Unavailable, "this server is ending; another takes over")
+var ErrClosing = fault.New(fault.Unavailable, "this server is ending; connect to another")
 
 // begin counts work that Close has to await, with working.Done at its end; false where the repository is closing.
 func (r *Repository) begin() bool {

@@ -74,7 +74,7 @@ func (s *Settings) check() error {
 	b := &s.Batching
 	switch {
 	case b.MaxBatchSize < 0 || b.BatchTimeoutMicros < 0 || b.MaxEnqueuedBatches < 0 || b.NumBatchThreads < 0:
-		return fmt.Errorf("a number of batching is negative")
+		return fmt.Errorf("numbers in batching cannot be negative")
 	case s.Cores < 0 || s.Memory < 0:
 		return fmt.Errorf("cores and memory cannot be negative")
 	case s.WarmUp != "" && s.WarmUp != WarmUpAuto && s.WarmUp != WarmUpOff:
@@ -82,7 +82,7 @@ func (s *Settings) check() error {
 	}
 	for name := range s.VersionLabels {
 		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == Latest || name == "" {
-			return fmt.Errorf("version_labels has %q; a label is neither a number nor %q", name, Latest)
+			return fmt.Errorf("version_labels has %q; a label must not be a number or %q", name, Latest)
 		}
 	}
 	sizes := b.AllowedBatchSizes

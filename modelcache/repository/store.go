@@ -142,7 +142,7 @@ func (r *Repository) diskFault(err error) error {
 	case !errors.As(err, &number):
 		return err
 	case number == syscall.ENOSPC || number == syscall.EDQUOT:
-		return fault.New(fault.Exhausted, "there is no space left for this model in cache-dir %s; free some, or set cache-dir to a larger place", r.options.CacheDir)
+		return fault.New(fault.Exhausted, "cache-dir %s has no space left for this model; free some, or set cache-dir to a larger file system", r.options.CacheDir)
 	}
 	if _, ok := fault.KindOf(err); ok {
 		return err

@@ -238,9 +238,9 @@ func TestPushRefuses(t *testing.T) {
 		"cut in a file":      {good[:len(good)-2048], "", "it ends early"},
 		"cut before a file":  {good[:1024], "", "it ends early"},
 		"cut before its end": {good[:len(good)-1024], "", "it ends early"},
-		"more after its end": {append(bytes.Clone(good), "more"...), "", "something after its end"},
+		"more after its end": {append(bytes.Clone(good), "more"...), "", "data after its end"},
 		"gzip":               {zipped.Bytes(), "", "send a plain POSIX tar, not compressed"},
-		"text":               {[]byte(strings.Repeat("hello ", 1000)), "", "no plain POSIX tar"},
+		"text":               {[]byte(strings.Repeat("hello ", 1000)), "", "not a plain POSIX tar"},
 		"another digest":     {good, "sha256:" + strings.Repeat("0", 64), "not sha256:0000"},
 	} {
 		t.Run(name, func(t *testing.T) {

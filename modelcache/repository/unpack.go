@@ -101,7 +101,7 @@ func (s *source) rest(buffer []byte) error {
 	for {
 		n, err := s.Read(buffer)
 		if slices.ContainsFunc(buffer[:n], func(b byte) bool { return b != 0 }) {
-			return refused("there is something after its end")
+			return refused("there is data after its end")
 		}
 		if err == io.EOF {
 			return nil
@@ -129,7 +129,7 @@ func (u *unpacking) next() error {
 		return err
 	}
 	if err != nil {
-		return refused("it is no plain POSIX tar (%w); send it neither compressed nor in another format", err)
+		return refused("it is not a plain POSIX tar (%w); send it neither compressed nor in another format", err)
 	}
 	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
 	u.names += len(header.Name)
@@ -159,7 +159,7 @@ func (u *unpacking) next() error {
 		err = closeErr
 	}
 	if errors.Is(err, tar.ErrHeader) {
-		return refused("it is no plain POSIX tar (%w)", err)
+		return refused("it is not a plain POSIX tar (%w)", err)
 	}
 	if err != nil {
 		return err
@@ -209,7 +209,7 @@ func checkEntry(header *tar.Header) (string, error) {
 	clean := path.Clean(name)
 	switch {
 	case header.Typeflag == tar.TypeReg && (clean == "." || strings.HasSuffix(name, "/")):
-		return "", refused("%q is no name of a file", name)
+		return "", refused("%q is not the name of a file", name)
 	case clean == savedmodel.File && header.Size > maxGraphBytes:
 		return "", refused("%s has %d bytes, more than %d", savedmodel.File, header.Size, int64(maxGraphBytes))
 	}

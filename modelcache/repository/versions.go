@@ -152,7 +152,7 @@ func (s *snapshot) folder(in int, name, below string, depth int) error {
 			s.vanished(err)
 			continue
 		case len(s.files) >= maxEntries || depth > maxDepth:
-			return fmt.Errorf("%s has more than %d files, or more than %d folders in each other", folder.Name(), maxEntries, maxDepth)
+			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d", folder.Name(), maxEntries, maxDepth)
 		case kind == unix.S_IFDIR:
 			if err := s.folder(fd, name, path, depth+1); err != nil {
 				return err
@@ -311,7 +311,7 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 		case found.number != "" || busy == "":
 			return found.number, now, nil
 		case !wait || time.Since(started) > settleWait:
-			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is not whole yet, or has changed in the last second; ask again when it has been copied", ref, busy)
+			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed in the last second; ask again when it has been copied", ref, busy)
 		}
 		select {
 		case <-ctx.Done():

@@ -647,14 +647,17 @@ def test_one_list_of_verbs(command: Run, run: Predict, capfd: pytest.CaptureFixt
         assert program.stderr.endswith(f"then run flightsvc {verb}\n")
 
 
-@pytest.mark.parametrize("words", [["--version"], ["status", "--json"], ["conf"], ["nonsense"], ["load"]])
+@pytest.mark.parametrize("words", [["--version"], ["conf"], ["nonsense"]])
 def test_the_module_is_the_command(command: Run, words: list[str]):
     module = subprocess.run(
         [sys.executable, "-m", "flightsvc", *words], capture_output=True, text=True, check=False
     )
     script = command(*words)
-    assert (module.returncode, module.stderr) == (script.returncode, script.stderr)
-    assert module.stdout.split('"memory"')[0] == script.stdout.split('"memory"')[0]
+    assert (module.returncode, module.stdout, module.stderr) == (
+        script.returncode,
+        script.stdout,
+        script.stderr,
+    )
 
 
 def test_verbs_of_the_program_import_nothing(command: Run, tmp_path: Path):

@@ -19,14 +19,15 @@ SOURCE = Path(flightsvc.__file__).parent
 
 # From the bottom: a module imports from rooms above its own line in this table, and from its own room.
 ROOMS = (
-    ("errors", "_version", "plugin"),
+    ("commandline", "errors", "_version"),
+    ("plugin", "tables"),
     ("mapping", "settings"),
     ("server",),
     ("request",),
     ("spark",),
     ("export",),
     ("model",),
-    ("client", "image"),
+    ("client", "image", "predict"),
     ("status",),
     ("",),  # the package's own words
     ("__main__",),

@@ -134,7 +134,7 @@ def test_unused_columns_of_one_name(spark: Any, models: Path):
     result = flightsvc.Model(models / "ints").transform(frame, outputs={"total": "t"})
     assert result.columns == ["id", "id", "i", "t"]
     assert sorted(tuple(row)[-1] for row in result.collect()) == [1, 2, 3, 4, 5]
-    with pytest.raises(flightsvc.InvalidArgumentError, match="2 columns are called 'i', which one feeds"):
+    with pytest.raises(flightsvc.InvalidArgumentError, match="2 columns are named 'i', ambiguous for"):
         flightsvc.Model(models / "ints").transform(frame.select("i", "i"), inputs={"i": "i"})
 
 

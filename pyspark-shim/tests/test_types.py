@@ -422,8 +422,8 @@ def test_options_that_are_none():
         ({"on_error": "ignore"}, "on_error is 'ignore'; it is one of fail, null, column"),
         ({"nulls": "drop"}, "nulls is 'drop'; it is one of null, fail"),
         ({"layout": "rows"}, "layout is 'rows'; it is one of list, tensor"),
-        ({"run_timeout": -1}, "run_timeout is -1; want seconds"),
-        ({"run_timeout": float("nan")}, "run_timeout is nan; want seconds"),
+        ({"run_timeout": -1}, "run_timeout is -1; give seconds"),
+        ({"run_timeout": float("nan")}, "run_timeout is nan; give seconds"),
     ):
         assert refused(lambda: Model("m").request(**options)).startswith(text)  # noqa: B023
     assert "pad of column 'c' is nan" in refused(lambda: Input("c", pad=float("nan")))

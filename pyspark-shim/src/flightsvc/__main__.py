@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-VERBS = ("conf", "freeze", "predict")
-"""The verbs in Python; the program lists them, too, so that its help is complete."""
+VERBS = {"conf": "flightsvc.plugin", "freeze": "flightsvc.export.freeze", "predict": "flightsvc.predict"}
+"""The verbs in Python and the modules that answer them; the program's help lists these verbs, too."""
 
 
 def main(words: list[str]) -> int:
@@ -32,13 +32,13 @@ def main(words: list[str]) -> int:
 
 def answer(verb: str, arguments: list[str]) -> int:
     """Run a verb in Python and return its exit code."""
-    from flightsvc import plugin, predict
-    from flightsvc.errors import FlightsvcError
-    from flightsvc.export import freeze
+    from importlib import import_module
 
-    run = {"conf": plugin.main, "freeze": freeze.main, "predict": predict.main}[verb]
+    from flightsvc.errors import FlightsvcError
+
     try:
-        return run(arguments)
+        code: int = import_module(VERBS[verb]).main(arguments)
+        return code
     except (FlightsvcError, OSError) as error:
         print(f"flightsvc: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -92,7 +92,7 @@ class Client:
 
         Sizes are bytes. ``memory`` has ``budget`` and ``reserved``. Each of ``models`` has ``model``,
         ``version``, ``state`` (``queued``, ``loading``, ``warming``, ``ready``, ``draining``, ``failed``,
-        ``quarantined``) with its ``reason``, ``device`` (the UUID of a GPU, empty for the processor),
+        ``quarantined``) with its ``reason``, ``device`` (the UUID of a GPU, empty for the CPU),
         ``streams``, ``memory`` now, ``reserved``, ``tuned`` (the configuration that was measured to be
         fastest) and more.
         """

@@ -86,7 +86,7 @@ def read_images(
     from pyspark.sql.functions import col
 
     if stream and not isinstance(path, str):
-        raise InvalidArgumentError("a stream of pictures has one path, which may be a pattern")
+        raise InvalidArgumentError("read_images with stream=True takes one path, which may be a glob pattern")
     paths: Any = path if isinstance(path, str) else list(path)
     # As they are given, a folder's column of one of these names goes behind the others; only content, which
     # is the last, does not move: Spark refuses that itself when it plans the job.
@@ -96,8 +96,8 @@ def read_images(
     for own, found in zip(_FILE_COLUMNS, files.columns, strict=False):
         if own != found:
             raise InvalidArgumentError(
-                f"read_images: folders are called {own}=..., as a column of Spark's file source is; "
-                "rename them, or read the folder itself: recursiveFileLookup=True makes no columns"
+                f"read_images: a folder is named {own}=..., but {own} is a column of Spark's file source; "
+                "rename the folder, or set recursiveFileLookup=True, which makes no partition columns"
             )
     folders = files.columns[len(_FILE_COLUMNS) :]
     added = ["image", error_column] if on_error == "column" else ["image"]
@@ -105,8 +105,8 @@ def read_images(
     for i, name in enumerate(names):
         if any(same_name(name, other, case_sensitive=False) for other in names[:i]):
             raise InvalidArgumentError(
-                f"read_images: the result would have two columns {name!r}; name error_column otherwise, or "
-                "read the folder itself: recursiveFileLookup=True makes no columns"
+                f"read_images: the result would have two columns {name!r}; set another error_column, or set "
+                "recursiveFileLookup=True, which makes no partition columns"
             )
     with acting_for(spark):
         picture = decode(on_error=on_error, error_column=error_column)(files["content"], files["path"])
@@ -164,7 +164,7 @@ def resize(
         FlightsvcError: No front could be asked whether they are.
     """
     if channels not in (None, "BGR", "L"):
-        raise InvalidArgumentError(f"channels is {channels!r}; a picture in a column is BGR or L")
+        raise InvalidArgumentError(f"channels is {channels!r}; it is BGR or L, or None to keep its own")
     # ImageInput leaves RGB unsaid, which to the built-in model are each picture's own channels.
     how = ImageInput(size, resize=resize, antialias=antialias, fit=fit, channels=channels or "RGB")
     return _function("resize", how, on_error, error_column)
@@ -201,7 +201,7 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     import numpy as np
 
     if picture is None:
-        raise InvalidArgumentError("there is no picture, the column is null here")
+        raise InvalidArgumentError("the picture is null")
     height, width, channels = (picture[name] for name in ("height", "width", "nChannels"))
     mode, data = picture["mode"], picture["data"]
     if mode == -1:
@@ -213,7 +213,7 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     dtype = np.dtype(name).newbyteorder("<")
     if channels != wanted or min(height, width) < 1 or len(data) != height * width * wanted * dtype.itemsize:
         raise InvalidArgumentError(
-            f"the picture's numbers do not agree: mode {mode} ({wanted} x {name}), {height} x {width} "
+            f"the picture's fields do not match: mode {mode} ({wanted} x {name}), {height} x {width} "
             f"pixels, {channels} channels, {len(data)} bytes"
         )
     return np.frombuffer(data, dtype).reshape(height, width, wanted)
@@ -322,7 +322,7 @@ def _function(
     if on_error not in _POLICIES:
         raise InvalidArgumentError(f"on_error is {on_error!r}; it is one of {', '.join(_POLICIES)}")
     if on_error == "column" and same_name(error_column, "image", case_sensitive=False):
-        raise InvalidArgumentError("error_column is 'image', as the pictures are called; name it otherwise")
+        raise InvalidArgumentError("error_column is 'image', which names the pictures; choose another")
     model = Model(IMAGE_MODEL, preprocess={} if preprocess is None else {"image": preprocess})
     request = model.request(on_error="column")
     if preprocess is not None:  # a front on the driver says what is wrong with it
@@ -338,7 +338,7 @@ def _function(
     def checked(*columns: Column | str) -> Column:
         if len(columns) not in (1, 2):
             raise InvalidArgumentError(
-                f"{name} takes the pictures and, if wanted, their origin; it got {len(columns)} columns"
+                f"{name} takes a column of pictures and perhaps one of origins; it got {len(columns)} columns"
             )
         given = [of_type(name, columns[0], f"^binary$|{IMAGES}", _PICTURES)]
         given += [of_type(name, column, "^(string|char|varchar|void)", _ORIGINS) for column in columns[1:]]
@@ -358,7 +358,7 @@ def _slices(column: pa.Array | tuple[pa.Array, ...]) -> Iterator[pa.RecordBatch]
     picture, *origins = column if isinstance(column, tuple) else (column,)
     if len(origins) > 1:
         raise InvalidArgumentError(
-            f"there are {1 + len(origins)} columns; give the pictures and, if wanted, their origin"
+            f"there are {1 + len(origins)} columns; give one of pictures and perhaps one of origins"
         )
     data = picture
     if pa.types.is_struct(picture.type):

@@ -150,7 +150,7 @@ class Input:
             )
         if self.load is not None and self.encoding is not None:
             raise InvalidArgumentError(
-                f"column {self.column!r} has load, which makes the tensor's rows, and the encoding "
+                f"column {self.column!r} has load, whose values are not encoded, and the encoding "
                 f"{self.encoding!r}; leave out one"
             )
 

@@ -225,7 +225,7 @@ class Model:
             if value not in _CHOICES[name]:
                 raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(_CHOICES[name])}")
         if run_timeout is not None and not 0 <= run_timeout < math.inf:
-            raise InvalidArgumentError(f"run_timeout is {run_timeout!r}; want seconds, 0 for no bound")
+            raise InvalidArgumentError(f"run_timeout is {run_timeout!r}; give seconds, or 0 for no limit")
         return Request(
             self,
             dict(inputs or {}),

@@ -145,8 +145,8 @@ class Request:
                 )
             if len(found) > 1:
                 raise InvalidArgumentError(
-                    f"{where}: {len(found)} columns are called {column!r}, which one feeds input {name!r}? "
-                    "Rename them"
+                    f"{where}: {len(found)} columns are named {column!r}, ambiguous for input {name!r}; "
+                    "rename them"
                 )
             positions[name] = found[0]
         return positions

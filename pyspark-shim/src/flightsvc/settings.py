@@ -42,7 +42,7 @@ class Settings:
         cores: Threads for each model.
         memory: Memory of the host for all models together.
         keep_alive: How long a model stays in memory without a stream.
-        allow_cpu_fallback: ``true`` runs models on the processor where no GPU has room.
+        allow_cpu_fallback: ``true`` runs models on the CPU where no GPU has room.
         tune: ``quick`` measures models when the front is idle.
         max_image_pixels: Most pixels of a picture.
         max_image_bytes: Most bytes of a picture's file.

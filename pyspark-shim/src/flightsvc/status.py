@@ -50,7 +50,7 @@ def status(spark: SparkSession) -> DataFrame:
 
     The columns: ``executor``, Spark's id of it where the plugin has started the sidecar, else null; ``host``;
     ``server``, as in answers; ``version`` of flightsvc; ``devices``, its GPUs, name and UUID, empty where
-    models run on the processor; ``models``, those in memory, each with version and state; ``memory``, bytes
+    models run on the CPU; ``models``, those in memory, each with version and state; ``memory``, bytes
     of the sidecar, front and runners; ``rows`` since it started; ``rows_per_second`` while it was asked;
     ``queued``, rows that wait now; ``answered_by``, the task that asked.
 

@@ -345,7 +345,7 @@ def _write(
 
 def main(arguments: Sequence[str]) -> int:
     """Answer ``flightsvc freeze``: freeze a model and print one line of JSON."""
-    parser = Parser("freeze", "<model> <out>", "Make constants of a model's variables.")
+    parser = Parser("freeze", "<model> <out>", "Replace a model's variables by constants.")
     parser.add_argument("model", metavar="<model>", help="Folder of a SavedModel.")
     parser.add_argument("out", metavar="<out>", help="The new folder.")
     parser.add_argument(

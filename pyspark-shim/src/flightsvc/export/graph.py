@@ -273,7 +273,7 @@ class TFInputGraph:
         tf = import_tensorflow()
         if self.graph_def.ByteSize() > LIMIT:
             raise InvalidArgumentError(
-                f"the graph has {self.graph_def.ByteSize():,} bytes, {LIMIT:,} can be served; "
+                f"the graph has {self.graph_def.ByteSize():,} bytes, more than {LIMIT:,}; "
                 "save it with its variables as a SavedModel, and give its folder"
             )
         content = hashlib.sha256(self.graph_def.SerializeToString(deterministic=True))
@@ -400,7 +400,7 @@ def _serves(operation: tf.Operation, fetches: Sequence[str]) -> None:
     which = f"output {', '.join(map(repr, fetches))}"
     if operation.type in PLACEHOLDERS:
         raise GraphError(
-            f"{which} needs the placeholder '{operation.name}:0', which is no input; feed it with a column"
+            f"{which} needs the placeholder '{operation.name}:0', which is not an input; map a column to it"
         )
     if operation.type in _STATEFUL:
         raise GraphError(
@@ -438,7 +438,7 @@ def _write(graph: tf.Graph, inputs: Mapping[str, tf.Tensor], outputs: Mapping[st
 
 def _dense(name: str, info: Any) -> str:
     if info.WhichOneof("encoding") != "name":
-        raise InvalidArgumentError(f"the signature's {name!r} is no dense tensor; only such are served")
+        raise InvalidArgumentError(f"the signature's {name!r} is not a dense tensor, which it must be")
     return str(info.name)
 
 
@@ -455,7 +455,7 @@ def _key(key: Any) -> None:
 
 def _signature(known: dict[str, str] | None) -> dict[str, str]:
     if known is None:
-        raise GraphError("the graph was made without a signature; name its tensors themselves")
+        raise GraphError("the graph was made without a signature; give the names of its tensors")
     return known
 
 

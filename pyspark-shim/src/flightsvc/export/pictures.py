@@ -54,7 +54,7 @@ def picture_model(
         channels = _channels(feed, channelOrder)
         if outputMode == "image" and fetch.shape.rank not in (None, 3, 4):
             raise InvalidArgumentError(
-                f"output {outputTensor!r} is {fetch.shape}, no picture; it must be [1, height, width, "
+                f"output {outputTensor!r} is {fetch.shape}, not a picture; it must be [1, height, width, "
                 "channels]; or set outputMode to 'vector'"
             )
 

@@ -151,8 +151,8 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         field = _field(schema, self._column("inputCol"))
         if field is not None and not is_image(field.dataType) and not self._model().preprocess:
             raise InvalidArgumentError(
-                f"column {field.name!r} is {field.dataType.simpleString()}; the graph takes pictures "
-                "of any size, which come as Spark's image struct: flightsvc.image.read_images, or "
+                f"column {field.name!r} is {field.dataType.simpleString()}; because the graph takes pictures "
+                "of any size, the column must be Spark's image struct: use flightsvc.image.read_images, or "
                 "flightsvc.image.decode of files"
             )
 
@@ -258,8 +258,8 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
         if field is None or self.getImageLoader() is None or isinstance(field.dataType, StringType):
             return
         raise InvalidArgumentError(
-            f"column {field.name!r} is {field.dataType.simpleString()}; imageLoader takes paths, "
-            "which are string"
+            f"column {field.name!r} is {field.dataType.simpleString()}; imageLoader needs paths, "
+            "a column of string"
         )
 
     def _asked(self) -> Asked:

@@ -51,7 +51,7 @@ def to_mapping(value: Any) -> dict[str, str]:
         if not isinstance(name, str):
             raise TypeError(f"names are text, {name!r} is {type(name).__name__}")
     if len(mapping) < len(pairs) or len(set(mapping.values())) < len(mapping):
-        raise InvalidArgumentError(f"a name occurs twice in {dict(pairs)}; each one has one partner")
+        raise InvalidArgumentError(f"{dict(pairs)} names a column or a tensor twice; name each once")
     return mapping
 
 

@@ -167,5 +167,5 @@ def _unpickled(stage: Stage, name: str, text: str) -> Any:
         return cloudpickle.loads(base64.b64decode(text))
     except Exception as error:
         raise InvalidArgumentError(
-            f"{stage.uid}: {name} cannot be loaded: {error}; the modules that it needs must be here"
+            f"{stage.uid}: {name} cannot be loaded: {error}; modules that it imports must be installed"
         ) from error

@@ -183,7 +183,7 @@ def receive(connection: Connection, digest: str, name: str) -> None:
         if not os.path.exists(file):
             raise NotFoundError(
                 f"model {name}: its archive {file} has not reached this worker, and the server does not know "
-                f"{digest}; make the DataFrame or function anew in the session that runs it"
+                f"{digest}; create the DataFrame or function again in the session that runs it"
             )
 
         def pieces() -> Iterator[bytes]:
@@ -266,7 +266,7 @@ def _archive(folder: Path, digest: str) -> Path:
                 for piece in archive.pieces(folder):
                     out.write(piece)
             if _read(folder).digest != digest:
-                raise InvalidArgumentError(f"{folder} changed while it was read; try again when it is whole")
+                raise InvalidArgumentError(f"{folder} changed while it was read; try again when it is copied")
             part.rename(file)
         finally:
             part.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def _executor_above(pid: int) -> Owner:
             process = _process(process.parent)
     except OSError:
         raise SidecarError(
-            "this worker has no java process above it, so a flightsvc started here would never end; "
+            "no java process started this worker, so a flightsvc started here would never end; "
             f"start one beside the executor and set {variable('endpoint')} to its endpoint"
         ) from None
     return Owner(process.pid, process.start)
@@ -244,7 +244,7 @@ def _ensure(run_dir: str) -> None:
 def _unusable(folder: str, error: OSError) -> SidecarError:
     return SidecarError(
         f"{error.filename or folder}: {error.strerror}; "
-        f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of our own"
+        f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of your own"
     )
 
 
@@ -257,8 +257,8 @@ def _private(folder: str) -> None:
         raise SidecarError(f"{folder} is not a folder (a link is not followed here); remove it")
     if found.st_uid != os.geteuid():
         raise SidecarError(
-            f"{folder} belongs to user {found.st_uid}, not to us ({os.geteuid()}); "
-            f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of our own"
+            f"{folder} belongs to user {found.st_uid}, not to user {os.geteuid()}; "
+            f"set {spark_key('run_dir')} or {variable('run_dir')} to a folder of your own"
         )
     if found.st_mode & 0o077:
         raise SidecarError(f"{folder} is open to other users; run: chmod 700 {folder}")
@@ -271,7 +271,7 @@ def _locked(folder: str) -> Iterator[None]:
         if (descriptor := _lock(folder)) is not None:
             break
     else:
-        raise SidecarError(f"{folder} vanishes as often as it is made; is something else cleaning it up?")
+        raise SidecarError(f"{folder} is removed whenever it is created; does another program clean up?")
     try:
         yield
     finally:
@@ -379,7 +379,7 @@ def _serve(settings: Settings, owner: Owner | None, endpoint: str) -> str:
         handshake = json.loads(done.stdout.splitlines()[0])
         location = str(handshake["endpoint"])
     except (IndexError, KeyError, ValueError):
-        raise SidecarError(f"{command[0]} started but said {done.stdout[:200]!r}: is it flightsvc?") from None
+        raise SidecarError(f"{command[0]} started but said {done.stdout[:200]!r}; is it flightsvc?") from None
     log.info("started flightsvc %s, pid %s, at %s", handshake["flightsvc"], handshake["pid"], location)
     return location
 

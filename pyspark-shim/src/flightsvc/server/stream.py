@@ -76,8 +76,8 @@ class Answer:
         for field in fields[self.batch.num_columns :]:
             if field.name in taken:
                 raise InvalidArgumentError(
-                    f"an output would be called {field.name!r} as another column is; "
-                    "name it otherwise: outputs={<output>: <column>}"
+                    f"an output would have the name of another column, {field.name!r}; "
+                    "give it another name: outputs={<output>: <column>}"
                 )
             taken.add(field.name)
         return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields, self.batch.schema.metadata))
@@ -220,7 +220,7 @@ class Exchange:
         if piece.losses == LOSSES:
             place = f"{self._place}, " if self._place else ""
             raise UnavailableError(
-                f"{place}record batch {piece.number}: {LOSSES} streams were lost while it was due; "
+                f"{place}record batch {piece.number}: {LOSSES} streams were lost while it was next in turn; "
                 f"the sidecar's log says why (request {self._id}). The last one said: {translate(error)}"
             ) from error
 

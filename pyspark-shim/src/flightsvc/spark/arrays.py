@@ -182,8 +182,8 @@ def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa
         return pa.StructArray.from_arrays(fields, names=list(column.columns), mask=missing)
     if integer and column.dtype.kind == "f" and (column.abs() >= _EXACT).any():
         raise InvalidArgumentError(
-            "a column has nulls beside integers of 2^53 or more, and pandas, by which this version of Spark "
-            "hands it over, has no such integers; use Model.transform, or fill the nulls"
+            "a column has nulls and integers of 2^53 or more; pandas, through which this version of Spark "
+            "passes it, cannot represent both; use Model.transform, or fill the nulls"
         )
     cells = column
     if column.dtype == object:
@@ -198,7 +198,7 @@ def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa
     except pa.ArrowException as error:
         raise InvalidArgumentError(
             f"a column of {type(found).__name__} cannot be sent to the server: {error}; "
-            "Model.transform sends columns as they are"
+            "use Model.transform, which does not go through pandas"
         ) from error
 
 

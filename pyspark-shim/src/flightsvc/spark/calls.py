@@ -73,7 +73,7 @@ class Worker:
             found = [f"{len(columns)} by position", *named]
             raise InvalidArgumentError(
                 f"{self.name}({', '.join(self.parameters)}) of model {self.request.model.name}, signature "
-                f"{self.request.model.signature}, was called with other arguments: {', '.join(found)}"
+                f"{self.request.model.signature}, was called with these arguments: {', '.join(found)}"
             )
         return bound
 

@@ -148,7 +148,7 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
             if same_name(field.name, other, case_sensitive):
                 raise InvalidArgumentError(
                     f"model {model.name}: the result would have two columns {other!r}; "
-                    "name the new one otherwise: outputs={<output>: <column>}, error_column or sidecar"
+                    "give the new one another name: outputs={<output>: <column>}, error_column or sidecar"
                 )
         taken.append(field.name)
     return StructType([*schema.fields, *further])

@@ -32,7 +32,7 @@ def read(path: str) -> bytes:
     match = _URI.fullmatch(path)
     scheme = match["scheme"].lower() if match else ""
     if not path or "\0" in path:
-        raise InvalidArgumentError("it is no path")
+        raise InvalidArgumentError("it is not a path")
     try:
         if match is None:
             return _read_local(path)
@@ -46,7 +46,7 @@ def read(path: str) -> bytes:
     except IsADirectoryError:
         raise InvalidArgumentError("it is a folder, not a file") from None
     except NotADirectoryError:
-        raise InvalidArgumentError("there is no such file: a part of its path is no folder") from None
+        raise InvalidArgumentError("there is no such file: a part of its path is not a folder") from None
     except PermissionError:
         raise InvalidArgumentError("the worker has no permission to read it") from None
     except (OSError, pa.ArrowException) as error:

@@ -84,8 +84,8 @@ def register_udf(
         if int(spark.version.split(".")[0]) < 4:
             if types:
                 raise InvalidArgumentError(
-                    f"types needs Spark 4, this is Spark {spark.version}, whose functions take their "
-                    f"arguments as they are; leave it out and cast in the query: {name}(CAST(... AS ...))"
+                    f"types needs Spark 4, this is Spark {spark.version}, whose functions do not cast their "
+                    f"arguments; leave types out and cast in the query: {name}(CAST(... AS ...))"
                 )
             spark.udf.register(name, function.arrow)
             return
@@ -128,7 +128,7 @@ def check_name(spark: SparkSession, name: str) -> None:
     system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
     if name.lower() in system:
         raise InvalidArgumentError(
-            f"Spark has a function {name!r} of its own, which would go over this one; "
+            f"Spark has a built-in function {name!r}, which it would call instead; "
             "register it under another name"
         )
 
@@ -251,8 +251,8 @@ def _function(name: str, model: Model, request: Request) -> Function:
     session = active_session()
     if session is None:
         raise InvalidArgumentError(
-            f"model {model.name}: there is no Spark session, whose settings the function would have; "
-            "make the session first"
+            f"model {model.name}: there is no Spark session, whose settings a function needs; "
+            "create a session first"
         )
     conf = conf_of(session)
     case_sensitive = is_case_sensitive(conf)
@@ -271,7 +271,7 @@ def _function(name: str, model: Model, request: Request) -> Function:
                 raise InvalidArgumentError(
                     f"model {model.name}, signature {model.signature}: the result would have two fields "
                     f"{other.name!r}, {other.dataType.simpleString()} and {field.dataType.simpleString()}; "
-                    "name one otherwise: outputs={<output>: <field>} or error_column"
+                    "give one another name: outputs={<output>: <field>} or error_column"
                 )
     function = Function(
         name,
@@ -306,7 +306,7 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
             given = "binary"
         elif spec.shape is None:
             raise InvalidArgumentError(
-                f"{function.title}: input {name!r} ({spec}) does not tell its rank, so parameter "
+                f"{function.title}: input {name!r} ({spec}) has an unknown rank, so parameter "
                 f"{parameter!r} needs a type: types={{{parameter!r}: 'array<{ACCEPTED[spec.dtype][0]}>'}}"
             )
         else:

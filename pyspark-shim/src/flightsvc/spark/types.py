@@ -93,19 +93,19 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
             raise InvalidArgumentError(f"{head} is made from pictures and needs {PICTURES}")
         return
     if spec.dtype not in ACCEPTED:
-        raise InvalidArgumentError(f"{head} has an element type that no column can feed")
+        raise InvalidArgumentError(f"{head} has a dtype that no column can feed")
     if spec.shape == ():
         raise InvalidArgumentError(f"{head} has no batch dimension; export the model with one")
     if entry.load is not None:
         if spec.shape is None:
-            raise InvalidArgumentError(f"{head} does not tell its rank, so no function can load it")
+            raise InvalidArgumentError(f"{head} has an unknown rank, which load= does not support")
         if spec.dtype == "string" and len(spec.shape) != 1:
-            raise InvalidArgumentError(f"{head} has lists of strings, which no function can load")
+            raise InvalidArgumentError(f"{head} has lists of strings, which load= does not support")
         return
     if entry.encoding == "raw":
         if found != "binary" or depth:
             raise InvalidArgumentError(
-                f"{head} is encoded raw and needs binary, the bytes of a row in each cell"
+                f"{head} is encoded raw and needs binary, each cell with the bytes of one row"
             )
         return
     wanted_depth = depth if spec.shape is None else len(spec.shape) - 1

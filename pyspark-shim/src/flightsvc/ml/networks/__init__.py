@@ -217,8 +217,8 @@ def network(name: str) -> Network:
         return known[name]
     near = " or ".join(difflib.get_close_matches(str(name), known, 3, 0.5))
     raise InvalidArgumentError(
-        f"there is no network {name!r}; {f'did you mean {near}? ' if near else ''}known are "
-        f"{', '.join(sorted(known))}; flightsvc.ml.register_network makes others known"
+        f"there is no network {name!r}; {f'did you mean {near}? ' if near else ''}known networks: "
+        f"{', '.join(sorted(known))}; register others with flightsvc.ml.register_network"
     )
 
 
@@ -319,7 +319,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
         )
     sides = tuple(inputs[0].shape[1:3])
     if any(side not in (None, size) for side, size in zip(sides, network.size, strict=True)):
-        raise InvalidArgumentError(f"{where}: its size is {network.size}, but its input's {sides}")
+        raise InvalidArgumentError(f"{where}: its size is {network.size}, but that of its input is {sides}")
     model = keras.Model(inputs, model.outputs[0])  # which a Sequential is not
     image = keras.Input((*network.size, inputs[0].shape[-1]), name=INPUT)
     try:
@@ -361,7 +361,7 @@ def _layer(keras: Any, where: str, model: keras.Model, name: str | None) -> Any:
         if len(tensor.shape) == 4 and all(side is None or side > 1 for side in tensor.shape[1:3]):
             return tensor
     raise InvalidArgumentError(
-        f"{where}: no layer of it makes a map higher and wider than 1; name one by layer"
+        f"{where}: no layer has a feature map higher and wider than 1; name a layer with layer=..."
     )
 
 

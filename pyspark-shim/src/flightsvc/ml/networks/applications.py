@@ -103,7 +103,7 @@ def load_weights(name: str, model: keras.Model, file: Path) -> None:
         raise _wrong(name, file, error) from error
     for variable in model.weights:
         if keras.backend.is_float_dtype(variable.dtype) and keras.ops.any(keras.ops.isnan(variable)):
-            raise _wrong(name, file, ValueError(f"it has none for {variable.path}"))
+            raise _wrong(name, file, ValueError(f"it lacks {variable.path}"))
 
 
 def _wrong(name: str, file: Path, error: Exception) -> InvalidArgumentError:
@@ -119,7 +119,7 @@ def fetch(name: str, file: Path) -> None:
 
     def missing(reason: str) -> NotFoundError:
         return NotFoundError(
-            f"network {name}: its weights are not here and cannot be fetched ({reason}); "
+            f"network {name}: its weights are not in Keras's cache and cannot be downloaded ({reason}); "
             f"put {file.name} into {file.parent}, or give a file by weights=<file>"
         )
 

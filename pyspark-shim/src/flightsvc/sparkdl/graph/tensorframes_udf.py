@@ -48,7 +48,7 @@ def makeGraphUDF(
 
     Raises:
         TypeError: ``graph`` is no ``tf.Graph``, or a fetch is no tensor.
-        AssertionError: A fetch is one of another graph, or the map names what is no placeholder.
+        AssertionError: A fetch belongs to another graph, or the map names what is no placeholder.
         NotFoundError: The graph has no such tensor.
         InvalidArgumentError: There is no session, no fetch or no placeholder, or a variable without a value.
     """
@@ -68,7 +68,7 @@ def makeGraphUDF(
         name = tfx.tensor_name(feed, graph)
         if name not in parameters:
             raise GraphError(
-                f"{name!r} is no placeholder that {', '.join(names)} need; {', '.join(feeds)} are"
+                f"{name!r} is no placeholder that {', '.join(names)} need; those are {', '.join(feeds)}"
             )
         parameters[name] = field
     model = Model(frozen.saved_model(feeds, names, per_row=not blocked))

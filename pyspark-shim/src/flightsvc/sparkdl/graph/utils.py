@@ -64,7 +64,7 @@ def get_op(tfobj_or_name: Any, graph: tf.Graph) -> tf.Operation:
     Raises:
         TypeError: It is no name, tensor or operation, or no graph.
         NotFoundError: The graph has no operation of that name.
-        AssertionError: It is one of another graph.
+        AssertionError: It belongs to another graph.
     """
     graph = validated_graph(graph)
     _of(tfobj_or_name, graph)
@@ -81,7 +81,7 @@ def get_tensor(tfobj_or_name: Any, graph: tf.Graph) -> tf.Tensor:
     Raises:
         TypeError: It is no name, tensor or operation, or no graph.
         NotFoundError: The graph has no tensor of that name.
-        AssertionError: It is one of another graph.
+        AssertionError: It belongs to another graph.
     """
     graph = validated_graph(graph)
     _of(tfobj_or_name, graph)
@@ -195,4 +195,4 @@ def _parts(found: Any) -> tuple[str, str | None]:
 def _of(found: Any, graph: tf.Graph) -> None:
     """Refuse an object of another graph."""
     if not isinstance(found, str) and getattr(found, "graph", graph) is not graph:
-        raise GraphError(f"{op_name(found)!r} is one of another graph")
+        raise GraphError(f"{op_name(found)!r} belongs to another graph")

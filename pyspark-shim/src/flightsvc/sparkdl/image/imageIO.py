@@ -167,7 +167,7 @@ def _plain(img: Image.Image) -> Image.Image:
 
     if img.mode == "F":
         raise InvalidArgumentError(
-            "a picture of Pillow's mode F has no range that is known; scale it and convert it to L"
+            "a picture of Pillow's mode F has no fixed range of values; scale and convert it to L"
         )
     if img.mode == "I" or img.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(img).clip(0, 0xFFFF) >> 8).astype(np.uint8))
@@ -325,7 +325,7 @@ def readImagesWithCustomFn(
     schema = StructType().add("image", image.schema())
     if onError == "column":
         if errorCol.lower() == "image":
-            raise InvalidArgumentError("errorCol is 'image', as the pictures are called; name it otherwise")
+            raise InvalidArgumentError("errorCol is 'image', which names the pictures; choose another")
         schema.add(errorCol, StringType())
     files = filesToDF(None, path, numPartition)
     return files.mapInArrow(_Reader(decode_f, onError, errorCol), schema)
@@ -385,6 +385,6 @@ def _session(given: SparkContext | SparkSession | None) -> SparkSession:
     """Return the session that is given, else the active one."""
     session: Any = given if hasattr(given, "read") else active_session()
     if session is None:
-        raise InvalidArgumentError("there is no Spark session; make it first")
+        raise InvalidArgumentError("there is no Spark session; create one first")
     found: SparkSession = session
     return found

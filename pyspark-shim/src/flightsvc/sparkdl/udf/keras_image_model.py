@@ -66,7 +66,7 @@ def registerKerasImageUDF(
     """
     session = active_session()
     if session is None:
-        raise InvalidArgumentError(f"{udf_name}: there is no Spark session to register it in; make it first")
+        raise InvalidArgumentError(f"{udf_name}: no Spark session to register it in; create one first")
     model = _keras_model(udf_name, keras_model_or_file_path)
     [height, width, channels] = _shape(udf_name, model)
     served = Model(_flat(model))
@@ -105,7 +105,7 @@ def _shape(udf_name: str, model: keras.Model) -> tuple[int | None, int | None, i
     if len(inputs) != 1 or len(outputs) != 1:
         raise InvalidArgumentError(
             f"{udf_name}: the model {model.name!r} has {len(inputs)} inputs and {len(outputs)} outputs that "
-            "Keras knows of; it takes a functional or sequential model with one of each. For others use "
+            "Keras knows of; one of each is needed, in a functional or sequential model. For others use "
             "flightsvc.register_udf"
         )
     shape = tuple(inputs[0].shape)
