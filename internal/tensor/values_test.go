@@ -311,10 +311,12 @@ func TestDictionaries(t *testing.T) {
 			want   any
 		}{
 			{arrow.BinaryTypes.String, []any{"a", nil, "unused", "ß"}, savedmodel.String, []string{"ß", "a", "a"}},
-			{arrow.BinaryTypes.BinaryView, []any{"a", nil, "unused", "ß"}, savedmodel.String, []string{"ß", "a", "a"}},
+			{arrow.BinaryTypes.BinaryView, []any{"a", nil, "unused", "ß"}, savedmodel.String,
+				[]string{"ß", "a", "a"}},
 			{arrow.PrimitiveTypes.Int16, []any{int64(7), nil, int64(8), int64(9)}, savedmodel.Uint8,
 				[]uint8{9, 7, 7}},
-			{arrow.FixedWidthTypes.Boolean, []any{false, nil, true, true}, savedmodel.Bool, []bool{true, false, false}},
+			{arrow.FixedWidthTypes.Boolean, []any{false, nil, true, true}, savedmodel.Bool,
+				[]bool{true, false, false}},
 		} {
 			values := record(t, mem, "v", c.of, c.values...)
 			indices := record(t, mem, "i", index, int64(3), nil, int64(0), int64(1), int64(0))

@@ -399,7 +399,7 @@ def test_a_bad_cell(run: Predict, models: Path, tmp_path: Path, name: str, text:
             "out.csv",
             ["--input=s=text", "--output=upper=text"],
             1,
-            "be called 'text'",
+            "have the name of a column of",
         ),
         ("strings", "in.csv", "out.csv", [], 1, "add --input s=COLUMN"),
         ("strings", "in.csv", "out.csv", ["--input=s=text", "--signature=x"], 1, "has no signature 'x'"),
@@ -438,7 +438,7 @@ def test_a_bad_cell(run: Predict, models: Path, tmp_path: Path, name: str, text:
             "out.csv",
             ["--config=bad.json"],
             1,
-            "has a setting 'modelroot' that there",
+            "has an unknown setting 'modelroot'",
         ),
     ],
 )

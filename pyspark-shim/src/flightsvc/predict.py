@@ -94,8 +94,8 @@ def _predict(given: argparse.Namespace, begun: list[tables.Writer], ending: thre
     for field in made:
         if field.name in reader.schema.names:
             raise InvalidArgumentError(
-                f"an output would be called {field.name!r} as a column of {given.sources[0]} is; name it "
-                "otherwise: --output TENSOR=COLUMN, or --error-column for the reason"
+                f"an output would have the name of a column of {given.sources[0]}, {field.name!r}; give it "
+                "another name: --output TENSOR=COLUMN, or --error-column for the reason"
             )
     schema = pa.schema([*reader.schema, *made], reader.schema.metadata)
     with ending:
@@ -473,6 +473,6 @@ def _set(given: argparse.Namespace) -> None:
     for name, value in settings.items():
         if name not in known:
             raise InvalidArgumentError(
-                f"{given.config} has a setting {name!r} that there is not; there are {', '.join(known)}"
+                f"{given.config} has an unknown setting {name!r}; the settings are {', '.join(known)}"
             )
         os.environ.setdefault(variable(name), value if isinstance(value, str) else json.dumps(value))
