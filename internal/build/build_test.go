@@ -1,4 +1,4 @@
-// Tests of the build: its identity, and which package may depend on which.
+// Build identity, and the walls between packages.
 
 package build
 
@@ -61,21 +61,30 @@ const (
 	session    = "flightsvc/benchmarks/session"  // what a runner is measured beside
 	binding    = "github.com/galeone/tensorflow/tensorflow/go"
 	tfgo       = "github.com/galeone/tfgo"
+	arrow      = "github.com/apache/arrow/go/v15/arrow"
 )
 
-// walls are dependencies that must not be, direct or not.
-var walls = []struct{ from, to, why string }{
-	{runner, "flightsvc/modelcache", "a runner knows one model, and links no model stores"},
-	{runner, "flightsvc/gpu", "a runner is told its device, and links no NVML"},
-	{runner, "gocloud.dev", "only the front reads stores"},
-	{runner, "github.com/NVIDIA", "only the front asks NVML"},
-	{"flightsvc/internal/client", "flightsvc/handlers", "a client needs the protocol alone"},
-	{"flightsvc/internal/protocol", "github.com/apache/arrow", "the protocol's JSON needs neither Arrow nor gRPC"},
-	{"flightsvc/internal/protocol", "google.golang.org/grpc", "the protocol's JSON needs neither Arrow nor gRPC"},
+// walls are what a package must not link, directly or through others.
+var walls = map[string][]string{
+	runner: {
+		"flightsvc/modelcache", "flightsvc/handlers/front", "flightsvc/gpu", "github.com/NVIDIA",
+		"gocloud.dev", "github.com/aws", "github.com/Azure", "cloud.google.com",
+	},
+	"flightsvc/handlers":        {"flightsvc/modelcache", "flightsvc/gpu", "flightsvc/handlers/front"},
+	"flightsvc/internal/client": {"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu"},
+	"flightsvc/internal/protocol": {
+		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow", "google.golang.org/grpc",
+	},
+	"flightsvc/modelcache":            {"flightsvc/handlers"},
+	"flightsvc/modelcache/repository": {"flightsvc/handlers", "flightsvc/gpu", "flightsvc/modelcache/tuning"},
+	"flightsvc/modelcache/tuning":     {"flightsvc/handlers", "flightsvc/gpu"},
 }
 
-// within reports whether a package is another or below it.
-func within(path, parent string) bool { return path == parent || strings.HasPrefix(path, parent+"/") }
+// arrowUsers are the packages that read and make record batches; others name an allocator or a Flight client at most.
+var arrowUsers = []string{"flightsvc/handlers", "flightsvc/handlers/front", "flightsvc/internal/tensor", "flightsvc/internal/offheap"}
+
+// within reports whether a package is one of those below path.
+func within(dep, path string) bool { return dep == path || strings.HasPrefix(dep, path+"/") }
 
 // TestDependencies holds the walls of ARCHITECTURE.md.
 func TestDependencies(t *testing.T) {
@@ -98,13 +107,19 @@ func TestDependencies(t *testing.T) {
 				t.Errorf("%s links %v; TensorFlow's only users are the runner and preprocess", p.ImportPath, linked)
 			}
 		}
-		for _, wall := range walls {
-			if within(p.ImportPath, wall.from) && slices.ContainsFunc(p.Deps, func(dep string) bool { return within(dep, wall.to) }) {
-				t.Errorf("%s depends on %s: %s", p.ImportPath, wall.to, wall.why)
-			}
-		}
 		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess && p.ImportPath != session {
 			t.Errorf("%s imports %s", p.ImportPath, tensorflow)
+		}
+		for _, wall := range walls[p.ImportPath] {
+			if i := slices.IndexFunc(p.Deps, func(dep string) bool { return within(dep, wall) }); i >= 0 {
+				t.Errorf("%s links %s; nothing of %s belongs there", p.ImportPath, p.Deps[i], wall)
+			}
+		}
+		for _, used := range p.Imports {
+			plain := used == arrow+"/memory" || used == arrow+"/flight"
+			if within(used, arrow) && !plain && !slices.Contains(arrowUsers, p.ImportPath) {
+				t.Errorf("%s imports %s; record batches are for %q", p.ImportPath, used, arrowUsers)
+			}
 		}
 	}
 }
