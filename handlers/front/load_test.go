@@ -1,3 +1,5 @@
+// The files that one load of a model visits, by the stacks of a real front.
+
 package front
 
 import (
