@@ -69,6 +69,9 @@ func New(options Options) *Cache {
 	if c.options.Devices == nil {
 		c.options.Devices = &gpu.Inventory{}
 	}
+	if options.Repository != nil {
+		options.Repository.ReserveWith(c.reserve)
+	}
 	c.working.Go(c.tend)
 	c.working.Go(func() { c.options.Devices.Watch(ctx, c.drain) })
 	return c
@@ -90,7 +93,9 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 		case <-ctx.Done():
 		}
 		c.mu.Lock()
-		s.callers--
+		if s.callers--; s.callers == 0 {
+			s.leave()
+		}
 		runner, err := s.runner, s.err
 		c.mu.Unlock()
 		switch {
@@ -124,6 +129,7 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 			return nil, err
 		}
 		s = &slot{model: model, target: target, state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
+		s.waiting, s.leave = context.WithCancel(c.ctx)
 		c.slots = append(c.slots, s)
 		c.working.Go(func() { c.load(s) })
 	}
@@ -186,7 +192,9 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	if err := c.backOff(s); err != nil {
 		return nil, err
 	}
-	digest, err := c.options.Repository.Digest(c.ctx, s.model)
+	ctx, cancel := context.WithTimeout(s.waiting, c.options.LoadTimeout)
+	digest, err := c.options.Repository.Digest(ctx, s.model)
+	cancel()
 	if err != nil {
 		return nil, err
 	}
@@ -230,7 +238,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
 		var hold func() // before the files are read, until the process is gone
-		if hold, err = c.options.Repository.Hold(repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
+		if hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
 			release = hold
 		}
 	}

@@ -34,7 +34,9 @@ type slot struct {
 	target  target        // of the caller who came first
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
-	callers int // of Ready that wait
+	callers int             // of Ready that wait
+	waiting context.Context // ends when all callers have left
+	leave   context.CancelFunc
 	runner  *Runner
 	err     error
 

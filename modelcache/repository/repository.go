@@ -39,13 +39,17 @@ type Repository struct {
 	mu      sync.Mutex     // held while work begins, and while ctx ends
 	working sync.WaitGroup // fetches, digests, pushes and collections
 
-	readings  memo[reading] // by folder
+	reserve func(ctx context.Context, bytes int64) error // see ReserveWith; nil grants all
+
+	reading   shared[*savedmodel.Model] // by folder and stamp
+	readings  memo[reading]             // by folder
 	seen      sightings
 	stores    stores
 	fetches   shared[string] // digests, by URI and stamp
 	origins   memo[string]   // digests, by path of the note
 	digesting shared[string]
 	digests   memo[string] // by folder and stamp
+	verified  memo[bool]   // digests of models in the cache-dir whose files this process has hashed
 
 	collecting atomic.Bool // a collection is on its way and has not begun
 	collected  sync.Mutex  // held by a collection
@@ -129,10 +133,13 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	}
 	if filepath.Dir(base) == r.models() {
 		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
+			if err := r.verify(ctx, model.Digest); err != nil {
+				return Model{}, err
+			}
 			r.touch(base)
 		}
 	}
-	if model.Settings, err = readSettings(base); err != nil {
+	if model.Settings, err = readSettings(ctx, base); err != nil {
 		return Model{}, err
 	}
 	return r.withSaved(ctx, model, now)
@@ -277,7 +284,7 @@ func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*
 	if known, ok := r.readings.get(dir); ok && known.changed.Equal(graph.changed) && known.size == graph.size {
 		return known.model, nil
 	}
-	model, err := savedmodel.Read(ctx, dir, nil)
+	model, err := r.readGraph(ctx, dir, now.stamp)
 	if err == nil {
 		r.readings.put(dir, reading{changed: graph.changed, size: graph.size, model: model})
 	}
