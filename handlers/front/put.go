@@ -64,7 +64,8 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" &&
 		f.options.Repository.Known(command.Digest)}
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive, command.Digest); err != nil {
+		if result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive,
+			command.Digest); err != nil {
 			return err
 		}
 	}
