@@ -32,8 +32,8 @@ export LIBRARY_PATH    := $(CURDIR)/$(TF)
 export LD_LIBRARY_PATH := $(CURDIR)/$(TF):$(LD_LIBRARY_PATH)
 export PYSPARK_PYTHON  := $(CURDIR)/$(PY)
 
-# Recipes run beside each other; what they write is whole lines.
-MAKEFLAGS += --jobs=3
+# Two recipes run beside each other; what they write is whole lines.
+MAKEFLAGS += --jobs=2
 
 # Notes the seconds of a command for the table at the end of a run.
 CLOCK  := $(PYTHON) tools/suites.py --clock
@@ -43,7 +43,7 @@ RUFF   := pyspark-shim examples benchmarks testdata tools internal
 GO     := cmd handlers gpu modelcache internal benchmarks
 
 # Packages that start goroutines and do not link the drivers of the stores, which compile for minutes. `make prove` races all.
-RACED  := ./cmd/flightsvc-runner ./gpu ./handlers ./internal/batch ./internal/rundir
+RACED  := ./cmd/flightsvc-runner ./gpu ./handlers/... ./internal/batch ./internal/client ./internal/rundir ./modelcache ./modelcache/tuning
 
 .PHONY: help build wheel demo show check test test-go test-race test-fuzz test-python test-spark lint lint-go lint-python format fuzz prove bench bench-quick bench-pictures bench-tuning spark-plugin java-client s3 spark-3.5 lock clean
 .DEFAULT_GOAL := help
@@ -81,7 +81,7 @@ lint-python: $(VENV)/.locked
 
 test-go: build build/models/.done $(S3)
 	@$(CLOCK) $@ 'go test -vet=off $(FRESH) -race -timeout 10m $(RACED) && \
-		go test -vet=off $(FRESH) -timeout 10m $(filter-out $(patsubst ./%,flightsvc/%,$(RACED)),$(shell go list ./...))'
+		go test -vet=off $(FRESH) -timeout 10m $(filter-out $(shell go list $(RACED)),$(shell go list ./...))'
 
 test-race: build build/models/.done $(S3) ## all Go tests under the race detector
 	@go test -race -timeout 15m ./...

@@ -91,7 +91,7 @@ func match(devices []*device, address string) ([]*device, error) {
 		return nil, fmt.Errorf("no device %q; there is %s", address, strings.Join(here, ", "))
 	}
 	if len(names) > 1 {
-		return nil, fmt.Errorf("%q begins the UUIDs of %d devices; write more of it", address, len(names))
+		return nil, fmt.Errorf("%q is the beginning of the UUIDs of %d devices; write more of it", address, len(names))
 	}
 	return found, nil
 }

@@ -124,7 +124,7 @@ func (i *Inventory) look() {
 	}
 	i.devices = found
 	if len(found) == 0 {
-		i.log.Info("models run on the processor", zap.String("reason", i.why))
+		i.log.Info("models run on the CPU", zap.String("reason", i.why))
 	}
 	for _, d := range found {
 		i.log.Info("device", zap.Stringer("device", d.Device), zap.Int64("memory", d.Memory), zap.String("compute", d.Compute))
@@ -142,7 +142,7 @@ func (i *Inventory) wait() {
 func (i *Inventory) Why() string {
 	i.wait()
 	if i.why == "" && len(i.devices) == 0 {
-		return "nobody has looked for devices"
+		return "devices have not been looked up"
 	}
 	return i.why
 }
@@ -225,7 +225,7 @@ func (i *Inventory) discover() ([]*device, error) {
 	switch ret := i.nvml.Init(); ret {
 	case nvml.SUCCESS:
 	case nvml.ERROR_LIBRARY_NOT_FOUND:
-		return nil, errors.New("no NVIDIA driver: libnvidia-ml.so.1 is not here")
+		return nil, errors.New("no NVIDIA driver: libnvidia-ml.so.1 was not found")
 	default:
 		return nil, fmt.Errorf("NVIDIA's driver does not work: %w", ret)
 	}
@@ -244,18 +244,18 @@ func (i *Inventory) list() ([]*device, error) {
 	// A driver from before MIG lacks these functions, and a call of one that is not there ends the process.
 	mig := i.nvml.Extensions().LookupSymbol("nvmlDeviceGetMigDeviceHandleByIndex") == nil
 	var found []*device
-	why := errors.New("NVIDIA's driver is here and has no GPU")
+	why := errors.New("NVIDIA's driver is installed, but this host has no GPU")
 	for index := range count {
 		handle, ret := i.nvml.DeviceGetHandleByIndex(index)
 		if ret != nvml.SUCCESS {
 			why = fmt.Errorf("GPU %d: %w", index, ret)
-			i.log.Warn("a GPU is left out", zap.Error(why))
+			i.log.Warn("a GPU is not used", zap.Error(why))
 			continue
 		}
 		gpu, err := describe(handle, strconv.Itoa(index))
 		if err != nil {
 			why = fmt.Errorf("GPU %d: %w", index, err)
-			i.log.Warn("a GPU is left out", zap.Error(why))
+			i.log.Warn("a GPU is not used", zap.Error(why))
 			continue
 		}
 		if mig {
@@ -263,7 +263,7 @@ func (i *Inventory) list() ([]*device, error) {
 				instances := i.instances(gpu)
 				if len(instances) == 0 {
 					why = fmt.Errorf("GPU %d is in MIG mode and has no instance", index)
-					i.log.Warn("a GPU is left out", zap.Error(why))
+					i.log.Warn("a GPU is not used", zap.Error(why))
 				}
 				found = append(found, instances...)
 				continue
@@ -293,7 +293,7 @@ func (i *Inventory) instances(gpu *device) []*device {
 		}
 		instance, err := describe(handle, gpu.Index+":"+strconv.Itoa(n))
 		if err != nil {
-			i.log.Warn("a MIG instance is left out", zap.String("index", gpu.Index+":"+strconv.Itoa(n)), zap.Error(err))
+			i.log.Warn("a MIG instance is not used", zap.String("index", gpu.Index+":"+strconv.Itoa(n)), zap.Error(err))
 			continue
 		}
 		instance.Parent, instance.gpu = gpu.UUID, gpu.handle

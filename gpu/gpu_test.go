@@ -36,10 +36,10 @@ func TestNoDriver(t *testing.T) {
 	core, said := observer.New(zap.InfoLevel)
 	i := Open(Options{LockDir: t.TempDir(), Log: zap.New(core)})
 	defer i.Close()
-	if want := "no NVIDIA driver: libnvidia-ml.so.1 is not here"; i.Why() != want || len(i.Devices()) != 0 {
+	if want := "no NVIDIA driver: libnvidia-ml.so.1 was not found"; i.Why() != want || len(i.Devices()) != 0 {
 		t.Errorf("why %q, devices %v", i.Why(), i.Devices())
 	}
-	if got := said.All(); len(got) != 1 || got[0].Message != "models run on the processor" {
+	if got := said.All(); len(got) != 1 || got[0].Message != "models run on the CPU" {
 		t.Errorf("log %v", got)
 	}
 	for _, want := range []string{"", "auto", "cpu"} {
@@ -49,10 +49,10 @@ func TestNoDriver(t *testing.T) {
 	}
 	for _, want := range []string{"gpu", "0", "GPU-1"} {
 		_, err := i.Choose(want)
-		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 is not here", `use "auto" or "cpu"`)
+		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 was not found", `use "auto" or "cpu"`)
 	}
 	_, err := (&Inventory{}).Choose("gpu")
-	expect.Fault(t, err, fault.Precondition, "nobody has looked for devices")
+	expect.Fault(t, err, fault.Precondition, "devices have not been looked up")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })
@@ -131,8 +131,8 @@ func TestIdentity(t *testing.T) {
 		}
 	}
 	for want, part := range map[string]string{
-		"GPU-0000": "begins the UUIDs of 2 devices",
-		"GPU-":     "begins the UUIDs of 8 devices",
+		"GPU-0000": "is the beginning of the UUIDs of 2 devices",
+		"GPU-":     "is the beginning of the UUIDs of 8 devices",
 		"GPU-9":    `no device "GPU-9"; there is 0 GPU-00000000`,
 		"8":        `no device "8"`,
 		"0,":       `no device ""`,
@@ -322,7 +322,7 @@ func TestMemoryComesBackLate(t *testing.T) {
 	next.Settle(0)
 	i.patience = 20 * time.Millisecond
 	h.end(device, 8, time.Hour)
-	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB have not come back") {
+	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB are not free again") {
 		t.Errorf("memory that never comes back: %v", err)
 	}
 	var full *NoRoom

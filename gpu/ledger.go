@@ -108,7 +108,7 @@ func (i *Inventory) promised(m *memory) (int64, error) {
 	i.mu.Unlock()
 	entries, err := os.ReadDir(filepath.Join(i.lockDir, m.name))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return 0, fault.New(fault.Precondition, "other fronts' shares of a device: %w", err)
+		return 0, fault.New(fault.Precondition, "other fronts' reservations of a device: %w", err)
 	}
 	for _, entry := range entries {
 		path := filepath.Join(i.lockDir, m.name, entry.Name())
@@ -131,7 +131,7 @@ func readHeld(path string) (int64, error) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, fault.New(fault.Precondition, "another front's share of a device: %w", err)
+		return 0, fault.New(fault.Precondition, "another front's reservation of a device: %w", err)
 	}
 	defer func() { _ = file.Close() }()
 	if unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
@@ -142,7 +142,7 @@ func readHeld(path string) (int64, error) {
 	n, _ := file.ReadAt(text, 0)
 	bytes, err := strconv.ParseInt(strings.TrimSpace(string(text[:n])), 10, 64)
 	if err != nil || bytes < 0 {
-		return 0, fault.New(fault.Precondition, "another front's share of a device: %s holds %q; want a number of bytes; remove the file if no flightsvc runs", path, text[:n])
+		return 0, fault.New(fault.Precondition, "another front's reservation of a device: %s holds %q; want a number of bytes; remove the file if no flightsvc runs", path, text[:n])
 	}
 	return bytes, nil
 }

@@ -317,14 +317,14 @@ func (p *Placement) Release(ctx context.Context) error {
 		}
 		now, err := i.measure(p.device, -1)
 		if err != nil {
-			return fmt.Errorf("device %s: whether its memory came back cannot be read: %w", p.device.UUID, err)
+			return fmt.Errorf("device %s: whether its memory is free again cannot be read: %w", p.device.UUID, err)
 		}
 		missing := now.rest - rest
 		if missing <= had/recoveryShare {
 			return nil
 		}
 		if !time.Now().Before(deadline) {
-			return fmt.Errorf("device %s: after %v, %d of %d MiB have not come back", p.device.UUID, i.patience, missing>>20, had>>20)
+			return fmt.Errorf("device %s: after %v, %d of %d MiB are not free again", p.device.UUID, i.patience, missing>>20, had>>20)
 		}
 		select {
 		case <-ctx.Done():

@@ -45,7 +45,7 @@ func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reaso
 	}
 	events, err := ask(i, i.limit, i.register)
 	if err != nil {
-		i.log.Warn("errors of devices (XID) are not seen", zap.Error(err))
+		i.log.Warn("XID errors of devices cannot be watched", zap.Error(err))
 	}
 	var looked time.Time
 	for ctx.Err() == nil {
@@ -84,7 +84,7 @@ func (i *Inventory) register() (nvml.EventSet, error) {
 		}
 		registered[gpu] = true
 		if ret := d.gpu.RegisterEvents(nvml.EventTypeXidCriticalError, events); ret != nvml.SUCCESS {
-			i.log.Warn("errors of a device (XID) are not seen", zap.String("device", gpu), zap.Error(ret))
+			i.log.Warn("XID errors of a device cannot be watched", zap.String("device", gpu), zap.Error(ret))
 		}
 	}
 	return events, nil
@@ -118,7 +118,7 @@ func (i *Inventory) hear(set *nvml.EventSet) bool {
 	case e = <-heard:
 	case <-timer.C:
 		*set = nil // its owner is the call that is still there
-		i.log.Warn("errors of devices (XID) are not seen any more: NVIDIA's driver does not answer")
+		i.log.Warn("XID errors of devices are no longer watched: NVIDIA's driver does not answer")
 		return false
 	}
 	switch {

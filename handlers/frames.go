@@ -1,6 +1,10 @@
 package handlers
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"flightsvc/internal/fault"
+)
 
 // minWindow is the window that each decoder of Zstandard should have, by RFC 8878. Writers ask for more only
 // where there is more to compress.
@@ -32,7 +36,8 @@ func checkFrames(buffer []byte) {
 		}
 		window, checksum, blocks := frameHeader(frames[4:])
 		if window > max(minWindow, uint64(max(becomes, 0))*2) {
-			panic(errHeader)
+			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it becomes",
+				window>>20))
 		}
 		frames = skip(skipBlocks(blocks), checksum)
 	}

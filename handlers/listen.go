@@ -23,7 +23,7 @@ func Listen(path string, log *zap.Logger) (net.Listener, error) {
 	}
 	if info, err := os.Lstat(path); err == nil {
 		if info.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s exists and is no socket; choose another endpoint", path)
+			return nil, fmt.Errorf("%s exists and is not a socket; choose another endpoint", path)
 		}
 		if err := os.Remove(path); err != nil {
 			return nil, err

@@ -212,7 +212,11 @@ const (
 // reads on behind a list that is too short for the schema.
 func (c *checkedStream) check(header, body []byte) (err error) {
 	defer func() {
-		if recover() != nil { // an offset that leads outside
+		switch cause := recover().(type) {
+		case nil:
+		case *fault.Error: // a limit
+			err = cause
+		default: // errHeader, or an offset that leads outside
 			err = fault.New(fault.BadRequest, "a message is malformed")
 		}
 	}()
@@ -220,13 +224,13 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	message.vector(slotMessageMetadata, 4)
 	kind := message.byte(slotHeaderType)
 	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
-		return fault.New(fault.BadRequest, "the schema wants %d more dictionaries before anything else", c.awaited)
+		return fault.New(fault.BadRequest, "%d more dictionaries of the schema must come before record batches", c.awaited)
 	}
 	c.mem.useGoHeap(kind == headerDictionary)
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
 		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
-			return fault.New(fault.BadRequest, "a dictionary that adds to the one before (isDelta) is not taken; send it whole")
+			return fault.New(fault.BadRequest, "a delta dictionary (isDelta) is not supported; send the whole dictionary")
 		}
 		c.awaited--
 		data := about.table(slotDictionaryData)
@@ -304,7 +308,7 @@ func (p *parts) add(more parts) {
 // addText counts text, and stops where it is too much.
 func (o *outline) addText(bytes int) {
 	if o.text += bytes; o.text > maxSchemaText {
-		panic(errHeader)
+		panic(fault.New(fault.BadRequest, "names and metadata in a schema take %d MiB at most", maxSchemaText>>20))
 	}
 }
 
@@ -312,8 +316,11 @@ func (o *outline) addText(bytes int) {
 // of. FlatBuffers lets many share one, so a small header could unfold to any size.
 func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) (all parts) {
 	start, n := t.vector(slot, 4)
-	if seen.fields += n; seen.fields > maxSchemaFields || depth > maxSchemaDepth {
-		panic(errHeader)
+	if seen.fields += n; seen.fields > maxSchemaFields {
+		panic(fault.New(fault.BadRequest, "a schema has %d fields at most, nested ones included", maxSchemaFields))
+	}
+	if n > 0 && depth > maxSchemaDepth {
+		panic(fault.New(fault.BadRequest, "the fields of a schema are nested %d deep at most", maxSchemaDepth))
 	}
 	for i := range n {
 		field := t.element(start, i)
@@ -377,8 +384,11 @@ func (t *flatTable) element(start flatbuffers.UOffsetT, i int) flatTable {
 // that no two of its buffers need the same bytes of the body.
 func (t *flatTable) batch(body []byte, want parts) {
 	if o := t.Offset(slotBatchLength); o != 0 {
-		if n := t.GetInt64(t.Pos + flatbuffers.UOffsetT(o)); n < 0 || n > MaxBatchRows {
+		switch n := t.GetInt64(t.Pos + flatbuffers.UOffsetT(o)); {
+		case n < 0:
 			panic(errHeader)
+		case n > MaxBatchRows:
+			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send it in parts", n, MaxBatchRows))
 		}
 	}
 	zstd := false

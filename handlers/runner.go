@@ -145,7 +145,7 @@ func (r *Runner) Counts() control.Counts {
 // stayAway refuses a stream that comes at a bad time.
 func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
 	stream.SetTrailer(metadata.Pairs(protocol.RetryAfter, fmt.Sprint(retryAfter.Milliseconds())))
-	return fault.New(fault.Unavailable, "the runner takes no further stream now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), protocol.RetryAfter)
+	return fault.New(fault.Unavailable, "the runner accepts no more streams now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), protocol.RetryAfter)
 }
 
 // Close waits until nothing reads any more. Call it after the gRPC server has stopped.

@@ -38,7 +38,7 @@ func statusOf(err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &f):
-		return status.Error(table[f.Kind], clipped(err.Error()))
+		return status.Error(table[f.Kind], clipped(fault.Printable(err.Error()))) // a fault may be within another error
 	case errors.Is(err, context.DeadlineExceeded):
 		return status.Error(codes.DeadlineExceeded, "the caller's deadline passed")
 	case errors.Is(err, context.Canceled):
@@ -47,7 +47,7 @@ func statusOf(err error) error {
 	if s, ok := status.FromError(err); ok {
 		return s.Err()
 	}
-	return status.Error(codes.Internal, clipped(err.Error()))
+	return status.Error(codes.Internal, clipped(fault.Printable(err.Error())))
 }
 
 // withBuilds adds to an error about an unknown field which builds the two sides are, since one of them is older. What

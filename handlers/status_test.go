@@ -48,6 +48,8 @@ func TestStatusOfOtherErrors(t *testing.T) {
 	}{
 		{nil, codes.OK, ""},
 		{errors.New("plain"), codes.Internal, "plain"},
+		{errors.New("no \x1b[2J\nfile"), codes.Internal, `no \x1b[2J\nfile`},
+		{fmt.Errorf("\x1b: %w", fault.New(fault.NotFound, "no \x07")), codes.NotFound, `\x1b: no \a`},
 		{context.Canceled, codes.Canceled, "the caller left"},
 		{fmt.Errorf("wait: %w", context.DeadlineExceeded), codes.DeadlineExceeded, "the caller's deadline passed"},
 		{status.Error(codes.Unavailable, "from the runner"), codes.Unavailable, "from the runner"},

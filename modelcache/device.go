@@ -43,7 +43,7 @@ func (c *Cache) targetOf(model repository.Model, device string) (target, error) 
 		if kind, _ := fault.KindOf(err); !c.options.CPUFallback || kind == fault.BadRequest {
 			return t, fault.New(kind, "model %s: %w", model.Ref, err)
 		}
-		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
 	}
 	return t, nil
 }
@@ -104,12 +104,12 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	}
 	evicted := want.need <= largest && c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free)
 	if !evicted && c.options.CPUFallback {
-		c.options.Log.Warn("the processor stands in for a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
 		want.fellBack = true
 		return true, nil
 	}
 	if want.need > largest {
-		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory; %w; use another device, or set allow-cpu-fallback",
+		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory; %w; use another device, or set allow-cpu-fallback",
 			want.model.Ref, want.model.Version, config.Bytes(want.need), want.noRoom)
 	}
 	return false, nil
@@ -238,6 +238,6 @@ func (c *Cache) deviceFullLocked(want *claim) error {
 		}
 	}
 	slices.Sort(holders)
-	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of a device's memory and has waited %s for it; %w; taken by %s; end some of their streams, use another device, or set allow-cpu-fallback",
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory and has waited %s for it; %w; used by %s; end some of their streams, use another device, or set allow-cpu-fallback",
 		want.model.Ref, want.model.Version, config.Bytes(want.need), c.options.LoadTimeout, want.noRoom, cmp.Or(strings.Join(holders, ", "), "other programs"))
 }

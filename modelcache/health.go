@@ -64,7 +64,7 @@ func (h *health) refuses(model repository.Model, now time.Time) error {
 	if !now.Before(h.quarantinedUntil) {
 		return nil
 	}
-	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; load it (model.load, flightsvc load) to try at once, or put another version there", model.Ref, model.Version, h.quarantinedUntil.Sub(now).Round(time.Second), h.reason)
+	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; to try at once load it explicitly (flightsvc load, model.load), or add another version", model.Ref, model.Version, h.quarantinedUntil.Sub(now).Round(time.Second), h.reason)
 }
 
 func (h *health) answered() { h.strikes, h.suspect = 0, "" }

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
@@ -109,13 +110,13 @@ func TestWhoHasTheMemory(t *testing.T) {
 		runner := leaseOf(t, cache, models[0], "s")
 		tell(t, runner, "open s")
 		_, err := cache.Ready(t.Context(), models[1], "")
-		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "raise the setting memory")
 		if !runner.Alive() {
 			t.Error("a stream was open")
 		}
 		huge := add(t, cache, "huge", `{"memory":"2GiB"}`)
 		_, err = cache.Ready(t.Context(), huge, "")
-		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "raise the setting memory")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		if _, err := cache.Ready(ctx, models[1], ""); err != context.DeadlineExceeded {
@@ -348,15 +349,15 @@ func TestWhatIsKnownOfModelsIsForgotten(t *testing.T) {
 		}
 		synctest.Wait()
 		if got := known(); got != "2 1" {
-			t.Errorf("known are %s", got)
+			t.Errorf("known networks: %s", got)
 		}
 		time.Sleep(2 * time.Minute)
 		if got := known(); got != "0 1" {
-			t.Errorf("after two minutes known are %s", got)
+			t.Errorf("after two minutes known networks: %s", got)
 		}
 		time.Sleep(2 * strikeMemory)
 		if got := known(); got != "0 0" {
-			t.Errorf("in the end known are %s", got)
+			t.Errorf("in the end known networks: %s", got)
 		}
 	})
 }
@@ -394,8 +395,8 @@ func TestLabelsAndSignatures(t *testing.T) {
 	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
 		`{"batchin":{}}`:                             `unknown field "batchin"`,
-		`{"memory":"lots"}`:                          `"lots" is no amount of memory`,
-		`{"keep_alive":"long"}`:                      `"long" is no duration`,
+		`{"memory":"lots"}`:                          `"lots" is not an amount of memory`,
+		`{"keep_alive":"long"}`:                      `"long" is not a duration`,
 		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
 		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
 		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
@@ -483,7 +484,7 @@ func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
 		}
 		measured(modelMemory + 100<<20)
 		_, err = cache.Ready(t.Context(), model, "")
-		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "model m: it needs 1.1 GiB", "raise the setting memory")
 	})
 }
 
@@ -739,5 +740,68 @@ func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
 			})
 		}
 		working.Wait()
+	})
+}
+
+// TestHashingIsPartOfALoad loads a model with a sparse file of 4 TB, whose digest is not there for a long time.
+func TestHashingIsPartOfALoad(t *testing.T) {
+	for name, c := range map[string]struct {
+		timeout, patience time.Duration
+		ends              func(error) bool
+	}{
+		"the load times out": {50 * time.Millisecond, time.Minute, func(err error) bool {
+			kind, _ := fault.KindOf(err)
+			return kind == fault.Deadline && strings.Contains(err.Error(), "not loaded within 50ms (load-timeout)")
+		}},
+		"its caller leaves": {time.Minute, 50 * time.Millisecond, func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cache, model := newPool(t, "good", func(o *Options) { o.LoadTimeout = c.timeout })
+			weights := filepath.Join(model.Dir, "weights")
+			expect.Write(t, weights, "")
+			if err := os.Truncate(weights, 4<<40); err != nil {
+				t.Fatal(err)
+			}
+			model, err := cache.Resolve(t.Context(), "m", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), c.patience)
+			defer cancel()
+			if _, err := cache.Ready(ctx, model, ""); !c.ends(err) {
+				t.Error(err)
+			}
+			expect.Eventually(t, "nothing is loaded any more", func() bool { return !cache.Busy() && len(started(cache)) == 0 })
+		})
+	}
+}
+
+// TestReadingTakesMemory reads a graph that needs more than 1 MiB of memory beside a runner that nobody uses, then one
+// that is in use.
+func TestReadingTakesMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, models := poolOf(t, 1, 2, func(o *Options) { o.LoadTimeout = 2 * time.Second })
+		nodes := ""
+		for i := range 20_000 { // GraphDef.node, NodeDef.name
+			nodes += fmt.Sprintf("\x0a\x08\x0a\x06%06d", i)
+		}
+		graph := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte(nodes)) // MetaGraphDef.graph_def
+		meta := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), graph)          // SavedModel.meta_graphs
+		path := filepath.Join(rootOf(t, cache), "large", savedmodel.File)
+		expect.Write(t, path, string(meta)+expect.SavedModel())
+
+		if _, err := cache.Ready(t.Context(), models[0], ""); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := cache.Resolve(t.Context(), "large", ""); err != nil {
+			t.Errorf("beside a runner that nobody uses: %v", err)
+		}
+		if held := cache.Memory().Reserved; held != 0 {
+			t.Errorf("%d bytes are reserved when it has been read", held)
+		}
+		leaseOf(t, cache, models[1], "lease")
+		expect.Write(t, path, string(meta)+string(meta)+expect.SavedModel()) // another one
+		_, err := cache.Resolve(t.Context(), "large", "")
+		expect.Fault(t, err, fault.Exhausted, "reading its saved_model.pb needs 1 MiB", "set memory to more")
 	})
 }

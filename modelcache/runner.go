@@ -113,7 +113,7 @@ func (r *Runner) greet(report control.Report, build string) error {
 		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
 	case !report.Ready:
 		r.Close() // it reports nothing any more, and has ended or will now
-		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); the log has what it said", r.setup.Model, r.how)
+		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); see its messages in the log", r.setup.Model, r.how)
 	case report.Build != build:
 		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", report.Build, build)
 	}

@@ -27,7 +27,7 @@ LARGE_FILES = ("internal/batch/scheduler.go",)
 
 PENDING = {
     "columns": r"^(cmd/flightsvc|gpu|handlers|modelcache)/"
-    r"|^internal/(build|client|config|control|preprocess|protocol|rundir|savedmodel|tablefile)/"
+    r"|^internal/(build|client|config|control|preprocess|protocol|rundir|savedmodel)/"
     r"|^internal/tensor/(bind|mapping)",
     "opens": r"^(cmd/flightsvc|gpu|handlers|modelcache|pyspark-shim/tests)/|^internal/tensor/bind"
     r"|^internal/(client|control|preprocess|protocol|rundir|savedmodel|tablefile)/",

@@ -255,7 +255,7 @@ func TestSimulatedDevice(t *testing.T) {
 	fourth.await("ready", ready)
 	if _, err := fourth.run(2); err == nil || !strings.Contains(err.Error(), "ResourceExhausted") ||
 		!strings.Contains(err.Error(),
-			"record batch 0: a run of 1 rows, the fewest there can be, failed twice: the device GPU-1 has no memory") {
+			"record batch 0: a run of 1 rows, the smallest possible, failed twice: the device GPU-1 has no memory") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -29,7 +29,7 @@ type engine interface {
 func open(setup control.Setup) (engine, error) {
 	if version := tensorflow.Version(); tensorflow.TooOld(version) {
 		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, "+
-			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it is taken "+
+			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it comes "+
 			"from (setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
 	}
 	if setup.Dir == "" {
@@ -137,7 +137,7 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 	results, err := e.session.Run(timeout, fed, fetches)
 	if err != nil {
 		if e.device != "" && noMemory(err) {
-			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end what else is on it, "+
+			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end other programs on it, "+
 				"or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
 		}
 		if kindOf(err) == fault.Deadline {

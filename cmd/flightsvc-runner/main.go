@@ -57,7 +57,7 @@ func run(stdin io.Reader, reports *reporter) error {
 	input := bufio.NewReader(stdin)
 	line, err := input.ReadBytes('\n')
 	if err != nil {
-		return errors.New("flightsvc starts this program and writes its setup to it; it is not for the command line")
+		return errors.New("flightsvc starts this program and sends its setup on standard input; do not run it yourself")
 	}
 	var setup control.Setup
 	if err := json.Unmarshal(line, &setup); err != nil {

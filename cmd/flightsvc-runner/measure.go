@@ -120,7 +120,7 @@ func measurable(signature savedmodel.Signature) error {
 			return fault.New(fault.BadRequest,
 				"input %q has an unknown rank, or no batch dimension; this signature cannot be measured", spec.Name)
 		case slices.Contains(spec.Shape[1:], -1):
-			return fault.New(fault.BadRequest, "input %q has the shape %v with an unknown dimension besides that of "+
+			return fault.New(fault.BadRequest, "input %q has the shape %v with an unknown dimension other than "+
 				"the rows; this signature cannot be measured", spec.Name, spec.Shape)
 		}
 	}

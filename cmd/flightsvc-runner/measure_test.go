@@ -85,7 +85,7 @@ func TestMeasureStopsAtLongRuns(t *testing.T) {
 
 func TestNotMeasurable(t *testing.T) {
 	for model, text := range map[string]string{"strings": `input "s" takes strings`,
-		"sums": "an unknown dimension besides that of the rows", "echo": "an unknown dimension"} {
+		"sums": "an unknown dimension other than the rows", "echo": "an unknown dimension"} {
 		_, err := measured(measurement(t, 1), loadModel(t, model), zap.NewNop())
 		expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", text)
 	}

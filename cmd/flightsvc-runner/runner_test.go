@@ -248,7 +248,7 @@ func TestKinds(t *testing.T) {
 			fault.Exhausted, "full"},
 		{&tensorflow.Error{Code: tensorflow.DeadlineExceeded, Message: "late"}, fault.Deadline, "late"},
 		{&tensorflow.Error{Code: tensorflow.NotFound, Message: "nope"}, fault.Internal, "nope"},
-		{fault.New(fault.Precondition, "first\nsecond"), fault.Precondition, "first"},
+		{fault.New(fault.Precondition, "one line"), fault.Precondition, "one line"},
 		{errors.New("plain"), fault.Internal, "plain"},
 	} {
 		if got := kindOf(c.err); got != c.kind || firstLine(c.err) != c.text {
@@ -260,7 +260,7 @@ func TestKinds(t *testing.T) {
 // TestRun covers errors before a runner serves; cmd/flightsvc tests the rest with the real program.
 func TestRun(t *testing.T) {
 	silent := &reporter{out: json.NewEncoder(io.Discard)}
-	for input, text := range map[string]string{"": "not for the command line", "{}": "not for the command line",
+	for input, text := range map[string]string{"": "do not run it yourself", "{}": "do not run it yourself",
 		"noise\n": "setup: ", `{"log_level":"loud"}` + "\n": "loud"} {
 		if err := run(strings.NewReader(input), silent); err == nil || !strings.Contains(err.Error(), text) {
 			t.Errorf("%q gives %v", input, err)

@@ -30,7 +30,7 @@ const (
 
 // frontFlags say which front a command talks to.
 type frontFlags struct {
-	Endpoint string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"The front to ask. Default: this user's own, in the folder user of the run-dir."`
+	Endpoint string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"The front to connect to. Default: this user's own, in the folder user of the run-dir."`
 	RunDir   string `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
 }
 
@@ -157,7 +157,7 @@ func awaitEnd(ctx context.Context, front rundir.Process) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-time.After(endTimeout):
-		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; its log says why; to start another: kill -9 %d", front.PID, front.PID)
+		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; see its log; to start another one: kill -9 %d", front.PID, front.PID)
 	}
 }
 

@@ -25,7 +25,7 @@ func library(setting, interpreter string) func(context.Context) (string, error) 
 	return func(ctx context.Context) (string, error) {
 		if setting != "" {
 			if _, err := os.Stat(filepath.Join(setting, modelcache.LibraryFile)); err != nil {
-				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and leave the setting away, or point it at a folder that holds the file", setting, modelcache.LibraryFile, install)
+				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and remove the setting, or set it to a folder that holds the file", setting, modelcache.LibraryFile, install)
 			}
 			return setting, nil
 		}

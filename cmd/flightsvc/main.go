@@ -23,14 +23,16 @@ import (
 type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
 	Config  kong.ConfigFlag  `placeholder:"FILE" help:"JSON file with settings, for instance {\"model_root\": \"/models\"}."`
-	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal, the owner's end, or idleness."`
+	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal arrives, the owner ends, or the server is idle."`
 	Models  modelsCommand    `cmd:"" help:"List the models that the front knows."`
 	Load    loadCommand      `cmd:"" help:"Load a model into memory."`
-	Unload  unloadCommand    `cmd:"" help:"Take a model out of memory."`
-	Status  statusCommand    `cmd:"" help:"Say what the front has in memory."`
+	Unload  unloadCommand    `cmd:"" help:"Unload a model from memory."`
+	Status  statusCommand    `cmd:"" help:"Show which models are in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
-	Predict predictCommand   `cmd:"" help:"Run a model over the rows of a file."`
-	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use that from its next load."`
+	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use it from the next load."`
+	Predict pythonCommand    `cmd:"" passthrough:"" help:"Run a model over the rows of files."`
+	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Replace a model's variables by constants."`
+	Conf    pythonCommand    `cmd:"" passthrough:"" help:"Print the configuration of the Spark plugin."`
 }
 
 type serveCommand struct {
@@ -59,12 +61,18 @@ const (
 
 func main() {
 	var line cli
-	ctx := kong.Parse(&line,
+	parser := kong.Must(&line,
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
 		kong.Configuration(fileSettings),
 		kong.Exit(func(code int) { os.Exit(code * exitUsage) }), // called after help, with 0, and for a wrong command line, with 1
 		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
+	args := os.Args[1:]
+	if len(args) == 0 {
+		args = []string{"--help"}
+	}
+	ctx, err := parser.Parse(args)
+	parser.FatalIfErrorf(err)
 	if err := ctx.Run(&line); err != nil {
 		complain(err)
 		os.Exit(exitFailed)
@@ -117,7 +125,7 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	}
 	for key := range f.keys {
 		if !known[key] {
-			return fmt.Errorf("the configuration file has a setting %q that there is not; there are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+			return fmt.Errorf("the configuration file has an unknown setting %q; the settings are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		}
 	}
 	return nil

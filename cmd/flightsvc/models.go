@@ -208,7 +208,7 @@ func (c *devicesCommand) Run(line *cli) error {
 		return printJSON(append([]protocol.Device{}, status.Devices...))
 	}
 	if len(status.Devices) == 0 {
-		fmt.Println("no GPU; models run on the processor")
+		fmt.Println("no GPU; models run on the CPU")
 		return nil
 	}
 	rows := make([][]string, len(status.Devices))

@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"text/tabwriter"
+
+	"flightsvc/internal/fault"
 )
 
 // table prints rows under a header, in columns; an empty cell is a dash.
@@ -15,7 +16,7 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(cells []string) {
 		for i, cell := range cells {
-			if cell = cmp.Or(cell, "-"); i < len(cells)-1 { // no spaces after the last
+			if cell = cmp.Or(fault.Printable(cell), "-"); i < len(cells)-1 { // no spaces after the last
 				cell += "\t"
 			}
 			fmt.Fprint(out, cell)
@@ -52,42 +53,3 @@ func size(bytes int64) string {
 
 // deviceName returns a device for people.
 func deviceName(device string) string { return cmp.Or(device, "cpu") }
-
-// near returns those of names that may have been meant, as the end of a sentence.
-func near(name string, names []string) string {
-	var similar []string
-	for _, other := range names {
-		if distance(strings.ToLower(name), strings.ToLower(other)) <= max(1, len(name)/3) {
-			similar = append(similar, other)
-		}
-	}
-	if len(similar) > 0 {
-		return fmt.Sprintf("did you mean %q?", similar)
-	}
-	const most = 20
-	if len(names) > most {
-		return fmt.Sprintf("there are %q and %d more", names[:most], len(names)-most)
-	}
-	return fmt.Sprintf("there are %q", names)
-}
-
-// distance is Levenshtein's: how many bytes to insert, remove or change.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
-}

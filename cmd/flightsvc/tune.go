@@ -22,7 +22,7 @@ type tuneCommand struct {
 	frontFlags
 	modelArgument
 	Signature string `default:"serving_default" help:"Signature to measure."`
-	JSON      bool   `name:"json" help:"Print what was found as one JSON object, and nothing else."`
+	JSON      bool   `name:"json" help:"Print only the result, as one JSON object."`
 }
 
 // Run is called by kong.
@@ -130,7 +130,7 @@ func show(out io.Writer, t *protocol.Tuning) error {
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
 	}
 	name, flags := processor()
-	fmt.Fprintf(out, "processor: %s, with %s\n", name, strings.Join(flags, " "))
+	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))
 	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
 	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n", t.Machine, t.Stored)
 	return err

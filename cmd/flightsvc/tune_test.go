@@ -26,7 +26,7 @@ func TestTune(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, told)
 	}
-	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "freezing: the graph is served as it is: ", "processor: ", tuning.Machine()} {
+	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "freezing: the graph is served as it is: ", "CPU: ", tuning.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}

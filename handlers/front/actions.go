@@ -66,7 +66,7 @@ func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoAc
 		}
 		return send(answer)
 	}
-	return fault.New(fault.Unimplemented, "no action %q; ListActions lists those there are", action.GetType())
+	return fault.New(fault.Unimplemented, "no action %q; ListActions lists all", action.GetType())
 }
 
 // nothing checks the body of an action that takes none.

@@ -56,11 +56,11 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 		return err
 	}
 	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
-		return fault.New(fault.BadRequest, "DoPut wants the schema %s of pieces of a tar archive", putSchema)
+		return fault.New(fault.BadRequest, "DoPut wants the schema %s, with chunks of a tar archive", putSchema)
 	}
 	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
+		if result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive, command.Digest); err != nil {
 			return err
 		}
 	}
@@ -106,7 +106,7 @@ func (a *archive) Read(p []byte) (int, error) {
 		begin, size := a.chunks.ValueOffset(i), a.chunks.ValueLen(i)
 		values := a.chunks.Data().Buffers()[2]
 		if begin < 0 || size < 0 || size > 0 && (values == nil || begin+size > values.Len()) {
-			return 0, fault.New(fault.BadRequest, "chunk %d of the archive does not lie in its buffer", a.row)
+			return 0, fault.New(fault.BadRequest, "chunk %d of the archive lies outside its buffer", a.row)
 		}
 		if size > 0 { // an empty one may lie anywhere
 			a.rest = a.chunks.Value(i)

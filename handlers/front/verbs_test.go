@@ -91,7 +91,7 @@ func TestPutCommands(t *testing.T) {
 		`{"v":1,"put":"table"}`:                `put is "table", this server takes "model"`,
 		`{"v":1,"put":"model","x":1}`:          `unknown field "x"`,
 		`{"v":1,"put":"model"}{}`:              "text after the object",
-		`{"v":1,"put":"model","digest":"md5"}`: `"md5" is no digest`,
+		`{"v":1,"put":"model","digest":"md5"}`: `"md5" is not a digest`,
 	} {
 		_, err := parsePut(command(text))
 		expect.Fault(t, err, fault.BadRequest, part)
@@ -173,7 +173,7 @@ func TestArchiveOfChunks(t *testing.T) {
 	at := bytes.Index(body, []byte{0, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 6, 0, 0, 0})
 	body[at+4] = 200
 	got, err = read(t, s)
-	expect.Fault(t, err, fault.BadRequest, "chunk 0 of the archive does not lie in its buffer")
+	expect.Fault(t, err, fault.BadRequest, "chunk 0 of the archive lies outside its buffer")
 	if got != "" {
 		t.Errorf("read %q", got)
 	}

@@ -378,7 +378,7 @@ func TestNoRoomForOneRow(t *testing.T) {
 	m.room.Store(1)
 	lasting = true
 	_, err = s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 1, 2), 2, false)
-	expect.Fault(t, err, fault.Exhausted, "a run of 1 rows, the fewest there can be, failed twice",
+	expect.Fault(t, err, fault.Exhausted, "a run of 1 rows, the smallest possible, failed twice",
 		"the device is full")
 	ctx, cancel := context.WithCancel(t.Context())
 	s.options.Shrink.Wait, s.options.Shrink.Pressed = time.Hour, cancel

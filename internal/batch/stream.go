@@ -201,7 +201,7 @@ func (w *work) retry(rows slice, why error) ([]ranSlice, error) {
 	}
 	r := w.submit(rows, true).wait(w.ctx)
 	if r.err != nil && w.st.scheduler.tooLarge(r.err) {
-		return nil, fault.New(fault.Exhausted, "a run of %d rows, the fewest there can be, failed twice: %w",
+		return nil, fault.New(fault.Exhausted, "a run of %d rows, the smallest possible, failed twice: %w",
 			w.st.scheduler.padded(rows.hi-rows.lo), why)
 	}
 	return w.resolve(rows, r)

@@ -1,5 +1,4 @@
-// Package client is a Flight client of a front, for our own command line: actions, and one inference
-// stream at a time.
+// Package client is a Flight client of a front, for our own command line: it asks for actions.
 //
 // What may enter: what a caller says to a server. What a server does lives in handlers.
 package client
@@ -15,9 +14,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/flight"
-	"github.com/apache/arrow/go/v15/arrow/memory"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -39,14 +36,6 @@ type Client struct {
 	conn     *grpc.ClientConn
 	front    flight.FlightServiceClient
 }
-
-// Error is what a server answered in place of what was asked: its own sentence, and gRPC's code.
-type Error struct {
-	Code codes.Code
-	text string
-}
-
-func (e *Error) Error() string { return e.text }
 
 // Dial connects to the front at an endpoint, grpc+unix:///path or a bare absolute path. Its error says that
 // the endpoint is not one, or that nobody listens there.
@@ -93,7 +82,7 @@ func (c *Client) Endpoint() string { return c.endpoint }
 func (c *Client) Close() error { return c.conn.Close() }
 
 // Action asks the front to do something. body is sent as JSON; each result is read into one of T, which need not
-// know all its fields, and given to take, whose error ends the call. Errors: *Error, or that of take.
+// know all its fields, and given to take, whose error ends the call. Errors: what the server said, or that of take.
 func Action[T any](ctx context.Context, c *Client, name string, body any, take func(T) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -132,19 +121,6 @@ func Ask[T any](ctx context.Context, c *Client, name string, body any) (answer T
 	return answer, err
 }
 
-// AnswerSchema returns the schema of the answer to a descriptor, without loading the model.
-func (c *Client) AnswerSchema(ctx context.Context, d protocol.Descriptor) (*arrow.Schema, error) {
-	command, err := d.Command()
-	if err != nil {
-		return nil, err
-	}
-	result, err := c.front.GetSchema(ctx, &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: command})
-	if err != nil {
-		return nil, c.say(err)
-	}
-	return flight.DeserializeSchema(result.GetSchema(), memory.DefaultAllocator)
-}
-
 // say turns what gRPC returned into the server's own sentence.
 func (c *Client) say(err error) error {
 	var told interface{ GRPCStatus() *status.Status }
@@ -156,11 +132,5 @@ func (c *Client) say(err error) error {
 	if about.Code() == codes.Unavailable && strings.HasPrefix(text, "connection error") {
 		text = fmt.Sprintf("no flightsvc answers at %s any longer: %s", c.endpoint, text)
 	}
-	return &Error{Code: about.Code(), text: text}
-}
-
-// unavailable reports whether asking again helps.
-func unavailable(err error) bool {
-	var told *Error
-	return errors.As(err, &told) && told.Code == codes.Unavailable
+	return errors.New(text)
 }

@@ -15,7 +15,7 @@ type Duration time.Duration
 func (d *Duration) UnmarshalText(text []byte) error {
 	parsed, err := time.ParseDuration(string(text))
 	if err != nil {
-		return fmt.Errorf("%q is no duration; write it as 30s, 5m or 1h30m", text)
+		return fmt.Errorf("%q is not a duration; write it as 30s, 5m or 1h30m", text)
 	}
 	*d = Duration(parsed)
 	return nil
@@ -43,7 +43,7 @@ func (b *Bytes) UnmarshalText(text []byte) error {
 	number, err := strconv.ParseFloat(word[:at], 64)
 	unit, known := units[strings.TrimSpace(word[at:])]
 	if err != nil || !known || number*unit > 1<<62 {
-		return fmt.Errorf("%q is no amount of memory; write it as 512MiB or 2GiB", text)
+		return fmt.Errorf("%q is not an amount of memory; write it as 512MiB or 2GiB", text)
 	}
 	*b = Bytes(number * unit)
 	return nil

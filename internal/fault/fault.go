@@ -10,6 +10,10 @@ package fault
 import (
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Kind says what a caller can do about an error.
@@ -43,10 +47,28 @@ type Error struct {
 	cause error
 }
 
-// New returns a fault whose sentence is formatted as by fmt.Errorf; %w keeps a cause.
+// New returns a fault whose sentence is formatted as by fmt.Errorf; %w keeps a cause. What callers have written may be
+// among args: the sentence is Printable.
 func New(kind Kind, format string, args ...any) error {
 	err := fmt.Errorf(format, args...)
-	return &Error{Kind: kind, text: err.Error(), cause: errors.Unwrap(err)}
+	return &Error{Kind: kind, text: Printable(err.Error()), cause: errors.Unwrap(err)}
+}
+
+// Printable replaces whatever is not a printable character by its escape as Go writes it (\x1b, \n, \u202e), so that a
+// text stays one line and cannot command a terminal. It leaves a printable text as it is.
+func Printable(text string) string {
+	var out strings.Builder
+	for i, r := range text {
+		switch {
+		case r == utf8.RuneError && !strings.HasPrefix(text[i:], string(utf8.RuneError)): // a byte that is not UTF-8
+			fmt.Fprintf(&out, `\x%02x`, text[i])
+		case unicode.IsPrint(r):
+			out.WriteRune(r)
+		default:
+			out.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		}
+	}
+	return out.String()
 }
 
 func (e *Error) Error() string { return e.text }

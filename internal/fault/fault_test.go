@@ -31,3 +31,27 @@ func TestFault(t *testing.T) {
 		}
 	}
 }
+
+// TestFaultsArePrintable puts what a caller may write into faults: no control character gets through, nothing printable
+// is changed, and what is printable already stays so.
+func TestFaultsArePrintable(t *testing.T) {
+	for text, want := range map[string]string{
+		"model größe 模型 \"x\" \\": "model größe 模型 \"x\" \\",
+		"\x1b[31mred\x1b[0m":      `\x1b[31mred\x1b[0m`,
+		"a\nINFO forged\r\ttab":   `a\nINFO forged\r\ttab`,
+		"back\b\a\x00\x7f":        `back\b\a\x00\x7f`,
+		"\u202egnp.exe\u2028":     `\u202egnp.exe\u2028`,
+		"csi \u009b2J":            `csi \u009b2J`,
+		"bytes \xff\xc3, \ufffd":  `bytes \xff\xc3, ` + "\ufffd",
+	} {
+		if got := New(BadRequest, "%s", text).Error(); got != want {
+			t.Errorf("%q became %q, want %q", text, got, want)
+		}
+		if got := New(BadRequest, "around: %w", New(NotFound, "%s", text)).Error(); got != "around: "+want {
+			t.Errorf("%q within another fault became %q", text, got)
+		}
+		if got := Printable(Printable(text)); got != want {
+			t.Errorf("%q made printable twice became %q", text, got)
+		}
+	}
+}

@@ -97,7 +97,7 @@ func New(spec Spec, budget *Budget) (*Graph, error) {
 		return nil, err
 	}
 	if spec.Bytes() > tensor.MaxTensorBytes {
-		return nil, invalid("a picture of %dx%d becomes a tensor of %d MiB; %d are the most, give a smaller size",
+		return nil, invalid("a picture of %dx%d becomes a tensor of %d MiB; the maximum is %d, give a smaller size",
 			spec.Width, spec.Height, spec.Bytes()>>20, tensor.MaxTensorBytes>>20)
 	}
 	c, err := newConverter(spec, budget)
@@ -221,7 +221,7 @@ type converter struct {
 // checkSize refuses a size that no picture is resized to.
 func checkSize(height, width int, limits Limits) error {
 	if min(height, width) < 1 || max(height, width) > maxSide || int64(width) > limits.Pixels/int64(height) {
-		return invalid("a picture cannot be resized to %dx%d; a side has 1 to %d pixels, and %d pixels are the most",
+		return invalid("a picture cannot be resized to %dx%d; a side has 1 to %d pixels, and the maximum is %d pixels",
 			width, height, maxSide, limits.Pixels)
 	}
 	return nil
@@ -289,7 +289,7 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	var h header
 	if p.Encoded() {
 		if int64(len(p.Data)) > limits.Bytes {
-			return h, invalid("a file of %d bytes; %d are the most", len(p.Data), limits.Bytes)
+			return h, invalid("a file of %d bytes; the maximum is %d", len(p.Data), limits.Bytes)
 		}
 		var ok bool
 		if h, ok = readHeader(p.Data); !ok {
@@ -316,13 +316,13 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 		return h, invalid("%v is cut off: it has %d bytes and needs %d", h, len(p.Data), h.least)
 	}
 	if h.scans > maxScans {
-		return h, invalid("%v has %d scans; %d are the most", h, h.scans, maxScans)
+		return h, invalid("%v has %d scans; the maximum is %d", h, h.scans, maxScans)
 	}
 	if scanned := int64(h.scans) * int64(h.width) * int64(h.height); h.scans > 1 && scanned > maxScanned {
-		return h, invalid("%v has %d pixels in its %d scans; %d are the most", h, scanned, h.scans, maxScanned)
+		return h, invalid("%v has %d pixels in its %d scans; the maximum is %d", h, scanned, h.scans, maxScanned)
 	}
 	if needs := spec.working(h, p); needs > maxWorking {
-		return h, invalid("%v needs %d MiB of memory; %d are the most", h, (needs-1)>>20+1, maxWorking>>20)
+		return h, invalid("%v needs %d MiB of memory; the maximum is %d", h, (needs-1)>>20+1, maxWorking>>20)
 	}
 	return h, nil
 }

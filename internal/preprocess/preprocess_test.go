@@ -446,7 +446,7 @@ func TestWorking(t *testing.T) {
 	defer g.Close()
 	err := g.Run(t.Context(), thin, make([]byte, antialias.Bytes()))
 	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "MiB of memory; 2048 are the most") {
+	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "MiB of memory; the maximum is 2048") {
 		t.Errorf("got %v", err)
 	}
 	for _, h := range []header{
@@ -488,7 +488,7 @@ func TestBytesLimit(t *testing.T) {
 	defer g.Close()
 	err := g.Run(t.Context(), tensor.Picture{Data: rocket}, make([]byte, square.Bytes()))
 	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "are the most") {
+	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "the maximum is") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -121,7 +121,7 @@ func (p *Preprocess) checkBuiltIn() error {
 		return fmt.Errorf("scale, offset and dtype are for tensors; the model %q makes pictures, leave them out", Image)
 	}
 	if p.Size == nil && (p.Resize != "" || p.Antialias || p.Fit != "") {
-		return fmt.Errorf("resize, antialias and fit want a size")
+		return fmt.Errorf("resize, antialias and fit need a size")
 	}
 	if err := p.checkResize(); err != nil {
 		return err
@@ -140,7 +140,7 @@ func (p *Preprocess) checkResize() error {
 		return err
 	}
 	if p.Antialias && p.Resize != "bilinear" && p.Resize != "bicubic" {
-		return fmt.Errorf("antialias goes with bilinear and bicubic, not with %s", p.Resize)
+		return fmt.Errorf("antialias works with bilinear and bicubic, not with %s", p.Resize)
 	}
 	return choose("fit", &p.Fit, "crop", "stretch", "pad")
 }

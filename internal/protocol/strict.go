@@ -31,7 +31,8 @@ func Decode(data []byte, v any) error {
 	err := json.Unmarshal(data, v)
 	var mismatch *json.UnmarshalTypeError
 	if errors.As(err, &mismatch) { // its own text names Go's types
-		return fmt.Errorf("field %q cannot be a %s", mismatch.Field, mismatch.Value)
+		name := mismatch.Field[strings.LastIndex(mismatch.Field, ".")+1:]
+		return fmt.Errorf("field %q cannot be a %s", name, mismatch.Value)
 	}
 	return err
 }

@@ -96,7 +96,7 @@ func Claim(runDir, path string) (*Folder, error) {
 	case named && other.Alive():
 		return nil, fmt.Errorf("a flightsvc front serves in %s already (process %d)", path, other.PID)
 	case f.shared && !named && !os.IsNotExist(statErr):
-		return nil, fmt.Errorf("%s is in the way and not ours; choose an endpoint in another folder", name)
+		return nil, fmt.Errorf("%s exists and does not belong to a flightsvc front; choose an endpoint in another folder", name)
 	case !f.shared:
 		removeSockets(path)
 	}
@@ -231,7 +231,7 @@ func Starting(runDir, name string, f func(folder string) error) error {
 		defer func() { _ = os.Remove(path) }() // stays where there is anything in it
 		return f(path)
 	}
-	return fmt.Errorf("%s vanishes as often as it is made; is something else cleaning it up?", path)
+	return fmt.Errorf("%s is removed whenever it is created; does another program clean up?", path)
 }
 
 // lock returns the folder at path with its lock, or nil if another one is there by now, or none.

@@ -393,7 +393,7 @@ func TestSharedFolderKeepsWhatIsNotOurs(t *testing.T) {
 	}
 
 	put(t, filepath.Join(shared, frontFile), "a file of somebody else")
-	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(), "not ours") {
+	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(), "does not belong to a flightsvc front") {
 		t.Errorf("claiming over a foreign file: %v", err)
 	}
 	if data, err := os.ReadFile(filepath.Join(shared, frontFile)); string(data) != "a file of somebody else" {

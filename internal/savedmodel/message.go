@@ -113,7 +113,7 @@ func (m *message) skip(n int64) error {
 // text reads the message as text, which is valid until the next one is read.
 func (m *message) text() ([]byte, error) {
 	if m.left > maxText {
-		return nil, fmt.Errorf("it has a name of %d bytes; %d are the most", m.left, maxText)
+		return nil, fmt.Errorf("it has a name of %d bytes; the maximum is %d", m.left, maxText)
 	}
 	return m.fill(m.in.text[:m.left])
 }
@@ -121,7 +121,7 @@ func (m *message) text() ([]byte, error) {
 // bytes reads the message as it is, unless it has more than most bytes.
 func (m *message) bytes(most int64) ([]byte, error) {
 	if m.left > most {
-		return nil, fmt.Errorf("a part of it has %d bytes; %d are the most", m.left, most)
+		return nil, fmt.Errorf("a part of it has %d bytes; the maximum is %d", m.left, most)
 	}
 	return m.fill(make([]byte, m.left))
 }

@@ -72,7 +72,7 @@ func readWarmups(file io.Reader, most int64) iter.Seq2[Warmup, error] {
 			case err == io.EOF:
 				return
 			case err == nil && number > MaxWarmups:
-				err = fmt.Errorf("there are more than %d records; TF Serving takes no more either", MaxWarmups)
+				err = fmt.Errorf("there are more than %d records, the limit of TensorFlow Serving", MaxWarmups)
 			case err == nil:
 				err = w.parse(record, most)
 			}
@@ -91,11 +91,11 @@ func readRecord(file io.Reader, most int64) ([]byte, error) {
 		return nil, cut(err)
 	}
 	if masked(head[:8]) != binary.LittleEndian.Uint32(head[8:]) {
-		return nil, errors.New("the checksum of its length is wrong: this is no TFRecord file, or it is damaged")
+		return nil, errors.New("the checksum of its length is wrong: this is not a TFRecord file, or it is damaged")
 	}
 	length := binary.LittleEndian.Uint64(head[:8])
 	if length > uint64(most) {
-		return nil, fmt.Errorf("it has %d bytes; %d are the most", length, most)
+		return nil, fmt.Errorf("it has %d bytes; the maximum is %d", length, most)
 	}
 	var data bytes.Buffer // grows with what there is, whatever the length says
 	if _, err := io.CopyN(&data, file, int64(length)+4); err != nil {
@@ -239,7 +239,7 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 		}
 	}
 	if len(c.Shape) > maxRank {
-		return c, fmt.Errorf("it has %d dimensions; %d are the most", len(c.Shape), maxRank)
+		return c, fmt.Errorf("it has %d dimensions; the maximum is %d", len(c.Shape), maxRank)
 	}
 	if empty {
 		n = 0

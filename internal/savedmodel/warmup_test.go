@@ -133,7 +133,7 @@ func TestReadWarmupsRefuses(t *testing.T) {
 		data []byte
 		want string
 	}{
-		"another file":       {[]byte("this is no TFRecord file"), "the checksum of its length is wrong"},
+		"another file":       {[]byte("this is not a TFRecord file"), "the checksum of its length is wrong"},
 		"a damaged length":   {flipped(0), "the checksum of its length is wrong"},
 		"damaged data":       {flipped(20), "the checksum of its data is wrong"},
 		"a cut head":         {good[:5], "ends in the middle"},

@@ -1,3 +1,5 @@
+// Binding: which column of a stream feeds which input, and whether its type can.
+
 package tensor
 
 import (
@@ -5,8 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/memory"
@@ -43,8 +43,8 @@ type source interface {
 	value(column arrow.Array, rows []span, mem memory.Allocator) (value Value, lengths []int64, err error)
 }
 
-// Bind finds the column of each input in a stream's schema and checks its type. Its faults
-// name input, column, both types, and the cast to write.
+// Bind finds the column of each input in a stream's schema and checks its type. Its faults name input, column and both
+// types.
 func (p *Plan) Bind(schema *arrow.Schema) (*Binding, error) {
 	binding := &Binding{plan: p}
 	for _, in := range p.inputs {
@@ -54,7 +54,8 @@ func (p *Plan) Bind(schema *arrow.Schema) (*Binding, error) {
 		}
 		at := schema.FieldIndices(name)
 		if len(at) != 1 {
-			return nil, fault.New(fault.BadRequest, "input %q wants column %q, which the stream has %s; its columns are %s", in.spec.Name, name, times(len(at)), columnNames(schema))
+			return nil, fault.New(fault.BadRequest, "input %q wants column %q, which the stream has %s; its columns are %s",
+				in.spec.Name, name, times(len(at)), columnNames(schema))
 		}
 		bound := boundInput{input: in, at: at[0], name: name}
 		if err := bound.bind(schema.Field(at[0])); err != nil {
@@ -73,7 +74,7 @@ func (in *boundInput) bind(field arrow.Field) error {
 	case in.Encoding == protocol.EncodingRaw:
 		return in.bindRaw(field.Type)
 	case isVector(field.Type):
-		return in.bindVectors(field.Type)
+		return in.bindVectors()
 	}
 	return in.bindLists(field)
 }
@@ -84,25 +85,30 @@ func (in *boundInput) bindRaw(column arrow.DataType) error {
 	case *arrow.BinaryType, *arrow.LargeBinaryType, *arrow.BinaryViewType:
 	case *arrow.FixedSizeBinaryType:
 		if t.ByteWidth != source.size() || t.ByteWidth == 0 {
-			return fault.New(fault.BadRequest, "input %s wants raw cells of %d bytes; column %q is %s", describe(in.spec), source.size(), in.name, typeText(column))
+			return fault.New(fault.BadRequest, "input %s wants raw cells of %d bytes; column %q is %s",
+				describe(in.spec), source.size(), in.name, typeText(column))
 		}
 	default:
-		return fault.New(fault.BadRequest, "input %s has the encoding raw and wants a binary column; column %q is %s", describe(in.spec), in.name, typeText(column))
+		return fault.New(fault.BadRequest, "input %s has the encoding raw and wants a binary column; column %q is %s",
+			describe(in.spec), in.name, typeText(column))
 	}
 	in.source = source
 	return nil
 }
 
-func (in *boundInput) bindVectors(column arrow.DataType) error {
+func (in *boundInput) bindVectors() error {
 	source := &vectors{dtype: in.spec.DType, want: -1}
 	if !in.spec.UnknownRank && len(in.spec.Shape) == 2 {
 		source.want = in.spec.Shape[1]
 	}
+	isFloat := in.spec.DType == savedmodel.Float64 || in.spec.DType == savedmodel.Float32
 	switch {
-	case !in.spec.UnknownRank && len(in.spec.Shape) != 2, in.spec.DType != savedmodel.Float64 && in.spec.DType != savedmodel.Float32:
-		return fault.New(fault.BadRequest, "input %s cannot take column %q of Spark vectors, which make float64 or float32 of 2 dimensions; write vector_to_array(%s) and cast its elements", describe(in.spec), in.name, quoted(in.name))
+	case !in.spec.UnknownRank && len(in.spec.Shape) != 2, !isFloat:
+		return fault.New(fault.BadRequest, "input %s cannot take column %q of Spark vectors, which make float64 or "+
+			"float32 of 2 dimensions; send lists", describe(in.spec), in.name)
 	case in.Pad != nil || in.Lengths != "":
-		return fault.New(fault.BadRequest, "input %s has pad or lengths, but column %q has Spark vectors, which have one length; leave them out or write vector_to_array(%s)", describe(in.spec), in.name, quoted(in.name))
+		return fault.New(fault.BadRequest, "input %s has pad or lengths, but column %q has Spark vectors, which have "+
+			"one length; leave them out or send lists", describe(in.spec), in.name)
 	}
 	in.source = source
 	return nil
@@ -113,31 +119,67 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	element, sizes := unnest(column)
 	how, ok := convertible(element, in.spec.DType)
 	if !ok {
-		return fault.New(fault.BadRequest, "input %s cannot take column %q of %s%s", describe(in.spec), in.name, typeText(column), printable(in.hint(element, len(sizes))))
+		return in.wrongElement(element, column)
 	}
-	source := &lists{spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling}, pad: in.Pad != nil, counted: in.Lengths != "", maxLength: in.maxLength}
+	source := &lists{
+		spec: in.spec, leaf: leaf{dtype: in.spec.DType, conversion: how, filling: in.filling},
+		pad: in.Pad != nil, counted: in.Lengths != "", maxLength: in.maxLength,
+	}
 	shape, err := tensorShape(field)
 	if err != nil {
-		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, typeText(column), err)
+		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, typeText(column),
+			err)
 	}
 	if shape != nil {
 		source.shape, sizes = shape, append(slices.Clone(shape), sizes[1:]...)
 	}
 	rank := len(sizes) + 1
-	if !in.spec.UnknownRank && rank != len(in.spec.Shape) && !(element.ID() == arrow.NULL && rank < len(in.spec.Shape)) {
-		return fault.New(fault.BadRequest, "input %s wants %s of list in each row; column %q is %s", describe(in.spec), levels(len(in.spec.Shape)-1), in.name, typeText(column))
+	if rank > MaxRank {
+		return fault.New(fault.BadRequest, "input %q cannot take column %q of %d dimensions; a tensor has %d at most, "+
+			"the rows included", in.spec.Name, in.name, rank, MaxRank)
 	}
-	if len(sizes) == 0 && source.counted && element.ID() != arrow.NULL {
-		return fault.New(fault.BadRequest, "input %s has lengths, but column %q is %s, which has none", describe(in.spec), in.name, typeText(column))
+	allNull := element.ID() == arrow.NULL
+	if !in.spec.UnknownRank && rank != len(in.spec.Shape) && !(allNull && rank < len(in.spec.Shape)) {
+		return fault.New(fault.BadRequest, "input %s wants %s of list in each row; column %q is %s", describe(in.spec),
+			levels(len(in.spec.Shape)-1), in.name, typeText(column))
+	}
+	if len(sizes) == 0 && source.counted && !allNull {
+		return fault.New(fault.BadRequest, "input %s has lengths, but column %q is %s, which has none",
+			describe(in.spec), in.name, typeText(column))
 	}
 	for i, size := range sizes {
+		if size < 0 {
+			continue // of any length
+		}
 		want := source.want(i + 1)
-		if size >= 0 && (want >= 0 && (size > want || size < want && (!source.pad || shape != nil)) || i == 0 && source.counted && size > in.maxLength) {
-			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at dimension %d", describe(in.spec), in.name, typeText(column), size, i+1)
+		misfits := want >= 0 && (size > want || size < want && (!source.pad || shape != nil))
+		if misfits || i == 0 && source.counted && size > in.maxLength {
+			return fault.New(fault.BadRequest, "input %s cannot take column %q, which is %s with %d elements at "+
+				"dimension %d", describe(in.spec), in.name, typeText(column), size, i+1)
 		}
 	}
 	in.source = source
 	return nil
+}
+
+// wrongElement is the fault of a column whose elements cannot become the input's.
+func (in *boundInput) wrongElement(element, column arrow.DataType) error {
+	wanted := fmt.Sprintf("it wants elements of %s", in.spec.DType)
+	if in.spec.DType.Size() == 0 && in.spec.DType != savedmodel.String {
+		wanted = "no column can feed this dtype"
+	} else if isBinary(element) && element == column {
+		wanted += `; if the column's cells hold the bytes of a row, map it with "encoding":"raw"`
+	}
+	return fault.New(fault.BadRequest, "input %s cannot take column %q of %s; %s", describe(in.spec), in.name,
+		typeText(column), wanted)
+}
+
+func isBinary(t arrow.DataType) bool {
+	switch t.ID() {
+	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.FIXED_SIZE_BINARY:
+		return true
+	}
+	return false
 }
 
 // The name of Arrow's extension type for tensors of one shape and the keys of a field's metadata that hold an extension.
@@ -161,140 +203,36 @@ func tensorShape(field arrow.Field) ([]int64, error) {
 	if !ok || json.Unmarshal([]byte(text), &about) != nil || len(about.Shape) == 0 {
 		return nil, fmt.Errorf("the metadata of its %s cannot be read", tensorExtension)
 	}
+	wrong := fmt.Errorf("its %s has shape %d, but its lists have %d elements", tensorExtension, about.Shape, list.Len())
 	size := int64(1)
 	for _, d := range about.Shape {
 		if d < 1 || d > int64(list.Len()) {
-			return nil, fmt.Errorf("its %s has shape %d, but its lists have %d elements", tensorExtension, about.Shape, list.Len())
+			return nil, wrong
 		}
 		if size *= d; size > int64(list.Len()) {
 			break
 		}
 	}
 	if size != int64(list.Len()) {
-		return nil, fmt.Errorf("its %s has shape %d, but its lists have %d elements", tensorExtension, about.Shape, list.Len())
+		return nil, wrong
 	}
 	for i, from := range about.Permutation {
 		if from != i {
-			return nil, fmt.Errorf("its %s has the permutation %d; write the tensors in the order of their dimensions and leave it out", tensorExtension, about.Permutation)
+			return nil, fmt.Errorf("its %s has the permutation %d; write the tensors in the order of their dimensions "+
+				"and leave it out", tensorExtension, about.Permutation)
 		}
 	}
 	return about.Shape, nil
 }
 
-// sqlTypes holds the type of Spark SQL to cast to for each dtype.
-var sqlTypes = map[savedmodel.DType]string{
-	savedmodel.Int8: "TINYINT", savedmodel.Int16: "SMALLINT", savedmodel.Int32: "INT", savedmodel.Int64: "BIGINT",
-	savedmodel.Uint8: "BIGINT", savedmodel.Uint16: "BIGINT", savedmodel.Uint32: "BIGINT", savedmodel.Uint64: "DECIMAL(20,0)",
-	savedmodel.Float16: "FLOAT", savedmodel.Bfloat16: "FLOAT", savedmodel.Float32: "FLOAT", savedmodel.Float64: "DOUBLE",
-	savedmodel.Bool: "BOOLEAN", savedmodel.String: "STRING",
-}
-
-// hint says what to write in Spark so that elements of a type, below so many lists, fit the input.
-func (in *boundInput) hint(element arrow.DataType, depth int) string {
-	target, ok := sqlTypes[in.spec.DType]
-	if !ok {
-		return "; no column can feed this dtype"
-	}
-	if dictionary, ok := element.(*arrow.DictionaryType); ok {
-		element = dictionary.ValueType
-	}
-	cast := func(x string) string { return fmt.Sprintf("CAST(%s AS %s)", x, target) }
-	whole := target == "BIGINT" || target == "DECIMAL(20,0)" // takes any BIGINT
-	isText, isFloat := target == "STRING", target == "FLOAT" || target == "DOUBLE"
-	count := func(timestamp string) string {
-		switch {
-		case whole:
-			return "unix_micros(" + timestamp + ")"
-		case isFloat || target == "BOOLEAN":
-			return cast("unix_micros(" + timestamp + ")")
-		}
-		return cast("unix_seconds(" + timestamp + ")") // microseconds would not fit
-	}
-	express := cast
-	switch element.ID() {
-	case arrow.TIMESTAMP:
-		switch {
-		case isFloat && element.(*arrow.TimestampType).TimeZone == "":
-			express = func(x string) string { return cast("CAST(" + x + " AS TIMESTAMP)") }
-		case !isFloat && !isText:
-			express = count
-		}
-	case arrow.DATE32, arrow.DATE64:
-		switch {
-		case whole || target == "INT":
-			express = func(x string) string { return "unix_date(" + x + ")" }
-		case !isText:
-			express = func(x string) string { return cast("unix_date(" + x + ")") }
-		}
-	case arrow.TIME32, arrow.TIME64:
-		if isFloat {
-			express = func(x string) string { return cast("CAST(" + x + " AS DECIMAL(20,9))") }
-		}
-	case arrow.DURATION:
-		if !isText {
-			express = func(x string) string { return count("timestamp_seconds(0) + " + x) }
-		}
-	case arrow.BINARY, arrow.LARGE_BINARY, arrow.BINARY_VIEW, arrow.FIXED_SIZE_BINARY:
-		if depth == 0 {
-			return `; if its cells hold the bytes of a row, map it with "encoding":"raw"`
-		}
-		express = func(x string) string { return cast("CAST(" + x + " AS STRING)") }
-	case arrow.MAP:
-		express = func(x string) string { return "map_values(" + x + ")" }
-	case arrow.STRUCT:
-		names := []string{}
-		for _, field := range element.(*arrow.StructType).Fields() {
-			names = append(names, field.Name)
-		}
-		if len(names) == 0 {
-			return "; no column without fields can feed an input"
-		}
-		express = func(x string) string { return x + "." + quoted(names[0]) }
-	case arrow.SPARSE_UNION, arrow.DENSE_UNION, arrow.RUN_END_ENCODED, arrow.INTERVAL_MONTHS, arrow.INTERVAL_DAY_TIME, arrow.INTERVAL_MONTH_DAY_NANO, arrow.EXTENSION:
-		return fmt.Sprintf("; send plain %s instead", in.spec.DType)
-	}
-	column := quoted(in.name)
-	if depth == 0 {
-		return "; write " + express(column)
-	}
-	if express("x") == cast("x") {
-		return fmt.Sprintf("; write CAST(%s AS %s%s%s)", column, strings.Repeat("ARRAY<", depth), target, strings.Repeat(">", depth))
-	}
-	text := express("x")
-	for range depth - 1 {
-		text = "transform(x, x -> " + text + ")"
-	}
-	return fmt.Sprintf("; write transform(%s, x -> %s)", column, text)
-}
-
-// typeText writes the type of a column, which holds the names of its fields as the caller has sent them.
-func typeText(t arrow.DataType) string { return printable(t.String()) }
-
-// printable makes one line of a text, not a long one.
-func printable(text string) string {
+// typeText writes the type of a column, which may be long: it holds the names of all its fields.
+func typeText(t arrow.DataType) string {
 	const most = 500
-	cut := ""
+	text := t.String()
 	if len(text) > most {
-		text, cut = text[:most], "..."
+		return text[:most] + "..."
 	}
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return utf8.RuneError
-		}
-		return r
-	}, text) + cut
-}
-
-// quoted writes a column's name as SQL takes it.
-func quoted(name string) string {
-	plain := name != ""
-	for i, r := range name {
-		plain = plain && (r == '_' || 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || i > 0 && '0' <= r && r <= '9')
-	}
-	if plain {
-		return name
-	}
-	return "`" + strings.ReplaceAll(name, "`", "``") + "`"
+	return text
 }
 
 // describe writes specs as people read them: "x" float32 [?,4].

@@ -273,7 +273,7 @@ func (l *lists) size(list array.ListLike, segments []segment, dim int) (int64, e
 			lo, hi := list.ValueOffsets(at)
 			if size >= 0 && hi-lo != size && !l.pad {
 				return 0, fault.New(fault.BadRequest, "lists of %d and of %d elements at dimension %d in one record "+
-					"batch; all must have the same length, or give the input a \"pad\" to fill them up", size, hi-lo,
+					"batch; all must have the same length, or give the input a \"pad\"", size, hi-lo,
 					dim)
 			}
 			size = max(size, hi-lo)

@@ -115,6 +115,10 @@ func planOutput(spec savedmodel.Spec, entry protocol.Output, tensor bool) (outpu
 		}
 		o.spec.Shape, o.spec.UnknownRank = shape, false
 	}
+	if len(o.spec.Shape) > MaxRank {
+		return refused("%q has %d dimensions; a tensor has %d at most, the rows included", spec.Name,
+			len(o.spec.Shape), MaxRank)
+	}
 	mapped := func(shape string) string { // the line to write
 		return fmt.Sprintf(`"outputs":{%q:{"column":%q,"shape":[%s]}}`, spec.Name, entry.Column, shape)
 	}

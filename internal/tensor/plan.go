@@ -12,6 +12,10 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
+// MaxRank is the most dimensions of an input or output, that of the rows included: a column has one list for each but
+// that, and Arrow's other libraries refuse a schema of deeper ones.
+const MaxRank = 64
+
 // Options are the fields of a request that shape a plan.
 type Options struct {
 	Inputs      protocol.Inputs          // nil: same names, or the only column to the only input
@@ -61,7 +65,7 @@ func NewPlan(signature savedmodel.Signature, options Options) (*Plan, error) {
 		}
 	}
 	if len(outputs) == 0 {
-		return nil, fault.New(fault.BadRequest, "no output is asked for; the signature has %s",
+		return nil, fault.New(fault.BadRequest, "no output is requested; the signature has %s",
 			describe(signature.Outputs...))
 	}
 	var columns []arrow.Field
@@ -122,6 +126,10 @@ func (p *Plan) planInputs(specs []savedmodel.Spec) error {
 		return fault.New(fault.BadRequest, "the signature has no input, so it has no rows")
 	}
 	for _, spec := range specs {
+		if len(spec.Shape) > MaxRank {
+			return fault.New(fault.BadRequest, "input %q has %d dimensions; a tensor has %d at most, the rows included",
+				spec.Name, len(spec.Shape), MaxRank)
+		}
 		if !spec.UnknownRank && (len(spec.Shape) == 0 || spec.Shape[0] >= 0) {
 			return fault.New(fault.BadRequest,
 				"input %s has no batch dimension: its first dimension must be unknown, export it as None",

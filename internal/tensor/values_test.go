@@ -653,54 +653,54 @@ func TestBindNamesColumnAndBothTypes(t *testing.T) {
 		column arrow.DataType
 		texts  string
 	}{
-		{"x float32 -1 4", list(str), `"x" float32 [?,4]|column "c"|list<item: utf8|write CAST(c AS ARRAY<FLOAT>)`},
-		{"x int32 -1", i64, `"x" int32 [?]|column "c" of int64|write CAST(c AS INT)`},
-		{"x int32 -1 -1 -1", list(list(i64)), "write CAST(c AS ARRAY<ARRAY<INT>>)"},
-		{"x float32 -1", i32, `"x" float32 [?]|int32|CAST(c AS FLOAT)`},
-		{"x float16 -1", f64, "float16|float64|CAST(c AS FLOAT)"},
+		{"x float32 -1 4", list(str), `"x" float32 [?,4]|column "c"|list<item: utf8|wants elements of float32`},
+		{"x int32 -1", i64, `"x" int32 [?]|column "c" of int64|wants elements of int32`},
+		{"x float32 -1", i32, `"x" float32 [?]|int32|wants elements of float32`},
+		{"x float16 -1", f64, "float64|wants elements of float16"},
 		{"x float32 -1 4", f32, `"x" float32 [?,4]|1 level of list|column "c" is float32`},
 		{"x float32 -1", list(f32), "0 levels|list<item: float32"},
 		{"x float32 -1 4", arrow.FixedSizeListOf(3, f32),
 			`"x" float32 [?,4]|fixed_size_list|3 elements at dimension 1`},
-		{"x int32 -1", date, "date32|int32|write unix_date(c)"},
-		{"x int8 -1", date, "write CAST(unix_date(c) AS TINYINT)"},
-		{"x int64 -1 -1 -1", list(list(date)), "write transform(c, x -> transform(x, x -> unix_date(x)))"},
-		{"x int64 -1", stamp, "timestamp[us|int64|write unix_micros(c)"},
-		{"x float32 -1", stamp, "write CAST(c AS FLOAT)"},
-		{"x string -1", stamp, "write CAST(c AS STRING)"},
-		{"x int64 -1", arrow.FixedWidthTypes.Time64ns, "time64|write CAST(c AS BIGINT)"},
-		{"x float64 -1", arrow.FixedWidthTypes.Time64ns, "write CAST(CAST(c AS DECIMAL(20,9)) AS DOUBLE)"},
-		{"x float64 -1", &arrow.TimestampType{Unit: arrow.Microsecond}, "write CAST(CAST(c AS TIMESTAMP) AS DOUBLE)"},
-		{"x int32 -1", stamp, "write CAST(unix_seconds(c) AS INT)"},
-		{"x int64 -1", arrow.FixedWidthTypes.Duration_us, "write unix_micros(timestamp_seconds(0) + c)"},
-		{"x float64 -1", price, "decimal|write CAST(c AS DOUBLE)"},
-		{"x uint64 -1", price, "write CAST(c AS DECIMAL(20,0))"},
+		{"x int32 -1", date, "date32|wants elements of int32"},
+		{"x int64 -1 -1 -1", list(list(date)), "date32|wants elements of int64"},
+		{"x int64 -1", stamp, "timestamp[us|wants elements of int64"},
+		{"x string -1", stamp, "timestamp[us|wants elements of string"},
+		{"x int64 -1", arrow.FixedWidthTypes.Time64ns, "time64|wants elements of int64"},
+		{"x int64 -1", arrow.FixedWidthTypes.Duration_us, "duration|wants elements of int64"},
+		{"x float64 -1", price, "decimal|wants elements of float64"},
+		{"x uint64 -1", price, "decimal|wants elements of uint64"},
 		{"x float32 -1 2", blob, `float32|binary|"encoding":"raw"`},
-		{"x int32 -1", words(i8, i64), "dictionary|write CAST(c AS INT)"},
-		{"x float32 -1 -1", arrow.MapOf(str, f32), "map<|write map_values(c)"},
-		{"x float32 -1", arrow.StructOf(arrow.Field{Name: "a f", Type: f32}), "struct|float32|write c.`a f`"},
+		{"x int32 -1", words(i8, i64), "dictionary|wants elements of int32"},
+		{"x float32 -1 -1", arrow.MapOf(str, f32), "map<|wants elements of float32"},
+		{"x float32 -1", arrow.StructOf(arrow.Field{Name: "a\x1b f", Type: f32}),
+			`struct<a\x1b f|wants elements of float32`},
 		{"x float32 -1", arrow.SparseUnionOf([]arrow.Field{{Name: "f", Type: f32}}, []int8{0}),
-			"union|send plain float32"},
-		{"x float32 -1", arrow.RunEndEncodedOf(i32, f32), "run_end_encoded|send plain float32"},
-		{"x int64 -1", arrow.FixedWidthTypes.MonthInterval, "month_interval|send plain int64"},
+			"union|wants elements of float32"},
+		{"x float32 -1", arrow.RunEndEncodedOf(i32, f32), "run_end_encoded|wants elements of float32"},
+		{"x int64 -1", arrow.FixedWidthTypes.MonthInterval, "month_interval|wants elements of int64"},
 		{"x string -1", &arrow.FixedSizeBinaryType{}, "fixed_size_binary[0]"},
 		{"x resource -1", f32, "resource|float32|no column can feed"},
-		{"x int64 -1 -1", vectorType, `"x" int64 [?,?]|column "c" of Spark vectors|vector_to_array(c)`},
-		{"x float64 -1", vectorType, "2 dimensions|vector_to_array(c)"},
+		{"x int64 -1 -1", vectorType, `"x" int64 [?,?]|column "c" of Spark vectors|send lists`},
+		{"x float64 -1", vectorType, "2 dimensions|send lists"},
 	} {
 		refused(c.input, arrow.Field{Type: c.column}, c.texts)
 	}
-	for _, c := range []struct{ input, about, texts string }{ // fixed-shape tensors
-		{"x float32 -1 3 2", `{"shape":[2,3]}`, "2 elements at dimension 1"},
-		{"x float32 -1 6", `{"shape":[2,3]}`, "1 level of list"},
-		{"x float32 -1 3 2", `{"shape":[2,4]}`, "shape [2 4]|6 elements"},
-		{"x float32 -1 3 2", `{"shape":[4294967296,4294967296]}`, "6 elements"},
-		{"x float32 -1 2 3", `{"shape":[2,3],"permutation":[1,0]}`, "permutation [1 0]"},
-		{"x float32 -1 2 3", `{}`, "metadata|cannot be read"},
+	for _, c := range []struct {
+		input       string
+		size        int32
+		about, want string
+	}{ // fixed-shape tensors
+		{"x float32 -1 3 2", 6, `{"shape":[2,3]}`, "2 elements at dimension 1"},
+		{"x float32 -1 6", 6, `{"shape":[2,3]}`, "1 level of list"},
+		{"x float32 -1 3 2", 6, `{"shape":[2,4]}`, "shape [2 4]|6 elements"},
+		{"x float32 -1 3 2", 6, `{"shape":[4294967296,4294967296]}`, "6 elements"},
+		{"x float32 -1 2 3", 6, `{"shape":[2,3],"permutation":[1,0]}`, "permutation [1 0]"},
+		{"x float32 -1 2 3", 6, `{}`, "metadata|cannot be read"},
+		{"x float32 ?", 1, `{"shape":[1` + strings.Repeat(",1", MaxRank-1) + `]}`,
+			`input "x"|65 dimensions|64 at most`},
 	} {
-		field := arrow.Field{Type: arrow.FixedSizeListOf(6, f32), Metadata: arrow.NewMetadata(
-			[]string{extensionName, extensionMetadata}, []string{"arrow.fixed_shape_tensor", c.about})}
-		refused(c.input, field, c.texts)
+		refused(c.input, arrow.Field{Type: arrow.FixedSizeListOf(c.size, f32), Metadata: arrow.NewMetadata(
+			[]string{extensionName, extensionMetadata}, []string{"arrow.fixed_shape_tensor", c.about})}, c.want)
 	}
 	two := savedmodel.Signature{Inputs: specs("a float32 -1, b float32 -1")}
 	for names, texts := range map[string]string{"az": `input "b"|column "b"|not|"a", "z"`,
@@ -719,6 +719,7 @@ func TestNewPlanRefuses(t *testing.T) {
 	pictures := func(name string, dims ...int64) Options {
 		return Options{Pictures: map[string]PictureTensor{name: {savedmodel.Float32, append([]int64{-1}, dims...)}}}
 	}
+	many := strings.Repeat(" 1", MaxRank)
 	mapped := func(mapping any, tensor, text string) {
 		if text == "" {
 			return
@@ -739,7 +740,7 @@ func TestNewPlanRefuses(t *testing.T) {
 		"unknown input":  {in: `{"nope":"c"}`, texts: `no input "nope"|"x" float32 [?,4]`},
 		"input left out": {in: `{}`, texts: `input "x" is not mapped`},
 		"unknown output": {out: `{"nope":"c"}`, texts: `no output "nope"|"y" float32 [?]`},
-		"no output":      {out: `{}`, texts: "no output is asked for"},
+		"no output":      {out: `{}`, texts: "no output is requested"},
 		"two outputs, one name": {outputs: "y float32 -1, z int64 -1", out: `{"y":"c","z":"c"}`,
 			texts: `"c"|error_column`},
 		"error column in use": {options: Options{ErrorColumn: "y"}, texts: `"y"|error_column`},
@@ -782,8 +783,13 @@ func TestNewPlanRefuses(t *testing.T) {
 		"shape of other size":   {outputs: "y float32 -1 4", out: `"shape":[-1, 3]`, texts: `"y" float32 [?,4]|[?,3]`},
 		"open tensor": {outputs: "y float32 -1 4 -1", options: dense,
 			texts: `"y" float32 [?,4,?]|"outputs":{"y":{"column":"y","shape":[-1,4,SIZE]}}`},
-		"empty tensor":          {outputs: "y float32 -1 0", options: dense, texts: "from 1 to"},
-		"huge tensor":           {outputs: "y float32 -1 1048576 1048576", options: dense, texts: "from 1 to"},
+		"empty tensor":              {outputs: "y float32 -1 0", options: dense, texts: "from 1 to"},
+		"huge tensor":               {outputs: "y float32 -1 1048576 1048576", options: dense, texts: "from 1 to"},
+		"input of many dimensions":  {inputs: "x float32 -1" + many, texts: `input "x" has 65 dimensions|64 at most`},
+		"output of many dimensions": {outputs: "y float32 -1" + many, texts: `output "y" has 65 dimensions|64 at most`},
+		"shape of many dimensions": {outputs: "y float32 ?",
+			out:   `"shape":[-1` + strings.ReplaceAll(many, " ", ",") + `]`,
+			texts: `output "y" has 65 dimensions|64 at most`},
 		"unknown picture":       {options: pictures("nope", 1, 1, 3), texts: `no input "nope"`},
 		"picture of wrong rank": {options: pictures("x", 1, 1, 3), texts: `makes float32 [?,1,1,3]|"x" float32 [?,4]`},
 		"picture of wrong size": {inputs: "x float32 -1 8 8 3", options: pictures("x", 1, 1, 3),
@@ -839,6 +845,14 @@ func TestValuesRefuse(t *testing.T) {
 			1: "a value is outside uint8, 0 to 255", 2: "a value is outside uint8, 0 to 255"}, 0, ""},
 		"word out of range": {"x uint8 -1 1", plain, list(words(i8, i64)), `[1],[256]`,
 			map[int]string{1: "a value is outside uint8, 0 to 255"}, 0, ""},
+		"decimal out of range": {"x uint64 -1", plain, decimal, `"18446744073709551615","18446744073709551616"`,
+			map[int]string{1: "a value is outside uint64, 0 to 18446744073709551615"}, 0, ""},
+		"uint64 out of range": {"x uint32 -1", plain, arrow.PrimitiveTypes.Uint64, "4294967295,4294967296",
+			map[int]string{1: "a value is outside uint32, 0 to 4294967295"}, 0, ""},
+		"int32 out of range": {"x uint16 -1", plain, i32, "65535,65536",
+			map[int]string{1: "a value is outside uint16, 0 to 65535"}, 0, ""},
+		"bfloat overflows": {"x bfloat16 -1", plain, f32, `1,3.4028234e38,"-Inf"`,
+			map[int]string{1: "a value is outside bfloat16, -3.39e38 to 3.39e38"}, 0, ""},
 		"half overflows": {"x float16 -1", plain, f32, `65519,65520,"Inf"`,
 			map[int]string{1: "a value is outside float16, -65504 to 65504"}, 0, ""},
 		"raw size": {"x float32 -1 2", raw, blob, blobs("12345678", "1234", ""),

@@ -115,7 +115,7 @@ func (r *Repository) remoteEntries(ctx context.Context, ref string, at location)
 	}
 	if len(list) == 0 {
 		if err == nil {
-			err = fault.New(fault.NotFound, "model %s: there is no whole SavedModel at %s", ref, at.name)
+			err = fault.New(fault.NotFound, "model %s: there is no complete SavedModel at %s", ref, at.name)
 		}
 		list = []Entry{{Model: Model{Ref: ref, Base: at.uri}, Err: err}}
 	}

@@ -67,7 +67,7 @@ type location struct {
 func parseLocation(uri string) (location, error) {
 	parsed, err := url.Parse(uri)
 	if err != nil {
-		return location{}, fmt.Errorf("it is no URI; want for instance s3://bucket/path")
+		return location{}, fmt.Errorf("it is not a URI; write it as s3://bucket/path")
 	}
 	switch {
 	case !slices.Contains(schemes, parsed.Scheme):
@@ -77,11 +77,11 @@ func parseLocation(uri string) (location, error) {
 	case parsed.User != nil || parsed.Fragment != "":
 		return location{}, fmt.Errorf("it has a user or a fragment; credentials do not belong in a URI: %s", credentials[parsed.Scheme])
 	case parsed.Query().Has("private_key_path"):
-		return location{}, fmt.Errorf("private_key_path is not taken; %s", credentials[parsed.Scheme])
+		return location{}, fmt.Errorf("private_key_path is not supported; %s", credentials[parsed.Scheme])
 	}
 	folder := strings.Trim(parsed.Path, "/")
 	if folder != "" && (path.Clean(folder) != folder || folder == ".." || strings.HasPrefix(folder, "../")) {
-		return location{}, fmt.Errorf("its path is not plain; write it without . and .. and double slashes")
+		return location{}, fmt.Errorf("its path must not contain ., .. or double slashes")
 	}
 	at := location{}
 	bucket := url.URL{Scheme: parsed.Scheme, Host: parsed.Host, RawQuery: parsed.Query().Encode()}
@@ -278,7 +278,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	case number == "" && len(found.versions) == 0:
 		return Model{}, fault.New(fault.NotFound, "model %s: there is no %s at %s, nor numbered folders with one; check the path, and that the server's credentials may list it", ref, savedmodel.File, at.name)
 	case number == "":
-		return Model{}, fault.New(fault.NotFound, "model %s: %s holds no whole version %s", ref, at.name, version)
+		return Model{}, fault.New(fault.NotFound, "model %s: %s holds no complete version %s", ref, at.name, version)
 	}
 	place := at
 	if found.plain == nil {
@@ -290,7 +290,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	}
 	model := Model{Ref: ref, Version: number, Dir: r.Place(digest), Base: at.uri, Stamp: now.stamp, Digest: digest}
 	if found.plain != nil {
-		model.Settings, err = readSettings(model.Dir)
+		model.Settings, err = readSettings(ctx, model.Dir)
 	} else if found.settings != nil {
 		model.Settings, err = r.storedSettings(ctx, ref, at, *found.settings)
 	}
@@ -376,7 +376,7 @@ func storeFault(ref string, at location, err error) error {
 	case kind == gcerrors.NotFound:
 		return fault.New(fault.NotFound, "model %s: %s is not there (%s)", ref, at.name, words)
 	case has("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"):
-		return fault.New(fault.Precondition, "model %s: %s does not take the server's credentials (%s); %s", ref, bucket, words, credentials[scheme])
+		return fault.New(fault.Precondition, "model %s: %s rejects the server's credentials (%s); %s", ref, bucket, words, credentials[scheme])
 	case kind == gcerrors.PermissionDenied || has("AccessDenied", "Forbidden", "AuthorizationFailure", "StatusCode: 403"):
 		return fault.New(fault.Precondition, "model %s: the server's credentials may not read %s (%s); let them list and get its objects, or %s", ref, at.name, words, credentials[scheme])
 	case has("get credentials", "refresh cached credentials", "could not find default credentials", "AccountName is required", "DefaultAzureCredential", "no EC2 IMDS role", "shared config profile", "private key should be a PEM"):
@@ -384,11 +384,11 @@ func storeFault(ref string, at location, err error) error {
 	case has("region"):
 		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s", ref, bucket, words, credentials[scheme])
 	case has("query parameter", "invalid value", "open bucket"):
-		return fault.New(fault.BadRequest, "model %s: %s is not understood (%s); see docs/models.md", ref, at.bucket, words)
+		return fault.New(fault.BadRequest, "model %s: %s cannot be used (%s); see docs/models.md", ref, at.bucket, words)
 	case errors.Is(err, context.DeadlineExceeded):
 		return fault.New(fault.Unavailable, "model %s: %s does not answer within %s", ref, at.name, listTimeout)
 	}
-	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the network if it stays so", ref, at.name, words)
+	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the network if it happens again", ref, at.name, words)
 }
 
 // rootOf returns the innermost error that still says something.

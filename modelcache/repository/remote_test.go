@@ -405,7 +405,7 @@ func TestBrokenFetches(t *testing.T) {
 		c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
 		store.cut.Store(1000)
 		_, err := c.Find(t.Context(), store.uri("m"), "")
-		expect.Fault(t, err, fault.Unavailable, "model "+store.uri("m"), "version 1", "was cut after", "ask again")
+		expect.Fault(t, err, fault.Unavailable, "model "+store.uri("m"), "version 1", "broke off after", "ask again")
 		if got := tree(t, c.models()); got != "" {
 			t.Errorf("left behind: %s", got)
 		}
@@ -559,11 +559,11 @@ func TestStoreFaults(t *testing.T) {
 		"no bucket named":    {"s3:///m", fault.BadRequest, []string{"names no bucket", "s3://bucket/path"}},
 		"unknown scheme":     {"hdfs://name/m", fault.BadRequest, []string{`no source "hdfs"`, "file:, s3:, gs: and azblob:"}},
 		"unknown parameter":  {"s3://models/m?colour=red", fault.BadRequest, []string{"colour", "docs/models.md"}},
-		"parent":             {"s3://models/a/../b", fault.BadRequest, []string{"not plain"}},
+		"parent":             {"s3://models/a/../b", fault.BadRequest, []string{"must not contain"}},
 		"password":           {"s3://me:hidden@models/m", fault.BadRequest, []string{"do not belong in a URI", "AWS_ACCESS_KEY_ID"}},
 		"nobody there":       {"s3://models/m?endpoint=http://127.0.0.1:1&use_path_style=true&region=us-east-1", fault.Unavailable, []string{"cannot be read", "refused", "?endpoint="}},
 		"gs parameter":       {"gs://models/m?anonymous=true&colour=red", fault.BadRequest, []string{"gs://models", "colour"}},
-		"gs key file":        {"gs://models/m?private_key_path=/etc/passwd", fault.BadRequest, []string{"private_key_path is not taken", "GOOGLE_APPLICATION_CREDENTIALS"}},
+		"gs key file":        {"gs://models/m?private_key_path=/etc/passwd", fault.BadRequest, []string{"private_key_path is not supported", "GOOGLE_APPLICATION_CREDENTIALS"}},
 		"azblob parameter":   {"azblob://models/m?colour=red&storage_account=a", fault.BadRequest, []string{"azblob://models", "colour"}},
 		"azblob, no account": {"azblob://models/m", fault.Precondition, []string{"no credentials for azblob://models", "AZURE_STORAGE_ACCOUNT"}},
 		"gs, no credentials": {"gs://models/m", fault.Precondition, []string{"no credentials for gs://models", "GOOGLE_APPLICATION_CREDENTIALS"}},
@@ -580,7 +580,7 @@ func TestStoreFaults(t *testing.T) {
 	t.Run("wrong key", func(t *testing.T) {
 		t.Setenv("AWS_SECRET_ACCESS_KEY", "wrong")
 		_, err := remoteCache(t, t.TempDir(), "").Find(t.Context(), store.uri("m"), "")
-		expect.Fault(t, err, fault.Precondition, "does not take the server's credentials", "AWS_ACCESS_KEY_ID")
+		expect.Fault(t, err, fault.Precondition, "rejects the server's credentials", "AWS_ACCESS_KEY_ID")
 		t.Log(err)
 	})
 	t.Run("no credentials", func(t *testing.T) {

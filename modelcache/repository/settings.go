@@ -2,11 +2,11 @@ package repository
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,6 +14,7 @@ import (
 	"flightsvc/internal/config"
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -39,9 +40,9 @@ const (
 
 // readSettings reads the settings file in a folder; without one all is at its default. Its fault is
 // BadRequest and names the file and what is wrong in it.
-func readSettings(folder string) (Settings, error) {
+func readSettings(ctx context.Context, folder string) (Settings, error) {
 	path := filepath.Join(folder, control.SettingsFile)
-	text, err := os.ReadFile(path) //nolint:gosec // beside the model
+	text, err := regular.Read(ctx, path, maxSettings)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Settings{}, nil
 	}
@@ -74,7 +75,7 @@ func (s *Settings) check() error {
 	b := &s.Batching
 	switch {
 	case b.MaxBatchSize < 0 || b.BatchTimeoutMicros < 0 || b.MaxEnqueuedBatches < 0 || b.NumBatchThreads < 0:
-		return fmt.Errorf("a number of batching is negative")
+		return fmt.Errorf("numbers in batching cannot be negative")
 	case s.Cores < 0 || s.Memory < 0:
 		return fmt.Errorf("cores and memory cannot be negative")
 	case s.WarmUp != "" && s.WarmUp != WarmUpAuto && s.WarmUp != WarmUpOff:
@@ -82,7 +83,7 @@ func (s *Settings) check() error {
 	}
 	for name := range s.VersionLabels {
 		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == Latest || name == "" {
-			return fmt.Errorf("version_labels has %q; a label is neither a number nor %q", name, Latest)
+			return fmt.Errorf("version_labels has %q; a label must not be a number or %q", name, Latest)
 		}
 	}
 	sizes := b.AllowedBatchSizes

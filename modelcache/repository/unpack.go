@@ -25,6 +25,7 @@ const (
 	maxNamesBytes   = 32 << 20 // of all, since they are kept for the digest
 	maxPartBytes    = 255      // between two slashes of a name: NAME_MAX of Linux
 	maxDepth        = 64
+	maxPadding      = 1 << 20 // behind the end: tar writes blocks of 10 KiB, or as -b says
 	maxGraphBytes   = 2 << 30 // of saved_model.pb: a protocol buffer's own limit
 )
 
@@ -96,12 +97,15 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rest reads what follows the mark of the end: nothing but zeros, which fill the last block.
+// rest reads what follows the mark of the end: nothing but zeros, which fill the last block, up to maxPadding.
 func (s *source) rest(buffer []byte) error {
-	for {
+	for padding := 0; ; {
 		n, err := s.Read(buffer)
+		if padding += n; padding > maxPadding {
+			return refused("more than %d bytes follow its end", maxPadding)
+		}
 		if slices.ContainsFunc(buffer[:n], func(b byte) bool { return b != 0 }) {
-			return refused("there is something after its end")
+			return refused("there is data after its end")
 		}
 		if err == io.EOF {
 			return nil
@@ -129,7 +133,7 @@ func (u *unpacking) next() error {
 		return err
 	}
 	if err != nil {
-		return refused("it is no plain POSIX tar (%w); send it neither compressed nor in another format", err)
+		return refused("it is not a plain POSIX tar (%w); send it neither compressed nor in another format", err)
 	}
 	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
 	u.names += len(header.Name)
@@ -159,7 +163,7 @@ func (u *unpacking) next() error {
 		err = closeErr
 	}
 	if errors.Is(err, tar.ErrHeader) {
-		return refused("it is no plain POSIX tar (%w)", err)
+		return refused("it is not a plain POSIX tar (%w)", err)
 	}
 	if err != nil {
 		return err
@@ -209,7 +213,7 @@ func checkEntry(header *tar.Header) (string, error) {
 	clean := path.Clean(name)
 	switch {
 	case header.Typeflag == tar.TypeReg && (clean == "." || strings.HasSuffix(name, "/")):
-		return "", refused("%q is no name of a file", name)
+		return "", refused("%q is not the name of a file", name)
 	case clean == savedmodel.File && header.Size > maxGraphBytes:
 		return "", refused("%s has %d bytes, more than %d", savedmodel.File, header.Size, int64(maxGraphBytes))
 	}

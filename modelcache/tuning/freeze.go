@@ -32,7 +32,7 @@ func (s *search) freeze(ctx context.Context) (digest string, err error) {
 }
 
 func (s *search) freezeInto(ctx context.Context, python, folder string) error {
-	args := []string{"-m", "flightsvc.export.freeze", s.model.Dir, folder}
+	args := []string{"-m", "flightsvc", "freeze", s.model.Dir, folder}
 	for _, name := range s.model.Saved.Names() {
 		if s.model.Saved.Signatures[name].Assigns == "" {
 			args = append(args, "--signature", name)

@@ -100,7 +100,7 @@ type search struct {
 // while another search runs; those of a load.
 func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature string, progress func(protocol.Candidate)) (protocol.Tuning, error) {
 	if !t.searching.TryLock() {
-		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; measurements beside one another would spoil both")
+		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; parallel measurements would distort each other, so try again later")
 	}
 	defer t.searching.Unlock()
 	signature = cmp.Or(signature, savedmodel.DefaultSignature)
@@ -119,7 +119,7 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature stri
 		return protocol.Tuning{}, err
 	}
 	if digest == "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to keep a choice by; copy it without links", model.Ref, model.Dir)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to store a result under; copy it without links", model.Ref, model.Dir)
 	}
 	library, err := t.options.Library(ctx)
 	if err != nil {
@@ -346,7 +346,7 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 		}
 	}
 	if len(list) == 0 {
-		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; the log has what its runners said", s.model.Ref)
+		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; see the runners' messages in the log", s.model.Ref)
 	}
 	bySpeed(list)
 	return list, nil

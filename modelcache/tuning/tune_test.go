@@ -91,7 +91,7 @@ func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 	t.Helper()
 	python, root, cacheDir := filepath.Join(t.TempDir(), "python"), t.TempDir(), filepath.Join(t.TempDir(), "cache")
 	expect.Write(t, python, `#!/bin/sh
-`+cmp.Or(says, `mkdir "$4" && cp "$3/saved_model.pb" "$4" && touch "$4/frozen" && echo '{"frozen":true}'`)+"\n")
+`+cmp.Or(says, `mkdir "$5" && cp "$4/saved_model.pb" "$5" && touch "$5/frozen" && echo '{"frozen":true}'`)+"\n")
 	if err := os.Chmod(python, 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
@@ -200,7 +200,7 @@ func TestTuneWithoutFreezing(t *testing.T) {
 	t.Parallel()
 	for says, want := range map[string]string{
 		`echo '{"frozen":false,"reason":"it has a table"}'; exit 3`: "it has a table",
-		`echo 'flightsvc.export.freeze: no' >&2; exit 1`:            "freezing failed (exit status 1): flightsvc.export.freeze: no",
+		`echo 'flightsvc: no' >&2; exit 1`:                          "freezing failed (exit status 1): flightsvc: no",
 	} {
 		c, model := newTuned(t, "", says)
 		about, err := c.Tune(t.Context(), model, "", nothing)

@@ -119,6 +119,8 @@ def spark(surroundings: Path) -> Iterator[Any]:
     session = (
         SparkSession.builder.master("local[2]")
         .appName("flightsvc tests")
+        # A JVM that lives for minutes compiles fast rather than well.
+        .config("spark.driver.extraJavaOptions", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")

@@ -4,9 +4,9 @@
     python ml_script.py FOLDER --remote sc://127.0.0.1:15002
 
 FOLDER holds, for each case: ``stages/<case>``, a stage, and ``pipelines/<case>``, a PipelineModel of it
-alone; ``cases.json`` names the rows of each, with an ``id``, in ``data``. ``validated`` and ``estimator``
-hold a CrossValidatorModel and its CrossValidator, ``data/labelled`` their rows. ``--cases`` are run,
-``--streamed`` in Structured Streaming, too. Nothing is asserted here.
+alone; ``cases.json`` names the rows of each, with an ``id``, in ``data``. ``validated`` and ``estimator``,
+where they are there, hold a CrossValidatorModel and its CrossValidator, ``data/labelled`` their rows.
+``--cases`` are run, ``--streamed`` in Structured Streaming, too. Nothing is asserted here.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def main() -> None:
         if case in given.streamed:
             kind = "connect" if given.remote else "classic"
             said["stream"][case] = answers(streamed(model, rows, data, f"{folder}/{kind}-{case}"))
-    labelled = spark.read.parquet(str(folder / "data" / "labelled"))
-    said["validated"] = answers(
-        CrossValidatorModel.load(str(folder / "validated")).transform(labelled), "probability"
-    )
+    if (folder / "validated").exists():
+        labelled = spark.read.parquet(str(folder / "data" / "labelled"))
+        validated = CrossValidatorModel.load(str(folder / "validated"))
+        said["validated"] = answers(validated.transform(labelled), "probability")
     if given.remote:
         fitted = CrossValidator.load(str(folder / "estimator")).fit(labelled)
         fitted.write().overwrite().save(f"{folder}/again/validated")

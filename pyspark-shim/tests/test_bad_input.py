@@ -151,7 +151,8 @@ def test_unknown_column(client: flightsvc.Client, models: Path, frame: Any, no_t
 def test_wrong_dtype(client: flightsvc.Client, models: Path, frame: Any, no_task_starts: None):
     head = rf"model {(models / 'ints').as_uri()}, signature serving_default: "
     with pytest.raises(
-        InvalidArgumentError, match=rf'{head}input "i" int64 \[\?,3\] .* column "s" of utf8; write'
+        InvalidArgumentError,
+        match=rf'{head}input "i" int64 \[\?,3\] .* column "s" of utf8; it wants elements of int64',
     ):
         client.predict(models / "ints", pa.table({"s": ["text"]}), inputs={"i": "s"})
     with pytest.raises(
@@ -162,45 +163,6 @@ def test_wrong_dtype(client: flightsvc.Client, models: Path, frame: Any, no_task
         InvalidArgumentError, match=rf"{head}column 's' is string, input 'i' \(int64\[-1,3\]\) needs array"
     ):
         flightsvc.Model(models / "ints").transform(frame, inputs={"i": "s"})
-
-
-@pytest.mark.parametrize("rows", [[[1, 2]], [[1, 2, 3], [1, 2]], [[]]])
-def test_wrong_shape(client: flightsvc.Client, models: Path, rows: list[list[int]]):
-    table = pa.table({"i": pa.array(rows, pa.list_(pa.int64()))})
-    with pytest.raises(InvalidArgumentError, match=r"model file:.*/ints, signature serving_default: .*\b3\b"):
-        client.predict(models / "ints", table)
-
-
-def test_ragged_lists(client: flightsvc.Client, models: Path):
-    """Lists that differ where the signature leaves their length open are the batch's fault, and named so."""
-    ragged = pa.table({"x": pa.array([[1.0, 2.0], [3.0, 4.0, 5.0], []], pa.list_(pa.float32()))})
-    for policy in ("fail", "null", "column"):
-        wanted = r"model file:.*/sums, signature serving_default: .*\b2\b.*\b3\b.*pad"
-        with pytest.raises(InvalidArgumentError, match=wanted):
-            client.predict(models / "sums", ragged, on_error=policy)
-    padded = client.predict(models / "sums", ragged, inputs={"x": flightsvc.Input("x", pad=0.5)})
-    assert padded["total"].to_pylist() == [3.5, 12.0, 1.5]
-    assert padded["width"].to_pylist() == [3, 3, 3]
-    for rows in ([[1.0]], [[1.0, 2.0], None, [3.0, 4.0]]):  # one length, or none
-        table = pa.table({"x": pa.array(rows, pa.list_(pa.float32()))})
-        assert client.predict(models / "sums", table)["total"].null_count == rows.count(None)
-
-
-@pytest.mark.parametrize("pad", [None, 0])
-def test_a_row_of_the_wrong_length(client: flightsvc.Client, models: Path, pad: int | None):
-    """Where the signature knows the length, it is the row that is wrong; padding mends short ones."""
-    rows = [[1, 2, 3], [1, 2], [], [1, 2, 3, 4], [4, 5, 6]]
-    table = pa.table({"i": pa.array(rows, pa.list_(pa.int64()))})
-    inputs = {"i": flightsvc.Input("i", pad=pad)}
-    short = [None, None] if pad is None else [3, 0]
-    answer = client.predict(models / "ints", table, inputs=inputs, on_error="column")
-    assert answer["total"].to_pylist() == [6, *short, None, 15]
-    assert [text is None for text in answer["error"].to_pylist()] == [True, *[pad == 0] * 2, False, True]
-    assert client.predict(models / "ints", table, inputs=inputs, on_error="null")["total"] == answer["total"]
-    with pytest.raises(
-        InvalidArgumentError, match=rf"row {1 if pad is None else 3} of record batch 0: .*\b3\b"
-    ):
-        client.predict(models / "ints", table, inputs=inputs)
 
 
 def test_many_refusals(client: flightsvc.Client, models: Path):
@@ -423,109 +385,22 @@ BATCH = pa.record_batch({"i": pa.array([[1, 2, 3]], pa.list_(pa.int64()))})
     ("body", "kind", "text"),
     [
         (b"", pa.ArrowInvalid, "descriptor: "),
-        (b"not json", pa.ArrowInvalid, "descriptor: invalid character"),
         (b"\xff\xfe\x00", pa.ArrowInvalid, "descriptor: invalid character"),
-        (b"[]", pa.ArrowInvalid, "descriptor: "),
-        (b'{"v":1,"model":"m"} and more', pa.ArrowInvalid, "descriptor: there is text after the object"),
-        ({"v": 1}, pa.ArrowInvalid, "descriptor: model is missing"),
-        ({"model": "{ints}"}, pa.ArrowInvalid, "descriptor: v is 0; this server speaks 1"),
         ({"v": 2, "model": "{ints}"}, pa.ArrowInvalid, "descriptor: v is 2; this server speaks 1"),
-        ({"v": "1", "model": "{ints}"}, pa.ArrowInvalid, "descriptor: .*string.*v"),
-        (
-            {"v": 1, "model": "{ints}", "colour": "red"},
-            pa.ArrowInvalid,
-            'descriptor: .*unknown field "colour"',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "on_error": "ignore"},
-            pa.ArrowInvalid,
-            'on_error is "ignore"; this .*"null"',
-        ),
-        ({"v": 1, "model": "{ints}", "device": "tpu"}, pa.ArrowInvalid, 'device is "tpu"; this server knows'),
-        (
-            {"v": 1, "model": "{ints}", "layout": "rows"},
-            pa.ArrowInvalid,
-            'layout is "rows"; this server knows',
-        ),
-        ({"v": 1, "model": "{ints}", "run_timeout_ms": -1}, pa.ArrowInvalid, "run_timeout_ms is -1; want 0"),
-        ({"v": 1, "model": "{ints}", "inputs": ["i"]}, pa.ArrowInvalid, "must be an object"),
+        ({"v": 1, "model": "{ints}", "colour": "red"}, pa.ArrowInvalid, 'unknown field "colour"'),
         (
             {"v": 1, "model": "{ints}", "inputs": {"q": "i"}},
             pa.ArrowInvalid,
             'no input "q"; the signature has',
         ),
-        (
-            {"v": 1, "model": "{ints}", "outputs": {"q": "i"}},
-            pa.ArrowInvalid,
-            'no output "q"; the signature has',
-        ),
+        ({"v": 1, "model": "{ints}", "outputs": {"q": "i"}}, pa.ArrowInvalid, 'no output "q"; the signature'),
         ({"v": 1, "model": "{ints}", "version": "7"}, pa.ArrowKeyError, "no version 7"),
-        ({"v": 1, "model": "{ints}", "version": {}}, pa.ArrowInvalid, "version must be a number"),
         ({"v": 1, "model": "{ints}", "signature": "s"}, pa.ArrowKeyError, 'no signature "s"; this model has'),
         ({"v": 1, "model": ".."}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\.": '),
         ({"v": 1, "model": "../../etc"}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\./\.\./etc": '),
         ({"v": 1, "model": "ftp://host/model"}, pa.ArrowInvalid, "ftp"),
         ({"v": 1, "model": "file://host/model"}, pa.ArrowInvalid, "want file:///absolute/path"),
-        ({"v": 1, "model": "x" * (65 << 10)}, pa.ArrowInvalid, "bytes, more than 65536"),
         ({"v": 1, "model": "x" * (10 << 20)}, pa.ArrowInvalid, "bytes, more than 65536"),
-        ({"V": 1, "model": "{ints}"}, pa.ArrowInvalid, '"V"'),
-        ({"v": 1, "Model": "{ints}"}, pa.ArrowInvalid, '"Model"'),
-        ({"v": 1, "model": "{ints}", "On_Error": "null"}, pa.ArrowInvalid, '"On_Error"'),
-        ({"v": 1, "model": "{ints}", "inputs": {"i": {"column": "i", "fill": 0}}}, pa.ArrowInvalid, '"fill"'),
-        ({"v": 1, "model": "{ints}", "inputs": {"i": {"column": "i", "Pad": 0}}}, pa.ArrowInvalid, '"Pad"'),
-        ({"v": 1, "model": "{ints}", "inputs": {"i": {"Column": "i"}}}, pa.ArrowInvalid, '"Column"'),
-        ({"v": 1, "model": "{ints}", "inputs": {"i": {"pad": 0}}}, pa.ArrowInvalid, 'tensor "i".*no column'),
-        ({"v": 1, "model": "{ints}", "inputs": {"i": {"column": "i", "pad": "x"}}}, pa.ArrowInvalid, "pad"),
-        (
-            {"v": 1, "model": "{ints}", "inputs": {"i": {"column": "i", "encoding": "RAW"}}},
-            pa.ArrowInvalid,
-            'encoding.*"RAW"',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "inputs": {"i": {"column": "i", "pad": 0, "lengths": "n"}}},
-            pa.ArrowInvalid,
-            '"n"',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "outputs": {"total": {"column": "t", "kind": "utf8"}}},
-            pa.ArrowInvalid,
-            '"kind"',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "outputs": {"total": {"column": "t", "type": "utf-8"}}},
-            pa.ArrowInvalid,
-            'type.*"utf-8"',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "outputs": {"total": {"column": "t", "type": "utf8"}}},
-            pa.ArrowInvalid,
-            '"total".*utf8',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "outputs": {"doubled": {"column": "t", "shape": [-1, 4]}}},
-            pa.ArrowInvalid,
-            '"doubled"',
-        ),
-        ({"v": 1, "model": "{ints}", "batching": {"max_batchsize": 4}}, pa.ArrowInvalid, '"max_batchsize"'),
-        ({"v": 1, "model": "{ints}", "batching": {"Max_Batch_Size": 4}}, pa.ArrowInvalid, "Max_Batch_Size"),
-        ({"v": 1, "model": "{ints}", "batching": {"max_batch_size": -1}}, pa.ArrowInvalid, "batch"),
-        ({"v": 1, "model": "{ints}", "batching": "on"}, pa.ArrowInvalid, "batching"),
-        (
-            {"v": 1, "model": "{ints}", "preprocess": {"i": {"size": [9, 9], "Scale": 1}}},
-            pa.ArrowInvalid,
-            '"Scale"',
-        ),
-        (b'{"v":1,"model":"m","inputs":{"i":"a","i":"b"}}', pa.ArrowInvalid, '"i" is mapped twice'),
-        (
-            {"v": 1, "model": "{ints}", "preprocess": {"i": {"size": [0, 9]}}},
-            pa.ArrowInvalid,
-            r'preprocess of "i": size must be \[height, width\]',
-        ),
-        (
-            {"v": 1, "model": "{ints}", "preprocess": {"i": {"size": [9, 9], "resize": "cubic"}}},
-            pa.ArrowInvalid,
-            'resize is "cubic"; this server knows',
-        ),
     ],
 )
 def test_descriptors(raw: flight.FlightClient, models: Path, body: Any, kind: Any, text: str):
@@ -597,9 +472,12 @@ def test_a_runner_wants_a_ticket_and_takes_it_once(raw: flight.FlightClient, mod
     descriptor = {"v": 1, "model": (models / "ints").as_uri()}
     location, good = ticket(raw, descriptor)
     with flight.FlightClient(location) as runner:
-        lease = json.loads(good)["lease"]
-        for bad in (None, {}, {**lease, "id": "other"}, {**lease, "expires": lease["expires"] + 60_000}):
-            forged = {**json.loads(good), "lease": bad}
+        whole = json.loads(good)
+        lease = whole["lease"]
+        leases = (None, {}, {**lease, "id": "other"}, {**lease, "expires": lease["expires"] + 60_000})
+        elsewhere = {"model": (models / "words").as_uri()}, {"version": "2"}, {"signature": "other"}
+        for change in (*({"lease": bad} for bad in leases), *elsewhere, {"request_id": "another"}):
+            forged = {**whole, **change}
             error = refusal(lambda: exchange(runner, command(forged), BATCH))  # noqa: B023
             assert isinstance(error, flight.FlightUnavailableError), repr(error)
             assert "ask the front" in str(error)
@@ -792,20 +670,6 @@ def test_a_true_record_batch_on_the_raw_wire(wire: Callable[[str], Wire]):
             for place, command in here.ends():
                 said = flight_data(schema, b"", command), flight_data(header, body)
                 assert here.send(place, *said) == ("OK", "")
-
-
-@pytest.mark.parametrize(
-    "offsets", [[0, 3, 6, 10], [0, 3, 6, 2**31 - 1], [0, -3, 6, 9], [-3, 3, 6, 9], [9, 6, 3, 0], [0, 6, 3, 9]]
-)
-def test_lying_offsets(wire: Callable[[str], Wire], offsets: list[int]):
-    (schema, _), (header, body) = messages(LISTS)
-    true = np.array([0, 3, 6, 9], np.int32).tobytes()
-    assert body.count(true) == 1
-    wire("ints").refused(schema, header, body.replace(true, np.array(offsets, np.int32).tobytes()))
-    (schema, _), (header, body) = messages(NAMES)
-    true = np.array([0, 5, 8, 8, 8], np.int32).tobytes()
-    assert body.count(true) == 1
-    wire("strings").refused(schema, header, body.replace(true, np.array([*offsets, 8], np.int32).tobytes()))
 
 
 @pytest.mark.parametrize("claim", [-1, 4, 2**20, 2**31, 2**40, 2**62, -(2**63)])

@@ -142,6 +142,7 @@ def test_local_cluster(models: Path, agree: Check, tmp_path: Path):
     assert len(said["answers"]["sidecars"]["answered"]) == 2
 
 
+@pytest.mark.prove
 def test_standalone(models: Path, agree: Check, tmp_path: Path):
     with standalone(HERE, tmp_path / "standalone") as master:
         said = HERE.script(models, ("--master", master), *checks())

@@ -365,3 +365,12 @@ def test_an_unknown_field_names_both_builds(client: flightsvc.Client):
         client._connection.answer_schema({"v": 1, "model": "m", "inputs": {"x": {"column": "c", "pads": 0}}})
     with pytest.raises(flightsvc.InvalidArgumentError, match=rf'unknown field "deep"; .*{theirs}.*{ours}'):
         client._connection.action("status", {"deep": True})
+
+
+def test_text_of_callers_is_escaped(client: flightsvc.Client):
+    """What a caller writes gets into terminals and logs by errors: as one printable line."""
+    with pytest.raises(flightsvc.FlightsvcError) as caught:
+        client.metadata("file:///no/\x1b[2Jhere\nINFO forged")
+    text = str(caught.value)
+    assert r"\x1b[2Jhere\nINFO forged" in text
+    assert text.isprintable(), repr(text)

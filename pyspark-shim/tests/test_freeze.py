@@ -154,7 +154,7 @@ def test_gather_in_a_branch(tmp_path: Path) -> None:
 def test_two_processes_write_the_same(models: Path, tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "flightsvc.export.freeze", str(models / "two"), str(tmp_path / name)],
+            [sys.executable, "-m", "flightsvc", "freeze", str(models / "two"), str(tmp_path / name)],
             stdout=subprocess.PIPE,
             text=True,
         )

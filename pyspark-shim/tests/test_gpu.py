@@ -197,9 +197,9 @@ def test_the_processor_stands_in_only_if_allowed(
         if fallback:
             assert factor(it, scaled[3]) == 4
             assert device(it, scaled[3]) == ""
-            assert it.logged("the processor stands in for a device (allow-cpu-fallback)")
+            assert it.logged("a model runs on the CPU in place of a device (allow-cpu-fallback)")
         else:
-            with pytest.raises(flightsvc.InvalidArgumentError, match=r"of a device's memory and has waited"):
+            with pytest.raises(flightsvc.InvalidArgumentError, match=r"of device memory and has waited"):
                 predict(it, scaled[3])
             assert not it.logged("model ready")
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_served_is_said_on_the_driver(
     graph, _ = dense
     with pytest.raises(NotFoundError, match=r"no tensor 'z:0' for an output; it has .*y:0"):
         graph.saved_model(["x:0"], ["z:0"])
-    with pytest.raises(InvalidArgumentError, match="needs the placeholder 'x:0', which is no input"):
+    with pytest.raises(InvalidArgumentError, match="needs the placeholder 'x:0', which is not an input"):
         graph.saved_model([], ["y"])
     with tf1.Graph().as_default() as other:
         x = tf1.placeholder(tf1.float32, [None], name="x")
@@ -256,7 +256,7 @@ def test_pictures_that_cannot_be_used_and_graphs_that_take_none(client: flightsv
     assert "the picture is invalid" in got["error"][0] and "do not agree with" in got["error"][2]
     with pytest.raises(InvalidArgumentError, match="takes 3 channels, channelOrder 'L' has 1"):
         picture_model(graph, "x", "mean", "L", "vector")
-    with pytest.raises(InvalidArgumentError, match="no picture"):
+    with pytest.raises(InvalidArgumentError, match="not a picture"):
         picture_model(graph, "x", "mean", "RGB", "image")
     with pytest.raises(InvalidArgumentError, match="one of RGB, BGR, L"):
         picture_model(graph, "x", "mean", "HSV", "vector")

@@ -105,7 +105,7 @@ def test_arrays_that_are_no_pictures(array: np.ndarray, message: str):
     [
         ({"mode": -1, "height": -1, "width": -1, "data": b""}, "mode -1: Spark could not read it"),
         ({"mode": 17}, r"mode 17; modes are \[0, 5, 16, 21, 24, 29\]"),
-        ({"height": 3}, r"do not agree: mode 16 \(3 x uint8\), 3 x 2 pixels, 3 channels, 12 bytes"),
+        ({"height": 3}, r"do not match: mode 16 \(3 x uint8\), 3 x 2 pixels, 3 channels, 12 bytes"),
         ({"nChannels": 1}, "1 channels"),
         ({"data": b"x"}, "1 bytes"),
     ],
@@ -113,7 +113,7 @@ def test_arrays_that_are_no_pictures(array: np.ndarray, message: str):
 def test_structs_that_are_no_arrays(change: dict[str, Any], message: str):
     with pytest.raises(flightsvc.InvalidArgumentError, match=message):
         image.to_array(image.to_struct(noise(2, 2, 3)).asDict() | change)
-    with pytest.raises(flightsvc.InvalidArgumentError, match="null here"):
+    with pytest.raises(flightsvc.InvalidArgumentError, match="the picture is null"):
         image.to_array(None)
 
 
@@ -204,7 +204,7 @@ def test_folders_called_as_a_column_of_the_file_source(spark: Any, tmp_path: Pat
         inner.mkdir(parents=True)
         (inner / "x.png").write_bytes(encoded(noise(3, 3)))
         with pytest.raises(
-            flightsvc.InvalidArgumentError, match=rf"folders are called {name}=\.\.\., .*rename"
+            flightsvc.InvalidArgumentError, match=rf"a folder is named {name}=\.\.\., .*rename"
         ):
             image.read_images(spark, str(tmp_path / name), stream=stream)
     flat = image.read_images(spark, str(tmp_path / "length" / "length=1" / "a=2"), stream=stream)

@@ -191,7 +191,7 @@ def test_one_function_of_sql_takes_paths_files_and_structs(
     for query, text in (
         ("mean_of(1)", "is int32, input 'image' is made from pictures and needs string (paths or URIs)"),
         ("mean_of(path, path)", "mean_of(image) of model file:"),
-        ("mean_of(picture => path)", "was called with other arguments: 0 by position, picture"),
+        ("mean_of(picture => path)", "was called with these arguments: 0 by position, picture"),
     ):
         with pytest.raises(Exception, match="InvalidArgumentError") as failed:
             spark.sql(f"SELECT {query} FROM rows").collect()
@@ -306,13 +306,13 @@ def test_what_read_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     os.mkfifo(tmp_path / "pipe")
     for text, reason in (
         (f"{tmp_path}/a%20b", "there is no such file; workers read it, so each of their hosts needs it"),
-        (f"{tmp_path}/a b/c", "a part of its path is no folder"),
+        (f"{tmp_path}/a b/c", "a part of its path is not a folder"),
         (f"file:{tmp_path}", "it is a folder, not a file"),
         (f"{tmp_path}/large", "it is larger than 255 MiB"),
         (f"{tmp_path}/pipe", "a pipe"),
         ("nowhere://a/b", r"workers cannot read nowhere: URIs .*Input\(<column>, load="),
-        ("", "it is no path"),
-        ("a\0b", "it is no path"),
+        ("", "it is not a path"),
+        ("a\0b", "it is not a path"),
         ("x" * 300, "it cannot be read: File name too long"),
     ):
         with pytest.raises(flightsvc.InvalidArgumentError, match=reason):

@@ -71,7 +71,7 @@ def outputs(answer: pa.Table, want: dict[str, np.ndarray]) -> dict[str, list[Any
     return {name: answer[name].to_pylist() for name in want}
 
 
-MODELS = ["vocabulary", "ints", "mixed", "loop"]
+MODELS = ["vocabulary", "mixed", "ints", "loop"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,7 +99,7 @@ def test_a_model_in_streams_at_once(
         check(outputs(one, other), other)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS[: count(2, 4)])
 def test_a_model_through_spark(spark: Any, models: Path, oracle: Callable[..., dict[str, Any]], name: str):
     tensors = random_inputs(name, 250)
     want = oracle(name, **tensors)

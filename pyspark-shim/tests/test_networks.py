@@ -124,7 +124,7 @@ def test_missing_weights_are_named_with_their_folder(monkeypatch, tmp_path):
     with pytest.raises(flightsvc.NotFoundError) as error:
         network("VGG16").classifier()
     said = str(error.value)
-    assert said.startswith("network VGG16: its weights are not here and cannot be fetched (")
+    assert said.startswith("network VGG16: its weights are not in Keras's cache and cannot be downloaded (")
     assert said.endswith(
         f"put vgg16_weights_tf_dim_ordering_tf_kernels.h5 into {tmp_path}/keras/models, "
         "or give a file by weights=<file>"
@@ -151,7 +151,7 @@ def test_what_keras_cannot_fetch_is_said_in_our_words(monkeypatch, tmp_path):
     monkeypatch.setattr(file_utils, "get_file", get_file)
     with pytest.raises(flightsvc.NotFoundError) as error:
         network("MobileNet").classifier()
-    assert "cannot be fetched (URL fetch failure on https://host/mobilenet_1_0_224_tf.h5: 404" in str(
+    assert "cannot be downloaded (URL fetch failure on https://host/mobilenet_1_0_224_tf.h5: 404" in str(
         error.value
     )
     assert f"not in {tmp_path})" in str(error.value)
@@ -357,7 +357,7 @@ def test_layers_and_poolings():
         it.featurizer("dens")
     flat = keras.Sequential([keras.Input((8, 6, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
     register_network("Flat", lambda: flat, size=(8, 6))
-    with pytest.raises(flightsvc.InvalidArgumentError, match="no layer of it makes a map higher and wider"):
+    with pytest.raises(flightsvc.InvalidArgumentError, match="no layer has a feature map higher and wider"):
         network("Flat").featurizer(pooling="max")
 
 
@@ -378,7 +378,7 @@ def test_a_network_of_ones_own_that_is_none():
             {"size": (8, 8), "preprocess": ImageInput((8, 6))},
             r"size is \(8, 8\), but preprocess makes \(8, 6\)",
         ),
-        ({"size": (8, 8), "build": own}, r"its size is \(8, 8\), but its input's \(8, 6\)"),
+        ({"size": (8, 8), "build": own}, r"its size is \(8, 8\), but that of its input is \(8, 6\)"),
         ({"size": (8, 8), "build": lambda: 3}, "build returned int, not a Keras model"),
         ({"size": (8, 8), "build": "own.h5"}, "build is a function without arguments"),
         (

@@ -335,7 +335,7 @@ def test_refusals(models: Path):
         assert endured.startswith("45\n")  # a job without models
         assert "executor driver on localhost has no sidecar: " + reason in endured
         refused = start(failOnStart="true")
-        assert f"spark.flightsvc.failOnStart is set, and there is no sidecar: {reason}" in refused
+        assert f"no sidecar, and spark.flightsvc.failOnStart is set: {reason}" in refused
         assert "executor driver on localhost has no sidecar: " + reason in refused
         assert (
             "there is no setting spark.flightsvc.runDri; did you mean spark.flightsvc.runDir? "
@@ -344,7 +344,7 @@ def test_refusals(models: Path):
         assert 'spark.flightsvc.failOnStart is "yes"; want true or false' in start(failOnStart="yes")
         wrong = start(binary=str(ROOT / "bin" / "flightsvc"), memory="much")
         assert wrong.startswith("45\n")
-        assert "flightsvc did not start: " in wrong and '"much" is no amount of memory' in wrong
+        assert "flightsvc did not start: " in wrong and '"much" is not an amount of memory' in wrong
         somebodys = start(
             endpoint="/run/somebody/front.sock", binary="/nowhere/flightsvc", failOnStart="true"
         )

@@ -106,7 +106,7 @@ def test_resize_of_tensorflow(through: Any, oracle: Any, resize: str, antialias:
     import tensorflow as tf
 
     if antialias and resize in ("nearest", "area"):
-        with pytest.raises(flightsvc.InvalidArgumentError, match="antialias goes with bilinear and bicubic"):
+        with pytest.raises(flightsvc.InvalidArgumentError, match="antialias works with bilinear and bicubic"):
             through(flightsvc.ImageInput(size, resize=resize, antialias=True), pa.array([b""]))
         return
     pictures = photographs()

@@ -35,9 +35,9 @@ import flightsvc
 
 SEED = 4
 ONLY = os.environ.get("FLIGHTSVC_CASE")  # read at once: the tests take such variables away
-MODELS = 36 if PROVE or ONLY else 6
+MODELS = 36 if PROVE or ONLY else 12
 CASES = 14 if PROVE or ONLY else 5
-SPARK_EVERY = 2  # models
+IN_SPARK = range(0, 36 if PROVE or ONLY else 6, 2)  # models whose first case has a stream of Spark's
 MOST_STREAMS, MOST_BATCHES, MOST_ROWS = 6, 4, 300
 RTOL, ATOL = 1e-4, 1e-6
 
@@ -557,29 +557,21 @@ def random_sizes(rng: Rng, made: Made) -> list[list[int]]:
     return [[int(rng.integers(1, 5)) if d is None else d for d in x.dims] for x in made.inputs]
 
 
-@pytest.mark.parametrize("number", range(MODELS))
-def test_a_model(
-    number: int,
-    client: flightsvc.Client,
-    front: flight.FlightClient,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-):
+def run_cases(
+    number: int, cases: range, client: flightsvc.Client, front: flight.FlightClient, folder: Path, spark: Any
+) -> None:
     only = [int(part) for part in ONLY.split(".")] if ONLY else None
-    if only and only[0] != number:
+    if only and (only[0] != number or (only[1:] and only[1] not in cases)):
         pytest.skip("another case was asked for")
-    made = property_models.make(np.random.default_rng([SEED, number]), number, tmp_path / f"model{number}")
-    for case in range(CASES):
+    made = property_models.make(np.random.default_rng([SEED, number]), number, folder / f"model{number}")
+    for case in cases:
         if only and only[1:] not in ([], [case]):
             continue
-        rng = np.random.default_rng([SEED, number, case])
-        sparks = case == 0 and number % SPARK_EVERY == 0
-        streams = random_case(rng, made, ["spark"] if sparks else [])
+        streams = random_case(np.random.default_rng([SEED, number, case]), made, ["spark"] if spark else [])
         plain = [stream for stream in streams if stream.ask.way not in ("shim", "spark")]
         together = threading.Barrier(max(1, len(plain)))
         for stream in plain:
             stream.together = together
-        spark = request.getfixturevalue("spark_here") if sparks else None
         with ThreadPoolExecutor(len(streams)) as pool:
             done = [pool.submit(run_stream, stream, client, front, spark) for stream in streams]
         for stream, future in zip(streams, done, strict=True):
@@ -591,6 +583,11 @@ def test_a_model(
     about = counted(client, made)
     add(runs=about["runs"], joined_runs=about["joined_runs"])
     unload(front, made)
+
+
+@pytest.mark.parametrize("number", range(MODELS))
+def test_a_model(number: int, client: flightsvc.Client, front: flight.FlightClient, tmp_path: Path):
+    run_cases(number, range(int(number in IN_SPARK), CASES), client, front, tmp_path, None)
 
 
 def counted(client: flightsvc.Client, made: Made) -> dict[str, Any]:
@@ -615,9 +612,19 @@ def test_that_streams_shared_runs_and_every_way_was_taken():
     report(
         property_seed=SEED, property_models=MODELS, **{f"property_{k}": v for k, v in sorted(tally.items())}
     )
-    assert tally["cases"] == MODELS * CASES
+    assert tally["cases"] == MODELS * CASES - len(IN_SPARK)
     assert tally["joined_runs"] > 0
     assert tally["answers_that_shared_a_run"] > 0
-    for way in ("shim", "redirect", "relay", "front", "spark"):
+    for way in ("shim", "redirect", "relay", "front"):
         assert tally[f"way_{way}"] > 0, way
     assert tally["streams_refused"] > 0
+
+
+@pytest.mark.parametrize("number", IN_SPARK)
+def test_a_model_in_spark(
+    number: int, client: flightsvc.Client, front: flight.FlightClient, spark_here: Any, tmp_path: Path
+):
+    before = tally["way_spark"]
+    run_cases(number, range(1), client, front, tmp_path, spark_here)
+    assert tally["way_spark"] > before
+    report(property_way_spark=tally["way_spark"])

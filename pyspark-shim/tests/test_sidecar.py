@@ -84,7 +84,7 @@ def test_a_command_with_parentheses_is_read(short: Path):
 
 
 def test_no_java_above_names_the_endpoint():
-    with pytest.raises(flightsvc.SidecarError, match=r"no java process above.*FLIGHTSVC_ENDPOINT"):
+    with pytest.raises(flightsvc.SidecarError, match=r"no java process started.*FLIGHTSVC_ENDPOINT"):
         sidecar.executor()
 
 
@@ -130,7 +130,7 @@ def test_a_folder_open_to_others_is_refused(short: Path):
 
 def test_a_folder_of_somebody_else_is_refused(short: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(flightsvc.SidecarError, match=r"belongs to user \d+, not to us \(12345\)"):
+    with pytest.raises(flightsvc.SidecarError, match=r"belongs to user \d+, not to user 12345"):
         sidecar.start(at(str(short)), None)
 
 

@@ -190,7 +190,7 @@ def test_pillow_cannot_have_floats():
     row = imageIO.imageArrayToStruct(noise(4, 6, 3).astype(np.float32))
     with pytest.raises(ValueError, match="Can not convert image of type float32 to PIL"):
         imageIO.imageStructToPIL(row)
-    with pytest.raises(ValueError, match="mode F has no range"):
+    with pytest.raises(ValueError, match="mode F has no fixed range"):
         imageIO.PIL_to_imageStruct(Image.fromarray(noise(4, 6).astype(np.float32)))
 
 

@@ -179,7 +179,7 @@ def test_what_cannot_be_registered(spark: Any, tmp_path: Path):
             registerKerasImageUDF("refused", model)
     assert not spark.catalog.functionExists("refused")
     for preprocessor in (None, loader()):
-        with pytest.raises(flightsvc.InvalidArgumentError, match="Spark has a function 'abs' of its own"):
+        with pytest.raises(flightsvc.InvalidArgumentError, match="Spark has a built-in function 'abs'"):
             registerKerasImageUDF("abs", built("m"), preprocessor)
 
 

@@ -80,7 +80,7 @@ def test_the_configuration_of_the_plugin(installed):
         "spark.jars": jar,
         "spark.driver.extraClassPath": jar,
     }
-    lines = run(sys.executable, "-m", "flightsvc", env=environ).splitlines()
+    lines = run(installed / "bin" / "flightsvc", "conf", env=environ).splitlines()
     assert dict(line.split(" ", 1) for line in lines) == want
     said = run(sys.executable, "-c", "import flightsvc; print(flightsvc.spark_conf())", env=environ)
     assert said == f"{want}\n"

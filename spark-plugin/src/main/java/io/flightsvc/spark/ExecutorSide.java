@@ -79,7 +79,7 @@ final class ExecutorSide implements ExecutorPlugin {
     } else if (settings.failOnStart()) {
       tell(context::ask); // answered before this executor ends
       shutdown();
-      throw new IllegalStateException("spark.flightsvc.failOnStart is set, and there is no sidecar: " + reason);
+      throw new IllegalStateException("no sidecar, and spark.flightsvc.failOnStart is set: " + reason);
     }
   }
 

@@ -192,7 +192,7 @@ final class Sidecar {
       if (line != null) {
         String where = parse(line).get("endpoint");
         if (where == null) {
-          throw new IOException("flightsvc said " + line + " where its endpoint was expected; is it flightsvc?");
+          throw new IOException("flightsvc said " + line + " instead of its endpoint; is it flightsvc?");
         }
         ready(where);
         serving = true;
@@ -200,7 +200,7 @@ final class Sidecar {
           report(parse(line));
         }
       } else if (!inTime) {
-        throw new IOException("flightsvc was not ready after " + START_SECONDS + " s; this executor's log has its own");
+        throw new IOException("flightsvc was not ready after " + START_SECONDS + " s; its messages are in this executor's log");
       }
     } finally {
       end(process);
