@@ -1,3 +1,5 @@
+// The files that one load of a model visits, by the stacks of a real front.
+
 package front
 
 import (
@@ -71,15 +73,19 @@ func (w watched) Done() <-chan struct{} {
 	return w.Context.Done()
 }
 
-// TestTheWayOfOneLoad follows one load, from GetFlightInfo to the start of a runner, by the stacks where it waits for its
-// caller, logs that no device has room for it, and asks for TensorFlow's library. ARCHITECTURE.md lists these files.
+// TestTheWayOfOneLoad follows one load, from GetFlightInfo to the start of a runner, by the stacks where it waits for
+// its caller, logs that no device has room for it, and asks for TensorFlow's library. ARCHITECTURE.md lists these
+// files.
 func TestTheWayOfOneLoad(t *testing.T) {
 	var taken way
 	host := dgxa100.New() // of 40 GiB each
 	host.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) { return nil, nvml.ERROR_NOT_SUPPORTED }
 	for _, d := range host.Devices {
 		device := d.(*dgxa100.Device)
-		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) { return nvml.Utilization{}, nvml.SUCCESS }
+		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) {
+			return nvml.Utilization{},
+				nvml.SUCCESS
+		}
 		device.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) { return nil, nvml.SUCCESS }
 	}
 	devices := gpu.Open(gpu.Options{NVML: host, LockDir: t.TempDir()})
@@ -89,7 +95,8 @@ func TestTheWayOfOneLoad(t *testing.T) {
 	t.Cleanup(models.Close)
 	core, _ := observer.New(zap.WarnLevel)
 	cache := modelcache.New(modelcache.Options{
-		Repository: models, Profiles: tuning.NewProfiles(cacheDir), Folder: t.TempDir(), Devices: devices, CPUFallback: true,
+		Repository: models, Profiles: tuning.NewProfiles(cacheDir), Folder: t.TempDir(), Devices: devices,
+		CPUFallback: true,
 		LoadTimeout: time.Minute, Log: zap.New(core, zap.Hooks(func(zapcore.Entry) error { taken.mark(); return nil })),
 		Runners: &modelcache.Programs{Log: zap.NewNop(), Library: func(context.Context) (string, error) {
 			taken.mark()
@@ -99,7 +106,8 @@ func TestTheWayOfOneLoad(t *testing.T) {
 	t.Cleanup(cache.Close)
 	front := New(Options{Repository: models, Cache: cache, Log: zap.NewNop()})
 	expect.Write(t, filepath.Join(root, "m", control.SettingsFile), `{"device_memory":"41GiB"}`)
-	expect.Write(t, filepath.Join(root, "m", "1", savedmodel.File), expect.SavedModel()) // so new that it has yet to settle
+	// so new that it has yet to settle
+	expect.Write(t, filepath.Join(root, "m", "1", savedmodel.File), expect.SavedModel())
 	_, err := front.GetFlightInfo(watched{t.Context(), &taken},
 		command(`{"v":1,"model":"m","device":"gpu","outputs":{"y":{"column":"y","shape":[-1]}}}`))
 	expect.Fault(t, err, fault.Precondition, "model m: far enough")
@@ -115,6 +123,7 @@ func TestTheWayOfOneLoad(t *testing.T) {
 		listed = append(listed, item[1])
 	}
 	if !slices.Equal(taken.files, listed) || len(listed) > 8 {
-		t.Errorf("a load goes by\n%s\nARCHITECTURE.md lists\n%s", strings.Join(taken.files, "\n"), strings.Join(listed, "\n"))
+		t.Errorf("a load goes by\n%s\nARCHITECTURE.md lists\n%s", strings.Join(taken.files, "\n"), strings.Join(listed,
+			"\n"))
 	}
 }

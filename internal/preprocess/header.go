@@ -1,3 +1,5 @@
+// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and know nothing of EXIF or scans.
+
 package preprocess
 
 import (
