@@ -1,3 +1,5 @@
+// Answers: how record batches become Flight messages.
+
 package handlers
 
 import (
@@ -11,13 +13,12 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// answerMemory is where answers are built and encoded: Go memory, which is zeroed. Arrow's encoder
-// takes the validity bits of a column without a valid row from it and does not clear them.
+// answerMemory is where answers are built and encoded: Go memory, because it is zeroed. Arrow's encoder allocates the
+// validity bits of a column without a valid row and does not clear them.
 var answerMemory = memory.NewGoAllocator()
 
-// answerWriter sends the schema at once, so that a client knows that its stream is open before
-// it has sent a row, and then record batches with their metadata. flight.Writer would hold the
-// schema back until the first of them.
+// answerWriter sends the schema at once, so that a client knows that its stream is open before it sends a row, and then
+// record batches with their metadata. flight.Writer sends the schema with the first record batch only.
 type answerWriter struct {
 	stream   flight.DataStreamWriter
 	encoder  *ipc.Writer
@@ -31,7 +32,7 @@ func newAnswerWriter(stream flight.DataStreamWriter, schema *arrow.Schema) (*ans
 	encoder := func() *ipc.Writer {
 		return ipc.NewWriterWithPayloadWriter(w, ipc.WithSchema(schema), ipc.WithAllocator(answerMemory))
 	}
-	// A writer that is closed before its first record batch has sent the schema alone.
+	// A writer that is closed before its first record batch sends the schema alone.
 	if err := encoder().Close(); err != nil {
 		return nil, err
 	}
@@ -44,8 +45,8 @@ func (w *answerWriter) write(rec arrow.Record, about protocol.AnswerMetadata) er
 	return w.encoder.Write(rec)
 }
 
-// WritePayload copies one encoded message into the body and sends it; gRPC copies that into its
-// own buffers before Send returns. It is part of ipc.PayloadWriter.
+// WritePayload copies one encoded message into the body and sends it; gRPC copies it into its own buffers before Send
+// returns. It is part of ipc.PayloadWriter.
 func (w *answerWriter) WritePayload(payload ipc.Payload) error {
 	meta := payload.Meta()
 	defer meta.Release()

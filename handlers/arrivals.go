@@ -1,3 +1,5 @@
+// Arrivals: how a stream is read ahead of the record batch that is being answered, and how much all streams may hold.
+
 package handlers
 
 import (
@@ -11,23 +13,23 @@ import (
 	"go.uber.org/zap"
 )
 
-// What streams hold, from the moment at which a record batch was read until it is answered. A
-// stream that holds nothing may always read one; beyond that it holds readAhead record batches
-// and streamBytes at most, and reads on only while all streams together hold less than runnerBytes.
+// What a stream may hold of record batches that were read and not answered. One that holds none may always read one.
+// Otherwise it holds readAhead record batches and streamBytes at most, and reads on only while all streams of the
+// runner hold less than runnerBytes.
 const (
 	readAhead   = 5
 	streamBytes = 64 << 20
 	runnerBytes = 1 << 30
 )
 
-// arrival is a record batch that was read, with the time at which it was whole.
+// arrival is a record batch that was read completely at a time.
 type arrival struct {
 	rec   arrow.Record
 	bytes int64
 	at    time.Time
 }
 
-// arrivals is the bounded way from the goroutine that reads a stream to the one that answers.
+// arrivals is the bounded queue between the goroutine that reads a stream and the one that answers.
 type arrivals struct {
 	list   chan arrival
 	err    error // why reading ended, nil at the end of the stream; valid once list is closed
@@ -35,22 +37,21 @@ type arrivals struct {
 	ahead  *ahead
 	pulse  *pulse // of the stream
 
-	// Guarded by ahead.mu; what is in work included.
+	// Of record batches that were read and not answered; guarded by ahead.mu.
 	held  int
 	bytes int64
 }
 
-// ahead bounds what all streams of a runner hold together.
+// ahead counts what all streams of a runner hold.
 type ahead struct {
 	mu    sync.Mutex // guards the fields below, and those of arrivals
 	bytes int64
-	less  chan struct{} // closed, and made anew, when a stream gives something back
+	less  chan struct{} // closed, and replaced, when a stream releases a record batch
 }
 
 func newAhead() *ahead { return &ahead{less: make(chan struct{})} }
 
-// room waits until the stream may read a further record batch, and reports whether it may before
-// ctx ends.
+// room waits until the stream may read another record batch; it returns false if ctx ends before.
 func (a *arrivals) room(ctx context.Context) bool {
 	for {
 		a.ahead.mu.Lock()
@@ -68,7 +69,7 @@ func (a *arrivals) room(ctx context.Context) bool {
 	}
 }
 
-// hold counts a record batch that was read, or with -1 one that is given back.
+// hold counts a record batch that was read, or with sign -1 one that is released.
 func (a *arrivals) hold(sign int, bytes int64) {
 	a.ahead.mu.Lock()
 	defer a.ahead.mu.Unlock()
@@ -81,14 +82,17 @@ func (a *arrivals) hold(sign int, bytes int64) {
 	}
 }
 
-// readAll starts reading the stream into the result. It takes over reader and gives back
-// everything when the stream is over; ended is called last. The caller must call leave.
-func readAll(ctx context.Context, reader *flight.Reader, mem *ReadMemory, bound *ahead, p *pulse, log *zap.Logger, ended func()) *arrivals {
+// readAll starts a goroutine that reads the stream into the result. It takes over reader and releases it and all memory
+// when the stream is over; ended is called last. The caller must call leave.
+func readAll(
+	ctx context.Context, reader *flight.Reader, mem *ReadMemory, bound *ahead, p *pulse, log *zap.Logger, ended func(),
+) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
-	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel} // room for all that it may hold
+	// never blocks its sender
+	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel}
 	go func() {
 		defer ended()
-		defer mem.Discard() // after the reader, whose dictionaries may still be fresh
+		defer mem.Discard() // after the reader, which releases its dictionaries
 		defer reader.Release()
 		a.read(ctx, reader, mem, log)
 		close(a.list)
@@ -120,14 +124,14 @@ func (a *arrivals) read(ctx context.Context, reader *flight.Reader, mem *ReadMem
 	}
 }
 
-// done gives back one arrival.
+// done releases one arrival.
 func (a *arrivals) done(arrived arrival) {
 	arrived.rec.Release()
 	a.hold(-1, arrived.bytes)
 }
 
-// leave gives back what was read and will not be answered. Reading itself ends when gRPC
-// ends Recv, which it does once the handler has returned.
+// leave releases what was read and will not be answered. Reading itself ends when gRPC ends Recv, after the handler has
+// returned.
 func (a *arrivals) leave() {
 	a.cancel()
 	a.drain()

@@ -1,3 +1,5 @@
+// Exchange: one stream of inference at a runner, from record batches to answers.
+
 package handlers
 
 import (
@@ -13,8 +15,8 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// exchange is one stream at a runner: a goroutine that reads, and the handler's own that
-// runs and writes, joined by a bounded channel. Answers leave in the order of the batches.
+// exchange is one stream at a runner: a goroutine that reads, and the handler's own that runs and writes, joined by a
+// bounded channel. Answers leave in the order of the record batches.
 type exchange struct {
 	options    RunnerOptions
 	descriptor *protocol.Descriptor
@@ -22,7 +24,7 @@ type exchange struct {
 	binding    *tensor.Binding
 	pictures   tensor.Pictures
 	queue      *batch.Stream
-	whole      bool // a record batch is one run, whatever its pictures take
+	whole      bool // a record batch is one run, whatever memory its pictures take
 	writer     *answerWriter
 	pulse      *pulse
 	answered   func(rows, refused int64) // called after each answered record batch
@@ -49,12 +51,14 @@ func newExchange(options RunnerOptions, d *protocol.Descriptor, schema *arrow.Sc
 	if plan.Open() { // other rows may change the size of an output: cut only what asks for it
 		limits.Alone, limits.Off = true, limits.Off || limits.MaxBatchSize == 0
 	}
-	queue := options.Batches.Stream(batch.Call{Fetches: plan.Fetches(), Timeout: d.RunTimeout(), Check: plan.CheckOutputs, Limits: limits})
-	return &exchange{options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures, queue: queue, whole: limits.Off && d.Model != protocol.Image}, nil
+	call := batch.Call{Fetches: plan.Fetches(), Timeout: d.RunTimeout(), Check: plan.CheckOutputs, Limits: limits}
+	return &exchange{
+		options: options, descriptor: d, plan: plan, binding: binding, pictures: pictures,
+		queue: options.Batches.Stream(call), whole: limits.Off && d.Model != protocol.Image,
+	}, nil
 }
 
-// serve runs until the client half-closes, leaves, or an error ends the stream. It is the
-// stream's only sender.
+// serve runs until the client half-closes or leaves, or an error ends the stream. It is the stream's only sender.
 func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals *arrivals) error {
 	writer, err := newAnswerWriter(stream, x.plan.Schema())
 	if err != nil {
@@ -75,8 +79,8 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	return nil
 }
 
-// answer runs one record batch and gives it back. Pictures are decoded and answered a piece at a time,
-// since they may be much larger as tensors.
+// answer runs one record batch and releases it. One of pictures is run slice by slice, because pictures may be much
+// larger as tensors.
 func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arrivals) error {
 	defer arrivals.done(arrived)
 	started := time.Now()
@@ -91,9 +95,9 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 	}
 	lo := int64(0)
 	for _, hi := range ends {
-		piece := arrived.rec.NewSlice(lo, hi)
-		err := x.answerPiece(ctx, piece, lo, hi == total, waited, arrived.at)
-		piece.Release()
+		slice := arrived.rec.NewSlice(lo, hi)
+		err := x.answerSlice(ctx, slice, lo, hi == total, waited, arrived.at)
+		slice.Release()
 		if err != nil {
 			return err
 		}
@@ -104,12 +108,14 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 	return nil
 }
 
-// maxPictureBytes bounds the tensors that are made of pictures at once, unless a single one is larger.
+// maxPictureBytes bounds the tensors that are made of pictures at once; a single picture may be larger.
 const maxPictureBytes = 64 << 20
 
-// answerPiece runs the rows of a record batch from lo on, which is all of them but for pictures, and
-// writes their answer, in several parts if it is large.
-func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, final bool, waited time.Duration, arrivedAt time.Time) error {
+// answerSlice runs the rows of rec, which begin at row lo of their record batch, and writes their answer, in several
+// parts if it is large. final says that no further slice follows.
+func (x *exchange) answerSlice(
+	ctx context.Context, rec arrow.Record, lo int64, final bool, waited time.Duration, arrivedAt time.Time,
+) error {
 	meta := protocol.AnswerMetadata{Batch: x.batches, QueueUS: waited.Microseconds()}
 	if x.batches == 0 && lo == 0 {
 		meta.Server = x.options.Server
@@ -158,8 +164,8 @@ func (x *exchange) answerPiece(ctx context.Context, rec arrow.Record, lo int64, 
 	return err
 }
 
-// run makes the input tensors of rows, which begin at lo of their record batch, and runs them. It
-// returns nil where no row takes part.
+// run makes the input tensors of rows, which begin at row lo of their record batch, and runs them. It returns nil if no
+// row takes part.
 func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows, lo int64) (*batch.Answer, error) {
 	x.binding.Nulls(rec, rows, x.descriptor.Nulls == "fail")
 	if rows.Kept() == 0 {
@@ -191,7 +197,7 @@ func (x *exchange) run(ctx context.Context, rec arrow.Record, rows *tensor.Rows,
 	return ran, nil
 }
 
-// refuse returns the error of the first refused row, if one ends the stream. The rows begin at lo.
+// refuse returns the error of the first refused row if that ends the stream. The rows begin at row lo.
 func (x *exchange) refuse(rows *tensor.Rows, lo int64) error {
 	row, reason, ok := rows.FirstRefused()
 	if !ok || x.descriptor.OnError != protocol.OnErrorFail {

@@ -1,3 +1,5 @@
+// Zstandard frames: how much memory a compressed buffer asks for, read from its headers before anything is decoded.
+
 package handlers
 
 import (
@@ -6,13 +8,12 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// minWindow is the window that each decoder of Zstandard should have, by RFC 8878. Writers ask for more only
-// where there is more to compress.
+// minWindow is the window that every decoder of Zstandard should support, by RFC 8878. Encoders ask for a larger one
+// only for more data.
 const minWindow = 8 << 20
 
-// checkFrames looks at the Zstandard frames of one compressed buffer, which say how much memory they want
-// for their window before they hold anything: no more than twice of what the buffer becomes, or minWindow. What is wrong with
-// them otherwise the decoder finds.
+// checkFrames refuses a compressed buffer whose Zstandard frames ask for a window of more than minWindow and more than
+// twice what the buffer becomes. All other mistakes in them are the decoder's to find.
 func checkFrames(buffer []byte) {
 	const sizeBytes, plain = 8, -1
 	if len(buffer) < sizeBytes {
@@ -36,15 +37,16 @@ func checkFrames(buffer []byte) {
 		}
 		window, checksum, blocks := frameHeader(frames[4:])
 		if window > max(minWindow, uint64(max(becomes, 0))*2) {
-			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it becomes",
+			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it "+
+				"becomes",
 				window>>20))
 		}
 		frames = skip(skipBlocks(blocks), checksum)
 	}
 }
 
-// frameHeader reads what comes after a frame's magic number: its window, the bytes of the checksum at its end,
-// and where its blocks begin.
+// frameHeader reads what follows a frame's magic number: the size of its window, that of the checksum at its end, and
+// the data from its first block on.
 func frameHeader(data []byte) (window uint64, checksum int64, blocks []byte) {
 	if len(data) == 0 {
 		return 0, 0, nil
@@ -84,7 +86,7 @@ func skipBlocks(data []byte) []byte {
 	for len(data) >= 3 {
 		about := uint32(data[0]) | uint32(data[1])<<8 | uint32(data[2])<<16
 		size := int64(about >> 3)
-		if about>>1&3 == 1 { // one byte, again and again
+		if about>>1&3 == 1 { // one byte, repeated
 			size = 1
 		}
 		data = skip(data[3:], size)

@@ -1,3 +1,5 @@
+// Fuzz targets for the Arrow messages of a stream.
+
 package handlers
 
 import (
@@ -80,7 +82,8 @@ func fuzzAsks(f *testing.F) (asks []fuzzAsk) {
 	picture := goldenAsk{Entry: map[string]any{"column": "binary"}, DType: "float32", Shape: []int64{-1, 2, 3, 3}}
 	list = append(list, unknown("list_of_lists", "int64"), unknown("ragged_words", "string"), picture,
 		goldenAsk{Entry: map[string]any{"column": "cells", "encoding": "raw"}, DType: "bool", Shape: []int64{-1, 12}},
-		goldenAsk{Entry: map[string]any{"column": "binary_view", "encoding": "raw"}, DType: "uint8", Shape: []int64{-1, 2}})
+		goldenAsk{Entry: map[string]any{"column": "binary_view", "encoding": "raw"}, DType: "uint8", Shape: []int64{-1,
+			2}})
 	for _, ask := range list {
 		column, _ := ask.Entry["column"].(string)
 		ask.Entry["column"] = fuzzColumn
@@ -88,7 +91,8 @@ func fuzzAsks(f *testing.F) (asks []fuzzAsk) {
 		if len(ask.Shape) == 4 {
 			preprocess = map[string]any{"x": map[string]any{"size": []int{2, 3}}}
 		}
-		text, err := json.Marshal(map[string]any{"v": 1, "model": "m", "inputs": map[string]any{"x": ask.Entry}, "preprocess": preprocess})
+		text, err := json.Marshal(map[string]any{"v": 1, "model": "m", "inputs": map[string]any{"x": ask.Entry},
+			"preprocess": preprocess})
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -96,12 +100,16 @@ func fuzzAsks(f *testing.F) (asks []fuzzAsk) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		x := savedmodel.Spec{Name: "x", Tensor: "x:0", DType: dtypeNamed(f, ask.DType), Shape: ask.Shape, UnknownRank: ask.Shape == nil}
-		signature := savedmodel.Signature{Inputs: []savedmodel.Spec{x}, Outputs: []savedmodel.Spec{{Name: "y", Tensor: "y:0", DType: x.DType, Shape: []int64{-1}}}}
+		x := savedmodel.Spec{Name: "x", Tensor: "x:0", DType: dtypeNamed(f, ask.DType), Shape: ask.Shape,
+			UnknownRank: ask.Shape == nil}
+		signature := savedmodel.Signature{Inputs: []savedmodel.Spec{x}, Outputs: []savedmodel.Spec{{Name: "y",
+			Tensor: "y:0", DType: x.DType, Shape: []int64{-1}}}}
 		if ask.Entry["lengths"] != nil {
-			signature.Inputs = append([]savedmodel.Spec{{Name: "len", Tensor: "len:0", DType: dtypeNamed(f, "int8"), Shape: []int64{-1}}}, x)
+			signature.Inputs = append([]savedmodel.Spec{{Name: "len", Tensor: "len:0", DType: dtypeNamed(f, "int8"),
+				Shape: []int64{-1}}}, x)
 		}
-		plan, err := Plan(d, &savedmodel.Model{Signatures: map[string]savedmodel.Signature{savedmodel.DefaultSignature: signature}})
+		plan, err := Plan(d,
+			&savedmodel.Model{Signatures: map[string]savedmodel.Signature{savedmodel.DefaultSignature: signature}})
 		if err != nil {
 			f.Fatalf("%s: %v", text, err)
 		}
@@ -177,7 +185,8 @@ func only(f *testing.F, recs []arrow.Record, column string, options ...ipc.Optio
 // altered returns w with one message's header and body changed.
 func (w wire) altered(at int, change func(message flatTable, header []byte, body *[]byte)) wire {
 	message := &flight.FlightData{DataHeader: bytes.Clone(w[at].DataHeader), DataBody: bytes.Clone(w[at].DataBody)}
-	change(flatTable{flatbuffers.Table{Bytes: message.DataHeader, Pos: flatbuffers.GetUOffsetT(message.DataHeader)}}, message.DataHeader, &message.DataBody)
+	change(flatTable{flatbuffers.Table{Bytes: message.DataHeader, Pos: flatbuffers.GetUOffsetT(message.DataHeader)}},
+		message.DataHeader, &message.DataBody)
 	w[at] = message
 	return w
 }
@@ -188,7 +197,8 @@ func (w wire) altered(at int, change func(message flatTable, header []byte, body
 func FuzzStream(f *testing.F) {
 	asks, recs := fuzzAsks(f), goldenRecords(f)
 	add := func(ask int, w wire) {
-		f.Add(uint16(ask), w[0].DataHeader, w[1].DataHeader, w[1].DataBody, w[2].DataHeader, w[2].DataBody, w[3].DataHeader, w[3].DataBody)
+		f.Add(uint16(ask), w[0].DataHeader, w[1].DataHeader, w[1].DataBody, w[2].DataHeader, w[2].DataBody,
+			w[3].DataHeader, w[3].DataBody)
 	}
 	lies := []int64{-1, 0, 1 << 40, 1 << 62, -1 << 63}
 	seen := map[string]bool{}
@@ -285,7 +295,8 @@ func exchangeOf(t *testing.T, plan *tensor.Plan, refuse bool, messages []*flight
 		expect.Fault(t, err, fault.BadRequest)
 		binding = nil
 	}
-	for rows := int64(0); rows <= MaxBatchRows && reader.Next(); rows += reader.Record().NumRows() { // the time is that of one record batch
+	// the time is that of one record batch
+	for rows := int64(0); rows <= MaxBatchRows && reader.Next(); rows += reader.Record().NumRows() {
 		mem.Commit()
 		if rec := reader.Record(); binding != nil {
 			tensorsOf(t, binding, rec, refuse, tensors)
@@ -342,7 +353,8 @@ type notDecoded struct{}
 
 func (notDecoded) Bytes(_ string, p tensor.Picture) int64 { return int64(len(p.Data)) }
 
-func (notDecoded) Decode(_ context.Context, _ string, pictures []tensor.Picture, mem memory.Allocator) (tensor.Value, map[int]string, error) {
+func (notDecoded) Decode(_ context.Context, _ string, pictures []tensor.Picture, mem memory.Allocator) (tensor.Value,
+	map[int]string, error) {
 	failed := map[int]string{}
 	for i, picture := range pictures {
 		if len(picture.Data)%2 == 1 {
@@ -361,7 +373,8 @@ func liars(f *testing.F) []wire {
 		return only(f, []arrow.Record{array.NewRecord(schema, []arrow.Array{column}, int64(n))}, fuzzColumn, options...)
 	}
 	zeros := func(n int, options ...ipc.Option) wire {
-		return one(arrow.PrimitiveTypes.Float64, n, []*memory.Buffer{nil, memory.NewBufferBytes(make([]byte, 8*n))}, options...)
+		return one(arrow.PrimitiveTypes.Float64, n, []*memory.Buffer{nil, memory.NewBufferBytes(make([]byte, 8*n))},
+			options...)
 	}
 	list := []wire{
 		one(arrow.Null, MaxBatchRows, nil),
@@ -372,7 +385,8 @@ func liars(f *testing.F) []wire {
 	}
 	// A frame that asks for a window of 512 MiB to decode 8 bytes.
 	list = append(list, zeros(1, ipc.WithZstd()).altered(1, func(message flatTable, header []byte, body *[]byte) {
-		*body = append(binary.LittleEndian.AppendUint64(nil, 8), "\x28\xb5\x2f\xfd\x00\x98\x41\x00\x00\x00\x00\x00\x00\x00\x00\xf0\x3f"...)
+		*body = append(binary.LittleEndian.AppendUint64(nil, 8),
+			"\x28\xb5\x2f\xfd\x00\x98\x41\x00\x00\x00\x00\x00\x00\x00\x00\xf0\x3f"...)
 		batch := message.union(slotHeader)
 		start, _ := batch.vector(slotBatchBuffers, 16)
 		binary.LittleEndian.PutUint64(header[start+16:], 0)
@@ -409,7 +423,8 @@ func sameOffsets(b *flatbuffers.Builder, offset flatbuffers.UOffsetT, n int) fla
 	return b.EndVector(n)
 }
 
-func schemaField(b *flatbuffers.Builder, name flatbuffers.UOffsetT, kind byte, children flatbuffers.UOffsetT) flatbuffers.UOffsetT {
+func schemaField(b *flatbuffers.Builder, name flatbuffers.UOffsetT, kind byte,
+	children flatbuffers.UOffsetT) flatbuffers.UOffsetT {
 	b.StartObject(0)
 	dtype := b.EndObject()
 	b.StartObject(7)
@@ -443,18 +458,27 @@ func sharing(n, bytes int) []byte {
 func TestStreamsOfAllTypes(t *testing.T) {
 	item := arrow.Field{Name: "item", Type: arrow.BinaryTypes.String, Nullable: true}
 	flat := []arrow.DataType{
-		arrow.Null, arrow.FixedWidthTypes.Boolean, arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Float64, arrow.BinaryTypes.Binary, arrow.BinaryTypes.String,
-		arrow.BinaryTypes.LargeBinary, arrow.BinaryTypes.LargeString, arrow.BinaryTypes.BinaryView, arrow.BinaryTypes.StringView, &arrow.FixedSizeBinaryType{ByteWidth: 3},
-		&arrow.Decimal128Type{Precision: 20}, &arrow.Decimal256Type{Precision: 40}, arrow.FixedWidthTypes.Date32, arrow.FixedWidthTypes.Date64,
-		arrow.FixedWidthTypes.Time32s, arrow.FixedWidthTypes.Time64us, arrow.FixedWidthTypes.Timestamp_us, arrow.FixedWidthTypes.Duration_s,
-		arrow.FixedWidthTypes.MonthInterval, arrow.FixedWidthTypes.DayTimeInterval, arrow.FixedWidthTypes.MonthDayNanoInterval,
+		arrow.Null, arrow.FixedWidthTypes.Boolean, arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Float64,
+		arrow.BinaryTypes.Binary, arrow.BinaryTypes.String,
+		arrow.BinaryTypes.LargeBinary, arrow.BinaryTypes.LargeString, arrow.BinaryTypes.BinaryView,
+		arrow.BinaryTypes.StringView, &arrow.FixedSizeBinaryType{ByteWidth: 3},
+		&arrow.Decimal128Type{Precision: 20}, &arrow.Decimal256Type{Precision: 40}, arrow.FixedWidthTypes.Date32,
+		arrow.FixedWidthTypes.Date64,
+		arrow.FixedWidthTypes.Time32s, arrow.FixedWidthTypes.Time64us, arrow.FixedWidthTypes.Timestamp_us,
+		arrow.FixedWidthTypes.Duration_s,
+		arrow.FixedWidthTypes.MonthInterval, arrow.FixedWidthTypes.DayTimeInterval,
+		arrow.FixedWidthTypes.MonthDayNanoInterval,
 		&arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: arrow.BinaryTypes.String},
-		arrow.MapOf(arrow.BinaryTypes.String, arrow.PrimitiveTypes.Int32), arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, arrow.BinaryTypes.String),
-		arrow.SparseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0, 1}), arrow.DenseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0, 1}),
+		arrow.MapOf(arrow.BinaryTypes.String,
+			arrow.PrimitiveTypes.Int32), arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, arrow.BinaryTypes.String),
+		arrow.SparseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0,
+			1}), arrow.DenseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0, 1}),
 	}
 	types := slices.Clone(flat)
 	for _, dtype := range flat {
-		types = append(types, arrow.ListOf(dtype), arrow.LargeListOf(dtype), arrow.ListViewOf(dtype), arrow.LargeListViewOf(dtype), arrow.FixedSizeListOf(2, dtype), arrow.StructOf(arrow.Field{Name: "a", Type: dtype, Nullable: true}, item))
+		types = append(types, arrow.ListOf(dtype), arrow.LargeListOf(dtype), arrow.ListViewOf(dtype),
+			arrow.LargeListViewOf(dtype), arrow.FixedSizeListOf(2, dtype), arrow.StructOf(arrow.Field{Name: "a",
+				Type: dtype, Nullable: true}, item))
 	}
 	for _, option := range []ipc.Option{ipc.WithDictionaryDeltas(false), ipc.WithLZ4(), ipc.WithZstd()} {
 		for _, dtype := range types {
@@ -462,7 +486,8 @@ func TestStreamsOfAllTypes(t *testing.T) {
 			b.AppendNull()
 			b.AppendEmptyValue()
 			column := b.NewArray()
-			schema := arrow.NewSchema([]arrow.Field{{Name: "before", Type: dtype, Nullable: true}, {Name: "after", Type: arrow.BinaryTypes.StringView, Nullable: true}}, nil)
+			schema := arrow.NewSchema([]arrow.Field{{Name: "before", Type: dtype, Nullable: true}, {Name: "after",
+				Type: arrow.BinaryTypes.StringView, Nullable: true}}, nil)
 			after := array.NewBuilder(memory.DefaultAllocator, arrow.BinaryTypes.StringView)
 			after.AppendEmptyValue()
 			after.AppendNull()

@@ -1,3 +1,5 @@
+// Tests against the golden files: descriptors that fit no model, metadata of a schema, columns.
+
 package handlers
 
 import (
@@ -166,7 +168,8 @@ func TestGoldenColumns(t *testing.T) {
 						feeds[feed.Tensor] = feed.Value
 					}
 				}
-				place := fmt.Sprintf("rows %d to %d of record batch %d", view.Offset, view.Offset+view.Length, view.Batch)
+				place := fmt.Sprintf("rows %d to %d of record batch %d", view.Offset, view.Offset+view.Length,
+					view.Batch)
 				var kept []int
 				for row := range view.Length {
 					if !slices.Contains(view.Null, row) && !slices.Contains(view.Refused, row) {
@@ -176,7 +179,8 @@ func TestGoldenColumns(t *testing.T) {
 				if got := rows.Positions(); !slices.Equal(got, kept) {
 					t.Errorf("%s: rows %v take part, want %v", place, got, kept)
 				}
-				if row, reason, ok := rows.FirstRefused(); ok != (len(view.Refused) > 0) || ok && row != view.Refused[0] {
+				if row, reason, ok := rows.FirstRefused(); ok != (len(view.Refused) > 0) || ok &&
+					row != view.Refused[0] {
 					t.Errorf("%s: row %d is refused (%s), want those at %v", place, row, reason, view.Refused)
 				}
 				if len(kept) > 0 {
@@ -189,7 +193,8 @@ func TestGoldenColumns(t *testing.T) {
 						t.Errorf("%s: %s %v, want %s %v", place, x.DType, x.Shape, ask.DType, view.Shape)
 					}
 					sameJSON(t, got, view.Elements)
-					if lengths, ok := feeds["len:0"]; ok != (view.Lengths != "") || hex.EncodeToString(lengths.Data) != view.Lengths {
+					if lengths, ok := feeds["len:0"]; ok != (view.Lengths != "") ||
+						hex.EncodeToString(lengths.Data) != view.Lengths {
 						t.Errorf("%s: the lengths are %x, want %s", place, lengths.Data, view.Lengths)
 					}
 				}
@@ -234,7 +239,8 @@ func (ask *goldenAsk) bind(t *testing.T, schema *arrow.Schema) *tensor.Binding {
 	if err != nil {
 		t.Fatal(err)
 	}
-	plan, err := Plan(d, &savedmodel.Model{Signatures: map[string]savedmodel.Signature{savedmodel.DefaultSignature: signature}})
+	plan, err := Plan(d,
+		&savedmodel.Model{Signatures: map[string]savedmodel.Signature{savedmodel.DefaultSignature: signature}})
 	if err != nil {
 		t.Fatal(err)
 	}

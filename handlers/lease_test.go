@@ -1,3 +1,5 @@
+// Tests of tickets and their leases.
+
 package handlers
 
 import (
@@ -53,13 +55,17 @@ func TestLease(t *testing.T) {
 	expect.Fault(t, book.spend(ticket, now), fault.Unavailable, "opened a stream already", "ask the front")
 
 	late := granted(t, key, now, "")
-	expect.Fault(t, book.spend(late, now.Add(protocol.LeaseTime+time.Second)), fault.Unavailable, "expired 1s ago", "ask the front")
+	expect.Fault(t, book.spend(late, now.Add(protocol.LeaseTime+time.Second)), fault.Unavailable, "expired 1s ago",
+		"ask the front")
 	for name, change := range map[string]func(*protocol.Descriptor){
-		"another key":       func(d *protocol.Descriptor) { *d = *granted(t, []byte("other"), now, "") },
-		"no mac":            func(d *protocol.Descriptor) { d.Lease.MAC = "" },
-		"a longer life":     func(d *protocol.Descriptor) { d.Lease.Expires += 1000 },
-		"another id":        func(d *protocol.Descriptor) { d.Lease.ID += "x" },
-		"another's mac":     func(d *protocol.Descriptor) { d.Lease.MAC = granted(t, key, now.Add(time.Minute), "").Lease.MAC },
+		"another key":   func(d *protocol.Descriptor) { *d = *granted(t, []byte("other"), now, "") },
+		"no mac":        func(d *protocol.Descriptor) { d.Lease.MAC = "" },
+		"a longer life": func(d *protocol.Descriptor) { d.Lease.Expires += 1000 },
+		"another id":    func(d *protocol.Descriptor) { d.Lease.ID += "x" },
+		"another's mac": func(d *protocol.Descriptor) {
+			d.Lease.MAC = granted(t, key, now.Add(time.Minute),
+				"").Lease.MAC
+		},
 		"a cut-off mac":     func(d *protocol.Descriptor) { d.Lease.MAC = d.Lease.MAC[:len(d.Lease.MAC)-1] },
 		"a doubled mac":     func(d *protocol.Descriptor) { d.Lease.MAC += d.Lease.MAC },
 		"an empty lease":    func(d *protocol.Descriptor) { *d.Lease = protocol.Lease{} },

@@ -1,3 +1,5 @@
+// Listening: Unix sockets that only their own user can use, and gRPC servers on them.
+
 package handlers
 
 import (

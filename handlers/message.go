@@ -1,3 +1,6 @@
+// Messages: what a stream sends, checked before Arrow's reader believes it. The checks of FlatBuffers are kept by hand
+// because those of Arrow's Go library are internal to it and version 15 is fixed.
+
 package handlers
 
 import (
@@ -109,7 +112,8 @@ func (m *ReadMemory) Allocate(size int) []byte {
 	defer m.mu.Unlock()
 	if size < 0 || size > m.limit-m.live {
 		m.refused = true
-		panic(fmt.Sprintf("the stream holds %d MiB and wants %d MiB more, of at most %d MiB", m.live>>20, uint64(size)>>20, m.limit>>20))
+		panic(fmt.Sprintf("the stream holds %d MiB and wants %d MiB more, of at most %d MiB", m.live>>20,
+			uint64(size)>>20, m.limit>>20))
 	}
 	if size == 0 {
 		return nil
@@ -207,9 +211,9 @@ const (
 	typeListView, typeLargeListView               = 25, 26
 )
 
-// check looks at the numbers in a message by which Arrow's reader allocates and recurses before it has
-// seen what they count, so that none claims more than the message holds; and at how many there are, since it
-// reads on behind a list that is too short for the schema.
+// check looks at the numbers in a message by which Arrow's reader allocates and recurses before it has seen what they
+// count, so that none claims more than the message holds; and at how many there are, because the reader indexes past
+// the end of a list shorter than the schema.
 func (c *checkedStream) check(header, body []byte) (err error) {
 	defer func() {
 		switch cause := recover().(type) {
@@ -224,19 +228,21 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	message.vector(slotMessageMetadata, 4)
 	kind := message.byte(slotHeaderType)
 	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
-		return fault.New(fault.BadRequest, "%d more dictionaries of the schema must come before record batches", c.awaited)
+		return fault.New(fault.BadRequest, "%d more dictionaries of the schema must come before record batches",
+			c.awaited)
 	}
 	c.mem.useGoHeap(kind == headerDictionary)
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
 		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
-			return fault.New(fault.BadRequest, "a delta dictionary (isDelta) is not supported; send the whole dictionary")
+			return fault.New(fault.BadRequest, "a delta dictionary (isDelta) is not supported; send the whole "+
+				"dictionary")
 		}
 		c.awaited--
 		data := about.table(slotDictionaryData)
 		data.batch(body, c.schema.dictionaries[about.GetInt64Slot(slotDictionaryID, 0)])
 	case headerSchema:
-		c.schema = outline{dictionaries: map[int64]parts{}}
+		c.schema = outline{dictionaries: map[int64]counts{}}
 		c.schema.columns = about.fields(slotSchemaFields, 0, &c.schema)
 		about.metadata(slotSchemaMetadata, &c.schema)
 		c.awaited = len(c.schema.dictionaries)
@@ -288,18 +294,18 @@ func (t *flatTable) vector(slot flatbuffers.VOffsetT, width int) (start flatbuff
 	return start, n
 }
 
-// outline is what is kept of a schema: how large it becomes, each part counted as often as it occurs, and
-// what its columns, and its dictionaries by their id, are made of.
+// outline is what is kept of a schema: how large it becomes, shared fields counted as often as they occur, and what the
+// arrays of its columns, and of its dictionaries by their id, consist of.
 type outline struct {
 	fields, text int
-	columns      parts
-	dictionaries map[int64]parts
+	columns      counts
+	dictionaries map[int64]counts
 }
 
-// parts counts the nodes and buffers of arrays; views are the arrays that have any number of buffers more.
-type parts struct{ nodes, buffers, views int }
+// counts are the nodes and buffers of arrays; views are the arrays that may have any number of further buffers.
+type counts struct{ nodes, buffers, views int }
 
-func (p *parts) add(more parts) {
+func (p *counts) add(more counts) {
 	p.nodes += more.nodes
 	p.buffers += more.buffers
 	p.views += more.views
@@ -314,7 +320,7 @@ func (o *outline) addText(bytes int) {
 
 // fields walks over a vector of fields and those below them, and returns what their arrays are made
 // of. FlatBuffers lets many share one, so a small header could unfold to any size.
-func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) (all parts) {
+func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) (all counts) {
 	start, n := t.vector(slot, 4)
 	if seen.fields += n; seen.fields > maxSchemaFields {
 		panic(fault.New(fault.BadRequest, "a schema has %d fields at most, nested ones included", maxSchemaFields))
@@ -326,7 +332,7 @@ func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) 
 		field := t.element(start, i)
 		field.text(slotFieldName, seen)
 		field.metadata(slotFieldMetadata, seen)
-		made := parts{nodes: 1, buffers: 2}
+		made := counts{nodes: 1, buffers: 2}
 		switch field.byte(slotFieldTypeID) {
 		case typeNull, typeRunEnds:
 			made.buffers = 0
@@ -351,7 +357,7 @@ func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) 
 		if field.Offset(slotFieldDictionary) != 0 {
 			dictionary := field.table(slotFieldDictionary)
 			seen.dictionaries[dictionary.GetInt64Slot(slotEncodingID, 0)] = made
-			made = parts{nodes: 1, buffers: 2}
+			made = counts{nodes: 1, buffers: 2}
 		}
 		all.add(made)
 	}
@@ -382,13 +388,14 @@ func (t *flatTable) element(start flatbuffers.UOffsetT, i int) flatTable {
 
 // batch checks a record batch, or the data of a dictionary: that it has what the schema asks for, and
 // that no two of its buffers need the same bytes of the body.
-func (t *flatTable) batch(body []byte, want parts) {
+func (t *flatTable) batch(body []byte, want counts) {
 	if o := t.Offset(slotBatchLength); o != 0 {
 		switch n := t.GetInt64(t.Pos + flatbuffers.UOffsetT(o)); {
 		case n < 0:
 			panic(errHeader)
 		case n > MaxBatchRows:
-			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send it in parts", n, MaxBatchRows))
+			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send smaller ones", n,
+				MaxBatchRows))
 		}
 	}
 	zstd := false

@@ -1,3 +1,5 @@
+// Plans: what a descriptor means for one model.
+
 package handlers
 
 import (
@@ -34,10 +36,12 @@ func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error)
 		return nil, fault.New(kindOf(err), "model %s: %w", d.Model, err)
 	}
 	if signature.Assigns != "" {
-		return nil, d.Annotate(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent again "+
+		return nil, d.Annotate(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent "+
+			"again "+
 			"after a fault would be answered differently; export a signature that only reads", signature.Assigns))
 	}
-	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: schemaMetadata(d, signature)}
+	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: schemaMetadata(d,
+		signature)}
 	if options.Pictures, err = pictureTensors(d, signature); err != nil {
 		return nil, d.Annotate(err)
 	}
@@ -68,7 +72,8 @@ func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map
 			}
 			d.Preprocess[name] = p
 		}
-		all[name] = tensor.PictureTensor{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]), int64(p.ChannelCount())}}
+		all[name] = tensor.PictureTensor{DType: p.Type(), Shape: []int64{-1, int64(p.Size[0]), int64(p.Size[1]),
+			int64(p.ChannelCount())}}
 	}
 	return all, nil
 }

@@ -1,3 +1,5 @@
+// Pulse: whether anything moves on a stream, so that one that rests need not keep its runner in memory.
+
 package handlers
 
 import (
@@ -6,17 +8,17 @@ import (
 	"time"
 )
 
-// pulse tells when nothing has moved on a stream for a while, and when it moves again. Moving is a message that
-// comes in, an answer that is sent, and work in between; an answer that the client does not take is not. It costs a stream
-// two atomic operations a message, and a timer.
+// pulse reports when nothing has moved on a stream for a while, and when it moves again. A stream moves when a message
+// arrives, when the server works for it, and when an answer is sent; it does not while the client leaves an answer
+// unread. It costs a stream a timer, and two atomic operations a message.
 type pulse struct {
 	rest    time.Duration
 	started time.Time
 	last    atomic.Int64 // when something moved, since started
-	working atomic.Bool  // the server does something for the stream
+	working atomic.Bool  // the server works for the stream
 	resting atomic.Bool
 
-	mu     sync.Mutex // held while something is told, so that it is told in the order in which it happened
+	mu     sync.Mutex // guards what follows; held during calls of events, which keeps their order
 	lease  string
 	events StreamEvents
 	timer  *time.Timer // nil before start
@@ -25,7 +27,7 @@ type pulse struct {
 
 func newPulse(rest time.Duration) *pulse { return &pulse{rest: rest, started: time.Now()} }
 
-// start begins to tell, of the stream that a lease has opened.
+// start begins to report about the stream that a lease has opened.
 func (p *pulse) start(lease string, events StreamEvents) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -37,12 +39,12 @@ func (p *pulse) start(lease string, events StreamEvents) {
 // move notes that something moved.
 func (p *pulse) move() {
 	p.last.Store(int64(time.Since(p.started)))
-	if p.resting.Load() { // after the store: one of this and look sees the other
+	if p.resting.Load() { // move and look store, then load: at least one of them sees the other's write
 		p.stir()
 	}
 }
 
-// work notes that the server begins to do something for the stream, or has done it.
+// work notes that the server begins to work for the stream, or has finished.
 func (p *pulse) work(begins bool) {
 	p.working.Store(begins)
 	p.move()
@@ -58,7 +60,7 @@ func (p *pulse) stir() {
 	}
 }
 
-// look tells that the stream rests, or looks again when it may.
+// look reports that the stream rests, or sets the timer for when it may.
 func (p *pulse) look() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -78,7 +80,7 @@ func (p *pulse) look() {
 	p.events.StreamResting(p.lease)
 }
 
-// stop ends it; nothing is told afterwards.
+// stop ends the reports.
 func (p *pulse) stop() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -1,3 +1,5 @@
+// Tests of streams that rest and stir.
+
 package handlers
 
 import (
@@ -65,8 +67,8 @@ func TestStreamRests(t *testing.T) {
 	}
 }
 
-// TestStreamRestsWhileItsAnswerIsNotTaken has a client that does not read. gRPC takes one message of any size beyond what
-// the client's window holds; the answer to the second record batch has to wait.
+// TestStreamRestsWhileItsAnswerIsNotTaken has a client that does not read. gRPC takes one message of any size beyond
+// what the client's window holds; the answer to the second record batch has to wait.
 func TestStreamRestsWhileItsAnswerIsNotTaken(t *testing.T) {
 	s := newService(t, nil)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -1,3 +1,5 @@
+// Runner: the Flight service of a runner process, which is DoExchange alone.
+
 package handlers
 
 import (
@@ -82,7 +84,8 @@ func NewRunner(options RunnerOptions) *Runner {
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err error) {
 	defer func() {
 		kind, _ := fault.KindOf(err)
-		if err != nil && kind != fault.Unavailable && stream.Context().Err() == nil { // else its client comes again, or has left
+		// else its client comes again, or has left
+		if err != nil && kind != fault.Unavailable && stream.Context().Err() == nil {
 			r.errors.Add(1)
 		}
 	}()
@@ -107,7 +110,8 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	defer r.options.Events.StreamClosed(d.Lease.ID)
 	p.start(d.Lease.ID, r.options.Events)
 	defer p.stop() // before it is closed
-	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model), zap.String("signature", d.Signature))
+	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model),
+		zap.String("signature", d.Signature))
 	log.Debug("stream opened")
 	defer r.streams.Add(-1)
 	if r.streams.Add(1) > MaxStreams {
@@ -129,7 +133,8 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	}
 	started := time.Now()
 	err = exchange.serve(stream, arrivals)
-	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches), zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), cause(err))
+	log.Info("stream ended", zap.Int64("rows", exchange.rows), zap.Int64("record_batches", exchange.batches),
+		zap.Duration("run_time", exchange.runTime), zap.Duration("total_time", time.Since(started)), cause(err))
 	return err
 }
 
@@ -145,7 +150,8 @@ func (r *Runner) Counts() control.Counts {
 // stayAway refuses a stream that comes at a bad time.
 func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
 	stream.SetTrailer(metadata.Pairs(protocol.RetryAfter, fmt.Sprint(retryAfter.Milliseconds())))
-	return fault.New(fault.Unavailable, "the runner accepts no more streams now, %s; ask again in %d ms (%s)", reason, retryAfter.Milliseconds(), protocol.RetryAfter)
+	return fault.New(fault.Unavailable, "the runner accepts no more streams now, %s; ask again in %d ms (%s)", reason,
+		retryAfter.Milliseconds(), protocol.RetryAfter)
 }
 
 // Close waits until nothing reads any more. Call it after the gRPC server has stopped.
@@ -153,7 +159,8 @@ func (r *Runner) Close() { r.readers.Wait() }
 
 // rowError is the fault of a refused row under on_error fail.
 func rowError(batch, row int64, reason string) error {
-	return fault.New(fault.BadRequest, "row %d of record batch %d: %s; on_error \"null\" or \"column\" lets the other rows through", row, batch, reason)
+	return fault.New(fault.BadRequest, "row %d of record batch %d: %s; on_error \"null\" or \"column\" lets the other "+
+		"rows through", row, batch, reason)
 }
 
 // Interface guards.

@@ -1,3 +1,5 @@
+// Tests of a runner's service on a real socket, with an engine in plain Go.
+
 package handlers
 
 import (
@@ -168,10 +170,12 @@ func newService(t *testing.T, before func(call int) error) *service {
 		t.Fatal(err)
 	}
 	batches := batch.New(batch.Options{
-		MaxBatchSize: 1024, MaxBatchBytes: 64 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 100, NumBatchThreads: numBatchThreads,
-		Run: s.engine.Run, Memory: s.mem, Log: log,
+		MaxBatchSize: 1024, MaxBatchBytes: 64 << 20, BatchTimeout: time.Second, MaxEnqueuedBatches: 100,
+		NumBatchThreads: numBatchThreads,
+		Run:             s.engine.Run, Memory: s.mem, Log: log,
 	})
-	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key, Server: "host:1", Memory: s.mem, StreamRest: streamRest, Log: log})
+	runner := NewRunner(RunnerOptions{Engine: s.engine, Batches: batches, Events: s.events, Key: s.key,
+		Server: "host:1", Memory: s.mem, StreamRest: streamRest, Log: log})
 	s.runner = runner
 	server := NewServer(runner, log)
 	served := make(chan error, 1)
@@ -226,7 +230,8 @@ func (s *service) ticket(t *testing.T, fields string) *flight.FlightDescriptor {
 	return commandOf(t, granted(t, s.key, time.Now(), fields))
 }
 
-var listSchema = arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.ListOf(arrow.PrimitiveTypes.Float32), Nullable: true}}, nil)
+var listSchema = arrow.NewSchema([]arrow.Field{{Name: "c", Type: arrow.ListOf(arrow.PrimitiveTypes.Float32),
+	Nullable: true}}, nil)
 
 // rowsOf has a row of width elements for each number, which is its first element; NaN makes it null.
 func rowsOf(width int, rows ...float64) arrow.Record {
@@ -245,7 +250,8 @@ func rowsOf(width int, rows ...float64) arrow.Record {
 }
 
 // encode returns the messages of a stream: the schema with the descriptor, then the record batches.
-func encode(t *testing.T, fd *flight.FlightDescriptor, schema *arrow.Schema, batches ...arrow.Record) []*flight.FlightData {
+func encode(t *testing.T, fd *flight.FlightDescriptor, schema *arrow.Schema,
+	batches ...arrow.Record) []*flight.FlightData {
 	t.Helper()
 	var sink captured
 	w := flight.NewRecordWriter(&sink, ipc.WithSchema(schema))
@@ -264,7 +270,8 @@ func encode(t *testing.T, fd *flight.FlightDescriptor, schema *arrow.Schema, bat
 type captured []*flight.FlightData
 
 func (c *captured) Send(data *flight.FlightData) error {
-	*c = append(*c, &flight.FlightData{FlightDescriptor: data.FlightDescriptor, DataHeader: bytes.Clone(data.DataHeader), DataBody: bytes.Clone(data.DataBody)})
+	*c = append(*c, &flight.FlightData{FlightDescriptor: data.FlightDescriptor,
+		DataHeader: bytes.Clone(data.DataHeader), DataBody: bytes.Clone(data.DataBody)})
 	return nil
 }
 
@@ -346,11 +353,13 @@ func TestRowContract(t *testing.T) {
 	const batches5 = 2 // rows less
 	batches[5] = batches[5].NewSlice(1, 4)
 	want[5] = want[5][1:4]
-	answers, schema, err := s.exchange(t, encode(t, s.ticket(t, `,"outputs":{"y":"twice","n":"sum"},"on_error":"column"`), listSchema, batches...))
+	answers, schema, err := s.exchange(t, encode(t, s.ticket(t,
+		`,"outputs":{"y":"twice","n":"sum"},"on_error":"column"`), listSchema, batches...))
 	if err != nil || len(answers) != len(batches) {
 		t.Fatalf("%d answers to %d batches: %v", len(answers), len(batches), err)
 	}
-	if got := fmt.Sprint(schema.Field(0).Name, schema.Field(1).Name, schema.Field(2).Name, schema.NumFields()); got != "twicesumerror3" {
+	if got := fmt.Sprint(schema.Field(0).Name, schema.Field(1).Name, schema.Field(2).Name,
+		schema.NumFields()); got != "twicesumerror3" {
 		t.Errorf("the columns are %s", got)
 	}
 	for i, a := range answers {
@@ -380,11 +389,13 @@ func TestRowContract(t *testing.T) {
 				t.Errorf("batch %d, row %d: %v, %v for %v", i, row, first, sums.Value(row), x)
 			}
 		}
-		if m := a.meta; m.Batch != int64(i) || !m.Last || m.Server != server || m.TFRows != kept || m.TotalUS < m.RunUS {
+		if m := a.meta; m.Batch != int64(i) || !m.Last || m.Server != server || m.TFRows != kept ||
+			m.TotalUS < m.RunUS {
 			t.Errorf("batch %d has metadata %+v with %d rows run", i, m, kept)
 		}
 	}
-	if c := s.runner.Counts(); c.Rows != int64(next)-1-batches5 || c.Errors != 0 || c.Runs == 0 || c.RunSeconds <= 0 || c.Queued != 0 {
+	if c := s.runner.Counts(); c.Rows != int64(next)-1-batches5 || c.Errors != 0 || c.Runs == 0 || c.RunSeconds <= 0 ||
+		c.Queued != 0 {
 		t.Errorf("of %v rows, one stream, the counts are %+v", next-1-batches5, c)
 	}
 }
@@ -428,13 +439,16 @@ func TestSchemaComesBeforeTheFirstBatch(t *testing.T) {
 func TestLargeAnswer(t *testing.T) {
 	s := newService(t, nil)
 	const width = 10 << 20 // of 40 MiB a row
-	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(width, 2, 3), rowsOf(1, 4)))
+	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(width, 2, 3), rowsOf(1,
+		4)))
 	if err != nil || len(answers) != 4 {
 		t.Fatalf("%d answers: %v", len(answers), err)
 	}
-	for i, want := range []protocol.AnswerMetadata{{Batch: 0, Last: true}, {Batch: 1}, {Batch: 1, Last: true}, {Batch: 2, Last: true}} {
+	for i, want := range []protocol.AnswerMetadata{{Batch: 0, Last: true}, {Batch: 1}, {Batch: 1, Last: true},
+		{Batch: 2, Last: true}} {
 		got := answers[i]
-		if got.meta.Batch != want.Batch || got.meta.Last != want.Last || got.rec.Column(0).(*array.Float32).Value(0) != float32(i+1) {
+		if got.meta.Batch != want.Batch || got.meta.Last != want.Last ||
+			got.rec.Column(0).(*array.Float32).Value(0) != float32(i+1) {
 			t.Errorf("part %d: %+v", i, got.meta)
 		}
 	}
@@ -455,17 +469,24 @@ func TestRefusedStreams(t *testing.T) {
 		code     codes.Code
 		parts    []string
 	}{
-		"no descriptor":     {encode(t, nil, listSchema), codes.InvalidArgument, []string{"CMD descriptor"}},
-		"no JSON":           {encode(t, command("{"), listSchema), codes.InvalidArgument, []string{"descriptor: "}},
-		"no lease":          {encode(t, command(`{"v":1,"model":"m"}`), listSchema), codes.Unavailable, []string{"ticket of GetFlightInfo"}},
-		"expired lease":     {encode(t, commandOf(t, expired), listSchema), codes.Unavailable, []string{"expired"}},
-		"another's ticket":  {encode(t, commandOf(t, other), listSchema), codes.Unavailable, []string{"unchanged ticket of GetFlightInfo"}},
-		"used lease":        {encode(t, used, listSchema), codes.Unavailable, []string{"opened a stream already"}},
-		"unknown signature": {encode(t, s.ticket(t, `,"signature":"nope"`), listSchema), codes.NotFound, []string{`no signature "nope"`}},
-		"wrong column":      {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument, []string{"model m, signature serving_default", `column "c" of int64`, "wants elements of float32", `"x" float32 [?,?]`}},
-		"null refused":      {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, rowsOf(1, 1), rowsOf(1, 1, math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
-		"nothing at all":    {nil, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
-		"no schema":         {[]*flight.FlightData{{FlightDescriptor: s.ticket(t, "")}}, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
+		"no descriptor": {encode(t, nil, listSchema), codes.InvalidArgument, []string{"CMD descriptor"}},
+		"no JSON":       {encode(t, command("{"), listSchema), codes.InvalidArgument, []string{"descriptor: "}},
+		"no lease": {encode(t, command(`{"v":1,"model":"m"}`), listSchema), codes.Unavailable,
+			[]string{"ticket of GetFlightInfo"}},
+		"expired lease": {encode(t, commandOf(t, expired), listSchema), codes.Unavailable, []string{"expired"}},
+		"another's ticket": {encode(t, commandOf(t, other), listSchema), codes.Unavailable,
+			[]string{"unchanged ticket of GetFlightInfo"}},
+		"used lease": {encode(t, used, listSchema), codes.Unavailable, []string{"opened a stream already"}},
+		"unknown signature": {encode(t, s.ticket(t, `,"signature":"nope"`), listSchema), codes.NotFound,
+			[]string{`no signature "nope"`}},
+		"wrong column": {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument,
+			[]string{"model m, signature serving_default", `column "c" of int64`, "wants elements of float32",
+				`"x" float32 [?,?]`}},
+		"null refused": {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, rowsOf(1, 1), rowsOf(1, 1,
+			math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
+		"nothing at all": {nil, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
+		"no schema": {[]*flight.FlightData{{FlightDescriptor: s.ticket(t, "")}}, codes.InvalidArgument,
+			[]string{"must begin with a descriptor and a schema"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, _, err := s.exchange(t, c.messages)
@@ -473,7 +494,8 @@ func TestRefusedStreams(t *testing.T) {
 		})
 	}
 	for _, policy := range []string{"null", "column"} {
-		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema, rowsOf(1, 1, math.NaN())))
+		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema,
+			rowsOf(1, 1, math.NaN())))
 		if err != nil || answers[0].rec.Column(0).NullN() != 1 {
 			t.Fatalf("on_error %s: %v", policy, err)
 		}
@@ -494,9 +516,13 @@ func TestEngineFails(t *testing.T) {
 		code  codes.Code
 		parts []string
 	}{
-		"bad request": {func() error { return fault.New(fault.BadRequest, "TensorFlow refused it: shapes") }, codes.InvalidArgument, []string{"model m, signature serving_default: row 0 of record batch 2: TensorFlow refused it: shapes"}},
-		"deadline":    {func() error { return fault.New(fault.Deadline, "too slow") }, codes.DeadlineExceeded, []string{"model m", "record batch 2: too slow"}},
-		"memory":      {func() error { return fault.New(fault.Exhausted, "no memory") }, codes.ResourceExhausted, []string{"no memory"}},
+		"bad request": {func() error { return fault.New(fault.BadRequest, "TensorFlow refused it: shapes") },
+			codes.InvalidArgument, []string{"model m, signature serving_default: row 0 of record batch 2: TensorFlow " +
+				"refused it: shapes"}},
+		"deadline": {func() error { return fault.New(fault.Deadline, "too slow") }, codes.DeadlineExceeded,
+			[]string{"model m", "record batch 2: too slow"}},
+		"memory": {func() error { return fault.New(fault.Exhausted, "no memory") }, codes.ResourceExhausted,
+			[]string{"no memory"}},
 		"plain error": {func() error { return errors.New("broken") }, codes.Internal, []string{"model m", "broken"}},
 		"panic":       {func() error { panic("secret detail") }, codes.Internal, []string{"its log has the details"}},
 	} {
@@ -507,7 +533,8 @@ func TestEngineFails(t *testing.T) {
 				}
 				return nil
 			})
-			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 0), rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4)))
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 0), rowsOf(1, 1),
+				rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4)))
 			wantStatus(t, err, c.code, c.parts...)
 			if len(answers) != 2 {
 				t.Errorf("%d batches were answered before the error, want 2", len(answers))
@@ -518,7 +545,8 @@ func TestEngineFails(t *testing.T) {
 			if name == "panic" && s.logs.FilterMessage("panic").Len() != 1 {
 				t.Error("the log says nothing of the panic")
 			}
-			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
+			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
+				len(answers) != 1 {
 				t.Errorf("the next stream: %d answers, %v", len(answers), err)
 			}
 		})
@@ -542,7 +570,8 @@ func TestClientLeaves(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4), rowsOf(1, 5), rowsOf(1, 6), rowsOf(1, 7))
+		messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4),
+			rowsOf(1, 5), rowsOf(1, 6), rowsOf(1, 7))
 		working.Go(func() {
 			for _, m := range messages {
 				if stream.Send(m) != nil {
@@ -574,17 +603,24 @@ func TestClientLeaves(t *testing.T) {
 		opened, closed := s.events.counts()
 		return opened == 8 && closed == 8
 	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
+		len(answers) != 1 {
 		t.Errorf("the next stream: %d answers, %v", len(answers), err)
 	}
 }
 
 // TestLogsDoNotQuote lets TensorFlow quote a row in its error.
 func TestLogsDoNotQuote(t *testing.T) {
-	s := newService(t, func(int) error { return fault.New(fault.BadRequest, TensorFlowSays+"SECRET-4111 is no number") })
+	s := newService(t, func(int) error {
+		return fault.New(fault.BadRequest,
+			TensorFlowSays+"SECRET-4111 is no number")
+	})
 	_, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1)))
 	wantStatus(t, err, codes.InvalidArgument, "SECRET-4111")
-	expect.Eventually(t, "the end of the call is logged", func() bool { return s.logs.FilterMessage("call ended").Len() == 1 })
+	expect.Eventually(t, "the end of the call is logged", func() bool {
+		return s.logs.FilterMessage("call "+
+			"ended").Len() == 1
+	})
 	for _, line := range s.logs.All() {
 		for _, field := range line.Context {
 			if strings.Contains(field.String, "SECRET") {
@@ -622,7 +658,8 @@ func TestBackPressure(t *testing.T) {
 			full := int64(c.size * c.held)
 			expect.Eventually(t, "the server has read all that it may", func() bool { return s.mem.Live() >= full })
 			most := int64(0)
-			for deadline := time.Now().Add(300 * time.Millisecond); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			deadline := time.Now().Add(300 * time.Millisecond)
+			for ; time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 				most = max(most, s.mem.Live())
 			}
 			if most >= full+int64(c.size) {
@@ -649,11 +686,14 @@ func TestMalformedBatches(t *testing.T) {
 		"tiny header":      func(m *flight.FlightData) { m.DataHeader = []byte{1, 2} },
 		"noise for header": func(m *flight.FlightData) { m.DataHeader = bytes.Repeat([]byte{0xa5}, len(m.DataHeader)) },
 		"half a header":    func(m *flight.FlightData) { m.DataHeader = m.DataHeader[:len(m.DataHeader)/2] },
-		"a second schema":  func(m *flight.FlightData) { m.DataHeader, m.DataBody = encode(t, nil, listSchema)[0].DataHeader, nil },
-		"negative offset":  func(m *flight.FlightData) { offsets(m.DataBody, 1<<31, 2, 4) },
-		"falling offsets":  func(m *flight.FlightData) { offsets(m.DataBody, 0, 4, 2) },
-		"offset beyond":    func(m *flight.FlightData) { offsets(m.DataBody, 0, 2, 1<<30) },
-		"ragged lists":     func(m *flight.FlightData) { offsets(m.DataBody, 0, 1, 4) },
+		"a second schema": func(m *flight.FlightData) {
+			m.DataHeader, m.DataBody = encode(t, nil,
+				listSchema)[0].DataHeader, nil
+		},
+		"negative offset": func(m *flight.FlightData) { offsets(m.DataBody, 1<<31, 2, 4) },
+		"falling offsets": func(m *flight.FlightData) { offsets(m.DataBody, 0, 4, 2) },
+		"offset beyond":   func(m *flight.FlightData) { offsets(m.DataBody, 0, 2, 1<<30) },
+		"ragged lists":    func(m *flight.FlightData) { offsets(m.DataBody, 0, 1, 4) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(2, 1), rowsOf(2, 2, 3))
@@ -680,7 +720,8 @@ func TestMalformedBatches(t *testing.T) {
 			t.Errorf("%d panics", n)
 		}
 	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil || len(answers) != 1 {
+	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
+		len(answers) != 1 {
 		t.Errorf("the next stream: %d answers, %v", len(answers), err)
 	}
 }
@@ -733,7 +774,11 @@ func TestOneStreamTooMany(t *testing.T) {
 		return err == nil && len(answers) == 1
 	})
 	cancel()
-	expect.Eventually(t, "all streams have ended", func() bool { opened, closed := s.events.counts(); return opened == closed })
+	expect.Eventually(t, "all streams have ended", func() bool {
+		opened,
+			closed := s.events.counts()
+		return opened == closed
+	})
 }
 
 func TestManyStreamsAtOnce(t *testing.T) {
@@ -741,7 +786,8 @@ func TestManyStreamsAtOnce(t *testing.T) {
 	var working sync.WaitGroup
 	for i := range 16 {
 		working.Go(func() {
-			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, float64(i)), rowsOf(1, float64(-i))))
+			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, float64(i)), rowsOf(1,
+				float64(-i))))
 			if err != nil || len(answers) != 2 || answers[1].rec.Column(0).(*array.Float32).Value(0) != float32(-i) {
 				t.Errorf("stream %d: %d answers, %v", i, len(answers), err)
 			}

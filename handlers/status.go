@@ -1,3 +1,5 @@
+// Status: how errors become gRPC codes and sentences, and what is logged of them.
+
 package handlers
 
 import (
@@ -87,7 +89,8 @@ var errPanic = fault.New(fault.Internal, "the server hit a defect while serving 
 // guard turns a panic in a handler into an error and a log line.
 func guard(log *zap.Logger, method string, err *error) {
 	if cause := recover(); cause != nil {
-		log.Error("panic", zap.String("method", method), zap.Any("cause", cause), zap.ByteString("stack", debug.Stack()))
+		log.Error("panic", zap.String("method", method), zap.Any("cause", cause), zap.ByteString("stack",
+			debug.Stack()))
 		*err = errPanic
 	}
 }
@@ -120,12 +123,14 @@ func Interceptors(log *zap.Logger) []grpc.ServerOption {
 		return err
 	}
 	return []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (reply any, err error) {
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo,
+			next grpc.UnaryHandler) (reply any, err error) {
 			defer func() { err = finish(ctx, info.FullMethod, err) }()
 			defer guard(log, info.FullMethod, &err)
 			return next(ctx, req)
 		}),
-		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo,
+			next grpc.StreamHandler) (err error) {
 			defer func() { err = finish(stream.Context(), info.FullMethod, err) }()
 			defer guard(log, info.FullMethod, &err)
 			return next(srv, stream)

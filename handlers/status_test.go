@@ -15,8 +15,10 @@ import (
 func TestStatusTable(t *testing.T) {
 	want := map[fault.Kind]codes.Code{
 		fault.Internal: codes.Internal, fault.BadRequest: codes.InvalidArgument, fault.NotFound: codes.NotFound,
-		fault.Unavailable: codes.Unavailable, fault.Exhausted: codes.ResourceExhausted, fault.Precondition: codes.FailedPrecondition,
-		fault.Deadline: codes.DeadlineExceeded, fault.Canceled: codes.Canceled, fault.Unimplemented: codes.Unimplemented,
+		fault.Unavailable: codes.Unavailable, fault.Exhausted: codes.ResourceExhausted,
+		fault.Precondition: codes.FailedPrecondition,
+		fault.Deadline:     codes.DeadlineExceeded, fault.Canceled: codes.Canceled,
+		fault.Unimplemented: codes.Unimplemented,
 	}
 	// Unimplemented is the last kind; a new one must be added here, in the table and in this line.
 	for kind := fault.Internal; kind <= fault.Unimplemented; kind++ {
@@ -24,7 +26,8 @@ func TestStatusTable(t *testing.T) {
 		if mapped, known := table[kind]; !ok || !known || mapped != code {
 			t.Errorf("kind %d has code %s, %t; want %s, %t", kind, mapped, known, code, ok)
 		}
-		if got := status.Convert(statusOf(fmt.Errorf("around: %w", fault.New(kind, "a sentence")))); got.Code() != code || got.Message() != "around: a sentence" {
+		if got := status.Convert(statusOf(fmt.Errorf("around: %w", fault.New(kind,
+			"a sentence")))); got.Code() != code || got.Message() != "around: a sentence" {
 			t.Errorf("kind %d became %v", kind, got)
 		}
 	}
@@ -53,7 +56,8 @@ func TestStatusOfOtherErrors(t *testing.T) {
 		{context.Canceled, codes.Canceled, "the caller left"},
 		{fmt.Errorf("wait: %w", context.DeadlineExceeded), codes.DeadlineExceeded, "the caller's deadline passed"},
 		{status.Error(codes.Unavailable, "from the runner"), codes.Unavailable, "from the runner"},
-		{fault.New(fault.Deadline, "too late: %w", context.Canceled), codes.DeadlineExceeded, "too late: context canceled"},
+		{fault.New(fault.Deadline, "too late: %w", context.Canceled), codes.DeadlineExceeded,
+			"too late: context canceled"},
 	} {
 		if got := status.Convert(statusOf(c.err)); got.Code() != c.code || got.Message() != c.message {
 			t.Errorf("%v became %v", c.err, got)

@@ -13,6 +13,7 @@ import (
 	"flightsvc/gpu"
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/savedmodel"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
@@ -72,12 +73,13 @@ func (b *budget) capLocked(c *claim) {
 type budget struct {
 	total   int64 // 0 is no bound
 	granted []*claim
+	reading int64         // bytes with which graphs of models are read now
 	waiting []*claim      // in order; the first alone may be granted
 	changed chan struct{} // closed, and made anew, when a claim may fit that did not
 }
 
 func (b *budget) held() int64 {
-	total := int64(0)
+	total := b.reading
 	for _, claim := range b.granted {
 		total += claim.bytes
 	}
@@ -135,6 +137,39 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 				c.evictLocked(short, time.Now())
 			}
 		}
+		changed := c.memory.changed
+		c.mu.Unlock()
+		select {
+		case <-changed:
+		case <-recheck.C:
+		case <-ctx.Done():
+		}
+		c.mu.Lock()
+	}
+}
+
+// reserve waits until the host's memory has room for reading the graph of a model, as admit does for a runner. Fewer
+// bytes than 0 are given back.
+func (c *Cache) reserve(ctx context.Context, bytes int64) error {
+	ctx, cancel := context.WithTimeout(ctx, c.options.LoadTimeout)
+	defer cancel()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	recheck := time.NewTicker(tick) // leases expire without a word
+	defer recheck.Stop()
+	for {
+		short := c.memory.held() + bytes - c.memory.total
+		if bytes < 0 || c.memory.total == 0 || short <= 0 {
+			c.memory.reading += bytes
+			c.memory.wakeLocked()
+			return nil
+		}
+		if ctx.Err() != nil || c.memory.reading+bytes > c.memory.total {
+			return fault.New(fault.Exhausted, "reading its %s needs %s of this host's memory, and of %s for all models %s are taken; "+
+				"end some streams, or set memory to more", savedmodel.File, config.Bytes(c.memory.reading+bytes),
+				config.Bytes(c.memory.total), config.Bytes(c.memory.held()))
+		}
+		c.evictLocked(short, time.Now())
 		changed := c.memory.changed
 		c.mu.Unlock()
 		select {

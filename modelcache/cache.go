@@ -69,30 +69,12 @@ func New(options Options) *Cache {
 	if c.options.Devices == nil {
 		c.options.Devices = &gpu.Inventory{}
 	}
+	if options.Repository != nil {
+		options.Repository.ReserveWith(c.reserve)
+	}
 	c.working.Go(c.tend)
 	c.working.Go(func() { c.options.Devices.Watch(ctx, c.drain) })
 	return c
-}
-
-// tend looks after the runners until the Cache closes.
-func (c *Cache) tend() {
-	ticker := time.NewTicker(tick)
-	defer ticker.Stop()
-	polled := time.Now()
-	for {
-		select {
-		case <-c.ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		c.measure()
-		c.endIdle(time.Now())
-		c.forgetOld(time.Now())
-		if c.options.PollInterval > 0 && time.Since(polled) >= c.options.PollInterval {
-			c.poll()
-			polled = time.Now()
-		}
-	}
 }
 
 // Ready returns a runner that has the model loaded on a device, and starts one if there is none. device is as
@@ -111,7 +93,9 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 		case <-ctx.Done():
 		}
 		c.mu.Lock()
-		s.callers--
+		if s.callers--; s.callers == 0 {
+			s.leave()
+		}
 		runner, err := s.runner, s.err
 		c.mu.Unlock()
 		switch {
@@ -126,21 +110,6 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 		}
 		c.forget(s)
 	}
-}
-
-// Loaded returns the live runner of a model, without loading anything.
-func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
-	target, err := c.targetOf(model, device)
-	if err != nil {
-		return nil, false
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s := c.slotLocked(model, target)
-	if s == nil || s.runner == nil || !s.runner.Alive() {
-		return nil, false
-	}
-	return s.runner, true
 }
 
 // slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
@@ -160,6 +129,7 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 			return nil, err
 		}
 		s = &slot{model: model, target: target, state: StateQueued, used: time.Now(), loaded: make(chan struct{})}
+		s.waiting, s.leave = context.WithCancel(c.ctx)
 		c.slots = append(c.slots, s)
 		c.working.Go(func() { c.load(s) })
 	}
@@ -176,124 +146,6 @@ func (c *Cache) slotLocked(model repository.Model, target target) *slot {
 		}
 	}
 	return nil
-}
-
-// Unload ends the runners of a model and returns the version that it had. Nothing happens where there is
-// no runner. A model whose files have gone is found by the reference with which it was loaded.
-// Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
-func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
-	version = cmp.Or(version, repository.Latest)
-	model, err := c.Resolve(ctx, ref, version)
-	c.mu.Lock()
-	found := c.loadedAsLocked(func(s *slot) bool { return err == nil && s.model.Dir == model.Dir })
-	if err != nil {
-		found = c.loadedAsLocked(func(s *slot) bool {
-			return s.model.Ref == ref && (version == repository.Latest || version == s.model.Version)
-		})
-		if len(found) == 0 {
-			c.mu.Unlock()
-			return "", err
-		}
-		model, err = found[0].model, nil
-	}
-	if c.ctx.Err() != nil {
-		err = repository.ErrClosing
-	}
-	for _, s := range found {
-		if err != nil {
-			break
-		}
-		if s.runner == nil {
-			err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
-		} else if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
-			err = inUse(ref, model.Version, streams, leases)
-		}
-	}
-	var ending sync.WaitGroup
-	for _, s := range found {
-		if err != nil {
-			break
-		}
-		if streams, leases := s.runner.retire(time.Now()); streams+leases > 0 {
-			err = inUse(ref, model.Version, streams, leases)
-			break
-		}
-		c.endLocked(s, "asked", &ending)
-	}
-	c.mu.Unlock()
-	ending.Wait()
-	return model.Version, err
-}
-
-func inUse(ref, version string, streams, leases int) error {
-	return fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, version, streams, leases)
-}
-
-func (c *Cache) loadedAsLocked(is func(*slot) bool) (found []*slot) {
-	for _, s := range c.slots {
-		if is(s) {
-			found = append(found, s)
-		}
-	}
-	return found
-}
-
-// forget drops a slot, so that the next caller starts another.
-func (c *Cache) forget(s *slot) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.forgetLocked(s)
-}
-
-func (c *Cache) forgetLocked(s *slot) {
-	c.slots = slices.DeleteFunc(c.slots, func(other *slot) bool { return other == s })
-}
-
-// Memory returns how the host's memory stands.
-func (c *Cache) Memory() protocol.Memory {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return protocol.Memory{Budget: c.memory.total, Reserved: c.memory.held()}
-}
-
-// Busy reports whether a model is loading, has an open stream, or an unexpired lease.
-func (c *Cache) Busy() bool {
-	for _, model := range c.Status() {
-		switch model.State {
-		case StateQueued, StateLoading, StateWarming:
-			return true
-		}
-		if model.Streams > 0 || model.Leases > 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// Streams returns how many streams are open at runners.
-func (c *Cache) Streams() int {
-	n := 0
-	for _, model := range c.Status() {
-		n += model.Streams
-	}
-	return n
-}
-
-// Close ends all loads and runners and waits until their processes are gone.
-func (c *Cache) Close() {
-	c.mu.Lock()
-	c.stop()
-	c.mu.Unlock()
-	c.working.Wait() // loads end with c.ctx
-	var ending sync.WaitGroup
-	c.mu.Lock()
-	for _, s := range slices.Clone(c.slots) {
-		if s.runner != nil {
-			ending.Go(s.runner.Close)
-		}
-	}
-	c.mu.Unlock()
-	ending.Wait()
 }
 
 // load takes a slot from queued to ready or failed.
@@ -340,7 +192,9 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	if err := c.backOff(s); err != nil {
 		return nil, err
 	}
-	digest, err := c.options.Repository.Digest(c.ctx, s.model)
+	ctx, cancel := context.WithTimeout(s.waiting, c.options.LoadTimeout)
+	digest, err := c.options.Repository.Digest(ctx, s.model)
+	cancel()
 	if err != nil {
 		return nil, err
 	}
@@ -384,7 +238,7 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
 		var hold func() // before the files are read, until the process is gone
-		if hold, err = c.options.Repository.Hold(repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
+		if hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
 			release = hold
 		}
 	}
@@ -419,12 +273,6 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	want.placement.Settle(want.need)
 	c.healthOf(s.model, (*health).loaded)
 	return runner, nil
-}
-
-func (c *Cache) setState(s *slot, state string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s.state = state
 }
 
 // setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
@@ -473,4 +321,93 @@ func (c *Cache) failed(s *slot, err error) error {
 		c.healthOf(s.model, func(h *health) { h.failed(time.Now(), err.Error()) })
 	}
 	return err
+}
+
+func (c *Cache) setState(s *slot, state string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.state = state
+}
+
+// tend looks after the runners until the Cache closes.
+func (c *Cache) tend() {
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	polled := time.Now()
+	for {
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		c.measure()
+		c.endIdle(time.Now())
+		c.forgetOld(time.Now())
+		if c.options.PollInterval > 0 && time.Since(polled) >= c.options.PollInterval {
+			c.poll()
+			polled = time.Now()
+		}
+	}
+}
+
+// Loaded returns the live runner of a model, without loading anything.
+func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
+	target, err := c.targetOf(model, device)
+	if err != nil {
+		return nil, false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.slotLocked(model, target)
+	if s == nil || s.runner == nil || !s.runner.Alive() {
+		return nil, false
+	}
+	return s.runner, true
+}
+
+// Memory returns how the host's memory stands.
+func (c *Cache) Memory() protocol.Memory {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return protocol.Memory{Budget: c.memory.total, Reserved: c.memory.held()}
+}
+
+// Busy reports whether a model is loading, has an open stream, or an unexpired lease.
+func (c *Cache) Busy() bool {
+	for _, model := range c.Status() {
+		switch model.State {
+		case StateQueued, StateLoading, StateWarming:
+			return true
+		}
+		if model.Streams > 0 || model.Leases > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// Streams returns how many streams are open at runners.
+func (c *Cache) Streams() int {
+	n := 0
+	for _, model := range c.Status() {
+		n += model.Streams
+	}
+	return n
+}
+
+// Close ends all loads and runners and waits until their processes are gone.
+func (c *Cache) Close() {
+	c.mu.Lock()
+	c.stop()
+	c.mu.Unlock()
+	c.working.Wait() // loads end with c.ctx
+	var ending sync.WaitGroup
+	c.mu.Lock()
+	for _, s := range slices.Clone(c.slots) {
+		if s.runner != nil {
+			ending.Go(s.runner.Close)
+		}
+	}
+	c.mu.Unlock()
+	ending.Wait()
 }

@@ -232,7 +232,7 @@ func TestWhatFitsOnNoDeviceHoldsNobodyUp(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // load-timeout is a minute
 		defer cancel()
 		_, err := cache.Ready(ctx, large, "3")
-		expect.Fault(t, err, fault.Exhausted, "model large, version 1: it needs 41.0 GiB of device memory", "40960 MiB", "use another device, or set allow-cpu-fallback")
+		expect.Fault(t, err, fault.Exhausted, "model large, version 1: it needs 41 GiB of device memory", "40960 MiB", "use another device, or set allow-cpu-fallback")
 	})
 }
 

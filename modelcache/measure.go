@@ -36,7 +36,7 @@ func (c *Cache) Measure(ctx context.Context, model repository.Model, choice prot
 	if setup.OpLibraries, err = c.options.Repository.AllowedLibraries(model); err != nil {
 		return control.Report{}, err
 	}
-	unhold, err := c.options.Repository.Hold(repository.Model{Ref: model.Ref, Dir: setup.Dir})
+	unhold, err := c.options.Repository.Hold(ctx, repository.Model{Ref: model.Ref, Dir: setup.Dir})
 	if err != nil {
 		return control.Report{}, err
 	}

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
@@ -739,5 +740,68 @@ func TestUnloadGrantsNoLeaseOnTheWayOut(t *testing.T) {
 			})
 		}
 		working.Wait()
+	})
+}
+
+// TestHashingIsPartOfALoad loads a model with a sparse file of 4 TB, whose digest is not there for a long time.
+func TestHashingIsPartOfALoad(t *testing.T) {
+	for name, c := range map[string]struct {
+		timeout, patience time.Duration
+		ends              func(error) bool
+	}{
+		"the load times out": {50 * time.Millisecond, time.Minute, func(err error) bool {
+			kind, _ := fault.KindOf(err)
+			return kind == fault.Deadline && strings.Contains(err.Error(), "not loaded within 50ms (load-timeout)")
+		}},
+		"its caller leaves": {time.Minute, 50 * time.Millisecond, func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cache, model := newPool(t, "good", func(o *Options) { o.LoadTimeout = c.timeout })
+			weights := filepath.Join(model.Dir, "weights")
+			expect.Write(t, weights, "")
+			if err := os.Truncate(weights, 4<<40); err != nil {
+				t.Fatal(err)
+			}
+			model, err := cache.Resolve(t.Context(), "m", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), c.patience)
+			defer cancel()
+			if _, err := cache.Ready(ctx, model, ""); !c.ends(err) {
+				t.Error(err)
+			}
+			expect.Eventually(t, "nothing is loaded any more", func() bool { return !cache.Busy() && len(started(cache)) == 0 })
+		})
+	}
+}
+
+// TestReadingTakesMemory reads a graph that needs more than 1 MiB of memory beside a runner that nobody uses, then one
+// that is in use.
+func TestReadingTakesMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, models := poolOf(t, 1, 2, func(o *Options) { o.LoadTimeout = 2 * time.Second })
+		nodes := ""
+		for i := range 20_000 { // GraphDef.node, NodeDef.name
+			nodes += fmt.Sprintf("\x0a\x08\x0a\x06%06d", i)
+		}
+		graph := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte(nodes)) // MetaGraphDef.graph_def
+		meta := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), graph)          // SavedModel.meta_graphs
+		path := filepath.Join(rootOf(t, cache), "large", savedmodel.File)
+		expect.Write(t, path, string(meta)+expect.SavedModel())
+
+		if _, err := cache.Ready(t.Context(), models[0], ""); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := cache.Resolve(t.Context(), "large", ""); err != nil {
+			t.Errorf("beside a runner that nobody uses: %v", err)
+		}
+		if held := cache.Memory().Reserved; held != 0 {
+			t.Errorf("%d bytes are reserved when it has been read", held)
+		}
+		leaseOf(t, cache, models[1], "lease")
+		expect.Write(t, path, string(meta)+string(meta)+expect.SavedModel()) // another one
+		_, err := cache.Resolve(t.Context(), "large", "")
+		expect.Fault(t, err, fault.Exhausted, "reading its saved_model.pb needs 1 MiB", "set memory to more")
 	})
 }

@@ -62,7 +62,10 @@ func (p *Programs) Start(ctx context.Context, setup control.Setup, defaults, fix
 		return nil, err
 	}
 	cmd := exec.Command(p.Binary) //nolint:gosec // the binary lies beside our own
-	cmd.Env, cmd.Stderr = runnerEnv(os.Environ(), library, defaults, fixed), os.Stderr
+	log := p.Log.With(zap.String("model", setup.Model))
+	said := &runnerLog{out: os.Stderr, log: log}
+	cmd.Env, cmd.Stderr = runnerEnv(os.Environ(), library, defaults, fixed), said
+	cmd.WaitDelay = runnerGrace // a child of the runner may keep its standard error open
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -75,7 +78,7 @@ func (p *Programs) Start(ctx context.Context, setup control.Setup, defaults, fix
 		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", setup.Model, p.Binary, err)
 	}
 	_, _ = stdin.Write(append(line, '\n')) // a runner that is gone already says why in its reports, or not at all
-	return &program{cmd: cmd, stdin: stdin, lines: bufio.NewReaderSize(stdout, maxReport), log: p.Log.With(zap.String("model", setup.Model))}, nil
+	return &program{cmd: cmd, stdin: stdin, lines: bufio.NewReaderSize(stdout, maxReport), said: said, log: log}, nil
 }
 
 // maxReport bounds a line that a runner writes: longer ones are no reports.
@@ -86,6 +89,7 @@ type program struct {
 	cmd   *exec.Cmd
 	stdin io.WriteCloser
 	lines *bufio.Reader
+	said  *runnerLog
 	log   *zap.Logger
 }
 
@@ -111,6 +115,7 @@ func (p *program) Report() (report control.Report, err error) {
 
 func (p *program) Wait() string {
 	_ = p.cmd.Wait() // how it ended is in its state
+	p.said.close()
 	return p.cmd.ProcessState.String()
 }
 

@@ -2,6 +2,7 @@ package modelcache
 
 import (
 	"cmp"
+	"context"
 	"maps"
 	"slices"
 	"sync"
@@ -9,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/fault"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
@@ -32,7 +34,9 @@ type slot struct {
 	target  target        // of the caller who came first
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
-	callers int // of Ready that wait
+	callers int             // of Ready that wait
+	waiting context.Context // ends when all callers have left
+	leave   context.CancelFunc
 	runner  *Runner
 	err     error
 
@@ -154,4 +158,75 @@ func (c *Cache) measure() {
 			c.learn(s, func(p *tuning.Profile) { p.HostBytes = max(p.HostBytes, most) })
 		}
 	}
+}
+
+// Unload ends the runners of a model and returns the version that it had. Nothing happens where there is
+// no runner. A model whose files have gone is found by the reference with which it was loaded.
+// Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
+func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
+	version = cmp.Or(version, repository.Latest)
+	model, err := c.Resolve(ctx, ref, version)
+	c.mu.Lock()
+	found := c.loadedAsLocked(func(s *slot) bool { return err == nil && s.model.Dir == model.Dir })
+	if err != nil {
+		found = c.loadedAsLocked(func(s *slot) bool {
+			return s.model.Ref == ref && (version == repository.Latest || version == s.model.Version)
+		})
+		if len(found) == 0 {
+			c.mu.Unlock()
+			return "", err
+		}
+		model, err = found[0].model, nil
+	}
+	if c.ctx.Err() != nil {
+		err = repository.ErrClosing
+	}
+	for _, s := range found {
+		if err != nil {
+			break
+		}
+		if s.runner == nil {
+			err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
+		} else if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
+			err = inUse(ref, model.Version, streams, leases)
+		}
+	}
+	var ending sync.WaitGroup
+	for _, s := range found {
+		if err != nil {
+			break
+		}
+		if streams, leases := s.runner.retire(time.Now()); streams+leases > 0 {
+			err = inUse(ref, model.Version, streams, leases)
+			break
+		}
+		c.endLocked(s, "asked", &ending)
+	}
+	c.mu.Unlock()
+	ending.Wait()
+	return model.Version, err
+}
+
+func inUse(ref, version string, streams, leases int) error {
+	return fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, version, streams, leases)
+}
+
+func (c *Cache) loadedAsLocked(is func(*slot) bool) (found []*slot) {
+	for _, s := range c.slots {
+		if is(s) {
+			found = append(found, s)
+		}
+	}
+	return found
+}
+
+// forget drops a slot, so that the next caller starts another.
+func (c *Cache) forget(s *slot) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgetLocked(s)
+}
+
+func (c *Cache) forgetLocked(s *slot) {
+	c.slots = slices.DeleteFunc(c.slots, func(other *slot) bool { return other == s })
 }

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -17,6 +16,7 @@ import (
 
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 )
@@ -30,7 +30,7 @@ const zerosTime = 10 * time.Second
 func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logger) error {
 	started := time.Now()
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
-	file, err := os.Open(path) //nolint:gosec // of the model
+	file, err := regular.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		// Logged before, because zeros may end the process.
 		log.Info("warming up with zeros",

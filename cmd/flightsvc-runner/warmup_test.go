@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/binary"
+	"errors"
 	"hash/crc32"
 	"os"
 	"os/exec"
@@ -20,6 +21,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -159,6 +161,12 @@ func TestWarmUpWithRequests(t *testing.T) {
 	defer func() { _ = e.session.Close() }()
 	expect.Fault(t, e.warmUp(setup, &offheap.Allocator{}, zap.NewNop()), fault.BadRequest, "record 1",
 		"TensorFlow refused it", "float")
+	// A pipe, on which reading would never end.
+	requests := filepath.Join(setup.Dir, savedmodel.WarmupFile)
+	if err := errors.Join(os.Remove(requests), unix.Mkfifo(requests, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	expect.Fault(t, e.warmUp(setup, &offheap.Allocator{}, zap.NewNop()), fault.Precondition, "not a regular file")
 }
 
 func TestWarmUpWithZeros(t *testing.T) {

@@ -1,3 +1,5 @@
+// Detaching: a front in a session of its own, and the line by which it says that it serves.
+
 package main
 
 import (
@@ -43,8 +45,11 @@ const detachedVariable = "FLIGHTSVC_DETACHED"
 // keptVariables and keptPrefixes are the environment of a detached front. Whoever starts it may have
 // settings that are wrong for a server: pyspark sets OMP_NUM_THREADS=1 in its workers.
 var (
-	keptVariables = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"}
-	keptPrefixes  = []string{"LC_", "XDG_", "FLIGHTSVC_", "TF_", "CUDA_", "NVIDIA_", "AWS_", "GOOGLE_", "AZURE_"} // the last three are credentials for models in stores
+	keptVariables = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV",
+		"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
+		"https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"}
+	// the last three are credentials for models in stores
+	keptPrefixes = []string{"LC_", "XDG_", "FLIGHTSVC_", "TF_", "CUDA_", "NVIDIA_", "AWS_", "GOOGLE_", "AZURE_"}
 )
 
 // keptLogs is how many log files stay; the oldest go first.
@@ -122,5 +127,6 @@ func logFile(runDir string) (*os.File, error) {
 		_ = os.Remove(path)
 	}
 	name := fmt.Sprintf("front-%s-%d.log", time.Now().UTC().Format("20060102T150405.000"), os.Getpid())
-	return os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_EXCL|os.O_APPEND|os.O_WRONLY, 0o600) //nolint:gosec // our own folder
+	const flags = os.O_CREATE | os.O_EXCL | os.O_APPEND | os.O_WRONLY
+	return os.OpenFile(filepath.Join(dir, name), flags, 0o600) //nolint:gosec // our own folder
 }

@@ -1,3 +1,5 @@
+// Fronts that commands talk to: finding one, and starting this user's own.
+
 package main
 
 import (
@@ -22,7 +24,8 @@ import (
 // with Python's connect().
 const userFolder = "user"
 
-// readyTimeout bounds how long a front may take to say that it is there, and endTimeout how long one that does not say so may take to end.
+// readyTimeout bounds how long a front may take to say that it is there, and endTimeout how long one that does not say
+// so may take to end.
 const (
 	readyTimeout = 5 * time.Second
 	endTimeout   = 15 * time.Second
@@ -30,15 +33,16 @@ const (
 
 // frontFlags say which front a command talks to.
 type frontFlags struct {
-	Endpoint string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"The front to connect to. Default: this user's own, in the folder user of the run-dir."`
-	RunDir   string `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"Folder for sockets. Default: $$XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID."`
+	Endpoint string `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"${endpoint_help}"`
+	RunDir   string `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"${run_dir_help}"`
 }
 
 // errNone says that there is no front to ask.
 type errNone struct{ folder string }
 
 func (e errNone) Error() string {
-	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load, devices, predict and tune start one, --endpoint asks another", e.folder)
+	return fmt.Sprintf("no flightsvc of yours runs (%s); flightsvc models, load, devices, predict and tune start one, "+
+		"--endpoint asks another", e.folder)
 }
 
 // running returns a client of the front, which must run already.
@@ -120,7 +124,8 @@ func startFront(ctx context.Context, runDir, folder, config string) (string, err
 	if err != nil {
 		return "", err
 	}
-	args := []string{"serve", "--detach", "--endpoint", protocol.Scheme + filepath.Join(folder, frontSocket), "--run-dir", runDir}
+	args := []string{"serve", "--detach", "--endpoint", protocol.Scheme + filepath.Join(folder, frontSocket),
+		"--run-dir", runDir}
 	if config != "" {
 		if config, err = filepath.Abs(config); err != nil {
 			return "", err
@@ -157,12 +162,13 @@ func awaitEnd(ctx context.Context, front rundir.Process) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-time.After(endTimeout):
-		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; see its log; to start another one: kill -9 %d", front.PID, front.PID)
+		return fmt.Errorf("your flightsvc, process %d, neither answers nor ends; see its log; to start another one: "+
+			"kill -9 %d", front.PID, front.PID)
 	}
 }
 
-// reference returns a model as a front finds it: a path becomes a URI, as it does in Python. Text with :// is a URI already, text with / or that names
-// a folder here a path, other text a name or a digest.
+// reference returns a model as a front finds it: a path becomes a URI, as it does in Python. Text with :// is a URI
+// already, text with / or that names a folder here a path, other text a name or a digest.
 func reference(model string) (string, error) {
 	if strings.Contains(model, "://") || strings.HasPrefix(model, "sha256:") || model == "image" {
 		return model, nil

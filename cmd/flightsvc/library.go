@@ -1,3 +1,5 @@
+// Libraries: where libtensorflow is, and a Python that can freeze models.
+
 package main
 
 import (
@@ -16,7 +18,8 @@ import (
 )
 
 // findPackage is asked of a Python interpreter; it finds the package without importing it.
-const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow"); print(s.submodule_search_locations[0] if s else "")`
+const findPackage = `import importlib.util as u; s = u.find_spec("tensorflow")
+print(s.submodule_search_locations[0] if s else "")`
 
 // library returns how the cache finds libtensorflow: the folder that was set, else that of the
 // tensorflow package of the Python that was set, or of the active virtual environment, or of python3. Its errors say
@@ -25,7 +28,8 @@ func library(setting, interpreter string) func(context.Context) (string, error) 
 	return func(ctx context.Context) (string, error) {
 		if setting != "" {
 			if _, err := os.Stat(filepath.Join(setting, modelcache.LibraryFile)); err != nil {
-				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and remove the setting, or set it to a folder that holds the file", setting, modelcache.LibraryFile, install)
+				return "", fmt.Errorf("libtensorflow is set to %s, which holds no %s; run %s and remove the setting, "+
+					"or set it to a folder that holds the file", setting, modelcache.LibraryFile, install)
 			}
 			return setting, nil
 		}
@@ -36,8 +40,10 @@ func library(setting, interpreter string) func(context.Context) (string, error) 
 				return "", ctx.Err()
 			}
 			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, exec.ErrNotFound) {
-				failed = fmt.Errorf("whether libtensorflow is installed is not known, since %s could not be asked: %w; "+
-					"set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds %s", python, err, modelcache.LibraryFile)
+				failed = fmt.Errorf("whether libtensorflow is installed is not known, since %s could not be asked: "+
+					"%w; "+
+					"set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds "+
+					"%s", python, err, modelcache.LibraryFile)
 			}
 			if err != nil || out == "" {
 				continue
@@ -81,21 +87,25 @@ func pythons(interpreter string) []string {
 // install is how a person gets the library.
 const install = "pip install tensorflow-cpu==2.21.0"
 
-var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + modelcache.LibraryFile)
+var errNoLibrary = errors.New("libtensorflow is not installed here; run " + install + " in the Python environment in " +
+	"use, or set --libtensorflow (FLIGHTSVC_LIBTENSORFLOW) to a folder that holds " + modelcache.LibraryFile)
 
 // findFreezing is asked of a Python interpreter; it finds the packages without importing them.
-const findFreezing = `import importlib.util as u, sys; sys.exit(not (u.find_spec("tensorflow") and u.find_spec("flightsvc")))`
+const findFreezing = `import importlib.util as u, sys
+sys.exit(not (u.find_spec("tensorflow") and u.find_spec("flightsvc")))`
 
-// freezer returns how the cache finds an interpreter that has both TensorFlow and flightsvc: that of the environment which
-// the folder of libtensorflow belongs to, else as library does.
+// freezer returns how the cache finds an interpreter that has both TensorFlow and flightsvc: that of the environment
+// which the folder of libtensorflow belongs to, else as library does.
 func freezer(interpreter string) func(context.Context, string) (string, error) {
 	return func(ctx context.Context, library string) (string, error) {
-		own := filepath.Join(library, "..", "..", "..", "..", "bin", "python") // of ENV/lib/python3.X/site-packages/tensorflow
+		// of ENV/lib/python3.X/site-packages/tensorflow
+		own := filepath.Join(library, "..", "..", "..", "..", "bin", "python")
 		for _, python := range append([]string{own}, pythons(interpreter)...) {
 			if _, err := ask(ctx, python, findFreezing); err == nil {
 				return python, nil
 			}
 		}
-		return "", errors.New("no Python here has both TensorFlow and flightsvc, which freezing needs; install both into one environment and set --python (FLIGHTSVC_PYTHON) to it")
+		return "", errors.New("no Python here has both TensorFlow and flightsvc, which freezing needs; install both " +
+			"into one environment and set --python (FLIGHTSVC_PYTHON) to it")
 	}
 }

@@ -20,7 +20,8 @@ func checkLimits() error {
 		what     string
 	}{
 		{unix.RLIMIT_NOFILE, leastFiles, "open files (ulimit -n) is %d; flightsvc needs %d, and more for each stream"},
-		{unix.RLIMIT_AS, leastAddress, "address space (ulimit -v) is %d bytes; TensorFlow needs %d, and more for large models"},
+		{unix.RLIMIT_AS, leastAddress, "address space (ulimit -v) is %d bytes; TensorFlow needs %d, and more for " +
+			"large models"},
 	} {
 		var limit unix.Rlimit
 		if err := unix.Getrlimit(c.resource, &limit); err == nil && limit.Cur < c.least {

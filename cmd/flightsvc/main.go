@@ -22,14 +22,14 @@ import (
 // cli is the command line. Its defaults and variables are those of package config.
 type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
-	Config  kong.ConfigFlag  `placeholder:"FILE" help:"JSON file with settings, for instance {\"model_root\": \"/models\"}."`
-	Serve   serveCommand     `cmd:"" help:"Serve models on a Unix socket until a signal arrives, the owner ends, or the server is idle."`
+	Config  kong.ConfigFlag  `placeholder:"FILE" help:"${config_help}"`
+	Serve   serveCommand     `cmd:"" help:"${serve_help}"`
 	Models  modelsCommand    `cmd:"" help:"List the models that the front knows."`
 	Load    loadCommand      `cmd:"" help:"Load a model into memory."`
 	Unload  unloadCommand    `cmd:"" help:"Unload a model from memory."`
 	Status  statusCommand    `cmd:"" help:"Show which models are in memory."`
 	Devices devicesCommand   `cmd:"" help:"List the GPUs that the front sees."`
-	Tune    tuneCommand      `cmd:"" help:"Measure which configuration runs a model fastest, and use it from the next load."`
+	Tune    tuneCommand      `cmd:"" help:"${tune_help}"`
 	Predict pythonCommand    `cmd:"" passthrough:"" help:"Run a model over the rows of files."`
 	Freeze  pythonCommand    `cmd:"" passthrough:"" help:"Replace a model's variables by constants."`
 	Conf    pythonCommand    `cmd:"" passthrough:"" help:"Print the configuration of the Spark plugin."`
@@ -59,14 +59,28 @@ const (
 	exitUsage  = 2
 )
 
+// helps are the texts of the help that are too long for a line of their own, and the version.
+var helps = kong.Vars{
+	"version":       build.Version + " (" + build.ID() + ")",
+	"config_help":   `JSON file with settings, for instance {"model_root": "/models"}.`,
+	"tune_help":     "Measure which configuration runs a model fastest, and use it from the next load.",
+	"serve_help":    "Serve models on a Unix socket until a signal arrives, the owner ends, or the server is idle.",
+	"endpoint_help": "The front to connect to. Default: this user's own, in the folder user of the run-dir.",
+	"run_dir_help":  "Folder for sockets. Default: $XDG_RUNTIME_DIR/flightsvc, else /tmp/flightsvc-UID.",
+	"model_help": "A name in the front's repository, a folder with a SavedModel or with its numbered versions, " +
+		"a URI, or a digest.",
+	"device_help": "auto, cpu, gpu, a UUID, or numbers as nvidia-smi prints them. Default: auto.",
+}
+
 func main() {
 	var line cli
 	parser := kong.Must(&line,
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
 		kong.Configuration(fileSettings),
-		kong.Exit(func(code int) { os.Exit(code * exitUsage) }), // called after help, with 0, and for a wrong command line, with 1
-		kong.Vars{"version": build.Version + " (" + build.ID() + ")"})
+		// called after help, with 0, and for a wrong command line, with 1
+		kong.Exit(func(code int) { os.Exit(code * exitUsage) }),
+		helps)
 	args := os.Args[1:]
 	if len(args) == 0 {
 		args = []string{"--help"}
@@ -125,7 +139,8 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	}
 	for key := range f.keys {
 		if !known[key] {
-			return fmt.Errorf("the configuration file has an unknown setting %q; the settings are %s", key, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+			return fmt.Errorf("the configuration file has an unknown setting %q; the settings are %s", key,
+				strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 		}
 	}
 	return nil

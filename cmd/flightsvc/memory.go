@@ -40,10 +40,10 @@ func defaultMemory() int64 {
 	return most / 2
 }
 
-// letGo lets go of the pages of this program's own file that only its start has needed: the tables of the stores' and
-// protocols' libraries, some 50 MB. They are read-only and come back from the file when they are needed again. Of the file's
-// segments only those that nobody can write are looked at.
-func letGo() {
+// dropStartupPages drops the pages of this program's own file that only its start has needed (MADV_DONTNEED): the
+// tables of the stores' and protocols' libraries, some 50 MB. They are read-only and come back from the file when they
+// are needed again. Of the file's segments only those that nobody can write are looked at.
+func dropStartupPages() {
 	file, err := elf.Open("/proc/self/exe")
 	if err != nil || file.Type != elf.ET_EXEC { // of another type, it may lie anywhere
 		return
@@ -55,7 +55,9 @@ func letGo() {
 			continue
 		}
 		start := segment.Vaddr &^ (page - 1)
-		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(start), uintptr(segment.Vaddr+segment.Memsz-start), unix.MADV_DONTNEED) // else they stay
+		// else they stay
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(start), uintptr(segment.Vaddr+segment.Memsz-start),
+			unix.MADV_DONTNEED)
 	}
 }
 

@@ -1,3 +1,5 @@
+// Commands about models, the status of a front, and devices.
+
 package main
 
 import (
@@ -57,7 +59,7 @@ func (c *modelsCommand) Run(line *cli) error {
 
 // modelArgument names a model.
 type modelArgument struct {
-	Model        string `arg:"" help:"A name in the front's repository, a folder with a SavedModel or with its numbered versions, a URI, or a digest."`
+	Model        string `arg:"" help:"${model_help}"`
 	ModelVersion string `placeholder:"VERSION" help:"A number, a label, or latest. Default: latest."`
 }
 
@@ -76,7 +78,7 @@ func (m modelArgument) body() (modelBody, error) {
 type loadCommand struct {
 	frontFlags
 	modelArgument
-	Device string `placeholder:"DEVICE" help:"auto, cpu, gpu, a UUID, or numbers as nvidia-smi prints them. Default: auto."`
+	Device string `placeholder:"DEVICE" help:"${device_help}"`
 }
 
 // Run is called by kong.
@@ -151,7 +153,8 @@ func (c *statusCommand) Run() error {
 	}
 	fmt.Printf("flightsvc %s (%s), %s, at %s\n", status.Flightsvc, status.Build, status.Server, front.Endpoint())
 	if status.Memory.Budget > 0 {
-		fmt.Printf("memory for models: %s, of which %s are reserved\n", size(status.Memory.Budget), orNone(size(status.Memory.Reserved)))
+		fmt.Printf("memory for models: %s, of which %s are reserved\n", size(status.Memory.Budget),
+			orNone(size(status.Memory.Reserved)))
 	}
 	if len(status.Models) == 0 {
 		fmt.Println("no model is in memory")
@@ -159,10 +162,12 @@ func (c *statusCommand) Run() error {
 	}
 	rows := make([][]string, len(status.Models))
 	for i, m := range status.Models {
-		rows[i] = []string{m.Model, m.Version, m.State, fmt.Sprint(m.Streams), size(m.Memory), size(m.Reserved), deviceName(m.Device), tuned(m.Tuned), m.Reason}
+		rows[i] = []string{m.Model, m.Version, m.State, fmt.Sprint(m.Streams), size(m.Memory), size(m.Reserved),
+			deviceName(m.Device), tuned(m.Tuned), m.Reason}
 	}
 	fmt.Println()
-	return table(os.Stdout, []string{"MODEL", "VERSION", "STATE", "STREAMS", "MEMORY", "RESERVED", "DEVICE", "TUNED", "REASON"}, rows)
+	return table(os.Stdout, []string{"MODEL", "VERSION", "STATE", "STREAMS", "MEMORY", "RESERVED", "DEVICE", "TUNED",
+		"REASON"}, rows)
 }
 
 func orNone(text string) string {

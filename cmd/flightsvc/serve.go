@@ -1,3 +1,5 @@
+// Serving: the command serve, from its settings to the end of the last stream.
+
 package main
 
 import (
@@ -67,8 +69,8 @@ func serve(settings config.Serve) (err error) {
 		}
 	}
 	if settings.Child {
-		// Whoever read our output may be gone, and there is still to clear up. And a Ctrl-C in a notebook, which cancels a
-		// job there, reaches this process, too.
+		// Whoever read our output may be gone, and there is still to clear up. And a Ctrl-C in a notebook, which
+		// cancels a job there, reaches this process, too.
 		signal.Ignore(syscall.SIGPIPE, syscall.SIGINT, syscall.SIGHUP)
 		go untilEOF(os.Stdin, func() { end(errOwnerEnded) }) // reads for as long as this process lives
 	}
@@ -96,7 +98,8 @@ func serve(settings config.Serve) (err error) {
 	}
 	activity := &activity{}
 	front := front.New(front.Options{
-		Repository: models.repository, Cache: cache, Tuner: models.tuner, Version: build.Version, Build: build.ID(), Server: serverName(settings.Executor), Executor: settings.Executor,
+		Repository: models.repository, Cache: cache, Tuner: models.tuner, Version: build.Version, Build: build.ID(),
+		Server: serverName(settings.Executor), Executor: settings.Executor,
 		Shutdown: func() { end(errAsked) }, Log: log,
 	})
 	server := handlers.NewServer(front, log, grpc.StatsHandler(activity))
@@ -122,10 +125,12 @@ func serve(settings config.Serve) (err error) {
 	if settings.Child {
 		go report(ctx, cache, func() { end(errOwnerEnded) })
 	}
-	log.Info("serving", zap.String("endpoint", greeting.Endpoint), zap.String("version", greeting.Flightsvc), zap.String("build", greeting.Build),
-		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner", settings.Owner))
+	log.Info("serving", zap.String("endpoint", greeting.Endpoint), zap.String("version", greeting.Flightsvc),
+		zap.String("build", greeting.Build),
+		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner",
+			settings.Owner))
 
-	letGo()
+	dropStartupPages()
 
 	select {
 	case err := <-served:
@@ -218,10 +223,12 @@ func nameOf(process rundir.Process) string {
 // removeDriver removes the private folder of a driver that has ended (private_folder in shipping.py). It does so itself
 // unless it was killed.
 func removeDriver(temporary string, driver rundir.Process) {
-	folders, _ := filepath.Glob(filepath.Join(temporary, "flightsvc-driver-"+nameOf(driver)+"-*")) // the pattern is sound
+	// the pattern is sound
+	folders, _ := filepath.Glob(filepath.Join(temporary, "flightsvc-driver-"+nameOf(driver)+"-*"))
 	for _, folder := range folders {
 		var about unix.Stat_t
-		if err := unix.Lstat(folder, &about); err == nil && about.Uid == uint32(os.Geteuid()) && about.Mode&unix.S_IFMT == unix.S_IFDIR {
+		if err := unix.Lstat(folder, &about); err == nil && about.Uid == uint32(os.Geteuid()) &&
+			about.Mode&unix.S_IFMT == unix.S_IFDIR {
 			_ = os.RemoveAll(folder) // what stays, the next driver removes
 		}
 	}
@@ -258,10 +265,11 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		OpLibraries: settings.OpLibraries, Log: log,
 	})
 	m.cache = modelcache.New(modelcache.Options{
-		Repository:     m.repository,
-		Profiles:       profiles,
-		Folder:         folder,
-		Runners:        &modelcache.Programs{Binary: filepath.Join(filepath.Dir(self), "flightsvc-runner"), Library: library, Log: log},
+		Repository: m.repository,
+		Profiles:   profiles,
+		Folder:     folder,
+		Runners: &modelcache.Programs{Binary: filepath.Join(filepath.Dir(self), "flightsvc-runner"),
+			Library: library, Log: log},
 		Build:          build.ID(),
 		Server:         serverName(settings.Executor),
 		Cores:          cores,
@@ -277,7 +285,8 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		Log:            log,
 	})
 	m.tuner = tuning.New(tuning.Options{
-		Pool: m.cache, Repository: m.repository, Profiles: profiles, Cores: cores, Library: library, Python: freezer(settings.Python), Log: log,
+		Pool: m.cache, Repository: m.repository, Profiles: profiles, Cores: cores, Library: library,
+		Python: freezer(settings.Python), Log: log,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	var idle sync.WaitGroup

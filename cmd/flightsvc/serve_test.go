@@ -1,3 +1,5 @@
+// Tests of the real programs: a front with real runners, and how they end.
+
 package main
 
 import (
@@ -72,8 +74,10 @@ func prepare(m *testing.M) (int, error) {
 		return 0, err
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
-	for _, name := range []string{"flightsvc", "flightsvc-runner"} { // with the flags of the Makefile, so that little is compiled again
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -extldflags=-Wl,-z,lazy", "-o", filepath.Join(dir, name), "flightsvc/cmd/"+name)
+	// with the flags of the Makefile, so that little is compiled again
+	for _, name := range []string{"flightsvc", "flightsvc-runner"} {
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -extldflags=-Wl,-z,lazy", "-o",
+			filepath.Join(dir, name), "flightsvc/cmd/"+name)
 		cmd.Env = append(os.Environ(), "CPATH="+filepath.Join(libs, "include"), "LIBRARY_PATH="+libs)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return 0, fmt.Errorf("build %s: %w: %s", name, err, out)
@@ -99,7 +103,8 @@ func newPlace(t *testing.T) place {
 // command is a flightsvc command in an environment of its own.
 func (p place) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(binary, args...)
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + p.home, "FLIGHTSVC_RUN_DIR=" + p.run, "FLIGHTSVC_LIBTENSORFLOW=" + libs}
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + p.home, "FLIGHTSVC_RUN_DIR=" + p.run,
+		"FLIGHTSVC_LIBTENSORFLOW=" + libs}
 	return cmd
 }
 
@@ -197,7 +202,8 @@ func dial(t *testing.T, endpoint string) *grpc.ClientConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)))
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +280,8 @@ func (f *process) info(t *testing.T, model, fields string) (*flight.FlightInfo, 
 }
 
 func descriptor(model, fields string) *flight.FlightDescriptor {
-	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":%q%s}`, model, fields)}
+	return &flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: fmt.Appendf(nil, `{"v":1,"model":%q%s}`, model,
+		fields)}
 }
 
 // eventually waits until a condition holds, and fails the test after the bound.
@@ -328,7 +335,8 @@ func TestServe(t *testing.T) {
 		}
 	}
 	s := f.status(t)
-	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":", f.PID)) || len(s.Models) != 0 {
+	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":",
+		f.PID)) || len(s.Models) != 0 {
 		t.Errorf("the status is %+v", s)
 	}
 	err = f.act(t, "nope", "", nil)
@@ -348,7 +356,8 @@ func TestServe(t *testing.T) {
 		}
 		names = append(names, action.Type)
 	}
-	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.tune model.unload repository.index server.ready server.shutdown status" {
+	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.tune model.unload "+
+		"repository.index server.ready server.shutdown status" {
 		t.Errorf("the actions are %v", names)
 	}
 	f.signal(t, syscall.SIGTERM)
@@ -369,7 +378,9 @@ func TestReflection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ask := &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}}
+		ask := &reflectionpb.ServerReflectionRequest{
+			MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{},
+		}
 		if err := stream.Send(ask); err != nil {
 			t.Fatal(err)
 		}
@@ -384,11 +395,14 @@ func TestReflection(t *testing.T) {
 		if !slices.Contains(names, "arrow.flight.protocol.FlightService") {
 			t.Errorf("the services are %v", names)
 		}
-		ask.MessageRequest = &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "arrow.flight.protocol.FlightService"}
+		ask.MessageRequest = &reflectionpb.ServerReflectionRequest_FileContainingSymbol{
+			FileContainingSymbol: "arrow.flight.protocol.FlightService",
+		}
 		if err := stream.Send(ask); err != nil {
 			t.Fatal(err)
 		}
-		if answer, err = stream.Recv(); err != nil || len(answer.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+		if answer, err = stream.Recv(); err != nil ||
+			len(answer.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
 			t.Errorf("its definition is %v, %v", answer, err)
 		}
 	}
@@ -402,13 +416,16 @@ func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 		t.Fatal(err)
 	}
 	x := meta.Signatures["serving_default"]
-	if got := fmt.Sprintf("%s %s %v %v %d", meta.Model, meta.Version, x.Inputs, x.Outputs, len(meta.Signatures)); got != "two 1 [{a float32 [-1 8]} {b float32 [-1 4]}] [{logits float32 [-1 3]} {sum float32 [-1 5]}] 2" {
+	if got := fmt.Sprintf("%s %s %v %v %d", meta.Model, meta.Version, x.Inputs, x.Outputs,
+		len(meta.Signatures)); got != "two 1 [{a float32 [-1 8]} {b float32 [-1 4]}] [{logits float32 [-1 3]} {sum "+
+		"float32 [-1 5]}] 2" {
 		t.Errorf("the metadata is %s", got)
 	}
 	wantStatus(t, f.act(t, "model.metadata", `{"model":"nope"}`, &meta), codes.NotFound, "model nope", "no folder")
 	wantStatus(t, f.act(t, "model.metadata", `{}`, &meta), codes.InvalidArgument, `{"model":"name"}`)
 
-	result, err := f.client.GetSchema(within(t, 10*time.Second), descriptor("two", `,"outputs":{"sum":"s","logits":"l"},"on_error":"column"`))
+	result, err := f.client.GetSchema(within(t, 10*time.Second), descriptor("two",
+		`,"outputs":{"sum":"s","logits":"l"},"on_error":"column"`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -417,12 +434,14 @@ func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 		t.Fatal(err)
 	}
 	list := arrow.ListOf(arrow.PrimitiveTypes.Float32)
-	want := arrow.NewSchema([]arrow.Field{{Name: "s", Type: list, Nullable: true}, {Name: "l", Type: list, Nullable: true}, {Name: "error", Type: arrow.BinaryTypes.String, Nullable: true}}, nil)
+	want := arrow.NewSchema([]arrow.Field{{Name: "s", Type: list, Nullable: true}, {Name: "l", Type: list,
+		Nullable: true}, {Name: "error", Type: arrow.BinaryTypes.String, Nullable: true}}, nil)
 	if !schema.Equal(want) {
 		t.Errorf("the schema is %s", schema)
 	}
 	_, err = f.client.GetSchema(within(t, 10*time.Second), descriptor("two", `,"outputs":{"nope":"s"}`))
-	wantStatus(t, err, codes.InvalidArgument, "model two, signature serving_default", `no output "nope"`, `"sum" float32 [?,5]`)
+	wantStatus(t, err, codes.InvalidArgument, "model two, signature serving_default", `no output "nope"`,
+		`"sum" float32 [?,5]`)
 	if s := f.status(t); len(s.Models) != 0 {
 		t.Errorf("models were loaded: %+v", s.Models)
 	}
@@ -442,14 +461,19 @@ func TestServeRefuses(t *testing.T) {
 		parts []string
 		limit string // of the shell that starts it
 	}{
-		"open files":        {limit: "ulimit -n 16", parts: []string{"open files (ulimit -n) is 16"}},
-		"address space":     {limit: "ulimit -v 1000000", parts: []string{"address space (ulimit -v) is 1024000000 bytes"}},
-		"dead owner":        {args: []string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)}, parts: []string{fmt.Sprint("process ", gone.Process.Pid)}},
-		"other owner":       {args: []string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)}, parts: []string{"has ended"}},
-		"no owner":          {args: []string{"--owner", "x"}, parts: []string{`process "x"`, "PID:START"}},
-		"long path":         {args: []string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)}, parts: []string{"at most 107 bytes", "shorter run-dir"}},
-		"TCP":               {args: []string{"--endpoint", "grpc://0.0.0.0:1"}, parts: []string{"want grpc+unix://"}},
-		"settings together": {args: []string{"--load-timeout", "0s", "--cores=-1"}, parts: []string{"load-timeout is 0s", "cores is -1"}},
+		"open files": {limit: "ulimit -n 16", parts: []string{"open files (ulimit -n) is 16"}},
+		"address space": {limit: "ulimit -v 1000000", parts: []string{"address space (ulimit -v) is 1024000000 " +
+			"bytes"}},
+		"dead owner": {args: []string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)},
+			parts: []string{fmt.Sprint("process ", gone.Process.Pid)}},
+		"other owner": {args: []string{"--owner", fmt.Sprintf("%d:%d", self.PID, self.Start+1)},
+			parts: []string{"has ended"}},
+		"no owner": {args: []string{"--owner", "x"}, parts: []string{`process "x"`, "PID:START"}},
+		"long path": {args: []string{"--run-dir", "/tmp/" + strings.Repeat("x", 90)},
+			parts: []string{"at most 107 bytes", "shorter run-dir"}},
+		"TCP": {args: []string{"--endpoint", "grpc://0.0.0.0:1"}, parts: []string{"want grpc+unix://"}},
+		"settings together": {args: []string{"--load-timeout", "0s", "--cores=-1"},
+			parts: []string{"load-timeout is 0s", "cores is -1"}},
 	} {
 		for _, mode := range []string{"foreground", "detached"} {
 			t.Run(name+"/"+mode, func(t *testing.T) {
@@ -475,7 +499,8 @@ func TestServeRefuses(t *testing.T) {
 						t.Errorf("%q does not say %q", &stderr, part)
 					}
 				}
-				if lines := strings.Count(stderr.String(), "\n"); lines > 2 || lines > 1 && name != "settings together" {
+				if lines := strings.Count(stderr.String(), "\n"); lines > 2 || lines > 1 &&
+					name != "settings together" {
 					t.Errorf("more than a sentence: %s", &stderr)
 				}
 				if entries, err := os.ReadDir(p.run); err == nil && len(entries) != 0 {
@@ -579,7 +604,8 @@ func TestChild(t *testing.T) {
 			t.Fatalf("%s: %v", lines.Bytes(), err)
 		}
 	}
-	if total.Rows != 4 || total.Batches != 2 || total.Errors != 0 || total.Models != 1 || total.RunSeconds <= 0 || total.Memory < 1<<20 {
+	if total.Rows != 4 || total.Batches != 2 || total.Errors != 0 || total.Models != 1 || total.RunSeconds <= 0 ||
+		total.Memory < 1<<20 {
 		t.Errorf("after 4 rows in 2 record batches it says %+v", total)
 	}
 	_ = stdin.Close()
@@ -617,7 +643,8 @@ func TestDetach(t *testing.T) {
 	}
 	defer func() { _ = extra.Close() }()
 	cmd := p.command("serve", "--detach", "--idle-timeout", "0")
-	cmd.Env = append(cmd.Env, "OMP_NUM_THREADS=1", "SPARK_HOME=/spark", "SECRET=1", "TF_ENABLE_ONEDNN_OPTS=0", "LC_ALL=C")
+	cmd.Env = append(cmd.Env, "OMP_NUM_THREADS=1", "SPARK_HOME=/spark", "SECRET=1", "TF_ENABLE_ONEDNN_OPTS=0",
+		"LC_ALL=C")
 	cmd.ExtraFiles = []*os.File{extra}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	f := p.detached(t, cmd)
@@ -639,7 +666,8 @@ func TestDetach(t *testing.T) {
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	if got := strings.Join(names, " "); got != "FLIGHTSVC_DETACHED FLIGHTSVC_LIBTENSORFLOW FLIGHTSVC_RUN_DIR HOME LC_ALL PATH TF_ENABLE_ONEDNN_OPTS" {
+	if got := strings.Join(names, " "); got != "FLIGHTSVC_DETACHED FLIGHTSVC_LIBTENSORFLOW FLIGHTSVC_RUN_DIR HOME "+
+		"LC_ALL PATH TF_ENABLE_ONEDNN_OPTS" {
 		t.Errorf("the front's environment is %s", got)
 	}
 	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", f.PID))
@@ -651,7 +679,8 @@ func TestDetach(t *testing.T) {
 		if err != nil {
 			continue // closed since
 		}
-		known := to == "/dev/null" || strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "anon_inode:") ||
+		known := to == "/dev/null" || strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") ||
+			strings.HasPrefix(to, "anon_inode:") ||
 			strings.HasPrefix(to, p.home) || strings.HasPrefix(to, "/proc/") || strings.HasPrefix(to, "/sys/")
 		if !known || to == extra.Name() {
 			t.Errorf("the front holds %s", to)
@@ -672,7 +701,10 @@ func TestDetach(t *testing.T) {
 	if err := f.act(t, "server.shutdown", "", &draining); err != nil || !draining.Draining {
 		t.Errorf("shutting down: %t, %v", draining.Draining, err)
 	}
-	eventually(t, 5*time.Second, "the front has ended and left nothing", func() bool { return !front.Alive() && p.empty() })
+	eventually(t, 5*time.Second, "the front has ended and left nothing", func() bool {
+		return !front.Alive() &&
+			p.empty()
+	})
 }
 
 func TestIdleFrontEnds(t *testing.T) {
@@ -681,7 +713,10 @@ func TestIdleFrontEnds(t *testing.T) {
 	f := p.detached(t, p.command("serve", "--detach=true", "--idle-timeout", "1s"))
 	front := f.process(t)
 	_ = f.conn.Close()
-	eventually(t, 10*time.Second, "the front has ended and left nothing", func() bool { return !front.Alive() && p.empty() })
+	eventually(t, 10*time.Second, "the front has ended and left nothing", func() bool {
+		return !front.Alive() &&
+			p.empty()
+	})
 	if took := time.Since(started); took < time.Second {
 		t.Errorf("it ended after %s", took)
 	}
@@ -694,7 +729,8 @@ func TestOldLogsGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 25 {
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("front-20200101T0000%02d.000-1.log", i)), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("front-20200101T0000%02d.000-1.log", i)), nil,
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -727,7 +763,8 @@ func TestSettingsPrecedence(t *testing.T) {
 	if err := os.WriteFile(config, fmt.Appendf(nil, `{"model_root":%q}`, root("2")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	flag, variable, file := []string{"--model-root", root("4")}, "FLIGHTSVC_MODEL_ROOT="+root("3"), []string{"--config", config}
+	flag, variable, file := []string{"--model-root", root("4")}, "FLIGHTSVC_MODEL_ROOT="+root("3"), []string{"--config",
+		config}
 	for _, c := range []struct {
 		name string
 		args []string
@@ -759,16 +796,20 @@ func TestWithoutLibtensorflow(t *testing.T) {
 	p := newPlace(t)
 	empty := t.TempDir()
 	failing := filepath.Join(t.TempDir(), "python")
-	if err := os.WriteFile(failing, []byte("#!/bin/sh\necho MemoryError >&2\nexit 1\n"), 0o700); err != nil { //nolint:gosec // a program
+	script := []byte("#!/bin/sh\necho MemoryError >&2\nexit 1\n")
+	if err := os.WriteFile(failing, script, 0o700); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
 	for name, c := range map[string]struct {
 		env   []string
 		parts []string
 	}{
-		"nowhere":      {[]string{"PATH=" + empty}, []string{"model " + modelOf("mlp"), "libtensorflow is not installed", "pip install tensorflow-cpu==", "--libtensorflow"}},
-		"no memory":    {[]string{"PATH=" + empty, "FLIGHTSVC_PYTHON=" + failing}, []string{"is not known", failing, "exit status 1: MemoryError"}},
-		"empty folder": {[]string{"PATH=" + empty, "FLIGHTSVC_LIBTENSORFLOW=" + empty}, []string{empty, "holds no libtensorflow_cc.so.2"}},
+		"nowhere": {[]string{"PATH=" + empty}, []string{"model " + modelOf("mlp"),
+			"libtensorflow is not installed", "pip install tensorflow-cpu==", "--libtensorflow"}},
+		"no memory": {[]string{"PATH=" + empty, "FLIGHTSVC_PYTHON=" + failing}, []string{"is not known", failing,
+			"exit status 1: MemoryError"}},
+		"empty folder": {[]string{"PATH=" + empty, "FLIGHTSVC_LIBTENSORFLOW=" + empty}, []string{empty,
+			"holds no libtensorflow_cc.so.2"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := p.command("serve")
@@ -785,7 +826,8 @@ func TestWithoutLibtensorflow(t *testing.T) {
 }
 
 // ints is the schema of the model ints: i int64 [-1,3] -> doubled int64 [-1,3], total int64 [-1].
-var ints = arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}}, nil)
+var ints = arrow.NewSchema([]arrow.Field{{Name: "i", Type: arrow.ListOf(arrow.PrimitiveTypes.Int64), Nullable: true}},
+	nil)
 
 // stream is an open exchange with the model ints.
 type stream struct {
@@ -865,16 +907,19 @@ func TestRedirectAndRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	endpoint := info.Endpoint[0]
-	if len(info.Endpoint) != 1 || len(endpoint.Location) != 1 || filepath.Dir(endpoint.Location[0].Uri) != filepath.Dir(f.Endpoint) {
+	if len(info.Endpoint) != 1 || len(endpoint.Location) != 1 ||
+		filepath.Dir(endpoint.Location[0].Uri) != filepath.Dir(f.Endpoint) {
 		t.Fatalf("the endpoints are %v", info.Endpoint)
 	}
 	runner := flight.NewFlightServiceClient(dial(t, endpoint.Location[0].Uri))
 	s := open(t, runner, endpoint.Ticket.Ticket)
 	s.run(1, 2, 3)
 	s.run(math.MaxInt32)
-	eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	eventually(t, 5*time.Second, "the front knows of the "+
+		"stream", func() bool { return f.status(t).Models[0].Streams == 1 })
 	s.end()
-	eventually(t, 5*time.Second, "the front knows of its end", func() bool { return f.status(t).Models[0].Streams == 0 })
+	eventually(t, 5*time.Second, "the front knows of its "+
+		"end", func() bool { return f.status(t).Models[0].Streams == 0 })
 
 	again := open(t, runner, endpoint.Ticket.Ticket)
 	if err := again.writer.Close(); err != nil {
@@ -887,7 +932,8 @@ func TestRedirectAndRelay(t *testing.T) {
 	if err != nil || len(relayed.Endpoint[0].Location) != 0 {
 		t.Fatalf("the endpoints are %v, %v", relayed.GetEndpoint(), err)
 	}
-	for name, command := range map[string][]byte{"a ticket": relayed.Endpoint[0].Ticket.Ticket, "a plain descriptor": descriptor(model, "").Cmd} {
+	for name, command := range map[string][]byte{"a ticket": relayed.Endpoint[0].Ticket.Ticket,
+		"a plain descriptor": descriptor(model, "").Cmd} {
 		t.Run("relay of "+name, func(t *testing.T) {
 			s := open(t, f.client, command)
 			s.run(5, 6)
@@ -907,9 +953,11 @@ func TestDrain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
+		info.Endpoint[0].Ticket.Ticket)
 	s.run(1)
-	eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	eventually(t, 5*time.Second, "the front knows of the "+
+		"stream", func() bool { return f.status(t).Models[0].Streams == 1 })
 	f.signal(t, syscall.SIGTERM)
 	eventually(t, 5*time.Second, "the front takes no more requests", func() bool {
 		_, err := f.info(t, modelOf("ints"), "")
@@ -940,9 +988,11 @@ func TestDrainIsBounded(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+			s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
+				info.Endpoint[0].Ticket.Ticket)
 			s.run(1)
-			eventually(t, 5*time.Second, "the front knows of the stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+			eventually(t, 5*time.Second, "the front knows of the stream",
+				func() bool { return f.status(t).Models[0].Streams == 1 })
 			end(f)
 			if code := f.wait(t); code != 0 || !p.empty() {
 				t.Errorf("ended with %d: %s", code, f.stderr)
@@ -957,7 +1007,8 @@ func TestFrontEndsWhateverHangs(t *testing.T) {
 	p := newPlace(t)
 	programs := t.TempDir()
 	child := filepath.Join(programs, "child")
-	script := fmt.Sprintf("#!/bin/sh\nsleep 600 2>/dev/null &\necho $! > %s.new\nmv %s.new %s\nread line\n", child, child, child)
+	script := fmt.Sprintf("#!/bin/sh\nsleep 600 2>/dev/null &\necho $! > %s.new\nmv %s.new %s\nread line\n", child,
+		child, child)
 	err := errors.Join(
 		os.Link(binary, filepath.Join(programs, "flightsvc")),
 		os.WriteFile(filepath.Join(programs, "flightsvc-runner"), []byte(script), 0o700), //nolint:gosec // a program
@@ -977,7 +1028,8 @@ func TestFrontEndsWhateverHangs(t *testing.T) {
 	})
 	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
 	f.signal(t, syscall.SIGTERM)
-	if code := f.wait(t); code != exitFailed || !p.empty() || !strings.Contains(f.stderr.String(), "something does not end") {
+	if code := f.wait(t); code != exitFailed || !p.empty() || !strings.Contains(f.stderr.String(),
+		"something does not end") {
 		t.Errorf("ended with %d: %s", code, f.stderr)
 	}
 }
@@ -987,7 +1039,7 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	p := newPlace(t)
 	cache := filepath.Join(p.home, "pushed")
 	f := p.serve(t, "--drain-timeout", "100ms", "--cache-dir", cache)
-	pieces := func() []string {
+	arriving := func() []string {
 		list, err := filepath.Glob(filepath.Join(cache, "models", ".*", "saved_model.pb"))
 		if err != nil {
 			t.Fatal(err)
@@ -1000,9 +1052,11 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	}
 	schema := arrow.NewSchema([]arrow.Field{{Name: "chunk", Type: arrow.BinaryTypes.Binary}}, nil)
 	writer := flight.NewRecordWriter(wire, ipc.WithSchema(schema))
-	writer.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: []byte(`{"v":1,"put":"model"}`)})
+	writer.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD,
+		Cmd: []byte(`{"v":1,"put":"model"}`)})
 	var archive bytes.Buffer
-	if err := tar.NewWriter(&archive).WriteHeader(&tar.Header{Name: "saved_model.pb", Size: 1 << 20, Typeflag: tar.TypeReg}); err != nil {
+	if err := tar.NewWriter(&archive).WriteHeader(&tar.Header{Name: "saved_model.pb", Size: 1 << 20,
+		Typeflag: tar.TypeReg}); err != nil {
 		t.Fatal(err)
 	}
 	b := array.NewRecordBuilder(memory.DefaultAllocator, schema)
@@ -1013,7 +1067,7 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	if err := writer.Write(rec); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(pieces()) == 1 })
+	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(arriving()) == 1 })
 	f.signal(t, syscall.SIGTERM)
 	if code := f.wait(t); code != 0 {
 		t.Errorf("exit code %d: %s", code, f.stderr)
@@ -1054,7 +1108,8 @@ func TestKilledRunnerIsReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)), info.Endpoint[0].Ticket.Ticket)
+	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
+		info.Endpoint[0].Ticket.Ticket)
 	s.run(1)
 	first := f.status(t).Models[0].PID
 	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
@@ -1112,7 +1167,8 @@ func TestSharedFolder(t *testing.T) {
 	}
 	second := p.command("serve", "--endpoint", endpoint)
 	out, err := second.CombinedOutput()
-	if err == nil || !strings.Contains(string(out), fmt.Sprintf("serves in %s already (process %d)", shared.run, f.PID)) {
+	if err == nil || !strings.Contains(string(out), fmt.Sprintf("serves in %s already (process %d)", shared.run,
+		f.PID)) {
 		t.Errorf("a second front there: %s, %v", out, err)
 	}
 	f.signal(t, syscall.SIGINT)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"text/tabwriter"
 
+	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
 )
 
@@ -43,12 +44,7 @@ func size(bytes int64) string {
 	if bytes <= 0 {
 		return ""
 	}
-	const unit = 1024
-	value, units := float64(bytes), []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	for len(units) > 1 && value >= 999.5 { // four digits would be too many
-		value, units = value/unit, units[1:]
-	}
-	return fmt.Sprintf("%.3g %s", value, units[0])
+	return config.Bytes(bytes).String()
 }
 
 // deviceName returns a device for people.

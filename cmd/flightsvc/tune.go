@@ -1,3 +1,5 @@
+// The command tune: a search, and what it shows of it.
+
 package main
 
 import (
@@ -75,7 +77,8 @@ func line(c protocol.Candidate) string {
 }
 
 func configuration(c protocol.Choice) string {
-	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize)
+	return fmt.Sprintf("%s, oneDNN %s, %d threads, %d at once, batches of %d", graphOf(c), onOff(c.OneDNN), c.Cores,
+		c.BatchThreads, c.BatchSize)
 }
 
 func graphOf(c protocol.Choice) string {
@@ -120,7 +123,8 @@ func show(out io.Writer, t *protocol.Tuning) error {
 		if c.Reason != "" {
 			speed, relative = "-", "-"
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\t\n", mark, graphOf(c.Choice), onOff(c.OneDNN), c.Cores, c.BatchThreads, c.BatchSize, speed, relative, agrees)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\t\n", mark, graphOf(c.Choice), onOff(c.OneDNN), c.Cores,
+			c.BatchThreads, c.BatchSize, speed, relative, agrees)
 	}
 	if err := table.Flush(); err != nil {
 		return err
@@ -132,12 +136,14 @@ func show(out io.Writer, t *protocol.Tuning) error {
 	name, flags := processor()
 	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))
 	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
-	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n", t.Machine, t.Stored)
+	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n",
+		t.Machine, t.Stored)
 	return err
 }
 
 // shown are the flags of a processor that TensorFlow's kernels ask for.
-var shown = []string{"sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8"}
+var shown = []string{"sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16",
+	"amx_int8"}
 
 // processor returns the name of the processor and which of the shown flags it has.
 func processor() (name string, flags []string) {

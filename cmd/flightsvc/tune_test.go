@@ -1,3 +1,5 @@
+// Tests of what the command tune shows.
+
 package main
 
 import (
@@ -26,7 +28,8 @@ func TestTune(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v: %s", err, told)
 	}
-	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ", "freezing: the graph is served as it is: ", "CPU: ", tuning.Machine()} {
+	for _, part := range []string{"model file://" + modelOf("mlp"), "to default", "chosen: ",
+		"freezing: the graph is served as it is: ", "CPU: ", tuning.Machine()} {
 		if !strings.Contains(out, part) {
 			t.Errorf("no %q in\n%s", part, out)
 		}
@@ -37,10 +40,12 @@ func TestTune(t *testing.T) {
 	_, file, _ := strings.Cut(out, ") in ")
 	file, _, _ = strings.Cut(file, ";")
 	var profile tuning.Profile
-	if text, err := os.ReadFile(file); err != nil || json.Unmarshal(text, &profile) != nil || profile.Tuned[tuning.Machine()].BatchSize == 0 || profile.NotFrozen != "" {
+	if text, err := os.ReadFile(file); err != nil || json.Unmarshal(text, &profile) != nil ||
+		profile.Tuned[tuning.Machine()].BatchSize == 0 || profile.NotFrozen != "" {
 		t.Errorf("the profile %s holds %+v, %v", file, profile, err)
 	}
-	for model, part := range map[string]string{"strings": "takes strings", "counter": "it assigns variables", "nowhere": "there is no folder"} {
+	for model, part := range map[string]string{"strings": "takes strings", "counter": "it assigns variables",
+		"nowhere": "there is no folder"} {
 		_, told, err := tune(modelOf(model))
 		if err == nil || !strings.Contains(told, part) {
 			t.Errorf("%s: %s", model, told)
@@ -49,13 +54,17 @@ func TestTune(t *testing.T) {
 }
 
 func TestTableOfCandidates(t *testing.T) {
-	frozen := protocol.Candidate{Choice: protocol.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1, BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
-	standard := protocol.Candidate{Choice: protocol.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 82.3, Relative: 1, Agrees: true}
-	wrong := protocol.Candidate{Choice: protocol.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1, Relative: 0.01, Difference: 3}
+	frozen := protocol.Candidate{Choice: protocol.Choice{Frozen: "sha256:f", OneDNN: true, Cores: 2, BatchThreads: 1,
+		BatchSize: 64}, RowsPerSecond: 123.4, Relative: 1.5, Agrees: true}
+	standard := protocol.Candidate{Choice: protocol.Choice{Cores: 2, BatchThreads: 2, BatchSize: 16},
+		RowsPerSecond: 82.3, Relative: 1, Agrees: true}
+	wrong := protocol.Candidate{Choice: protocol.Choice{Cores: 1, BatchThreads: 2, BatchSize: 16}, RowsPerSecond: 1,
+		Relative: 0.01, Difference: 3}
 	var out bytes.Buffer
 	err := show(&out, &protocol.Tuning{
-		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0", Candidates: []protocol.Candidate{frozen, standard, wrong},
-		Default: standard, Chosen: frozen, NotFrozen: "it has a table", Stored: "/p.json",
+		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0",
+		Candidates: []protocol.Candidate{frozen, standard, wrong},
+		Default:    standard, Chosen: frozen, NotFrozen: "it has a table", Stored: "/p.json",
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -73,7 +82,8 @@ freezing: the graph is served as it is: it has a table
 	if got := out.String(); !strings.HasPrefix(got, want) {
 		t.Errorf("got\n%s", got)
 	}
-	if !strings.Contains(out.String(), "chosen: frozen, oneDNN on, 2 threads, 1 at once, batches of 64: 1.50 times the default\n") {
+	if !strings.Contains(out.String(), "chosen: frozen, oneDNN on, 2 threads, 1 at once, batches of 64: 1.50 times "+
+		"the default\n") {
 		t.Errorf("got\n%s", out.String())
 	}
 }
@@ -89,7 +99,8 @@ func TestFreezingPython(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	t.Setenv("VIRTUAL_ENV", "")
 	library := env + "/lib/python3.11/site-packages/tensorflow"
-	if _, err := freezer("")(t.Context(), library); err == nil || !strings.Contains(err.Error(), "both TensorFlow and flightsvc") {
+	if _, err := freezer("")(t.Context(), library); err == nil || !strings.Contains(err.Error(),
+		"both TensorFlow and flightsvc") {
 		t.Errorf("without one: %v", err)
 	}
 	if err := os.WriteFile(env+"/bin/python", []byte("#!/bin/sh\n"), 0o700); err != nil { //nolint:gosec // a program

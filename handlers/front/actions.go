@@ -1,3 +1,5 @@
+// Actions: what DoAction does, and its JSON.
+
 package front
 
 import (
@@ -22,12 +24,19 @@ var actions = []struct {
 }{
 	{"server.ready", `{} -> {"ready":true} when this server takes requests`, (*Front).ready},
 	{"status", `{} -> versions, and the models in memory with their streams`, (*Front).status},
-	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`, (*Front).modelReady},
-	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`, (*Front).metadata},
-	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`, (*Front).index},
-	{"model.load", `{"model","version"?,"device"?} -> {"model","version","state":"ready"} once it is in memory`, (*Front).load},
-	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`, (*Front).unload},
-	{"model.tune", `{"model","version"?,"signature"?} -> {"candidate"} for each configuration measured, then {"tuning"}; may take minutes`, (*Front).tune},
+	{"model.ready", `{"model","version"?} -> {"ready"}: whether the model is in memory; does not load it`,
+		(*Front).modelReady},
+	{"model.metadata", `{"model","version"?} -> {"model","version","signatures"}, read without loading`,
+		(*Front).metadata},
+	{"repository.index", `{} -> {"models":[{"name","version","state","reason"?}]}: all that this host knows`,
+		(*Front).index},
+	{"model.load", `{"model","version"?,"device"?} -> {"model","version","state":"ready"} once it is in memory`,
+		(*Front).load},
+	{"model.unload", `{"model","version"?} -> {"model","version","state":"unloaded"}; refused while streams are open`,
+		(*Front).unload},
+	{"model.tune",
+		`{"model","version"?,"signature"?} -> {"candidate"} for each configuration measured, then {"tuning"}; ` +
+			`may take minutes`, (*Front).tune},
 	{"server.shutdown", `{} -> {"draining":true}; ends this server after its streams have ended`, (*Front).shutdown},
 }
 
@@ -153,7 +162,8 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	var ask protocol.TuneBody
 	if err := protocol.DecodeBody(body, &ask); err != nil || ask.Model == "" {
-		return nil, fault.New(fault.BadRequest, "this action wants a body like {\"model\":\"name\",\"signature\":\"serving_default\"}: %w", cmp.Or(err, protocol.ErrNoModel))
+		return nil, fault.New(fault.BadRequest, "this action wants a body like "+
+			"{\"model\":\"name\",\"signature\":\"serving_default\"}: %w", cmp.Or(err, protocol.ErrNoModel))
 	}
 	model, err := f.options.Cache.Resolve(ctx, ask.Model, string(ask.Version))
 	if err != nil {
@@ -193,7 +203,8 @@ func (f *Front) index(ctx context.Context, body []byte) (any, error) {
 	answer := protocol.Index{Models: make([]protocol.IndexEntry, len(entries))}
 	for i, entry := range entries {
 		_, reasons := flightsOf(entry)
-		answer.Models[i] = protocol.IndexEntry{Name: entry.Ref, Version: entry.Version, State: entry.State, Reason: strings.Join(reasons, "; ")}
+		answer.Models[i] = protocol.IndexEntry{Name: entry.Ref, Version: entry.Version, State: entry.State,
+			Reason: strings.Join(reasons, "; ")}
 	}
 	return answer, nil
 }
@@ -206,7 +217,8 @@ func (f *Front) status(_ context.Context, body []byte) (any, error) {
 	return protocol.Status{
 		Flightsvc: f.options.Version, Build: f.options.Build, V: protocol.Version, Server: f.options.Server,
 		Executor: f.options.Executor, PID: os.Getpid(),
-		Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: devices, Totals: f.options.Cache.Totals(),
+		Models: f.options.Cache.Status(), Memory: f.options.Cache.Memory(), Devices: devices,
+		Totals: f.options.Cache.Totals(),
 	}, nothing(body)
 }
 
@@ -215,9 +227,11 @@ func (f *Front) metadata(ctx context.Context, body []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	answer := &protocol.Metadata{Model: model.Ref, Version: model.Version, Signatures: map[string]protocol.SignatureMetadata{}}
+	answer := &protocol.Metadata{Model: model.Ref, Version: model.Version,
+		Signatures: map[string]protocol.SignatureMetadata{}}
 	for name, signature := range model.Saved.Signatures {
-		answer.Signatures[name] = protocol.SignatureMetadata{Inputs: protocol.Tensors(signature.Inputs), Outputs: protocol.Tensors(signature.Outputs)}
+		answer.Signatures[name] = protocol.SignatureMetadata{Inputs: protocol.Tensors(signature.Inputs),
+			Outputs: protocol.Tensors(signature.Outputs)}
 	}
 	return answer, nil
 }

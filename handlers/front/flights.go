@@ -57,7 +57,8 @@ func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []
 }
 
 func flightOf(entry modelcache.Entry, signature string) (*flight.FlightInfo, error) {
-	command, err := (&protocol.Descriptor{V: protocol.Version, Model: entry.Ref, Version: entry.Version, Signature: signature}).Command()
+	command, err := (&protocol.Descriptor{V: protocol.Version, Model: entry.Ref, Version: entry.Version,
+		Signature: signature}).Command()
 	if err != nil {
 		return nil, err
 	}

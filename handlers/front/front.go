@@ -1,3 +1,5 @@
+// Front: schemas, tickets and relayed streams.
+
 package front
 
 import (
@@ -94,7 +96,8 @@ func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, erro
 		if !runner.Leased(lease.ID, r.descriptor.RequestID, time.UnixMilli(lease.Expires)) {
 			continue // it was unloaded, or ended, since
 		}
-		f.options.Log.Info("stream admitted", zap.String("request_id", r.descriptor.RequestID), zap.String("model", r.descriptor.Model),
+		f.options.Log.Info("stream admitted", zap.String("request_id", r.descriptor.RequestID), zap.String("model",
+			r.descriptor.Model),
 			zap.Int("runner", runner.PID()), zap.Duration("wait_time", time.Since(started)))
 		return runner, nil
 	}
@@ -174,7 +177,8 @@ func (f *Front) runnerOf(ctx context.Context, r *request) (*modelcache.Runner, e
 	}
 	runner, ok := f.options.Cache.Loaded(r.model, r.descriptor.Device)
 	if !ok {
-		return nil, fault.New(fault.Unavailable, "model %s: the runner of this ticket has ended; ask for another ticket", r.descriptor.Model)
+		return nil, fault.New(fault.Unavailable, "model %s: the runner of this ticket has ended; ask for another "+
+			"ticket", r.descriptor.Model)
 	}
 	return runner, nil
 }

@@ -75,9 +75,10 @@ func TestGoldenDigest(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		digest, known, err := cache.Push(archive, "")
+		digest, known, err := cache.Push(t.Context(), archive, "")
 		if err != nil || digest != file.Digest || known != wantKnown {
-			t.Errorf("the digest of the archive is %s, known %t, %v; want %s, known %t", digest, known, err, file.Digest, wantKnown)
+			t.Errorf("the digest of the archive is %s, known %t, %v; want %s, known %t", digest, known, err,
+				file.Digest, wantKnown)
 		}
 		if err := archive.Close(); err != nil {
 			t.Error(err)

@@ -1,3 +1,5 @@
+// Puts: models that callers push as an archive.
+
 package front
 
 import (
@@ -18,7 +20,7 @@ import (
 // maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
 const maxPutBytes = 64 << 20
 
-// putSchema is what DoPut takes: rows are consecutive pieces of one archive.
+// putSchema is what DoPut takes: rows are consecutive chunks of one archive.
 var putSchema = arrow.NewSchema([]arrow.Field{{Name: "chunk", Type: arrow.BinaryTypes.Binary}}, nil)
 
 func parsePut(fd *flight.FlightDescriptor) (*protocol.PutCommand, error) {
@@ -55,12 +57,15 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	if err != nil {
 		return err
 	}
-	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" || got.Field(0).Type.ID() != arrow.BINARY {
+	if got := archive.reader.Schema(); got.NumFields() != 1 || got.Field(0).Name != "chunk" ||
+		got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s, with chunks of a tar archive", putSchema)
 	}
-	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" && f.options.Repository.Known(command.Digest)}
+	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" &&
+		f.options.Repository.Known(command.Digest)}
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Repository.Push(archive, command.Digest); err != nil {
+		if result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive,
+			command.Digest); err != nil {
 			return err
 		}
 	}
@@ -137,7 +142,8 @@ func (a *archive) advance() error {
 	return nil
 }
 
-var errPutSize = fault.New(fault.BadRequest, "a record batch of the archive has more than %d bytes; send chunks of 4 MiB", maxPutBytes)
+var errPutSize = fault.New(fault.BadRequest, "a record batch of the archive has more than %d bytes; send chunks of 4 "+
+	"MiB", maxPutBytes)
 
 // Interface guards.
 var _ io.Reader = (*archive)(nil)

@@ -11,7 +11,8 @@ import (
 // relay copies a stream's messages to a runner and its answers back, without reading the
 // record batches in them. Back-pressure is gRPC's own: each direction has one message in
 // hand, and a side that does not read stops the other side's Send.
-func relay(caller flight.FlightService_DoExchangeServer, runner flight.FlightServiceClient, first *flight.FlightData) error {
+func relay(caller flight.FlightService_DoExchangeServer, runner flight.FlightServiceClient,
+	first *flight.FlightData) error {
 	ctx, cancel := context.WithCancel(caller.Context())
 	defer cancel()
 	onward, err := runner.DoExchange(ctx)

@@ -21,5 +21,7 @@
 // Memory: a task owns its feeds until it has run, even if its caller has returned before. The streams that a run
 // served share its outputs, which are closed with the last of their answers.
 //
+// It is not a library because none cuts, joins and pads by rows and finds the refused ones.
+//
 // What may enter: queues, turns, cutting and joining. It knows neither Arrow columns nor TensorFlow.
 package batch

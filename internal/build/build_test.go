@@ -1,3 +1,5 @@
+// Build identity, and the walls between packages.
+
 package build
 
 import (
@@ -59,7 +61,30 @@ const (
 	session    = "flightsvc/benchmarks/session"  // what a runner is measured beside
 	binding    = "github.com/galeone/tensorflow/tensorflow/go"
 	tfgo       = "github.com/galeone/tfgo"
+	arrow      = "github.com/apache/arrow/go/v15/arrow"
 )
+
+// walls are what a package must not link, directly or through others.
+var walls = map[string][]string{
+	runner: {
+		"flightsvc/modelcache", "flightsvc/handlers/front", "flightsvc/gpu", "github.com/NVIDIA",
+		"gocloud.dev", "github.com/aws", "github.com/Azure", "cloud.google.com",
+	},
+	"flightsvc/handlers":        {"flightsvc/modelcache", "flightsvc/gpu", "flightsvc/handlers/front"},
+	"flightsvc/internal/client": {"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu"},
+	"flightsvc/internal/protocol": {
+		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow", "google.golang.org/grpc",
+	},
+	"flightsvc/modelcache":            {"flightsvc/handlers"},
+	"flightsvc/modelcache/repository": {"flightsvc/handlers", "flightsvc/gpu", "flightsvc/modelcache/tuning"},
+	"flightsvc/modelcache/tuning":     {"flightsvc/handlers", "flightsvc/gpu"},
+}
+
+// arrowUsers are the packages that read and make record batches; others name an allocator or a Flight client at most.
+var arrowUsers = []string{"flightsvc/handlers", "flightsvc/handlers/front", "flightsvc/internal/tensor", "flightsvc/internal/offheap"}
+
+// within reports whether a package is one of those below path.
+func within(dep, path string) bool { return dep == path || strings.HasPrefix(dep, path+"/") }
 
 // TestDependencies holds the walls of ARCHITECTURE.md.
 func TestDependencies(t *testing.T) {
@@ -84,6 +109,17 @@ func TestDependencies(t *testing.T) {
 		}
 		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess && p.ImportPath != session {
 			t.Errorf("%s imports %s", p.ImportPath, tensorflow)
+		}
+		for _, wall := range walls[p.ImportPath] {
+			if i := slices.IndexFunc(p.Deps, func(dep string) bool { return within(dep, wall) }); i >= 0 {
+				t.Errorf("%s links %s; nothing of %s belongs there", p.ImportPath, p.Deps[i], wall)
+			}
+		}
+		for _, used := range p.Imports {
+			plain := used == arrow+"/memory" || used == arrow+"/flight"
+			if within(used, arrow) && !plain && !slices.Contains(arrowUsers, p.ImportPath) {
+				t.Errorf("%s imports %s; record batches are for %q", p.ImportPath, used, arrowUsers)
+			}
 		}
 	}
 }

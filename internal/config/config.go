@@ -48,29 +48,22 @@ type Serve struct {
 	OwnerFD int    `name:"owner-fd" default:"-1" placeholder:"N" help:"An open pidfd of the owner."`
 }
 
-// Validate reports all faults of the settings together.
+// Validate reports all faults of the settings together, always in the same order.
 func (s *Serve) Validate() error {
 	var faults []error
-	for name, value := range map[string]time.Duration{"load-timeout": s.LoadTimeout, "drain-timeout": s.DrainTimeout} {
-		if value <= 0 {
-			faults = append(faults, fmt.Errorf("%s is %s; want more than 0", name, value))
+	refuse := func(is bool, format string, args ...any) {
+		if is {
+			faults = append(faults, fmt.Errorf(format, args...))
 		}
 	}
-	if s.Child && s.Detach {
-		faults = append(faults, errors.New("child and detach exclude each other: a child runs in the foreground"))
-	}
-	if s.Cores < 0 {
-		faults = append(faults, fmt.Errorf("cores is %d; want 0 for all, or more", s.Cores))
-	}
-	for name, value := range map[string]time.Duration{"idle-timeout": s.IdleTimeout, "keep-alive": s.KeepAlive, "poll-interval": s.PollInterval} {
-		if value < 0 {
-			faults = append(faults, fmt.Errorf("%s is %s; want 0 or more", name, value))
-		}
-	}
-	for name, value := range map[string]int64{"max-image-pixels": s.MaxImagePixels, "max-image-bytes": s.MaxImageBytes} {
-		if value < 1 {
-			faults = append(faults, fmt.Errorf("%s is %d; want 1 or more", name, value))
-		}
-	}
+	refuse(s.LoadTimeout <= 0, "load-timeout is %s; want more than 0", s.LoadTimeout)
+	refuse(s.DrainTimeout <= 0, "drain-timeout is %s; want more than 0", s.DrainTimeout)
+	refuse(s.Child && s.Detach, "child and detach exclude one another: a child runs in the foreground")
+	refuse(s.Cores < 0, "cores is %d; want 0 for all, or more", s.Cores)
+	refuse(s.IdleTimeout < 0, "idle-timeout is %s; want 0 or more", s.IdleTimeout)
+	refuse(s.KeepAlive < 0, "keep-alive is %s; want 0 or more", s.KeepAlive)
+	refuse(s.PollInterval < 0, "poll-interval is %s; want 0 or more", s.PollInterval)
+	refuse(s.MaxImagePixels < 1, "max-image-pixels is %d; want 1 or more", s.MaxImagePixels)
+	refuse(s.MaxImageBytes < 1, "max-image-bytes is %d; want 1 or more", s.MaxImageBytes)
 	return errors.Join(faults...)
 }

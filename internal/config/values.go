@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/dustin/go-humanize"
 )
 
 // Duration is a time.Duration that JSON spells as Go does, "5m".
@@ -59,12 +61,4 @@ func (b *Bytes) UnmarshalJSON(data []byte) error {
 }
 
 // String spells the amount for people: "1.5 GiB".
-func (b Bytes) String() string {
-	switch {
-	case b >= 1<<30:
-		return fmt.Sprintf("%.1f GiB", float64(b)/(1<<30))
-	case b >= 1<<20:
-		return fmt.Sprintf("%.0f MiB", float64(b)/(1<<20))
-	}
-	return fmt.Sprintf("%d bytes", int64(b))
-}
+func (b Bytes) String() string { return humanize.IBytes(uint64(max(b, 0))) }

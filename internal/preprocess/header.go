@@ -1,3 +1,5 @@
+// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and know nothing of EXIF or scans.
+
 package preprocess
 
 import (
@@ -138,6 +140,7 @@ func readJPEG(encoded []byte) header {
 			h.height, h.width = int(binary.BigEndian.Uint16(segment[3:])), int(binary.BigEndian.Uint16(segment[5:]))
 			components = int(segment[7])
 			h.channels = min(components, 3)
+			h.least = leastOfJPEG(kind, segment)
 			h.orientation = max(h.orientation, 1)
 		case kind == 0xda && frame == 0:
 			return header{} // a scan before the frame header
@@ -149,6 +152,30 @@ func readJPEG(encoded []byte) header {
 		h.coefficients = components
 	}
 	return h
+}
+
+// leastOfJPEG returns the bytes that the scans of a JPEG with this frame header have at least, or 0 where that is not
+// known. Huffman codes have one bit or more: a block of 8x8 values takes two, of a progressive picture one. libjpeg makes
+// grey of what is missing before the end marker, so a file of 600 bytes could be a picture of 13,000x13,000.
+func leastOfJPEG(kind byte, frame []byte) int64 {
+	bits := map[byte]int64{0xc0: 2, 0xc1: 2, 0xc2: 1}[kind]
+	height, width, components := int64(frame[3])<<8|int64(frame[4]), int64(frame[5])<<8|int64(frame[6]), int(frame[7])
+	if len(frame) < 8+3*components {
+		return 0
+	}
+	var most [2]int64 // samples of a component, across and down
+	for i := range components {
+		sampling := int64(frame[8+3*i+1])
+		most = [2]int64{max(most[0], sampling>>4), max(most[1], sampling&15)}
+	}
+	blocks := int64(0)
+	for i := range components {
+		sampling := int64(frame[8+3*i+1])
+		if most[0]*most[1] > 0 {
+			blocks += (width*(sampling>>4) + 8*most[0] - 1) / (8 * most[0]) * ((height*(sampling&15) + 8*most[1] - 1) / (8 * most[1]))
+		}
+	}
+	return blocks * bits / 8
 }
 
 // jpegSegments gives the kind of each marker that has a segment, and the segment,

@@ -312,9 +312,6 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	if !p.Encoded() && int64(len(p.Data)) != want {
 		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want, len(p.Data))
 	}
-	if int64(len(p.Data)) < h.least {
-		return h, invalid("%v is cut off: it has %d bytes and needs %d", h, len(p.Data), h.least)
-	}
 	if h.scans > maxScans {
 		return h, invalid("%v has %d scans; the maximum is %d", h, h.scans, maxScans)
 	}
@@ -323,6 +320,9 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	}
 	if needs := spec.working(h, p); needs > maxWorking {
 		return h, invalid("%v needs %d MiB of memory; the maximum is %d", h, (needs-1)>>20+1, maxWorking>>20)
+	}
+	if int64(len(p.Data)) < h.least {
+		return h, invalid("%v is cut off: it has %d bytes and needs %d", h, len(p.Data), h.least)
 	}
 	return h, nil
 }

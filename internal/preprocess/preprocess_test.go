@@ -196,11 +196,19 @@ func TestBadPictures(t *testing.T) {
 	copy(wide[18:], "\x00\x30\x00\x00\x00\x30\x00\x00") // 12288x12288, below the limit
 	outside := bytes.Clone(film)
 	copy(outside[6:], "\x05\x00\x05\x00") // a canvas of 5x5
+	var small bytes.Buffer
+	if err := jpeg.Encode(&small, image.NewGray(image.Rect(0, 0, 8, 8)), nil); err != nil {
+		t.Fatal(err)
+	}
+	hollow := small.Bytes() // ends with the end marker, as a whole picture does
+	frame = bytes.Index(hollow, []byte("\xff\xc0"))
+	copy(hollow[frame+5:], "\x32\xc8\x32\xc8") // 13000x13000
 	for _, c := range []struct {
 		name    string
 		encoded []byte
 	}{
 		{"empty", nil},
+		{"JPEG of hardly any bytes", hollow},
 		{"text", []byte(secret)},
 		{"GIF signature", film[:6]},
 		{"GIF without a frame", []byte("GIF89a\x01\x00\x01\x00\x00\x00\x00;")},

@@ -1,3 +1,5 @@
+// Actions: bodies and results, and those of puts and lists.
+
 package protocol
 
 import (

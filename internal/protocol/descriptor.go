@@ -1,3 +1,5 @@
+// Descriptors: what a caller asks of a model, as JSON.
+
 package protocol
 
 import (
@@ -153,7 +155,8 @@ func ParseDescriptor(command []byte) (*Descriptor, error) {
 		}
 	}
 	if len(command) > MaxDescriptorBytes && d.Lease == nil {
-		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(command), MaxDescriptorBytes)
+		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(command),
+			MaxDescriptorBytes)
 	}
 	if err := d.check(); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
@@ -170,7 +173,8 @@ func (d *Descriptor) check() error {
 		return fmt.Errorf("model is missing")
 	}
 	if d.RunTimeoutMS != nil && (*d.RunTimeoutMS < 0 || *d.RunTimeoutMS > MaxRunTimeout.Milliseconds()) {
-		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or up to %d", *d.RunTimeoutMS, MaxRunTimeout.Milliseconds())
+		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or up to %d", *d.RunTimeoutMS,
+			MaxRunTimeout.Milliseconds())
 	}
 	if d.ErrorColumn == "" {
 		d.ErrorColumn = "error"

@@ -1,3 +1,5 @@
+// Tests against the golden files that need no model.
+
 package protocol
 
 import (

@@ -14,7 +14,8 @@ var ImageModel = &savedmodel.Model{Signatures: map[string]savedmodel.Signature{
 	savedmodel.DefaultSignature: {
 		Inputs: []savedmodel.Spec{imageTensor(ImageInput, savedmodel.String)},
 		Outputs: []savedmodel.Spec{
-			imageTensor("data", savedmodel.String), imageTensor("height", savedmodel.Int32), imageTensor("mode", savedmodel.Int32),
+			imageTensor("data", savedmodel.String), imageTensor("height", savedmodel.Int32), imageTensor("mode",
+				savedmodel.Int32),
 			imageTensor("nChannels", savedmodel.Int32), imageTensor("width", savedmodel.Int32),
 		},
 	},

@@ -1,3 +1,5 @@
+// Mappings: which column feeds which input, and which output becomes which column.
+
 package protocol
 
 import (

@@ -1,3 +1,5 @@
+// Preprocess: what becomes of pictures, as JSON in a descriptor.
+
 package protocol
 
 import (
@@ -106,7 +108,8 @@ func (p *Preprocess) check() error {
 		three := numbers.or(0)
 		number := len(numbers) == 3 && three[0] == three[1] && three[0] == three[2]
 		if numbers != nil && len(numbers) != p.ChannelCount() && !number {
-			return fmt.Errorf("%s has %d numbers, but %s has %d channels", name, len(numbers), p.Channels, p.ChannelCount())
+			return fmt.Errorf("%s has %d numbers, but %s has %d channels", name, len(numbers), p.Channels,
+				p.ChannelCount())
 		}
 	}
 	if p.DType != "" && p.Type() == 0 {
@@ -130,7 +133,8 @@ func (p *Preprocess) checkBuiltIn() error {
 }
 
 func (p *Preprocess) checkResize() error {
-	if p.Size != nil && (len(p.Size) != 2 || p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > maxSide || p.Size[1] > maxSide) {
+	if p.Size != nil && (len(p.Size) != 2 || p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > maxSide ||
+		p.Size[1] > maxSide) {
 		return fmt.Errorf("size must be [height, width], each from 1 to %d", maxSide)
 	}
 	if p.Size == nil {

@@ -67,14 +67,15 @@ type Totals struct {
 
 // Device is a GPU, or an instance of one that is in MIG mode.
 type Device struct {
-	UUID        string `json:"uuid"`             // GPU-..., or MIG-... of an instance
-	Name        string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
-	Index       string `json:"index"`            // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
-	Parent      string `json:"parent,omitempty"` // UUID of the GPU of an instance
-	Memory      int64  `json:"memory"`           // bytes
-	Free        int64  `json:"free"`             // bytes that no process had when they were last read
-	Compute     string `json:"compute"`          // compute capability, such as 8.0
-	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	UUID    string `json:"uuid"`             // GPU-..., or MIG-... of an instance
+	Name    string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
+	Index   string `json:"index"`            // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
+	Parent  string `json:"parent,omitempty"` // UUID of the GPU of an instance
+	Memory  int64  `json:"memory"`           // bytes
+	Free    int64  `json:"free"`             // bytes that no process had when they were last read
+	Compute string `json:"compute"`          // compute capability, such as 8.0
+	// percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	Utilisation int    `json:"utilisation"`
 	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
 	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
 }
@@ -98,7 +99,8 @@ type Candidate struct {
 
 // Choice is a configuration of a runner that was found by measuring.
 type Choice struct {
-	Frozen       string `json:"frozen,omitempty"`  // digest of the model with its variables made constants, "" for the model as it is
+	// digest of the model with its variables made constants, "" for the model as it is
+	Frozen       string `json:"frozen,omitempty"`
 	OneDNN       bool   `json:"onednn"`            // TF_ENABLE_ONEDNN_OPTS
 	Cores        int    `json:"cores"`             // threads of each of TensorFlow's pools
 	BatchThreads int    `json:"num_batch_threads"` // runs at once

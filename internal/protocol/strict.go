@@ -1,3 +1,5 @@
+// Strict JSON: one reader for whatever callers send; encoding/json alone ignores unknown and repeated fields.
+
 package protocol
 
 import (

@@ -4,7 +4,7 @@
 //	<run-dir>/            0700, ours, never a link
 //	  <8 hex> or user/    one front: its sockets, and the file "front" that names its process
 //
-// A folder's lock is flock(2) on the folder itself, so there is no lock file to leave behind. A
+// A folder's lock is flock(2) on the folder itself, so there is no lock file to leave behind; libraries lock files alone. A
 // starter (the shim) holds it while it looks for a front and starts one; a front holds it while
 // it removes its folder.
 //

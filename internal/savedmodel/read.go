@@ -2,6 +2,8 @@
 // shapes) from saved_model.pb, without TensorFlow. Both processes use it: the front
 // to answer metadata and schemas, the runner to check requests before a run.
 //
+// Only the fields that are looked at are decoded, by hand: the generated types would hold the whole graph.
+//
 // What may enter: types and facts of the SavedModel format. Running a graph lives in
 // internal/tensorflow.
 package savedmodel

@@ -54,7 +54,8 @@ func (p *Plan) Bind(schema *arrow.Schema) (*Binding, error) {
 		}
 		at := schema.FieldIndices(name)
 		if len(at) != 1 {
-			return nil, fault.New(fault.BadRequest, "input %q wants column %q, which the stream has %s; its columns are %s",
+			return nil, fault.New(fault.BadRequest, "input %q wants column %q, which the stream has %s; its columns "+
+				"are %s",
 				in.spec.Name, name, times(len(at)), columnNames(schema))
 		}
 		bound := boundInput{input: in, at: at[0], name: name}
@@ -127,7 +128,8 @@ func (in *boundInput) bindLists(field arrow.Field) error {
 	}
 	shape, err := tensorShape(field)
 	if err != nil {
-		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name, typeText(column),
+		return fault.New(fault.BadRequest, "input %s, column %q of %s: %w", describe(in.spec), in.name,
+			typeText(column),
 			err)
 	}
 	if shape != nil {
@@ -182,7 +184,8 @@ func isBinary(t arrow.DataType) bool {
 	return false
 }
 
-// The name of Arrow's extension type for tensors of one shape and the keys of a field's metadata that hold an extension.
+// The name of Arrow's extension type for tensors of one shape and the keys of a field's metadata that hold an
+// extension.
 const (
 	tensorExtension   = "arrow.fixed_shape_tensor"
 	extensionName     = "ARROW:extension:name"

@@ -3,12 +3,12 @@
 package tensor
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"testing"
 
 	"github.com/apache/arrow/go/v15/arrow"
-	"github.com/apache/arrow/go/v15/arrow/array"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/protocol"
@@ -17,12 +17,11 @@ import (
 
 // imageFields returns Spark's image struct with one field of another type.
 func imageFields(name string, other arrow.DataType) []arrow.Field {
-	i32 := arrow.PrimitiveTypes.Int32
 	fields := []arrow.Field{
-		{Name: "origin", Type: arrow.BinaryTypes.String, Nullable: true}, {Name: "height", Type: i32, Nullable: true},
+		{Name: "origin", Type: str, Nullable: true}, {Name: "height", Type: i32, Nullable: true},
 		{Name: "width", Type: i32, Nullable: true},
 		{Name: "nChannels", Type: i32, Nullable: true}, {Name: "mode", Type: i32, Nullable: true},
-		{Name: "data", Type: arrow.BinaryTypes.Binary, Nullable: true},
+		{Name: "data", Type: blob, Nullable: true},
 	}
 	for i := range fields {
 		if fields[i].Name == name {
@@ -36,45 +35,30 @@ func imageFields(name string, other arrow.DataType) []arrow.Field {
 type image []any // origin, height, width, nChannels, mode, data
 
 // images makes a column of Spark's image struct.
-func images(mem memory.Allocator, rows ...image) arrow.Record {
-	builder := array.NewStructBuilder(mem, arrow.StructOf(imageFields("", nil)...))
-	defer builder.Release()
-	for _, row := range rows {
-		if row == nil {
-			builder.AppendNull() // and one to each field
-			continue
+func images(t *testing.T, mem memory.Allocator, rows ...image) arrow.Record {
+	fields := imageFields("", nil)
+	cells := make([]map[string]any, len(rows))
+	for i, row := range rows {
+		if row != nil {
+			cells[i] = map[string]any{}
 		}
-		builder.Append(true)
-		for i := range builder.NumField() {
-			field := builder.FieldBuilder(i)
-			switch {
-			case row[i] == nil:
-				field.AppendNull()
-			case i == 0:
-				field.(*array.StringBuilder).Append(row[i].(string))
-			case i == 5:
-				field.(*array.BinaryBuilder).Append([]byte(row[i].(string)))
-			default:
-				field.(*array.Int32Builder).Append(int32(row[i].(int)))
+		for j, value := range row {
+			if data, ok := value.(string); ok && fields[j].Name == "data" {
+				value = []byte(data)
 			}
+			cells[i][fields[j].Name] = value
 		}
 	}
-	column := builder.NewArray()
-	defer column.Release()
-	schema := arrow.NewSchema([]arrow.Field{{Name: "p", Type: column.DataType(), Nullable: true}}, nil)
-	return array.NewRecord(schema, []arrow.Array{column}, int64(len(rows)))
+	text, err := json.Marshal(cells)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return record(t, mem, "p", arrow.StructOf(fields...), string(text[1:len(text)-1]))
 }
 
 func bindPicture(t *testing.T, schema *arrow.Schema) *Binding {
 	t.Helper()
-	signature := savedmodel.Signature{
-		Inputs:  []savedmodel.Spec{spec("p", savedmodel.Float32, -1, 1, 1, 3)},
-		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1)},
-	}
-	plan, err := NewPlan(signature, Options{Pictures: map[string]PictureTensor{"p": pixel}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	plan := newPlan(t, "p float32 -1 1 1 3", "y float32 -1", Options{Pictures: map[string]PictureTensor{"p": pixel}})
 	binding, err := plan.Bind(schema)
 	if err != nil {
 		t.Fatal(err)
@@ -86,7 +70,7 @@ func bindPicture(t *testing.T, schema *arrow.Schema) *Binding {
 func TestImageStructs(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	whole := images(mem,
+	whole := images(t, mem,
 		image{"a", 9, 9, 1, 0, "cut away"}, // not part of the slice
 		image{"a", 1, 2, 3, 16, "abcdef"},
 		image{nil, 2, 1, 1, 0, "gh"}, // the origin is nobody's concern
@@ -156,24 +140,24 @@ func TestCut(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
 	for _, c := range []struct {
-		rows []any
+		rows string
 		want []int64
 	}{
-		{nil, []int64{0}},
-		{[]any{"1"}, []int64{1}},
-		{[]any{"1", "1", "1"}, []int64{3}},
-		{[]any{"2", "2", "2"}, []int64{1, 2, 3}},
-		{[]any{"9", "1", "2", "9"}, []int64{1, 3, 4}},
-		{[]any{nil, "3", nil, nil, "1"}, []int64{4, 5}},
-		{[]any{"0", "0", "3", "0"}, []int64{4}},
+		{"", []int64{0}},
+		{blobs("1"), []int64{1}},
+		{blobs("1", "1", "1"), []int64{3}},
+		{blobs("2", "2", "2"), []int64{1, 2, 3}},
+		{blobs("9", "1", "2", "9"), []int64{1, 3, 4}},
+		{blobs("null", "3", "null", "null", "1"), []int64{4, 5}},
+		{blobs("0", "0", "3", "0"), []int64{4}},
 	} {
-		rec := record(t, mem, "p", arrow.BinaryTypes.Binary, c.rows...)
+		rec := record(t, mem, "p", blob, c.rows)
 		if got := bindPicture(t, rec.Schema()).Cut(rec, weighed{}, 3); !slices.Equal(got, c.want) {
 			t.Errorf("%v is cut at %d, want %d", c.rows, got, c.want)
 		}
 		rec.Release()
 	}
-	nothing := record(t, mem, "p", arrow.Null, nil, nil)
+	nothing := record(t, mem, "p", arrow.Null, "null,null")
 	defer nothing.Release()
 	rows := NewRows(2)
 	binding := bindPicture(t, nothing.Schema())
@@ -181,7 +165,7 @@ func TestCut(t *testing.T) {
 	if got := binding.Cut(nothing, weighed{}, 1); !slices.Equal(got, []int64{2}) || rows.Kept() != 0 {
 		t.Errorf("a column of nulls is cut at %d, %d rows kept", got, rows.Kept())
 	}
-	numbers := record(t, mem, "x", arrow.PrimitiveTypes.Float32, 1.0, 2.0)
+	numbers := record(t, mem, "x", f32, "1,2")
 	defer numbers.Release()
 	binding = bindOne(t, spec("x", savedmodel.Float32, -1), protocol.Input{}, numbers.Schema().Field(0))
 	if got := binding.Cut(numbers, nil, 1); !slices.Equal(got, []int64{2}) {

@@ -1,19 +1,20 @@
-// Tests of answers: output tensors as columns, their parts, and the rows whose text is not UTF-8.
+// Tests of answers: output tensors as columns, their parts, and the rows whose text is not UTF-8. Random outputs are
+// compared with TensorFlow in pyspark-shim/tests/test_property.py.
 
 package tensor
 
 import (
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
-	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/apache/arrow/go/v15/arrow"
 	"github.com/apache/arrow/go/v15/arrow/array"
-	"github.com/apache/arrow/go/v15/arrow/decimal128"
 	"github.com/apache/arrow/go/v15/arrow/memory"
 
 	"flightsvc/internal/expect"
@@ -22,197 +23,180 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
+// outTypes has, for each dtype, three elements at the edges, the column type that Spark reads, and the elements as a
+// column prints them, strings in base64.
+var outTypes = []struct {
+	elements any
+	column   arrow.DataType
+	texts    string
+}{
+	{[]float32{float32(minusZero), 0x1p-149, nan}, f32, "-0 1e-45 NaN(0x7fc00001)"},
+	{[]float64{minusZero, 5e-324, math.MaxFloat64}, f64, "-0 5e-324 1.7976931348623157e+308"},
+	{[]half{0x8001, 0x7bff, 0x7c00}, f32, "-5.9604645e-08 65504 +Inf"},
+	{[]bfloat{0x8001, 0x7f7f, 0xff80}, f32, "-9.1835e-41 3.3895314e+38 -Inf"},
+	{[]int8{-1 << 7, 0, 1<<7 - 1}, i8, "-128 0 127"},
+	{[]int16{-1 << 15, 0, 1<<15 - 1}, i16, "-32768 0 32767"},
+	{[]int32{-1 << 31, 0, 1<<31 - 1}, i32, "-2147483648 0 2147483647"},
+	{[]int64{-1 << 63, 0, 1<<63 - 1}, i64, "-9223372036854775808 0 9223372036854775807"},
+	{[]uint8{0, 1, 1<<8 - 1}, i16, "0 1 255"},
+	{[]uint16{0, 1, 1<<16 - 1}, i32, "0 1 65535"},
+	{[]uint32{0, 1, 1<<32 - 1}, i64, "0 1 4294967295"},
+	{[]uint64{0, 1, 1<<64 - 1}, decimal, "0 1 18446744073709551615"},
+	{[]bool{true, false, true}, boolean, "true false true"},
+	{[]string{"", "\x00", "ß"}, blob, " AA== w58="},
+}
+
+// tensorTypes are the column types of the layout tensor that differ from outTypes.
+var tensorTypes = map[savedmodel.DType]arrow.DataType{
+	savedmodel.Uint8: u8, savedmodel.Uint16: arrow.PrimitiveTypes.Uint16,
+	savedmodel.Uint32: arrow.PrimitiveTypes.Uint32,
+	savedmodel.Uint64: arrow.PrimitiveTypes.Uint64, savedmodel.Float16: arrow.FixedWidthTypes.Float16,
+}
+
 // anyInput are the inputs of tests in which only outputs matter.
-var anyInput = []savedmodel.Spec{spec("x", savedmodel.Float32, -1)}
+var anyInput = specs("x float32 -1")
 
-// read turns one row of a column into plain Go values.
-func read(column arrow.Array, row int) any {
-	if column.IsNull(row) {
-		return nil
-	}
-	switch c := column.(type) {
-	case array.ListLike:
-		list := []any{}
-		for lo, hi := c.ValueOffsets(row); lo < hi; lo++ {
-			list = append(list, read(c.ListValues(), int(lo)))
-		}
-		return list
-	case *array.Float32:
-		return c.Value(row)
-	case *array.Float64:
-		return c.Value(row)
-	case *array.Int8:
-		return c.Value(row)
-	case *array.Int16:
-		return c.Value(row)
-	case *array.Int32:
-		return c.Value(row)
-	case *array.Int64:
-		return c.Value(row)
-	case *array.Uint8: // as the layout list has them
-		return int16(c.Value(row))
-	case *array.Uint16:
-		return int32(c.Value(row))
-	case *array.Uint32:
-		return int64(c.Value(row))
-	case *array.Uint64:
-		return decimal128.FromU64(c.Value(row))
-	case *array.Decimal128:
-		return c.Value(row)
-	case *array.Float16:
-		return FromHalf(c.Value(row).Uint16())
-	case *array.Boolean:
-		return c.Value(row)
-	case *array.Binary:
-		return string(c.Value(row))
-	case *array.String:
-		return c.Value(row)
-	}
-	panic(fmt.Sprintf("no way to read %T", column))
+var outDTypes = []savedmodel.DType{
+	savedmodel.Float32, savedmodel.Float64, savedmodel.Int8, savedmodel.Int16, savedmodel.Int32, savedmodel.Int64,
+	savedmodel.Uint8, savedmodel.Uint16, savedmodel.Uint32, savedmodel.Uint64, savedmodel.Float16, savedmodel.Bfloat16,
+	savedmodel.Bool, savedmodel.String,
 }
 
-// flatten returns the elements of nested lists as one.
-func flatten(v any) any {
-	out := []any{}
-	for _, e := range v.([]any) {
-		if inner, ok := e.([]any); ok {
-			out = append(out, flatten(inner).([]any)...)
-		} else {
-			out = append(out, e)
+// printed returns the rows of an array as text.
+func printed(a arrow.Array) string {
+	rows := make([]string, a.Len())
+	for i := range rows {
+		rows[i] = array.NullValueStr
+		if a.IsNull(i) {
+			continue
+		}
+		switch a := a.(type) {
+		case array.ListLike:
+			lo, hi := a.ValueOffsets(i)
+			inner := array.NewSlice(a.ListValues(), lo, hi)
+			rows[i] = printed(inner)
+			inner.Release()
+		case *array.Float16: // whose text is wrong for numbers below 2^-14
+			rows[i] = fmt.Sprint(FromHalf(a.Value(i).Uint16()))
+		case *array.Float32:
+			if rows[i] = a.ValueStr(i); rows[i] == "NaN" {
+				rows[i] = fmt.Sprintf("NaN(%#x)", math.Float32bits(a.Value(i)))
+			}
+		default:
+			rows[i] = a.ValueStr(i)
 		}
 	}
-	return out
+	return "[" + strings.Join(rows, " ") + "]"
 }
 
-// TestRecords has outputs of all types as columns of both layouts, with a null row, a refused one and their reasons.
+// TestRecords writes each dtype in both layouts and at several depths of lists: to rows that all have an answer, to
+// some that have none between them, and to such alone.
 func TestRecords(t *testing.T) {
-	p, half := arrow.PrimitiveTypes, arrow.FixedWidthTypes.Float16
-	texts := [][]byte{[]byte("a"), nil, []byte("ß"), []byte("d"), []byte("\xff"),
-		[]byte("f"), []byte("g"), []byte("h")}
-	decimals := func(list ...uint64) (out []any) {
-		for _, v := range list {
-			out = append(out, decimal128.FromU64(v))
-		}
-		return out
-	}
-	for dtype, c := range map[savedmodel.DType]struct {
-		list, tensor arrow.DataType
-		elements     any
-		want         []any // of the layout list; the layout tensor has the same values
-	}{
-		savedmodel.Int8:   {p.Int8, p.Int8, []int8{-128, 127}, []any{int8(-128), int8(127)}},
-		savedmodel.Int16:  {p.Int16, p.Int16, []int16{-1 << 15, 1}, []any{int16(-1 << 15), int16(1)}},
-		savedmodel.Int32:  {p.Int32, p.Int32, []int32{-1 << 31, 1}, []any{int32(-1 << 31), int32(1)}},
-		savedmodel.Int64:  {p.Int64, p.Int64, []int64{math.MinInt64, 1}, []any{int64(math.MinInt64), int64(1)}},
-		savedmodel.Uint8:  {p.Int16, p.Uint8, []uint8{255, 0}, []any{int16(255), int16(0)}},
-		savedmodel.Uint16: {p.Int32, p.Uint16, []uint16{65535, 0}, []any{int32(65535), int32(0)}},
-		savedmodel.Uint32: {p.Int64, p.Uint32, []uint32{math.MaxUint32, 0}, []any{int64(math.MaxUint32), int64(0)}},
-		savedmodel.Uint64: {&arrow.Decimal128Type{Precision: 20}, p.Uint64, []uint64{math.MaxUint64, 0},
-			decimals(math.MaxUint64, 0)},
-		savedmodel.Float32:  {p.Float32, p.Float32, []float32{0x1p-149, -1.5}, []any{float32(0x1p-149), float32(-1.5)}},
-		savedmodel.Float64:  {p.Float64, p.Float64, []float64{0x1p-1074, -1.5}, []any{0x1p-1074, -1.5}},
-		savedmodel.Float16:  {p.Float32, half, []uint16{0x7bff, 1}, []any{float32(65504), float32(0x1p-24)}},
-		savedmodel.Bfloat16: {p.Float32, p.Float32, []uint16{0x3f80, 0xc000}, []any{float32(1), float32(-2)}},
-		savedmodel.Bool: {arrow.FixedWidthTypes.Boolean, arrow.FixedWidthTypes.Boolean, []bool{true, false},
-			[]any{true, false}},
-		savedmodel.String: {arrow.BinaryTypes.Binary, arrow.BinaryTypes.Binary, nil,
-			[]any{"a", "", "ß", "d", "\xff", "f", "g", "h"}},
-	} {
-		for _, inner := range [][]int64{{}, {2}, {1, 2}, {2, 2}} {
-			for _, layout := range []string{"", protocol.LayoutTensor} {
-				// Two rows take part; the elements of an output are those of the table, again and again.
-				n := 2 * elements(inner)
-				value := Value{DType: dtype, Shape: append([]int64{2}, inner...)}
-				want := slices.Repeat(c.want, int(n))[:n]
-				if dtype == savedmodel.String {
-					value.Strings = texts[:n]
-				} else {
-					once, err := binary.Append(nil, binary.LittleEndian, c.elements)
-					if err != nil {
-						t.Fatal(err)
-					}
-					value.Data = slices.Repeat(once, int(n))[:int(n)*dtype.Size()]
+	for _, c := range outTypes {
+		value := tensorOf(c.elements)
+		for _, l := range []struct {
+			inner         []int64
+			layout        string
+			column        func(arrow.DataType) arrow.DataType
+			whole, spread string // with one row null and one refused
+		}{
+			{nil, "", nil, "[%s %s %s]", "[(null) %s %s (null) %s]"},
+			{nil, protocol.LayoutTensor, nil, "[%s %s %s]", "[(null) %s %s (null) %s]"},
+			{[]int64{1}, "", list, "[[%s] [%s] [%s]]", "[(null) [%s] [%s] (null) [%s]]"},
+			{[]int64{3}, "", list, "[[%s %s %s]]", "[(null) [%s %s %s] (null)]"},
+			{[]int64{3, 1}, "", listOfLists, "[[[%s] [%s] [%s]]]", "[(null) [[%s] [%s] [%s]] (null)]"},
+			{[]int64{1, 3}, "", listOfLists, "[[[%s %s %s]]]", "[(null) [[%s %s %s]] (null)]"},
+			{[]int64{1}, protocol.LayoutTensor, listOf1, "[[%s] [%s] [%s]]", "[(null) [%s] [%s] (null) [%s]]"},
+			{[]int64{1, 3}, protocol.LayoutTensor, listOf3, "[[%s %s %s]]", "[(null) [%s %s %s] (null)]"},
+		} {
+			texts := strings.Split(c.texts, " ")
+			column, output := c.column, protocol.Output{Tensor: "y", Column: "y"}
+			if own, ok := tensorTypes[value.DType]; ok && l.layout != "" {
+				column = own
+			}
+			if value.DType == savedmodel.String && len(l.inner) == 1 {
+				column, output.Type, texts = str, protocol.TypeUTF8, c.elements.([]string)
+			}
+			if l.column != nil {
+				column = l.column(column)
+			}
+			plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
+				Outputs: []savedmodel.Spec{spec("y", value.DType,
+					append([]int64{-1}, l.inner...)...)}},
+				Options{Layout: l.layout, ErrorColumn: "error", Outputs: protocol.Outputs{output}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if field := plan.Schema().Field(0); !arrow.TypeEqual(field.Type, column) || !field.Nullable {
+				t.Errorf("%s is %s, want %s", value.DType, field, column)
+			}
+			kept := int(3 / elements(l.inner))
+			value.Shape = append([]int64{int64(kept)}, l.inner...)
+			whole, spread, nothing := NewRows(kept), NewRows(kept+2), NewRows(1)
+			spread.Null(0)
+			spread.Refuse(max(kept, 2), "bad")
+			nothing.Refuse(0, "bad")
+			format := func(format string) string { return fmt.Sprintf(format, texts[0], texts[1], texts[2]) }
+			for rows, want := range map[*Rows]string{whole: format(l.whole), spread: format(l.spread),
+				nothing: "[(null)]"} {
+				outputs := []Value{value}
+				if rows == nothing {
+					outputs = nil
+				} else if settled, owned := plan.Settle(outputs, rows, nil); owned || len(settled) != 1 {
+					t.Errorf("%d settled, %t", len(settled), owned)
 				}
-				column := c.list
-				if layout != "" {
-					column = c.tensor
-					if len(inner) > 0 {
-						column = arrow.FixedSizeListOf(int32(n/2), column)
+				mem, parts := checkedMemory(t), 0
+				err = plan.Records(outputs, rows, mem, func(rec arrow.Record, last bool) error {
+					parts++
+					y, reasons := rec.Column(0), rec.Column(1).(*array.String)
+					if got := printed(y); got != want || y.NullN() != rows.Len()-rows.Kept() || !last ||
+						!rec.Schema().Equal(plan.Schema()) {
+						t.Errorf("%s, %d: %s with %d nulls, want %s", value.DType, l.inner, got, y.NullN(), want)
 					}
-				}
-				for range inner {
-					if layout == "" {
-						column = arrow.ListOf(column)
+					for row := range rows.Len() {
+						if text, refused := rows.reason(row); reasons.IsValid(row) != refused ||
+							reasons.Value(row) != text {
+							t.Errorf("row %d: reason %q, want %q", row, reasons.Value(row), text)
+						}
 					}
+					return nil
+				})
+				if err != nil || parts != 1 {
+					t.Errorf("%s: %d parts, %v", value.DType, parts, err)
 				}
-				first, second := want[:n/2], want[n/2:]
-				// The request says what the signature leaves open.
-				options := Options{Layout: layout, ErrorColumn: "why",
-					Outputs: protocol.Outputs{{Tensor: "y", Column: "y", Shape: append([]int64{-1}, inner...)}}}
-				output := savedmodel.Spec{Name: "y", DType: dtype, UnknownRank: true}
-				checkRecords(t, output, options, value, NewRows(2), column, []any{first, second})
-				rows := NewRows(4)
-				rows.Null(0)
-				rows.Refuse(2, "for the test")
-				checkRecords(t, output, options, value, rows, column, []any{nil, first, nil, second})
 			}
 		}
 	}
 }
 
-// checkRecords compares the answer of one output, its nulls and its column of errors with the elements of its rows.
-func checkRecords(t *testing.T, output savedmodel.Spec, options Options, value Value, rows *Rows,
-	column arrow.DataType, want []any) {
-	t.Helper()
-	mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{output}}, options)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if field := plan.Schema().Field(0); !arrow.TypeEqual(field.Type, column) || !field.Nullable {
-		t.Fatalf("%s: column %s, want %s", output.DType, field, column)
-	}
-	settled, owned := plan.Settle([]Value{value}, rows, mem)
-	if err := plan.CheckOutputs(settled, rows.Kept()); err != nil || owned {
-		t.Fatalf("%s: owned %t, %v", output.DType, owned, err)
-	}
-	for _, outputs := range [][]Value{settled, nil} { // nil where nothing ran
-		err = plan.Records(outputs, rows, mem, func(rec arrow.Record, last bool) error {
-			if !last || !rec.Schema().Equal(plan.Schema()) || rec.NumRows() != int64(rows.Len()) {
-				t.Errorf("last %t, %d rows of %s", last, rec.NumRows(), rec.Schema())
-			}
-			nulls := 0
-			for row := range rows.Len() {
-				got := read(rec.Column(0), row)
-				if list, ok := got.([]any); ok {
-					got = flatten(list)
-				} else if got != nil {
-					got = []any{got}
+// TestRecordsOfNoElements has rows of empty lists.
+func TestRecordsOfNoElements(t *testing.T) {
+	for output, want := range map[string]string{
+		"y float32 -1 0": "[[] (null) []]", "y string -1 2 0": "[[[] []] (null) [[] []]]",
+		"y bool -1 0 3": "[[] (null) []]",
+	} {
+		y := specs(output)[0]
+		rows := NewRows(3)
+		rows.Null(1)
+		value := Value{DType: y.DType, Shape: append([]int64{2}, y.Shape[1:]...)}
+		err := newPlan(t, "x float32 -1", output, Options{}).Records([]Value{value}, rows, checkedMemory(t),
+			func(rec arrow.Record, _ bool) error {
+				if got := printed(rec.Column(0)); got != want {
+					t.Errorf("%s is %s, want %s", output, got, want)
 				}
-				if got == nil {
-					nulls++
-				}
-				if (want[row] == nil) != (got == nil) || want[row] != nil && !reflect.DeepEqual(got, want[row]) {
-					t.Errorf("%s as %s, row %d: %v, want %v", output.DType, column, row, got, want[row])
-				}
-				reason, refused := rows.reason(row)
-				if text := read(rec.Column(1), row); refused != (text != nil) || refused && text != reason {
-					t.Errorf("row %d: error %v, want %q", row, text, reason)
-				}
-			}
-			if rec.Column(0).NullN() != nulls {
-				t.Errorf("%d nulls are counted of %d", rec.Column(0).NullN(), nulls)
-			}
-			return nil
-		})
+				return nil
+			})
 		if err != nil {
 			t.Error(err)
 		}
-		rows, want = NewRows(1), []any{nil}
-		rows.Null(0)
 	}
 }
+
+func listOfLists(t arrow.DataType) arrow.DataType { return list(list(t)) }
+
+func listOf1(t arrow.DataType) arrow.DataType { return arrow.FixedSizeListOf(1, t) }
+
+func listOf3(t arrow.DataType) arrow.DataType { return arrow.FixedSizeListOf(3, t) }
 
 // TestLargeAnswersComeInParts cuts 130 MiB: rows stay in order, rows without an answer are in all parts, and the last
 // part has no others.
@@ -235,23 +219,17 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 		text.Strings = append(text.Strings, fmt.Append(nil, row))
 		next++
 	}
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{
-		spec("id", savedmodel.Int64, -1), spec("text", savedmodel.String, -1),
-		spec("wide", savedmodel.Float32, -1, width),
-	}}, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	plan := newPlan(t, "x float32 -1", "id int64 -1, text string -1, wide float32 -1 262144", Options{})
 	seen, parts, sawLast := 0, 0, false
-	err = plan.Records([]Value{id, text, wide}, rows, mem, func(rec arrow.Record, last bool) error {
+	err := plan.Records([]Value{id, text, wide}, rows, mem, func(rec arrow.Record, last bool) error {
 		parts++
 		sawLast = last
 		bytes := 0
 		for row := range int(rec.NumRows()) {
-			var wantID, wantText any
-			list, isList := read(rec.Column(0), row), rec.Column(2).IsValid(row)
+			wantID, wantText := "(null)", "(null)"
+			id, text, isList := rec.Column(0).ValueStr(row), rec.Column(1).ValueStr(row), rec.Column(2).IsValid(row)
 			if seen%2 == 0 && seen < 2*kept {
-				wantID, wantText = int64(seen), fmt.Sprint(seen)
+				wantID, wantText = fmt.Sprint(seen), base64.StdEncoding.EncodeToString(fmt.Append(nil, seen))
 				bytes += width * 4
 				lists := rec.Column(2).(*array.List)
 				lo, hi := lists.ValueOffsets(row)
@@ -260,8 +238,8 @@ func TestLargeAnswersComeInParts(t *testing.T) {
 					t.Errorf("row %d begins with %v and has %d elements", seen, first, hi-lo)
 				}
 			}
-			if list != wantID || read(rec.Column(1), row) != wantText || isList != (wantID != nil) {
-				t.Fatalf("row %d: %v, %v, %t", seen, list, read(rec.Column(1), row), isList)
+			if id != wantID || text != wantText || isList != (wantID != "(null)") {
+				t.Fatalf("row %d: %s, %s, %t", seen, id, text, isList)
 			}
 			seen++
 		}
@@ -293,13 +271,8 @@ func TestUnevenStringsComeInParts(t *testing.T) {
 			value.Strings = append(value.Strings, big)
 		}
 	}
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	rows := 0
-	err = plan.Records([]Value{value}, NewRows(n), memory.DefaultAllocator, func(rec arrow.Record, _ bool) error {
+	plan, rows := newPlan(t, "x float32 -1", "s string -1", Options{}), 0
+	err := plan.Records([]Value{value}, NewRows(n), memory.DefaultAllocator, func(rec arrow.Record, _ bool) error {
 		rows += int(rec.NumRows())
 		if got := rec.Column(0).Data().Buffers()[2].Len(); got > MaxAnswerBytes {
 			t.Errorf("a part has %d MiB", got>>20)
@@ -312,73 +285,53 @@ func TestUnevenStringsComeInParts(t *testing.T) {
 }
 
 func TestRecordsRefuseOutputs(t *testing.T) {
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("y", savedmodel.Float32, -1, 2)}}, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, c := range map[string]struct {
-		value Value
+	plan := newPlan(t, "x float32 -1", "y float32 -1 2", Options{})
+	for _, c := range []struct {
+		dtype savedmodel.DType
+		shape []int64
 		kind  fault.Kind
-		texts []string
+		texts string
 	}{
-		"rows": {Value{DType: savedmodel.Float32, Shape: []int64{1, 2}, Data: make([]byte, 8)}, fault.BadRequest,
-			[]string{`output "y"`, "first dimension 1", "batch of 3 rows"}},
-		"dtype": {Value{DType: savedmodel.Int32, Shape: []int64{3, 2}, Data: make([]byte, 24)}, fault.Internal,
-			[]string{`"y" float32 [?,2]`, "int32"}},
-		"rank": {Value{DType: savedmodel.Float32, Shape: []int64{3}, Data: make([]byte, 12)}, fault.Internal,
-			[]string{`"y" float32 [?,2]`, "1 dimensions"}},
-		"size": {Value{DType: savedmodel.Float32, Shape: []int64{3, 1}, Data: make([]byte, 12)}, fault.Internal,
-			[]string{`"y" float32 [?,2]`, "[3,1]"}},
+		{savedmodel.Float32, []int64{1, 2}, fault.BadRequest, `output "y"|first dimension 1|batch of 3 rows`},
+		{savedmodel.Int32, []int64{3, 2}, fault.Internal, `"y" float32 [?,2]|int32`},
+		{savedmodel.Float32, []int64{3}, fault.Internal, `"y" float32 [?,2]|1 dimensions`},
+		{savedmodel.Float32, []int64{3, 1}, fault.Internal, `"y" float32 [?,2]|[3,1]`},
 	} {
-		t.Run(name, func(t *testing.T) {
-			err := plan.Records([]Value{c.value}, NewRows(3), memory.DefaultAllocator, func(arrow.Record, bool) error {
-				t.Error("a record batch was written")
-				return nil
-			})
-			expect.Fault(t, err, c.kind, c.texts...)
+		value := Value{DType: c.dtype, Shape: c.shape, Data: make([]byte, 24)}
+		err := plan.Records([]Value{value}, NewRows(3), memory.DefaultAllocator, func(arrow.Record, bool) error {
+			t.Error("a record batch was written")
+			return nil
 		})
+		expect.Fault(t, err, c.kind, strings.Split(c.texts, "|")...)
 	}
 	huge := Value{DType: savedmodel.String, Shape: []int64{1}, Strings: [][]byte{make([]byte, MaxRowBytes+1)}}
-	texts, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("s", savedmodel.String, -1)}}, Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = texts.Records([]Value{huge}, NewRows(1), memory.DefaultAllocator, nil)
+	err := newPlan(t, "x float32 -1", "s string -1", Options{}).
+		Records([]Value{huge}, NewRows(1), memory.DefaultAllocator, nil)
 	expect.Fault(t, err, fault.Exhausted, "256 MiB")
 }
 
-// TestShapeOfTheRequestIsChecked has an output whose shape is only in the request.
+// TestShapeOfTheRequestIsChecked has outputs whose shape, or a part of it, is only in the request or the signature.
 func TestShapeOfTheRequestIsChecked(t *testing.T) {
-	signature := savedmodel.Signature{Inputs: anyInput, Outputs: []savedmodel.Spec{{Name: "y",
-		DType: savedmodel.Float32, UnknownRank: true}}}
-	plan, err := NewPlan(signature,
-		Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: []int64{-1, -1, 3}}}})
-	if err != nil {
-		t.Fatal(err)
+	for output, shape := range map[string][]int64{"y float32 ?": {-1, -1, 3}, "y float32 -1 -1 3": {-1, -1, -1}} {
+		plan := newPlan(t, "x float32 -1", output,
+			Options{Outputs: protocol.Outputs{{Tensor: "y", Column: "c", Shape: shape}}})
+		good := Value{DType: savedmodel.Float32, Shape: []int64{2, 1, 3}, Data: make([]byte, 24)}
+		if err := plan.CheckOutputs([]Value{good}, 2); err != nil {
+			t.Error(err)
+		}
+		for _, shape := range [][]int64{{2, 3}, {2, 1, 4}, {2}, {}} {
+			err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: shape}}, 2)
+			expect.Fault(t, err, fault.BadRequest, `output "y"`, shapeText(shape), "[?,?,3]")
+		}
+		expect.Fault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
 	}
-	if err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: []int64{2, 1, 3}, Data: make([]byte, 24)}},
-		2); err != nil {
-		t.Error(err)
-	}
-	for _, shape := range [][]int64{{2, 3}, {2, 1, 4}, {2}, {}} {
-		err := plan.CheckOutputs([]Value{{DType: savedmodel.Float32, Shape: shape}}, 2)
-		expect.Fault(t, err, fault.BadRequest, `output "y"`, shapeText(shape), "[?,?,3]")
-	}
-	expect.Fault(t, plan.CheckOutputs(nil, 2), fault.Internal, "0 outputs came back, want 1")
 }
 
 // TestTensorLayoutHasItsShape reads the field's metadata and the elements of rows without an answer.
 func TestTensorLayoutHasItsShape(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, 1, 2), spec("z", savedmodel.String, -1, 1)}},
-		Options{Layout: protocol.LayoutTensor})
-	if err != nil {
-		t.Fatal(err)
-	}
+	plan := newPlan(t, "x float32 -1", "y uint8 -1 1 2, z string -1 1", Options{Layout: protocol.LayoutTensor})
 	for i, want := range []string{`{"shape":[1,2]}`, `{"shape":[1]}`} {
 		field := plan.Schema().Field(i)
 		name, _ := field.Metadata.GetValue("ARROW:extension:name")
@@ -391,7 +344,7 @@ func TestTensorLayoutHasItsShape(t *testing.T) {
 	rows.Null(1)
 	outputs := []Value{{DType: savedmodel.Uint8, Shape: []int64{2, 1, 2}, Data: []byte{1, 2, 3, 4}},
 		{DType: savedmodel.String, Shape: []int64{2, 1}, Strings: [][]byte{[]byte("a"), []byte("b")}}}
-	err = plan.Records(outputs, rows, mem, func(rec arrow.Record, _ bool) error {
+	err := plan.Records(outputs, rows, mem, func(rec arrow.Record, _ bool) error {
 		y, z := rec.Column(0).(*array.FixedSizeList), rec.Column(1).(*array.FixedSizeList)
 		values := y.ListValues().(*array.Uint8)
 		if got := values.Uint8Values(); !slices.Equal(got, []byte{1, 2, 0, 0, 3, 4}) || values.NullN() != 0 ||
@@ -413,17 +366,13 @@ func TestTensorLayoutHasItsShape(t *testing.T) {
 // TestTensorLayoutComesInParts counts the elements of null rows, which have bytes, too.
 func TestTensorLayoutComesInParts(t *testing.T) {
 	const n, width = 150, 1 << 20
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("y", savedmodel.Uint8, -1, width)}}, Options{Layout: protocol.LayoutTensor})
-	if err != nil {
-		t.Fatal(err)
-	}
+	plan := newPlan(t, "x float32 -1", "y uint8 -1 1048576", Options{Layout: protocol.LayoutTensor})
 	rows := NewRows(n)
 	for row := 1; row < n; row++ {
 		rows.Null(row)
 	}
 	seen := 0
-	err = plan.Records([]Value{{DType: savedmodel.Uint8, Shape: []int64{1, width}, Data: make([]byte, width)}}, rows,
+	err := plan.Records([]Value{{DType: savedmodel.Uint8, Shape: []int64{1, width}, Data: make([]byte, width)}}, rows,
 		memory.DefaultAllocator, func(rec arrow.Record, last bool) error {
 			seen += int(rec.NumRows())
 			if size := rec.Column(0).(*array.FixedSizeList).ListValues().Len(); size > MaxAnswerBytes ||
@@ -441,24 +390,12 @@ func TestTensorLayoutComesInParts(t *testing.T) {
 func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	plan, err := NewPlan(savedmodel.Signature{Inputs: anyInput,
-		Outputs: []savedmodel.Spec{spec("n", savedmodel.Int8, -1), spec("s", savedmodel.String, -1, 2),
-			spec("b", savedmodel.String, -1)}},
-		Options{Outputs: protocol.Outputs{{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"},
-			{Tensor: "b", Column: "b"}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	texts := func(list ...string) (out [][]byte) {
-		for _, s := range list {
-			out = append(out, []byte(s))
-		}
-		return out
-	}
-	outputs := func(strings ...string) []Value {
-		return []Value{{DType: savedmodel.String, Shape: []int64{3, 2}, Strings: texts(strings...)},
-			{DType: savedmodel.Int8, Shape: []int64{3}, Data: []byte{1, 2, 3}},
-			{DType: savedmodel.String, Shape: []int64{3}, Strings: texts("\xff", "b", "c")}}
+	plan := newPlan(t, "x float32 -1", "n int8 -1, s string -1 2, b string -1", Options{Outputs: protocol.Outputs{
+		{Tensor: "s", Column: "s", Type: "utf8"}, {Tensor: "n", Column: "n"}, {Tensor: "b", Column: "b"}}})
+	outputs := func(texts ...string) []Value {
+		s := tensorOf(texts)
+		s.Shape = []int64{3, 2}
+		return []Value{s, tensorOf([]int8{1, 2, 3}), tensorOf([]string{"\xff", "b", "c"})}
 	}
 	rows := NewRows(4)
 	rows.Null(1)
@@ -467,10 +404,10 @@ func TestSettleRefusesRowsThatAreNotText(t *testing.T) {
 		rows.texts[2] != `output "s" is not UTF-8; map it without the type utf8` {
 		t.Fatalf("owned %t, %v", owned, rows.texts)
 	}
-	err = plan.Records(settled, rows, mem, func(rec arrow.Record, _ bool) error {
-		if got := fmt.Sprint(read(rec.Column(0), 0), read(rec.Column(0), 3), read(rec.Column(0), 2),
-			read(rec.Column(1), 3), read(rec.Column(2), 0)); got != "[a ß] [ c] <nil> 3\xff" {
-			t.Errorf("the rows are %q", got)
+	err := plan.Records(settled, rows, mem, func(rec arrow.Record, _ bool) error {
+		got := printed(rec.Column(0)) + printed(rec.Column(1)) + printed(rec.Column(2))
+		if got != "[[a ß] (null) (null) [ c]][1 (null) (null) 3][/w== (null) (null) Yw==]" {
+			t.Errorf("the rows are %s", got)
 		}
 		return nil
 	})

@@ -1,10 +1,11 @@
-// Tests of raw cells, Spark vectors, fixed-shape tensors and dictionaries as columns of an input.
+// Tests of raw cells, Spark vectors, list views and fixed-shape tensors as columns of an input.
 
 package tensor
 
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -41,50 +42,20 @@ func one(name string, column arrow.Array) arrow.Record {
 		[]arrow.Array{column}, int64(column.Len()))
 }
 
-// TestRawCells has cells of all binary types: null ones, those of another size, and booleans that are none.
-func TestRawCells(t *testing.T) {
-	cells := []any{"\x00\x01\x00\x01", nil, "\x01\x01\x01\x01", "\x00\x01\x02\x00"}
-	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, arrow.BinaryTypes.LargeBinary,
-		arrow.BinaryTypes.BinaryView, &arrow.FixedSizeBinaryType{ByteWidth: 4}} {
-		for dtype, kept := range map[savedmodel.DType][]int{savedmodel.Bool: {0, 2}, savedmodel.Uint8: {0, 2, 3},
-			savedmodel.Bfloat16: {0, 2, 3}, savedmodel.Float32: {0, 2, 3}} {
-			mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-			rows, n := cells, len(kept)
-			if column.ID() != arrow.FIXED_SIZE_BINARY {
-				rows = slices.Concat(cells, []any{"\x00", ""})
-			}
-			rec := record(t, mem, "c", column, rows...)
-			size := int64(4 / max(dtype.Size(), 1))
-			feeds, state, err := feedsOf(t, rec, mem, protocol.Input{Encoding: "raw"}, spec("x", dtype, -1, size, 1))
-			want := []byte("\x00\x01\x00\x01\x01\x01\x01\x01\x00\x01\x02\x00")[:4*n]
-			if err != nil || !slices.Equal(state.Positions(), kept) ||
-				!holds(feeds[0].Value, []int64{int64(n), size, 1}, want) {
-				t.Errorf("%s of %s: rows %v, %v, %v", column, dtype, state.Positions(), feeds, err)
-			}
-			ReleaseFeeds(feeds)
-			rec.Release()
-			mem.AssertSize(t, 0)
-		}
-	}
-}
-
 func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	for _, column := range []arrow.DataType{arrow.BinaryTypes.Binary, &arrow.FixedSizeBinaryType{ByteWidth: 8}} {
-		rec := record(t, mem, "c", column, "12345678", "abcdefgh", "ABCDEFGH")
-		binding := bindOne(t, spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"},
-			rec.Schema().Field(0))
+	for _, column := range []arrow.DataType{blob, &arrow.FixedSizeBinaryType{ByteWidth: 8}} {
+		rec := record(t, mem, "c", column, blobs("12345678", "abcdefgh", "ABCDEFGH"))
 		buffers := rec.Column(0).Data().Buffers()
 		bytes := buffers[len(buffers)-1].Bytes()
 		slice := rec.NewSlice(1, 3)
-		feeds, err := binding.Values(t.Context(), slice, NewRows(2), nil, mem)
+		input, entry := spec("x", savedmodel.Float32, -1, 2), protocol.Input{Encoding: "raw"}
+		_, feeds, err := feed(t, mem, slice, input, entry)
 		if err != nil {
 			t.Fatal(err)
 		}
-		holed := NewRows(3)
-		holed.Null(1)
-		copied, err := binding.Values(t.Context(), rec, holed, nil, mem)
+		_, copied, err := feed(t, mem, rec, input, entry, 1)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -101,102 +72,59 @@ func TestRawCellsInSequenceAreNotCopied(t *testing.T) {
 	}
 }
 
-// TestVectors has dense and sparse vectors, whole ones with a null somewhere, and those that cannot be.
+// TestVectors has sparse and dense vectors, nulls in each of their fields, and bad ones.
 func TestVectors(t *testing.T) {
-	sparse, dense := int64(0), int64(1)
-	indices := func(at ...int64) (list []any) {
-		for _, i := range at {
-			list = append(list, i)
-		}
-		return list
+	cells := []struct{ vector, refused string }{ // "null" is left out
+		{`{"type":0,"size":3,"indices":[0,2],"values":[1,2]}`, ""}, {`{"type":1,"values":[3,4,5]}`, ""},
+		{`{"type":0,"size":3,"indices":[],"values":[]}`, ""}, {`{"type":1,"values":[-0,1e300,1e-300]}`, ""},
+		{`null`, "null"}, {`{"type":null,"values":[1,2,3]}`, "null"}, {`{"type":1,"values":[1,2,null]}`, "null"},
+		{`{"type":1}`, "null"}, {`{"type":0,"indices":[0],"values":[1]}`, "null"},
+		{`{"type":0,"size":3,"values":[1]}`, "null"}, {`{"type":0,"size":3,"indices":[null],"values":[1]}`, "null"},
+		{`{"type":2,"values":[1,2,3]}`, "a vector that is neither sparse (type 0) nor dense (type 1)"},
+		{`{"type":0,"size":3,"indices":[3],"values":[1]}`, "of 3 elements whose indices do not ascend within it"},
+		{`{"type":0,"size":3,"indices":[-1],"values":[1]}`, "of 3 elements whose indices do not ascend within it"},
+		{`{"type":0,"size":3,"indices":[1,1],"values":[1,2]}`, "of 3 elements whose indices do not ascend within it"},
+		{`{"type":0,"size":3,"indices":[0],"values":[1,2]}`, "a sparse vector with 1 indices and 2 values"},
 	}
-	const fits, null, bad = 0, 1, 2
-	vectors := []struct {
-		parts []any // type, size, indices, values
-		state int
-	}{
-		{[]any{dense, nil, nil, []any{1.0, 2.0, 3.0}}, fits},
-		{nil, null},
-		{[]any{sparse, int64(3), indices(0, 2), []any{1.5, -2.0}}, fits},
-		{[]any{sparse, int64(3), []any{}, []any{}}, fits},
-		{[]any{dense, nil, nil, []any{1.0, nil, 3.0}}, null},
-		{[]any{sparse, nil, indices(0), []any{1.0}}, null},
-		{[]any{nil, nil, nil, []any{1.0, 2.0, 3.0}}, null},
-		{[]any{int64(2), nil, nil, []any{1.0, 2.0, 3.0}}, bad},
-		{[]any{sparse, int64(3), indices(3), []any{1.0}}, bad},
-		{[]any{sparse, int64(3), indices(-1), []any{1.0}}, bad},
-		{[]any{sparse, int64(3), indices(1, 1), []any{1.0, 1.0}}, bad},
-		{[]any{sparse, int64(3), indices(2, 1), []any{1.0, 1.0}}, bad},
-		{[]any{sparse, int64(3), indices(1), []any{1.0, 1.0}}, bad},
-		{[]any{dense, nil, nil, []any{0.0, 0.0, 0.1}}, fits},
+	var rows []string
+	for _, cell := range cells {
+		rows = append(rows, cell.vector)
 	}
-	for _, size := range []int64{-1, 3} {
-		for dtype, want := range map[savedmodel.DType]any{
-			savedmodel.Float32: []float32{1, 2, 3, 1.5, 0, -2, 0, 0, 0, 0, 0, 0.1},
-			savedmodel.Float64: []float64{1, 2, 3, 1.5, 0, -2, 0, 0, 0, 0, 0, 0.1}} {
-			mem := memory.NewCheckedAllocator(dirty{memory.NewGoAllocator()})
-			b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
-			var kept []int
-			for i := -1; i < len(vectors); i++ { // the first one is sliced off
-				v := vectors[max(i, 0)]
-				if v.parts == nil {
-					b.AppendNull()
-				} else {
-					b.Append(true)
-				}
-				for field, part := range v.parts {
-					appendValue(b.FieldBuilder(field), part)
-				}
-				if i >= 0 && v.state == fits {
-					kept = append(kept, i)
-				}
+	for _, want := range []any{
+		[]float64{1, 0, 2, 3, 4, 5, 0, 0, 0, minusZero, 1e300, 1e-300},
+		[]float32{1, 0, 2, 3, 4, 5, 0, 0, 0, float32(minusZero), float32(infinite), 0},
+	} {
+		for _, dims := range [][]int64{{-1, -1}, {-1, 3}} {
+			mem := checkedMemory(t)
+			long := record(t, mem, "c", vectorType, rows[0]+","+strings.Join(rows, ","))
+			rec := long.NewSlice(1, long.NumRows())
+			kept, feeds, err := feed(t, mem, rec, spec("x", tensorOf(want).DType, dims...), protocol.Input{})
+			tensor := tensorOf(want)
+			tensor.Shape = []int64{4, 3}
+			if err != nil || !sameValue(feeds[0].Value, tensor) {
+				t.Fatalf("%v, %v", feeds, err)
 			}
-			whole := b.NewArray()
-			b.Release()
-			rec := one("c", array.NewSlice(whole, 1, int64(whole.Len())))
-			whole.Release()
-			feeds, rows, err := feedsOf(t, rec, mem, protocol.Input{}, spec("x", dtype, -1, size))
-			if err != nil || !slices.Equal(rows.Positions(), kept) || !holds(feeds[0].Value, []int64{4, 3}, want) {
-				t.Errorf("%s [?,%d]: rows %v, %v, %v", dtype, size, rows.Positions(), feeds, err)
-			}
-			for i, v := range vectors {
-				if _, refused := rows.reason(i); refused != (v.state == bad) ||
-					(rows.state[i] == rowNull) != (v.state == null) {
-					t.Errorf("vector %d: state %d, want %d", i, rows.state[i], v.state)
+			for row, cell := range cells {
+				reason, refused := kept.reason(row)
+				if (cell.refused == "null") != (kept.state[row] == rowNull) ||
+					refused && (cell.refused == "" || !strings.Contains(reason, cell.refused)) {
+					t.Errorf("%s: state %d, %q, want %q", cell.vector, kept.state[row], reason, cell.refused)
 				}
 			}
 			ReleaseFeeds(feeds)
 			rec.Release()
-			mem.AssertSize(t, 0)
+			long.Release()
 		}
 	}
 }
 
-// vectorsOf builds dense vectors of the given lengths.
-func vectorsOf(mem memory.Allocator, lengths ...int) arrow.Record {
-	b := array.NewBuilder(mem, vectorType).(*array.StructBuilder)
-	defer b.Release()
-	for _, n := range lengths {
-		b.Append(true)
-		appendValue(b.FieldBuilder(0), int64(1))
-		appendValue(b.FieldBuilder(1), nil)
-		appendValue(b.FieldBuilder(2), nil)
-		appendValue(b.FieldBuilder(3), slices.Repeat([]any{1.0}, n))
-	}
-	return one("c", b.NewArray())
-}
-
 func TestVectorLengths(t *testing.T) {
-	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
-	defer mem.AssertSize(t, 0)
-	rec := vectorsOf(mem, 2, 3)
+	mem := checkedMemory(t)
+	rec := record(t, mem, "c", vectorType, `{"type":1,"values":[1,1]},{"type":1,"values":[1,1,1]}`)
 	defer rec.Release()
-	_, err := bindOne(t, spec("x", savedmodel.Float64, -1, -1), protocol.Input{}, rec.Schema().Field(0)).
-		Values(t.Context(), rec, NewRows(2), nil, mem)
+	_, _, err := feed(t, mem, rec, spec("x", savedmodel.Float64, -1, -1), protocol.Input{})
 	expect.Fault(t, err, fault.BadRequest, `"x" float64 [?,?]`, `column "c"`, "vectors of 2 and of 3 elements")
-	rows := NewRows(2)
-	feeds, err := bindOne(t, spec("x", savedmodel.Float64, -1, 3), protocol.Input{}, rec.Schema().Field(0)).
-		Values(t.Context(), rec, rows, nil, mem)
+	rows, feeds, err := feed(t, mem, rec, spec("x", savedmodel.Float64, -1, 3), protocol.Input{})
 	if err != nil || rows.texts[0] != `column "c": a vector of 2 elements, want 3` || rows.Kept() != 1 {
 		t.Errorf("%v, %v", rows.texts, err)
 	}
@@ -207,7 +135,7 @@ func TestVectorLengths(t *testing.T) {
 func TestListViewsInAnyOrder(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	b := array.NewBuilder(mem, arrow.ListViewOf(arrow.PrimitiveTypes.Int8)).(*array.ListViewBuilder)
+	b := array.NewBuilder(mem, arrow.ListViewOf(i8)).(*array.ListViewBuilder)
 	defer b.Release()
 	for i := range int8(4) {
 		b.ValueBuilder().(*array.Int8Builder).Append(i)
@@ -218,13 +146,7 @@ func TestListViewsInAnyOrder(t *testing.T) {
 	b.AppendDimensions(1, 2)
 	rec := one("c", b.NewArray())
 	defer rec.Release()
-	binding := bindOne(t, spec("x", savedmodel.Int8, -1, -1), protocol.Input{}, rec.Schema().Field(0))
-	if err := binding.Check(rec); err != nil {
-		t.Fatal(err)
-	}
-	rows := NewRows(4)
-	binding.Nulls(rec, rows, false)
-	feeds, err := binding.Values(t.Context(), rec, rows, nil, mem)
+	_, feeds, err := feed(t, mem, rec, spec("x", savedmodel.Int8, -1, -1), protocol.Input{})
 	if err != nil || fmt.Sprint(feeds[0].Value.Shape, feeds[0].Value.Data) != "[3 2] [2 3 0 1 1 2]" {
 		t.Errorf("%v, %v", feeds, err)
 	}
@@ -235,15 +157,14 @@ func TestListViewsInAnyOrder(t *testing.T) {
 func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
 	defer mem.AssertSize(t, 0)
-	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, arrow.PrimitiveTypes.Float32),
-		[]any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0}, []any{1.0, 2.0, 3.0, 4.0, 5.0, 6.0})
+	rec := record(t, mem, "c", arrow.FixedSizeListOf(6, f32), "[1,2,3,4,5,6],[1,2,3,4,5,6]")
 	defer rec.Release()
 	field := rec.Schema().Field(0)
-	field.Metadata = arrow.NewMetadata([]string{"ARROW:extension:name", "ARROW:extension:metadata"},
+	field.Metadata = arrow.NewMetadata([]string{extensionName, extensionMetadata},
 		[]string{"arrow.fixed_shape_tensor", `{"shape":[2,3],"dim_names":["a","b"],"permutation":[0,1]}`})
-	for _, input := range []savedmodel.Spec{spec("x", savedmodel.Float32, -1, -1, 3),
-		{Name: "x", DType: savedmodel.Float32, UnknownRank: true}} {
-		feeds, err := bindOne(t, input, protocol.Input{}, field).Values(t.Context(), rec, NewRows(2), nil, mem)
+	for _, input := range []string{"x float32 -1 -1 3", "x float32 ?"} {
+		feeds, err := bindOne(t, specs(input)[0], protocol.Input{}, field).Values(t.Context(), rec, NewRows(2), nil,
+			mem)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -256,71 +177,11 @@ func TestFixedShapeTensorsAreNotCopied(t *testing.T) {
 	}
 }
 
-// TestNullType has columns and lists of Arrow's null type, such as SQL's NULL and array().
-func TestNullType(t *testing.T) {
-	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
-	defer mem.AssertSize(t, 0)
-	for _, dtype := range []savedmodel.DType{savedmodel.Float32, savedmodel.String, savedmodel.Uint8, savedmodel.Bool} {
-		nothing := one("c", array.NewNull(3))
-		binding := bindOne(t, spec("x", dtype, -1, 2), protocol.Input{}, nothing.Schema().Field(0))
-		rows := NewRows(3)
-		if binding.Nulls(nothing, rows, false); rows.Kept() != 0 || binding.Check(nothing) != nil {
-			t.Errorf("%s: %d rows of nulls take part", dtype, rows.Kept())
-		}
-		nothing.Release()
-
-		b := array.NewListBuilder(mem, arrow.Null)
-		b.Append(true)
-		b.Append(true)
-		b.ValueBuilder().AppendNull()
-		b.Append(true)
-		empty := one("c", b.NewArray())
-		b.Release()
-		pad := protocol.Input{Pad: []byte("5")}
-		switch dtype {
-		case savedmodel.String:
-			pad.Pad = []byte(`"5"`)
-		case savedmodel.Bool:
-			pad.Pad = []byte("true")
-		}
-		for _, c := range []struct {
-			input savedmodel.Spec
-			entry protocol.Input
-			shape []int64
-		}{
-			{spec("x", dtype, -1, -1), protocol.Input{}, []int64{2, 0}},
-			{spec("x", dtype, -1, -1, -1), protocol.Input{}, []int64{2, 0, 0}},
-			{spec("x", dtype, -1, 2), pad, []int64{2, 2}},
-			{spec("x", dtype, -1, 2, 3), pad, []int64{2, 2, 3}},
-		} {
-			binding := bindOne(t, c.input, c.entry, empty.Schema().Field(0))
-			rows := NewRows(3)
-			binding.Nulls(empty, rows, false)
-			if err := binding.Check(empty); err != nil {
-				t.Fatal(err)
-			}
-			feeds, err := binding.Values(t.Context(), empty, rows, nil, mem)
-			if err != nil || !slices.Equal(rows.Positions(), []int{0, 2}) {
-				t.Fatalf("%s: rows %v, %v", dtype, rows.Positions(), err)
-			}
-			got := feeds[0].Value
-			if !slices.Equal(got.Shape, c.shape) || max(len(got.Data)/max(dtype.Size(), 1),
-				len(got.Strings)) != int(elements(c.shape)) {
-				t.Errorf("%s: shape %v with %d bytes and %d strings, want %v", dtype, got.Shape, len(got.Data),
-					len(got.Strings), c.shape)
-			}
-			ReleaseFeeds(feeds)
-		}
-		empty.Release()
-	}
-}
-
 // TestStringsHoldTheirColumn reads strings after the record batch was released.
 func TestStringsHoldTheirColumn(t *testing.T) {
 	mem := memory.NewCheckedAllocator(memory.DefaultAllocator)
-	rec := record(t, mem, "c", arrow.BinaryTypes.String, "one", "two")
-	feeds, err := bindOne(t, spec("x", savedmodel.String, -1), protocol.Input{}, rec.Schema().Field(0)).
-		Values(t.Context(), rec, NewRows(2), nil, mem)
+	rec := record(t, mem, "c", str, `"one","two"`)
+	_, feeds, err := feed(t, mem, rec, spec("x", savedmodel.String, -1), protocol.Input{})
 	if err != nil {
 		t.Fatal(err)
 	}

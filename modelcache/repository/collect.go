@@ -2,6 +2,7 @@ package repository
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 	"flightsvc/internal/rundir"
 )
 
@@ -32,9 +34,12 @@ const (
 
 // Hold keeps a model of the cache-dir where it is until release is called, which must be once. For any other folder it
 // does nothing. Its fault is Unavailable where the model has just gone: find it again.
-func (r *Repository) Hold(model Model) (release func(), err error) {
+func (r *Repository) Hold(ctx context.Context, model Model) (release func(), err error) {
 	if filepath.Dir(model.Dir) != r.models() {
 		return func() {}, nil
+	}
+	if err := r.verify(ctx, "sha256:"+filepath.Base(model.Dir)); err != nil {
+		return nil, err
 	}
 	folder, err := os.Open(model.Dir)
 	if err != nil {
@@ -163,7 +168,7 @@ func (r *Repository) forgetOrigins() {
 	for _, entry := range entries {
 		name := filepath.Join(folder, entry.Name())
 		var known origin
-		text, err := os.ReadFile(name) //nolint:gosec // in the cache-dir
+		text, err := regular.Read(r.ctx, name, maxNote)
 		if err != nil || !strings.HasSuffix(name, ".json") || json.Unmarshal(text, &known) == nil && r.known(known.Digest) {
 			continue
 		}

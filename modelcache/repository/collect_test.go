@@ -20,7 +20,7 @@ import (
 // pushSome pushes a model of some bytes that was used last so long ago.
 func pushSome(t *testing.T, c *Repository, name string, size int, ago time.Duration) Model {
 	t.Helper()
-	digest, _, err := c.Push(bytes.NewReader(archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
+	digest, _, err := c.Push(t.Context(), bytes.NewReader(archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +59,7 @@ func TestCollect(t *testing.T) {
 	old := pushSome(t, c, "c", 100_000, 3*time.Hour)
 	recent := pushSome(t, c, "d", 100_000, 2*time.Hour)
 	fresh := pushSome(t, c, "e", 100_000, 0)
-	release, err := open(0).Hold(held) // by another front
+	release, err := open(0).Hold(t.Context(), held) // by another front
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestCollect(t *testing.T) {
 	if got := tree(t, c.models()); strings.Contains(got, ".gone") {
 		t.Errorf("left behind: %s", got)
 	}
-	_, err = c.Hold(old)
+	_, err = c.Hold(t.Context(), old)
 	expect.Fault(t, err, fault.Unavailable, old.Ref, "ask again")
 	_, err = c.Find(t.Context(), old.Ref, "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host")
@@ -86,7 +86,7 @@ func TestCollect(t *testing.T) {
 	age(t, fresh, 2*justUsed)
 	collect(open(1))
 	is("when nothing is held", false, false, false, false, false)
-	if release, err = c.Hold(Model{Dir: t.TempDir()}); err != nil {
+	if release, err = c.Hold(t.Context(), Model{Dir: t.TempDir()}); err != nil {
 		t.Errorf("a folder of somebody's own: %v", err)
 	}
 	release()
@@ -105,7 +105,7 @@ func TestNothingHeldGoes(t *testing.T) {
 	archives := map[string][]byte{}
 	for i := range 12 {
 		archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/x", text: strings.Repeat(fmt.Sprint(i%10), 20_000+i)})
-		digest, _, err := fronts[0].Push(bytes.NewReader(archive), "")
+		digest, _, err := fronts[0].Push(t.Context(), bytes.NewReader(archive), "")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -127,13 +127,13 @@ func TestNothingHeldGoes(t *testing.T) {
 				digest := digests[random.IntN(len(digests))]
 				model, err := c.Find(t.Context(), digest, "")
 				if err != nil {
-					if _, _, err := c.Push(bytes.NewReader(archives[digest]), digest); err != nil {
+					if _, _, err := c.Push(t.Context(), bytes.NewReader(archives[digest]), digest); err != nil {
 						t.Error(err)
 						return
 					}
 					continue
 				}
-				release, err := c.Hold(model)
+				release, err := c.Hold(t.Context(), model)
 				if err != nil {
 					mu.Lock()
 					gone++

@@ -9,13 +9,13 @@ import (
 	"hash"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 )
 
 // digestForm is how a digest is written: in references, in commands, in answers.
@@ -81,7 +81,7 @@ func digestOf(ctx context.Context, model Model) (string, error) {
 	buffer := make([]byte, 1<<20)
 	for _, one := range before.files {
 		sum := sha256.New()
-		n, err := readAll(ctx, filepath.Join(model.Dir, filepath.FromSlash(one.path)), sum, buffer)
+		n, err := hashFile(ctx, filepath.Join(model.Dir, filepath.FromSlash(one.path)), sum, buffer)
 		if err != nil {
 			if errors.Is(err, fs.ErrNotExist) {
 				return "", errChanging(model)
@@ -103,23 +103,12 @@ func errChanging(model Model) error {
 	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again", model.Ref, model.Version, model.Dir)
 }
 
-// readAll hashes a file.
-func readAll(ctx context.Context, name string, sum hash.Hash, buffer []byte) (n int64, err error) {
-	in, err := os.Open(name) //nolint:gosec // of a model
+// hashFile adds a file's bytes to a hash and returns how many they are.
+func hashFile(ctx context.Context, name string, sum hash.Hash, buffer []byte) (int64, error) {
+	in, err := regular.Open(name)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { _ = in.Close() }()
-	for ctx.Err() == nil {
-		got, err := in.Read(buffer)
-		_, _ = sum.Write(buffer[:got])
-		n += int64(got)
-		if err == io.EOF {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
-	return n, ctx.Err()
+	return io.CopyBuffer(sum, regular.Until(ctx, in), buffer)
 }

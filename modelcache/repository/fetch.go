@@ -28,6 +28,7 @@ import (
 
 	"flightsvc/internal/config"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 	"flightsvc/internal/rundir"
 	"flightsvc/internal/savedmodel"
 )
@@ -47,6 +48,7 @@ const (
 	readPause     = 200 * time.Millisecond
 	progressEvery = 5 * time.Second
 	lockTick      = 50 * time.Millisecond
+	maxNote       = 64 << 10 // bytes of an origin's file
 )
 
 // origin says which model was fetched from a place.
@@ -67,7 +69,7 @@ func (r *Repository) fetched(uri, stamp string) (string, bool) {
 		return digest, true
 	}
 	var known origin
-	text, err := os.ReadFile(name)
+	text, err := regular.Read(r.ctx, name, maxNote)
 	if err != nil || json.Unmarshal(text, &known) != nil || CheckDigest(known.Digest) != nil || !r.known(known.Digest) {
 		return "", false
 	}
@@ -96,6 +98,9 @@ func (r *Repository) fetch(ctx context.Context, ref, number string, at location,
 			return "", err
 		}
 	}
+	if err := r.verify(ctx, digest); err != nil {
+		return "", err
+	}
 	r.touch(r.Place(digest))
 	return digest, nil
 }
@@ -103,8 +108,8 @@ func (r *Repository) fetch(ctx context.Context, ref, number string, at location,
 // lockFetch waits until no other process fetches the same. The lock is on one byte of a file that all share (an open
 // file description lock, see fcntl(2)): it ends with the process, and nothing is left to clear.
 func (r *Repository) lockFetch(ctx context.Context, key string) (unlock func(), err error) {
-	if err := rundir.Ensure(r.options.CacheDir); err != nil {
-		return nil, fault.New(fault.Precondition, "cache-dir: %w", err)
+	if err := r.checkPrivate(); err != nil {
+		return nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(r.options.CacheDir, "fetch.lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -176,8 +181,9 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 	case again.plain == nil || again.plain.stamp != now.stamp:
 		return "", fault.New(fault.Unavailable, "model %s: version %s at %s changed while it was fetched; ask again", ref, number, at.name)
 	}
-	if _, err := savedmodel.Read(ctx, dir, nil); err != nil {
-		return "", fault.New(fault.BadRequest, "model %s: %s of version %s at %s cannot be read: %w", ref, savedmodel.File, number, at.name, errors.Unwrap(err))
+	err = r.checkGraph(ctx, dir, "model %s: %s of version %s at %s cannot be read", ref, savedmodel.File, number, at.name)
+	if err != nil {
+		return "", err
 	}
 	digest := files.digest()
 	if err := r.keep(dir, digest); err != nil {
@@ -196,6 +202,9 @@ func (r *Repository) keep(dir, digest string) error {
 	err := os.Rename(dir, r.Place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // it was pushed, or fetched from elsewhere
 		return nil
+	}
+	if err == nil {
+		r.verified.put(digest, true)
 	}
 	return err
 }

@@ -290,7 +290,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	}
 	model := Model{Ref: ref, Version: number, Dir: r.Place(digest), Base: at.uri, Stamp: now.stamp, Digest: digest}
 	if found.plain != nil {
-		model.Settings, err = readSettings(model.Dir)
+		model.Settings, err = readSettings(ctx, model.Dir)
 	} else if found.settings != nil {
 		model.Settings, err = r.storedSettings(ctx, ref, at, *found.settings)
 	}

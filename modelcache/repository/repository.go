@@ -39,13 +39,17 @@ type Repository struct {
 	mu      sync.Mutex     // held while work begins, and while ctx ends
 	working sync.WaitGroup // fetches, digests, pushes and collections
 
-	readings  memo[reading] // by folder
+	reserve func(ctx context.Context, bytes int64) error // see ReserveWith; nil grants all
+
+	reading   shared[*savedmodel.Model] // by folder and stamp
+	readings  memo[reading]             // by folder
 	seen      sightings
 	stores    stores
 	fetches   shared[string] // digests, by URI and stamp
 	origins   memo[string]   // digests, by path of the note
 	digesting shared[string]
 	digests   memo[string] // by folder and stamp
+	verified  memo[bool]   // digests of models in the cache-dir whose files this process has hashed
 
 	collecting atomic.Bool // a collection is on its way and has not begun
 	collected  sync.Mutex  // held by a collection
@@ -129,76 +133,16 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	}
 	if filepath.Dir(base) == r.models() {
 		if model.Digest, now = "sha256:"+filepath.Base(base), (snapshot{}); wait { // the files of a digest never change
+			if err := r.verify(ctx, model.Digest); err != nil {
+				return Model{}, err
+			}
 			r.touch(base)
 		}
 	}
-	if model.Settings, err = readSettings(base); err != nil {
+	if model.Settings, err = readSettings(ctx, base); err != nil {
 		return Model{}, err
 	}
 	return r.withSaved(ctx, model, now)
-}
-
-func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
-	if info, err := os.Stat(base); err != nil || !info.IsDir() {
-		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
-	}
-	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
-	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
-		if version != Latest && version != model.Version {
-			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
-		}
-		if now, err = scan(base); err != nil {
-			return model, now, fault.New(fault.BadRequest, "model %s: %w", ref, err)
-		}
-		model.Stamp = now.stamp
-		return model, now, nil
-	}
-	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return r.local(base), nil })
-	switch {
-	case err != nil:
-	case number == "":
-		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
-	default:
-		model.Version, model.Dir, model.Stamp = number, filepath.Join(base, number), now.stamp
-	}
-	return model, now, err
-}
-
-// withSaved reads what the model says about itself, as far as its settings let it be served.
-func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
-	saved, err := r.readSaved(ctx, model.Dir, now)
-	if err != nil {
-		return Model{}, err
-	}
-	if model.Saved, err = model.Settings.served(saved); err != nil {
-		return Model{}, err
-	}
-	return model, nil
-}
-
-// reading is what a SavedModel says about itself, as long as its file stays the same.
-type reading struct {
-	changed time.Time
-	size    int64
-	model   *savedmodel.Model
-}
-
-// readSaved returns what savedmodel.Read returns. now is how the folder looked before.
-func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
-	graph, _ := now.find(savedmodel.File)
-	if known, ok := r.readings.get(dir); ok && known.changed.Equal(graph.changed) && known.size == graph.size {
-		return known.model, nil
-	}
-	model, err := savedmodel.Read(ctx, dir, nil)
-	if err == nil {
-		r.readings.put(dir, reading{changed: graph.changed, size: graph.size, model: model})
-	}
-	return model, err
-}
-
-// resolveImage is Find for the model that is built in.
-func resolveImage(version string) (Model, bool) {
-	return Model{Ref: protocol.Image, Version: "1", Saved: protocol.ImageModel}, version == Latest || version == "1"
 }
 
 // locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place
@@ -243,4 +187,111 @@ func (r *Repository) locate(ref string) (string, *location, error) {
 	}
 	at = at.below(ref)
 	return at.uri, &at, nil
+}
+
+func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
+	if info, err := os.Stat(base); err != nil || !info.IsDir() {
+		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
+	}
+	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
+	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
+		if version != Latest && version != model.Version {
+			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
+		}
+		if now, err = scan(base); err != nil {
+			return model, now, fault.New(fault.BadRequest, "model %s: %w", ref, err)
+		}
+		model.Stamp = now.stamp
+		return model, now, nil
+	}
+	number, now, err := await(ctx, ref, version, wait, func(int) ([]candidate, error) { return r.local(base), nil })
+	switch {
+	case err != nil:
+	case number == "":
+		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+	default:
+		model.Version, model.Dir, model.Stamp = number, filepath.Join(base, number), now.stamp
+	}
+	return model, now, err
+}
+
+// choose picks the version that was asked for, or the highest that has settled. A version in use that is changed in
+// place is waited for, rather than a lower one taken. busy names a version to wait for where there is none.
+func choose(list []candidate, version string) (found candidate, now snapshot, busy string) {
+	for _, one := range slices.Backward(list) {
+		if version != Latest && version != one.number {
+			continue
+		}
+		now, state := one.look()
+		switch {
+		case state == settled:
+			return one, now, ""
+		case state == unsettled:
+			return candidate{}, now, one.number
+		case state == settling && busy == "":
+			busy = one.number
+		}
+	}
+	return candidate{}, snapshot{}, busy
+}
+
+// await is choose, again and again for some seconds while the only version settles. list is called with the number
+// of the attempt. number is "" where there is none to be had.
+func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate, error)) (number string, now snapshot, err error) {
+	started := time.Now()
+	for attempt := 0; ; attempt++ {
+		candidates, err := list(attempt)
+		if err != nil {
+			return "", snapshot{}, err
+		}
+		found, now, busy := choose(candidates, version)
+		switch {
+		case found.number != "" || busy == "":
+			return found.number, now, nil
+		case !wait || time.Since(started) > settleWait:
+			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed in the last second; ask again when it has been copied", ref, busy)
+		}
+		select {
+		case <-ctx.Done():
+			return "", snapshot{}, ctx.Err()
+		case <-time.After(settleTick):
+		}
+	}
+}
+
+// withSaved reads what the model says about itself, as far as its settings let it be served.
+func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
+	saved, err := r.readSaved(ctx, model.Dir, now)
+	if err != nil {
+		return Model{}, err
+	}
+	if model.Saved, err = model.Settings.served(saved); err != nil {
+		return Model{}, err
+	}
+	return model, nil
+}
+
+// reading is what a SavedModel says about itself, as long as its file stays the same.
+type reading struct {
+	changed time.Time
+	size    int64
+	model   *savedmodel.Model
+}
+
+// readSaved returns what savedmodel.Read returns. now is how the folder looked before.
+func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
+	graph, _ := now.find(savedmodel.File)
+	if known, ok := r.readings.get(dir); ok && known.changed.Equal(graph.changed) && known.size == graph.size {
+		return known.model, nil
+	}
+	model, err := r.readGraph(ctx, dir, now.stamp)
+	if err == nil {
+		r.readings.put(dir, reading{changed: graph.changed, size: graph.size, model: model})
+	}
+	return model, err
+}
+
+// resolveImage is Find for the model that is built in.
+func resolveImage(version string) (Model, bool) {
+	return Model{Ref: protocol.Image, Version: "1", Saved: protocol.ImageModel}, version == Latest || version == "1"
 }

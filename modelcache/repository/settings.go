@@ -2,11 +2,11 @@ package repository
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,6 +14,7 @@ import (
 	"flightsvc/internal/config"
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
+	"flightsvc/internal/regular"
 	"flightsvc/internal/savedmodel"
 )
 
@@ -39,9 +40,9 @@ const (
 
 // readSettings reads the settings file in a folder; without one all is at its default. Its fault is
 // BadRequest and names the file and what is wrong in it.
-func readSettings(folder string) (Settings, error) {
+func readSettings(ctx context.Context, folder string) (Settings, error) {
 	path := filepath.Join(folder, control.SettingsFile)
-	text, err := os.ReadFile(path) //nolint:gosec // beside the model
+	text, err := regular.Read(ctx, path, maxSettings)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Settings{}, nil
 	}

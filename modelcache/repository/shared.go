@@ -6,7 +6,7 @@ import (
 )
 
 // shared runs one call for all who ask for the same at once. The call goes on while anybody waits for it, and is
-// cancelled when nobody does. Its zero value is ready.
+// cancelled when nobody does, which golang.org/x/sync/singleflight cannot. Its zero value is ready.
 type shared[T any] struct {
 	mu    sync.Mutex
 	calls map[string]*call[T]

@@ -59,7 +59,7 @@ func (r *Repository) known(digest string) bool {
 //
 // Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where
 // the cache-dir cannot be used, Unavailable if the cache is closing; an error of the reader stays as it is.
-func (r *Repository) Push(archive io.Reader, want string) (digest string, known bool, err error) {
+func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (digest string, known bool, err error) {
 	if !r.begin() {
 		return "", false, ErrClosing
 	}
@@ -81,8 +81,8 @@ func (r *Repository) Push(archive io.Reader, want string) (digest string, known 
 	if want != "" && digest != want {
 		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
 	}
-	if _, err := savedmodel.Read(r.ctx, dir, nil); err != nil {
-		return "", false, fault.New(fault.BadRequest, "the archive's %s cannot be read: %w", savedmodel.File, errors.Unwrap(err))
+	if err := r.checkGraph(ctx, dir, "the archive's %s cannot be read", savedmodel.File); err != nil {
+		return "", false, err
 	}
 	err = os.Rename(dir, r.Place(digest))
 	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // or another push was first
@@ -92,6 +92,7 @@ func (r *Repository) Push(archive io.Reader, want string) (digest string, known 
 	if err != nil {
 		return "", false, r.diskFault(err)
 	}
+	r.verified.put(digest, true)
 	r.options.Log.Info("model pushed", zap.String("model", digest))
 	r.collectSoon()
 	return digest, false, nil
@@ -125,14 +126,56 @@ func (r *Repository) Add(ctx context.Context, ref string, write func(folder stri
 
 // beside makes a folder among the models, with the name of this process in it.
 func (r *Repository) beside(pattern string) (string, error) {
-	if err := rundir.Ensure(r.models()); err != nil {
-		return "", fault.New(fault.Precondition, "cache-dir: %w", err)
+	if err := r.checkPrivate(); err != nil {
+		return "", err
 	}
 	self, err := rundir.Of(os.Getpid())
 	if err != nil {
 		return "", err
 	}
 	return os.MkdirTemp(r.models(), fmt.Sprintf(pattern, self.PID, self.Start))
+}
+
+// checkPrivate refuses a cache-dir in which another user could exchange models, and makes it if it is not there.
+func (r *Repository) checkPrivate() error {
+	for _, folder := range []string{r.options.CacheDir, r.models()} {
+		if err := rundir.Ensure(folder); err != nil {
+			return fault.New(fault.Precondition, "cache-dir: %w", err)
+		}
+	}
+	return nil
+}
+
+// verify hashes the files of a model in the cache-dir, once for each process: whoever could write there before may have
+// changed them. A model whose files are not those of its digest is removed, and its fault is Unavailable.
+func (r *Repository) verify(ctx context.Context, digest string) error {
+	if _, ok := r.verified.get(digest); ok {
+		return nil
+	}
+	_, err := r.digesting.do(ctx, r, digest, func(ctx context.Context) (string, error) {
+		if err := r.checkPrivate(); err != nil {
+			return "", err
+		}
+		dir := r.Place(digest)
+		files, err := scan(dir)
+		if err != nil {
+			return "", fault.New(fault.Precondition, "model %s: %w", digest, err)
+		}
+		found, err := digestOf(ctx, Model{Ref: digest, Version: "1", Dir: dir, Stamp: files.stamp})
+		if err == nil && found != digest {
+			r.readings.drop(dir)
+			_, removeErr := r.discard(filepath.Base(dir))
+			r.options.Log.Error("a model in the cache-dir was changed and is not used", zap.String("model", digest),
+				zap.String("digest of its files", found), zap.NamedError("not removed", removeErr))
+			err = fault.New(fault.Unavailable, "model %s: its files in the cache-dir were changed, so they were removed; ask "+
+				"again, and push its folder again if it was pushed", digest)
+		}
+		if err == nil {
+			r.verified.put(digest, true)
+		}
+		return found, err
+	})
+	return err
 }
 
 // diskFault makes a fault of an error of the file system, and returns any other as it is.

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -16,14 +17,18 @@ import (
 	"syscall"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
+	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/fuzztest"
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
+	"flightsvc/internal/savedmodel"
 )
 
 // entry is one of an archive; a regular file unless the header says otherwise.
@@ -117,7 +122,7 @@ func TestPush(t *testing.T) {
 	if tree(t, c.options.CacheDir) != "" {
 		t.Error("the cache-dir is there before its first use")
 	}
-	digest, known, err := c.Push(bytes.NewReader(archive), "")
+	digest, known, err := c.Push(t.Context(), bytes.NewReader(archive), "")
 	if err != nil || known || CheckDigest(digest) != nil || !c.Known(digest) {
 		t.Fatalf("pushed as %s, %t, %v", digest, known, err)
 	}
@@ -127,7 +132,7 @@ func TestPush(t *testing.T) {
 		t.Errorf("the cache-dir holds %s, want %s", got, want)
 	}
 	for _, wanted := range []string{"", digest} {
-		if again, known, err := c.Push(bytes.NewReader(archive), wanted); again != digest || !known || err != nil {
+		if again, known, err := c.Push(t.Context(), bytes.NewReader(archive), wanted); again != digest || !known || err != nil {
 			t.Errorf("pushed again as %s, %t, %v", again, known, err)
 		}
 	}
@@ -162,7 +167,7 @@ func TestPushesOfOneModelAtOnce(t *testing.T) {
 		pushed.Go(func() {
 			// All have all but the last byte unpacked before any goes on.
 			r := io.MultiReader(bytes.NewReader(archive[:len(archive)-1]), &gate{reached: read.Done, open: all}, bytes.NewReader(archive[len(archive)-1:]))
-			_, known, err := c.Push(r, "")
+			_, known, err := c.Push(t.Context(), r, "")
 			if err != nil {
 				t.Error(err)
 			}
@@ -211,46 +216,47 @@ func TestPushRefuses(t *testing.T) {
 		want    string
 		part    string
 	}{
-		"absolute":           {archived(t, model, entry{name: "/etc/passwd"}), "", `"/etc/passwd" is absolute`},
-		"dots":               {archived(t, model, entry{name: "../out"}), "", `"../out" holds ".."`},
-		"dots that stay":     {archived(t, model, entry{name: "a/../b"}), "", `"a/../b" holds ".."`},
-		"link":               {archived(t, model, special(tar.TypeSymlink, "/etc/passwd")), "", `"odd" is a link`},
-		"hard link":          {archived(t, model, special(tar.TypeLink, "saved_model.pb")), "", `"odd" is a link`},
-		"fifo":               {archived(t, model, special(tar.TypeFifo, "")), "", `"odd" is of type '6'`},
-		"device":             {archived(t, model, special(tar.TypeChar, "")), "", `"odd" is of type '3'`},
-		"block device":       {archived(t, model, special(tar.TypeBlock, "")), "", `"odd" is of type '4'`},
-		"sparse":             {sparse(t), "", `is a sparse file`},
-		"duplicate":          {archived(t, model, model), "", `"saved_model.pb" occurs twice`},
-		"duplicate by dots":  {archived(t, model, entry{name: ".//saved_model.pb", text: pb}), "", `"saved_model.pb" occurs twice`},
-		"below a file":       {archived(t, model, entry{name: "saved_model.pb/x"}), "", "is a folder, and it or one above it is a file"},
-		"folder for file":    {archived(t, model, entry{name: "saved_model.pb", header: tar.Header{Typeflag: tar.TypeDir}}), "", "is a folder, and it or one above it is a file"},
-		"file for folder":    {archived(t, model, entry{name: "a/b"}, entry{name: "a"}), "", `"a" occurs twice`},
-		"control character":  {archived(t, model, entry{name: "a 1 x\nb"}), "", "holds control characters"},
-		"no UTF-8":           {archived(t, model, entry{name: "a\xff\xfe", header: tar.Header{Format: tar.FormatGNU}}), "", "is not UTF-8"},
-		"long name":          {archived(t, model, entry{name: strings.Repeat("a/", 3000) + "x"}), "", "a name has 6001 bytes, more than 4096"},
-		"long part":          {archived(t, model, entry{name: strings.Repeat("a", 256)}), "", "more than 255 bytes between two slashes"},
-		"deep":               {archived(t, model, entry{name: strings.Repeat("a/", 64) + "x"}), "", "more than 64 folders"},
-		"nothing":            {nil, "", "it ends before its first entry"},
-		"an empty archive":   {archived(t), "", "no saved_model.pb at its top"},
-		"in a folder":        {archived(t, entry{name: "m/saved_model.pb", text: pb}), "", "no saved_model.pb at its top"},
-		"broken graph":       {archived(t, entry{name: "saved_model.pb", text: "this is no protocol buffer"}), "", "saved_model.pb cannot be read"},
-		"empty graph":        {archived(t, entry{name: "saved_model.pb"}), "", `no meta graph has the tag "serve"`},
-		"cut in a file":      {good[:len(good)-2048], "", "it ends early"},
-		"cut before a file":  {good[:1024], "", "it ends early"},
-		"cut before its end": {good[:len(good)-1024], "", "it ends early"},
-		"more after its end": {append(bytes.Clone(good), "more"...), "", "data after its end"},
-		"gzip":               {zipped.Bytes(), "", "send a plain POSIX tar, not compressed"},
-		"text":               {[]byte(strings.Repeat("hello ", 1000)), "", "not a plain POSIX tar"},
-		"another digest":     {good, "sha256:" + strings.Repeat("0", 64), "not sha256:0000"},
+		"absolute":            {archived(t, model, entry{name: "/etc/passwd"}), "", `"/etc/passwd" is absolute`},
+		"dots":                {archived(t, model, entry{name: "../out"}), "", `"../out" holds ".."`},
+		"dots that stay":      {archived(t, model, entry{name: "a/../b"}), "", `"a/../b" holds ".."`},
+		"link":                {archived(t, model, special(tar.TypeSymlink, "/etc/passwd")), "", `"odd" is a link`},
+		"hard link":           {archived(t, model, special(tar.TypeLink, "saved_model.pb")), "", `"odd" is a link`},
+		"fifo":                {archived(t, model, special(tar.TypeFifo, "")), "", `"odd" is of type '6'`},
+		"device":              {archived(t, model, special(tar.TypeChar, "")), "", `"odd" is of type '3'`},
+		"block device":        {archived(t, model, special(tar.TypeBlock, "")), "", `"odd" is of type '4'`},
+		"sparse":              {sparse(t), "", `is a sparse file`},
+		"duplicate":           {archived(t, model, model), "", `"saved_model.pb" occurs twice`},
+		"duplicate by dots":   {archived(t, model, entry{name: ".//saved_model.pb", text: pb}), "", `"saved_model.pb" occurs twice`},
+		"below a file":        {archived(t, model, entry{name: "saved_model.pb/x"}), "", "is a folder, and it or one above it is a file"},
+		"folder for file":     {archived(t, model, entry{name: "saved_model.pb", header: tar.Header{Typeflag: tar.TypeDir}}), "", "is a folder, and it or one above it is a file"},
+		"file for folder":     {archived(t, model, entry{name: "a/b"}, entry{name: "a"}), "", `"a" occurs twice`},
+		"control character":   {archived(t, model, entry{name: "a 1 x\nb"}), "", "holds control characters"},
+		"no UTF-8":            {archived(t, model, entry{name: "a\xff\xfe", header: tar.Header{Format: tar.FormatGNU}}), "", "is not UTF-8"},
+		"long name":           {archived(t, model, entry{name: strings.Repeat("a/", 3000) + "x"}), "", "a name has 6001 bytes, more than 4096"},
+		"long part":           {archived(t, model, entry{name: strings.Repeat("a", 256)}), "", "more than 255 bytes between two slashes"},
+		"deep":                {archived(t, model, entry{name: strings.Repeat("a/", 64) + "x"}), "", "more than 64 folders"},
+		"nothing":             {nil, "", "it ends before its first entry"},
+		"an empty archive":    {archived(t), "", "no saved_model.pb at its top"},
+		"in a folder":         {archived(t, entry{name: "m/saved_model.pb", text: pb}), "", "no saved_model.pb at its top"},
+		"broken graph":        {archived(t, entry{name: "saved_model.pb", text: "this is no protocol buffer"}), "", "saved_model.pb cannot be read"},
+		"empty graph":         {archived(t, entry{name: "saved_model.pb"}), "", `no meta graph has the tag "serve"`},
+		"cut in a file":       {good[:len(good)-2048], "", "it ends early"},
+		"cut before a file":   {good[:1024], "", "it ends early"},
+		"cut before its end":  {good[:len(good)-1024], "", "it ends early"},
+		"more after its end":  {append(bytes.Clone(good), "more"...), "", "data after its end"},
+		"zeros after its end": {append(bytes.Clone(good), make([]byte, 2<<20)...), "", "more than 1048576 bytes follow its end"},
+		"gzip":                {zipped.Bytes(), "", "send a plain POSIX tar, not compressed"},
+		"text":                {[]byte(strings.Repeat("hello ", 1000)), "", "not a plain POSIX tar"},
+		"another digest":      {good, "sha256:" + strings.Repeat("0", 64), "not sha256:0000"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			store := newStore(t)
-			_, _, err := store.Push(bytes.NewReader(c.archive), c.want)
+			_, _, err := store.Push(t.Context(), bytes.NewReader(c.archive), c.want)
 			expect.Fault(t, err, fault.BadRequest, "archive", c.part)
 			if got := tree(t, store.options.CacheDir); got != "models" {
 				t.Errorf("left behind: %s", got)
 			}
-			if _, _, err := store.Push(bytes.NewReader(good), ""); err != nil {
+			if _, _, err := store.Push(t.Context(), bytes.NewReader(good), ""); err != nil {
 				t.Errorf("afterwards: %v", err)
 			}
 		})
@@ -288,7 +294,7 @@ func TestPushEndsWithItsReader(t *testing.T) {
 	c := newStore(t)
 	cause := errors.New("the stream is gone")
 	part := archived(t, entry{name: "saved_model.pb", text: strings.Repeat("x", 5000)})[:2000]
-	_, _, err := c.Push(io.MultiReader(bytes.NewReader(part), iotest.ErrReader(cause)), "")
+	_, _, err := c.Push(t.Context(), io.MultiReader(bytes.NewReader(part), iotest.ErrReader(cause)), "")
 	if !errors.Is(err, cause) {
 		t.Errorf("got %v", err)
 	}
@@ -296,7 +302,7 @@ func TestPushEndsWithItsReader(t *testing.T) {
 		t.Errorf("left behind: %s", got)
 	}
 	c.Close()
-	_, _, err = c.Push(bytes.NewReader(nil), "")
+	_, _, err = c.Push(t.Context(), bytes.NewReader(nil), "")
 	expect.Fault(t, err, fault.Unavailable, "this server is ending")
 }
 
@@ -315,13 +321,110 @@ func TestDiskFaults(t *testing.T) {
 	full := &fs.PathError{Op: "write", Path: "/x", Err: syscall.ENOSPC}
 	expect.Fault(t, c.diskFault(full), fault.Exhausted, "no space left", c.options.CacheDir, "set cache-dir")
 	expect.Fault(t, c.diskFault(&fs.PathError{Op: "write", Path: "/x", Err: syscall.EIO}), fault.Precondition, "cannot be written (input/output error)")
-	c.options.CacheDir = t.TempDir()
-	open := c.models()
-	if err := os.Mkdir(open, 0o755); err != nil { //nolint:gosec // to be refused
+}
+
+// TestCacheDirIsPrivate opens each folder of the cache in turn to other users.
+func TestCacheDirIsPrivate(t *testing.T) {
+	archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()})
+	for _, below := range []string{"cache/models", "cache", "."} {
+		c := newStore(t)
+		digest, _, err := c.Push(t.Context(), bytes.NewReader(archive), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		open := filepath.Join(filepath.Dir(c.options.CacheDir), below)
+		if err := os.Chmod(open, 0o777); err != nil { //nolint:gosec // to be refused
+			t.Fatal(err)
+		}
+		_, _, err = c.Push(t.Context(), bytes.NewReader(archive), "")
+		expect.Fault(t, err, fault.Precondition, "cache-dir: ", open, "mode 0777")
+		other := New(Options{CacheDir: c.options.CacheDir, Log: zap.NewNop()})
+		defer other.Close()
+		_, err = other.Find(t.Context(), digest, "")
+		expect.Fault(t, err, fault.Precondition, "cache-dir: ", open, "mode 0777")
+	}
+}
+
+// TestChangedModelIsNotUsed changes a pushed model behind the back of a front that has yet to use it.
+func TestChangedModelIsNotUsed(t *testing.T) {
+	archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/a", text: "good"})
+	c := newStore(t)
+	digest, _, err := c.Push(t.Context(), bytes.NewReader(archive), "")
+	if err != nil {
 		t.Fatal(err)
 	}
-	_, _, err := c.Push(bytes.NewReader(nil), "")
-	expect.Fault(t, err, fault.Precondition, "cache-dir: "+open, "chmod 700")
+	if err := os.WriteFile(filepath.Join(c.Place(digest), "assets", "a"), []byte("evil"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, use := range map[string]func(*Repository) error{
+		"Find": func(r *Repository) error { _, err := r.Find(t.Context(), digest, ""); return err },
+		"Hold": func(r *Repository) error { _, err := r.Hold(t.Context(), Model{Dir: r.Place(digest)}); return err },
+	} {
+		other := New(Options{CacheDir: c.options.CacheDir, Log: zap.NewNop()})
+		defer other.Close()
+		expect.Fault(t, use(other), fault.Unavailable, digest, "were changed")
+		if err := use(other); err == nil || other.Known(digest) {
+			t.Errorf("%s: it is still there: %v", name, err)
+		}
+		if _, _, err := other.Push(t.Context(), bytes.NewReader(archive), ""); err != nil {
+			t.Fatal(err)
+		}
+		if err := use(other); err != nil {
+			t.Errorf("%s of the model that was pushed again: %v", name, err)
+		}
+		if err := os.WriteFile(filepath.Join(c.Place(digest), "assets", "a"), []byte("evil"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFilesThatNeverEnd has a model whose files are no regular files, or endless.
+func TestFilesThatNeverEnd(t *testing.T) {
+	r := newStore(t)
+	for name, makeFile := range map[string]func(path string) error{
+		"a pipe":   func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"a device": func(path string) error { return os.Symlink("/dev/zero", path) },
+	} {
+		for _, file := range []string{savedmodel.File, control.SettingsFile} {
+			dir := t.TempDir()
+			if file != savedmodel.File {
+				expect.Write(t, filepath.Join(dir, savedmodel.File), expect.SavedModel())
+			}
+			if err := makeFile(filepath.Join(dir, file)); err != nil {
+				t.Fatal(err)
+			}
+			_, err := r.Find(t.Context(), dir, "")
+			if expect.Fault(t, err, fault.Precondition, file, "not a regular file"); t.Failed() {
+				t.Fatalf("%s that is %s", file, name)
+			}
+		}
+	}
+	dir := t.TempDir()
+	expect.Write(t, filepath.Join(dir, savedmodel.File), expect.SavedModel())
+	expect.Write(t, filepath.Join(dir, control.SettingsFile), strings.Repeat(" ", maxSettings+1))
+	_, err := r.Find(t.Context(), dir, "")
+	expect.Fault(t, err, fault.Precondition, control.SettingsFile, "more than 1048576 bytes")
+}
+
+// TestHashingEndsWithItsCaller hashes a sparse file of 4 TB for a caller that leaves.
+func TestHashingEndsWithItsCaller(t *testing.T) {
+	r := newStore(t)
+	dir := t.TempDir()
+	expect.Write(t, filepath.Join(dir, savedmodel.File), expect.SavedModel())
+	expect.Write(t, filepath.Join(dir, "weights"), "")
+	if err := os.Truncate(filepath.Join(dir, "weights"), 4<<40); err != nil {
+		t.Fatal(err)
+	}
+	model, err := r.Find(t.Context(), dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := r.Digest(ctx, model); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the digest of 4 TB: %v", err)
+	}
+	r.working.Wait() // until the hashing has ended, too
 }
 
 // TestSweepsPushesOfTheDead leaves what a live process unpacks.
@@ -375,7 +478,7 @@ func FuzzUnpack(f *testing.F) {
 	f.Cleanup(c.Close)
 	f.Fuzz(func(t *testing.T, archive []byte) {
 		fuzztest.Bounded(t, 64<<20, func() {
-			digest, known, err := c.Push(bytes.NewReader(archive), "")
+			digest, known, err := c.Push(t.Context(), bytes.NewReader(archive), "")
 			got := tree(t, around)
 			switch {
 			case err != nil && got != "cache cache/models":

@@ -25,6 +25,7 @@ const (
 	maxNamesBytes   = 32 << 20 // of all, since they are kept for the digest
 	maxPartBytes    = 255      // between two slashes of a name: NAME_MAX of Linux
 	maxDepth        = 64
+	maxPadding      = 1 << 20 // behind the end: tar writes blocks of 10 KiB, or as -b says
 	maxGraphBytes   = 2 << 30 // of saved_model.pb: a protocol buffer's own limit
 )
 
@@ -96,10 +97,13 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rest reads what follows the mark of the end: nothing but zeros, which fill the last block.
+// rest reads what follows the mark of the end: nothing but zeros, which fill the last block, up to maxPadding.
 func (s *source) rest(buffer []byte) error {
-	for {
+	for padding := 0; ; {
 		n, err := s.Read(buffer)
+		if padding += n; padding > maxPadding {
+			return refused("more than %d bytes follow its end", maxPadding)
+		}
 		if slices.ContainsFunc(buffer[:n], func(b byte) bool { return b != 0 }) {
 			return refused("there is data after its end")
 		}

@@ -17,7 +17,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"flightsvc/internal/fault"
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/savedmodel"
 )
@@ -275,50 +274,6 @@ func (r *Repository) localVersion(base, number string) candidate {
 		}
 		return now, r.seen.judge(dir, now, r.options.Quiet)
 	}}
-}
-
-// choose picks the version that was asked for, or the highest that has settled. A version in use that is changed in
-// place is waited for, rather than a lower one taken. busy names a version to wait for where there is none.
-func choose(list []candidate, version string) (found candidate, now snapshot, busy string) {
-	for _, one := range slices.Backward(list) {
-		if version != Latest && version != one.number {
-			continue
-		}
-		now, state := one.look()
-		switch {
-		case state == settled:
-			return one, now, ""
-		case state == unsettled:
-			return candidate{}, now, one.number
-		case state == settling && busy == "":
-			busy = one.number
-		}
-	}
-	return candidate{}, snapshot{}, busy
-}
-
-// await is choose, again and again for some seconds while the only version settles. list is called with the number
-// of the attempt. number is "" where there is none to be had.
-func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate, error)) (number string, now snapshot, err error) {
-	started := time.Now()
-	for attempt := 0; ; attempt++ {
-		candidates, err := list(attempt)
-		if err != nil {
-			return "", snapshot{}, err
-		}
-		found, now, busy := choose(candidates, version)
-		switch {
-		case found.number != "" || busy == "":
-			return found.number, now, nil
-		case !wait || time.Since(started) > settleWait:
-			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed in the last second; ask again when it has been copied", ref, busy)
-		}
-		select {
-		case <-ctx.Done():
-			return "", snapshot{}, ctx.Err()
-		case <-time.After(settleTick):
-		}
-	}
 }
 
 // Settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without

@@ -217,7 +217,7 @@ func TestDigestOfFolders(t *testing.T) {
 		expect.Write(t, filepath.Join(root, "m", name), text)
 		entries = append(entries, entry{name: name, text: text})
 	}
-	want, _, err := store.Push(strings.NewReader(string(archived(t, entries...))), "")
+	want, _, err := store.Push(t.Context(), strings.NewReader(string(archived(t, entries...))), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package tuning
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -12,6 +13,7 @@ import (
 	"sync"
 
 	"flightsvc/internal/protocol"
+	"flightsvc/internal/regular"
 	"flightsvc/modelcache/repository"
 )
 
@@ -56,6 +58,9 @@ func NewProfiles(cacheDir string) *Profiles {
 	return &Profiles{dir: filepath.Join(cacheDir, "profiles")}
 }
 
+// maxProfile is the most bytes of a profile's file.
+const maxProfile = 1 << 20
+
 func (p *Profiles) path(digest string) string {
 	return filepath.Join(p.dir, strings.TrimPrefix(digest, "sha256:")+".json")
 }
@@ -66,7 +71,7 @@ func (p *Profiles) Read(digest string) Profile {
 	if digest == "" {
 		return known
 	}
-	text, err := os.ReadFile(p.path(digest))
+	text, err := regular.Read(context.Background(), p.path(digest), maxProfile)
 	if err != nil || json.Unmarshal(text, &known) != nil {
 		return Profile{}
 	}

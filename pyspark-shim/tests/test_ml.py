@@ -382,7 +382,7 @@ def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) ->
     from flightsvc.server import shipping
 
     copy = shutil.copytree(models / "two", tmp_path / "two")
-    (copy / "weights.txt").write_bytes(os.urandom(9 << 20))  # three pieces, of which no process knows
+    (copy / "weights.txt").write_bytes(os.urandom(9 << 20))  # three chunks, of which no process knows
     TFTransformer(model=copy).save(f"{tmp_path}/stage")
     rows = spark.read.parquet(f"{tmp_path}/stage/model")
     assert rows.count() == 3
@@ -394,7 +394,7 @@ def test_a_damaged_model_is_refused(spark: Any, models: Path, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "stage" / "model")
         shutil.copytree(tmp_path / damaged, tmp_path / "stage" / "model")
         with pytest.raises(
-            flightsvc.InvalidArgumentError, match=r"is damaged: [23] pieces make .*save the stage again"
+            flightsvc.InvalidArgumentError, match=r"is damaged: [23] chunks make .*save the stage again"
         ):
             Stage.load(f"{tmp_path}/stage")
     assert not list(shipping.private_folder().glob("*/model.tar"))
@@ -460,7 +460,7 @@ def test_wrong_columns_of_pictures(spark: Any, files: Path) -> None:
     stage = KerasImageFileTransformer(inputCol="p", outputCol="y", modelFile=str(files / "mean.keras"))
     for given, schema, text in (
         ({}, "p int", "is int.*made from pictures"),
-        ({"imageLoader": loader()}, "p binary", "is binary; imageLoader takes paths"),
+        ({"imageLoader": loader()}, "p binary", "is binary; imageLoader needs paths"),
         ({"outputMode": "image"}, "p string", "a picture is .rows, height, width"),
         ({"modelFile": str(files / "dense.keras")}, "p string", "without an imageLoader"),
     ):

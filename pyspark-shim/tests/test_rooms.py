@@ -67,8 +67,9 @@ OURS = {name: {other for other in found if other in IMPORTS} for name, found in 
 def room(module: str) -> int:
     """Return the line of a module's room in the table."""
     first = f"{module}.".split(".")[1]
-    [line] = [line for line, names in enumerate(ROOMS) if first in names]
-    return line
+    lines = [line for line, names in enumerate(ROOMS) if first in names]
+    assert len(lines) == 1, f"{module} has no line in ROOMS; add its first name where it belongs"
+    return lines[0]
 
 
 def importers(*packages: str) -> set[str]:

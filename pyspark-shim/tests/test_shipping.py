@@ -194,7 +194,7 @@ def test_an_archive_that_did_not_arrive(spark: Any, client: flightsvc.Client, fo
         flightsvc.NotFoundError, match=r"model lite: its archive .* has not reached this work"
     ):
         shipping.receive(client._connection, digest, "lite")
-    whole = b"".join(archive.pieces(folder))
+    whole = b"".join(archive.chunks(folder))
     broken = shipping.private_folder() / f"flightsvc-{digest.removeprefix('sha256:')}.model"
     broken.write_bytes(whole[: len(whole) // 2])
     spark.sparkContext.addFile(str(broken))

@@ -87,10 +87,10 @@ def test_the_digest_is_that_of_the_server(tmp_path: Path):
 
 
 def test_the_archive_is_a_plain_tar_and_always_the_same(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(archive, "PIECE_BYTES", 1000)
-    pieces = list(archive.pieces(models / "mlp"))
+    monkeypatch.setattr(archive, "CHUNK_BYTES", 1000)
+    pieces = list(archive.chunks(models / "mlp"))
     assert {len(piece) for piece in pieces[:-1]} == {1000}
-    assert pieces == list(archive.pieces(models / "mlp"))
+    assert pieces == list(archive.chunks(models / "mlp"))
     with tarfile.open(fileobj=io.BytesIO(b"".join(pieces)), mode="r:") as tar:
         names = tar.getnames()
         assert names == archive.files(models / "mlp") == sorted(names)
@@ -109,7 +109,7 @@ def test_push_then_predict(
     assert digest == archive.digest(models / "ints")
     assert pushed() == [digest.removeprefix("sha256:")]
     assert front.push(models / "ints") == digest
-    answer = put(front, {"v": 1, "put": "model"}, list(archive.pieces(models / "ints")))
+    answer = put(front, {"v": 1, "put": "model"}, list(archive.chunks(models / "ints")))
     assert answer == {"digest": digest, "known": True}
     assert put(front, {"v": 1, "put": "model", "digest": digest}, []) == {"digest": digest, "known": True}
     assert pushed() == [digest.removeprefix("sha256:")]
@@ -329,7 +329,7 @@ def test_refused_pushes(
     damage: Callable[[bytes], list[Any]],
     sentence: str,
 ):
-    whole = b"".join(archive.pieces(models / "nested"))
+    whole = b"".join(archive.chunks(models / "nested"))
     refused(front, pushed, {"v": 1, "put": "model", **command}, damage(whole), sentence)
 
 
@@ -349,7 +349,7 @@ def test_a_client_that_leaves_leaves_nothing(
     front: flightsvc.Client, models: Path, pushed: Callable[[], list[str]]
 ):
     before = pushed()
-    whole = b"".join(archive.pieces(models / "nested"))
+    whole = b"".join(archive.chunks(models / "nested"))
     descriptor = flight.FlightDescriptor.for_command(json.dumps({"v": 1, "put": "model"}))
     writer, _ = front._connection.front().do_put(descriptor, CHUNKS)
     writer.write_batch(pa.record_batch([pa.array([whole[:5000]], pa.binary())], schema=CHUNKS))

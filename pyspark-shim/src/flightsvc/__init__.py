@@ -1,7 +1,7 @@
 """Deep learning on Spark DataFrames through an Arrow Flight sidecar.
 
-The sidecar ``flightsvc`` runs TensorFlow models beside each executor; this package streams record batches
-to it. Workers need pyarrow only.
+The sidecar ``flightsvc`` runs TensorFlow models beside each executor; this package sends it record batches.
+Workers need only pyarrow.
 
     m = flightsvc.Model("models/lite0", preprocess={"image": flightsvc.ImageInput(size=(224, 224))})
     m.transform(df, inputs={"image": "content"}, outputs={"probabilities": "p"})

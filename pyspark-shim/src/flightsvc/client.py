@@ -1,11 +1,10 @@
-"""Inference without Spark: a client of a front, for tables."""
+"""Inference on Arrow tables, without Spark: the client of one front."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import pyarrow as pa
@@ -22,15 +21,15 @@ from flightsvc.spark.session import task
 
 
 def connect(endpoint: str | None = None) -> Client:
-    """Return a client of the front at ``endpoint``; it connects with its first call.
+    """Return a client of the front at ``endpoint``; its first call connects.
 
     Args:
-        endpoint: ``grpc+unix:///path/front.sock`` or a bare path. Absent: ``FLIGHTSVC_ENDPOINT``, else, in
-            a Spark worker, the executor's front, else this user's own, started if there is none; it ends
-            when idle or by :meth:`Client.shutdown`.
+        endpoint: ``grpc+unix:///path/front.sock`` or an absolute path. ``None``: ``FLIGHTSVC_ENDPOINT`` if it
+            is set; else the executor's front in a Spark worker, or this user's front elsewhere, which is
+            started if there is none. That front ends when it is idle, or by :meth:`Client.shutdown`.
 
     Raises:
-        InvalidArgumentError: The endpoint or a setting in the environment is not one.
+        InvalidArgumentError: The endpoint or a setting in the environment is invalid.
     """
     settings = Settings.read()
     if endpoint is not None:
@@ -41,7 +40,7 @@ def connect(endpoint: str | None = None) -> Client:
 
 
 class Client:
-    """A client of one front; safe for many threads. Made by :func:`connect`."""
+    """A client of one front, made by :func:`connect`; safe for concurrent use."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -56,18 +55,18 @@ class Client:
     ) -> pa.Table:
         """Return ``data`` with the model's outputs as further columns.
 
-        The caller's columns are not copied, and the result has one chunk for each record batch of ``data``.
+        The columns of ``data`` are not copied. The result has one chunk for each record batch of ``data``.
 
         Args:
-            model: A model, or what :class:`Model` takes.
+            model: A model, or an argument for :class:`Model`.
             data: A table or a record batch.
-            layout: How outputs of rank 2 and more come back: as nested lists (``list``, the types that Spark
-                has) or as Arrow's fixed shape tensors (``tensor``, all types that Arrow has).
+            layout: The form of outputs of rank 2 and more: nested lists, of types that Spark has (``list``),
+                or Arrow's fixed shape tensors, of all types of Arrow (``tensor``).
             **options: See :class:`Options`.
 
         Raises:
-            InvalidArgumentError: A type does not fit, or an output's name is taken.
-            NotFoundError: No such model, signature, input, output or column.
+            InvalidArgumentError: A column's type does not fit its input, or two columns have one name.
+            NotFoundError: There is no such model, signature, input, output or column.
             FlightsvcError: The server failed or could not be reached.
         """
         if not isinstance(model, Model):
@@ -88,43 +87,43 @@ class Client:
         return self._connection.action("model.metadata", _named(model))
 
     def status(self) -> dict[str, Any]:
-        """Return what the front says of itself: its version, process, memory, devices and models in memory.
+        """Return the state of the front: its version, process, memory, devices and models in memory.
 
         Sizes are bytes. ``memory`` has ``budget`` and ``reserved``. Each of ``models`` has ``model``,
         ``version``, ``state`` (``queued``, ``loading``, ``warming``, ``ready``, ``draining``, ``failed``,
         ``quarantined``) with its ``reason``, ``device`` (the UUID of a GPU, empty for the CPU),
-        ``streams``, ``memory`` now, ``reserved``, ``tuned`` (the configuration that was measured to be
-        fastest) and more.
+        ``streams``, ``memory``, ``reserved``, ``tuned`` (the fastest configuration that tuning has found) and
+        more.
         """
         return self._connection.action("status", {})
 
     def devices(self) -> list[dict[str, Any]]:
-        """Return the GPUs and MIG instances that the front sees; empty where there are none.
+        """Return the GPUs and MIG instances of the front's host.
 
         Each has ``uuid``, ``name``, ``index``, ``memory`` and ``free`` in bytes, ``compute`` capability,
-        ``utilisation`` in percent (-1: not known), ``healthy`` and, where it is not, ``reason``.
+        ``utilisation`` in percent (-1: unknown), ``healthy`` and, if it is not, ``reason``.
         """
         devices: list[dict[str, Any]] = self.status().get("devices") or []
         return devices
 
     def models(self) -> list[dict[str, Any]]:
-        """Return the models that the front knows: of its repository, pushed, and in memory.
+        """Return the models of the front's repository, pushed models, and models in memory.
 
-        Each has ``name``, ``version``, ``state`` (one of :meth:`status`, or ``unloaded``) and, where it
-        cannot be served as it is, ``reason``.
+        Each has ``name``, ``version``, ``state`` (as in :meth:`status`, or ``unloaded``) and, if it cannot be
+        served, ``reason``.
         """
         models: list[dict[str, Any]] = self._connection.action("repository.index", {})["models"]
         return models
 
     def load(self, model: Model | str | os.PathLike[str], *, device: str = "auto") -> None:
-        """Load the model, and return when it is in memory; nothing happens if it is.
+        """Load the model unless it is in memory, and return when it is ready.
 
         Args:
-            model: A model, or what :class:`Model` takes.
+            model: A model, or an argument for :class:`Model`.
             device: See :class:`Options`.
 
         Raises:
-            InvalidArgumentError: There can be no such device.
+            InvalidArgumentError: The device is invalid.
             NotFoundError: There is no such model or version.
             FlightsvcError: It cannot be loaded.
         """
@@ -132,7 +131,7 @@ class Client:
         self._connection.action("model.load", {**_named(model), **where})
 
     def unload(self, model: Model | str | os.PathLike[str]) -> None:
-        """Take the model out of memory; nothing happens if it is not in memory.
+        """Remove the model from memory, if it is there.
 
         Raises:
             NotFoundError: There is no such model or version.
@@ -141,39 +140,33 @@ class Client:
         self._connection.action("model.unload", _named(model))
 
     def push(self, folder: str | os.PathLike[str]) -> str:
-        """Send a SavedModel to the front's host, unless it is there already, and return its digest.
+        """Send a SavedModel to the front unless it has it; return the digest, with which ``Model`` finds it.
 
-        ``Model(digest)`` is the model from then on. It stays until somebody deletes it from the front's
-        ``cache-dir``.
+        The front keeps it in its ``cache-dir``.
 
         Args:
-            folder: A folder with ``saved_model.pb``; regular files and folders alone, no links.
+            folder: A folder with ``saved_model.pb``. It contains only regular files and folders, no links.
 
         Raises:
-            NotFoundError: The folder holds no SavedModel.
-            InvalidArgumentError: It holds something else than files and folders, the front cannot read it,
-                or there is no space for it.
+            NotFoundError: The folder has no SavedModel.
+            InvalidArgumentError: It contains something other than files and folders, the front cannot read
+                it, or there is no room for it.
         """
         return shipping.send(self._connection, Path(folder))
 
     def shutdown(self) -> None:
-        """End the front, once its streams have ended or its drain timeout is over."""
-        with contextlib.suppress(UnavailableError):  # it may be quicker than its answer
+        """End the front, after its streams have ended or ``drain_timeout`` is over."""
+        with contextlib.suppress(UnavailableError):  # it may end before it has answered
             self._connection.action("server.shutdown", {}, patience=0)
 
     def close(self) -> None:
-        """Drop the connection; the front stays."""
+        """Close the connection; the front continues."""
         self._connection.forget()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

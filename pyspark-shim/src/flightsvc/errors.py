@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions, and the one place that makes them from Flight's."""
+"""The exceptions of this package, made here of those that Flight raises."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import pyarrow.flight as flight
 
 
 class FlightsvcError(Exception):
-    """Anything that flightsvc raises; by itself: the server failed in a way that nobody foresaw."""
+    """The base of all exceptions of flightsvc; raised itself for an internal error of the server."""
 
 
 class InvalidArgumentError(FlightsvcError, ValueError):
-    """The request is wrong: a column, a type, a shape, an option; trying again does not help."""
+    """A column, a type, a shape or an option of the request is wrong; a retry does not help."""
 
 
 class NotFoundError(FlightsvcError, KeyError):
-    """No such model, version, signature, input, output or column."""
+    """There is no such model, version, signature, input, output or column."""
 
     def __str__(self) -> str:
-        return Exception.__str__(self)  # KeyError would show the quoted repr
+        return Exception.__str__(self)  # str of a KeyError is the quoted repr
 
 
 class UnavailableError(FlightsvcError, ConnectionError):
-    """The sidecar could not be reached, or kept losing the stream, for as long as we may wait."""
+    """The sidecar could not be reached, or streams were lost, until ``retry_timeout`` was over."""
 
 
 class DeadlineExceededError(FlightsvcError, TimeoutError):
-    """A call or a run of the model took longer than it may."""
+    """A call or a run of the model exceeded its timeout."""
 
 
 class SidecarError(FlightsvcError, RuntimeError):
@@ -36,11 +36,11 @@ class SidecarError(FlightsvcError, RuntimeError):
 
 
 LOST = (flight.FlightUnavailableError, flight.FlightCancelledError)
-"""What says that the other end is gone, rather than that it refused."""
+"""Errors that mean a lost connection rather than a refusal."""
 FLIGHT_ERRORS = (pa.ArrowException, flight.FlightError, OSError)
-"""All that a Flight call may raise; pyarrow raises Arrow's IOError as OSError."""
+"""All errors that a Flight call may raise; Arrow's IOError is an OSError in pyarrow."""
 
-# Arrow says "Flight (or gRPC) returned <code> error, with message: <ours>. gRPC client debug context: ...".
+# In pyarrow: "Flight (or gRPC) returned <code> error, with message: <ours>. gRPC client debug context: ...".
 _ENVELOPE = re.compile(
     r"^(?:(?:Flight|gRPC) (?:returned|RPC failed)[^:]*(?:error|failed)?,? with message: )?"
     r"(?P<text>.*?)"
@@ -48,7 +48,7 @@ _ENVELOPE = re.compile(
     re.DOTALL,
 )
 
-# A server that is full says for how long it would rather not be asked.
+# A full server says how long to wait.
 _RETRY_AFTER = re.compile(r"ask again in (\d+) ms \(retry-after-ms\)")
 
 _CLASSES: tuple[tuple[type[BaseException], type[FlightsvcError]], ...] = (
@@ -61,7 +61,7 @@ _CLASSES: tuple[tuple[type[BaseException], type[FlightsvcError]], ...] = (
 
 
 def translate(error: BaseException) -> FlightsvcError:
-    """Return our exception for one that pyarrow raised, with the server's own sentence as its text."""
+    """Return the exception of this package for one of pyarrow, with the server's sentence as its text."""
     if isinstance(error, FlightsvcError):
         return error
     match = _ENVELOPE.match(str(error))
@@ -73,6 +73,6 @@ def translate(error: BaseException) -> FlightsvcError:
 
 
 def retry_after(error: BaseException) -> float:
-    """Return for how many seconds a full server asks to be left alone, 0 if ``error`` does not say so."""
+    """Return how many seconds a full server asks to wait; 0: ``error`` is not from a full server."""
     match = _RETRY_AFTER.search(str(error))
     return int(match[1]) / 1000 if match else 0.0

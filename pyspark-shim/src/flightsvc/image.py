@@ -1,9 +1,9 @@
-"""Pictures in DataFrames: files read and resized by the sidecar, arrays of numpy there and back.
+"""Pictures in DataFrames: reading and resizing them in the sidecar, converting them from and to NumPy.
 
-A picture in a column is Spark's image struct, that of ``spark.read.format("image")``: ``origin``, ``height``,
-``width``, ``nChannels``, ``mode`` and ``data``, whose bytes are rows from the top, each pixel as blue, green,
-red and alpha, or as one grey value. The sidecar decodes (its built-in model ``image``); workers need no
-imaging library.
+A picture in a column is Spark's image struct, as ``spark.read.format("image")`` makes it: ``origin``,
+``height``, ``width``, ``nChannels``, ``mode`` and ``data``. The bytes of ``data`` are rows from the top; a
+pixel is blue, green, red and alpha, or one grey value. The sidecar decodes pictures with its built-in model
+``image``, so workers need no imaging library.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from flightsvc.server.connection import IMAGE_MODEL
 from flightsvc.server.stream import ROW_BYTES
 from flightsvc.spark import arrays
 from flightsvc.spark.dataframe import worker_connection
-from flightsvc.spark.loading import DEPTHS, image_fields
+from flightsvc.spark.loading import DEPTHS, IMAGE_FIELDS, image_fields
 from flightsvc.spark.session import acting_for, active_conf, place, quoted, settings_of
+from flightsvc.spark.types import image_type
 from flightsvc.spark.verdicts import IMAGES, of_type
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pyspark.sql.types import StructType
 
 SLICE_ROWS = 64
-"""So many pictures, or SLICE_BYTES of them, travel together, so that their pixels stay few."""
+"""The most pictures that are sent together, with at most SLICE_BYTES, to bound memory."""
 SLICE_BYTES = 4 << 20
 
 _COLUMN = "picture"  # on the wire
@@ -45,13 +46,8 @@ _ORIGINS = "the origin of pictures is text; leave it out, or use CAST(... AS STR
 
 
 def schema() -> StructType:
-    """Return the type of a picture, Spark's image struct."""
-    from pyspark.sql.types import BinaryType, IntegerType, StringType, StructType
-
-    struct = StructType().add("origin", StringType())
-    for name in ("height", "width", "nChannels", "mode"):
-        struct.add(name, IntegerType())
-    return struct.add("data", BinaryType())
+    """Return the type of Spark's image struct."""
+    return image_type()
 
 
 def read_images(
@@ -63,33 +59,33 @@ def read_images(
     stream: bool = False,
     **options: Any,
 ) -> DataFrame:
-    """Return the picture files below ``path``: the column ``image``, then the columns of their folders.
+    """Return the picture files below ``path``: the column ``image``, then one for each partition folder.
 
-    A folder ``label=1`` makes a column ``label``. Nothing but the list of files is read before the pictures
-    are asked for. JPEG, PNG, GIF (its first frame) and BMP are decoded as they are: turned upright, grey with
-    one channel, colour with three, with alpha four. Other files are bad ones.
+    A folder ``label=1`` makes a column ``label``. Only the list of files is read at once; pictures are read
+    by Spark's tasks. JPEG, PNG, GIF (its first frame) and BMP are decoded and turned upright. Grey pictures
+    have one channel, coloured ones three, those with alpha four.
 
     Args:
         spark: A session, classic or Connect.
-        path: A folder, a file, a pattern or several; with ``stream`` one folder or pattern.
-        on_error: What a file that is no picture does: ``fail`` the job, by name; make its ``image`` ``null``;
-            or null with its path and the reason in ``error_column`` (``column``), the last column.
+        path: A folder, a file, a pattern, or several of them; with ``stream`` one folder or pattern.
+        on_error: For a file that is not a picture: ``fail`` the job with the file's name; make its ``image``
+            ``null``; or make it null and write path and reason into ``error_column``, the last column
+            (``column``).
         error_column: Name of the column for the reason.
-        stream: Return a streaming DataFrame, which goes on with the files that are added.
+        stream: Return a streaming DataFrame, which also reads files that are added later.
         **options: Options of Spark's file source, such as ``recursiveFileLookup=True``,
             ``pathGlobFilter="*.jpg"``, ``basePath`` or ``maxFilesPerTrigger``.
 
     Raises:
-        InvalidArgumentError: ``on_error`` is none of its choices, or a folder makes a column of a name that
-            is taken.
+        InvalidArgumentError: ``on_error`` is invalid, or two columns have one name.
     """
     from pyspark.sql.functions import col
 
     if stream and not isinstance(path, str):
         raise InvalidArgumentError("read_images with stream=True takes one path, which may be a glob pattern")
     paths: Any = path if isinstance(path, str) else list(path)
-    # As they are given, a folder's column of one of these names goes behind the others; only content, which
-    # is the last, does not move: Spark refuses that itself when it plans the job.
+    # With the columns of the source given, Spark moves one behind the others if a folder has its name. It
+    # cannot move content, the last one; then Spark refuses the job when it plans it.
     columns = ", ".join(map(" ".join, _FILE_COLUMNS.items()))
     reader: Any = spark.readStream if stream else spark.read
     files: DataFrame = reader.format("binaryFile").schema(columns).options(**options).load(paths)
@@ -113,23 +109,23 @@ def read_images(
     kept = [files[quoted(name)] for name in folders]
     if on_error != "column":
         return files.select(picture.alias("image"), *kept)
-    pair = "_" + max(names, key=len)  # longer than any of them
+    pair = "_" + max(names, key=len)  # longer than all names, so unlike them
     both = files.select(picture.alias(pair), *kept)
     image, error = (col(f"{quoted(pair)}.{quoted(name)}").alias(name) for name in ("image", error_column))
     return both.select(image, *(both[quoted(name)] for name in folders), error)
 
 
 def decode(*, on_error: str = "fail", error_column: str = "error") -> Callable[..., Column]:
-    """Return a function of columns that makes pictures of encoded files, as they are.
+    """Return a function of columns that decodes picture files without resizing them.
 
-    ``decode()("content", "path")``: the first column holds the files (binary), the second, if there is one,
-    becomes the ``origin`` of the pictures (a string). Formats, channels and ``on_error`` are those of
-    :func:`read_images`; with ``column`` the function makes a struct of ``image`` and ``error_column``. A null
-    stays null. Columns of other types are refused when Spark analyses the query. The settings are the active
-    session's.
+    ``decode()("content", "path")``: the first column has the files (binary); the second is optional and
+    becomes the ``origin`` of the pictures (string). Formats, channels and ``on_error`` are those of
+    :func:`read_images`; with ``column`` the function returns a struct of ``image`` and ``error_column``. A
+    null stays null. Columns of other types are refused when Spark analyses the query. The function uses the
+    settings of the active session.
 
     Raises:
-        InvalidArgumentError: ``on_error`` is none of its choices, or ``error_column`` is ``image``.
+        InvalidArgumentError: ``on_error`` is invalid, or ``error_column`` is ``image``.
     """
     return _function("decode", None, on_error, error_column)
 
@@ -144,28 +140,28 @@ def resize(
     on_error: str = "fail",
     error_column: str = "error",
 ) -> Callable[..., Column]:
-    """Return a function of columns that makes pictures of one size, in the sidecar.
+    """Return a function of columns that resizes pictures in the sidecar.
 
-    ``resize((224, 224))("image")``: the column holds pictures (Spark's image struct) or encoded files
-    (binary); a second column, if there is one, becomes their ``origin``. Pictures of float32 stay so.
-    It succeeds ``sparkdl.image.imageIO.createResizeImageUDF``.
+    ``resize((224, 224))("image")``: the column has pictures (Spark's image struct) or encoded files (binary);
+    a second column is optional and becomes their ``origin``. Pictures of float32 keep that type. It replaces
+    ``sparkdl.image.imageIO.createResizeImageUDF``.
 
     Args:
         size: Height and width, in pixels.
         resize: As in :class:`ImageInput`.
         antialias: As in :class:`ImageInput`.
         fit: As in :class:`ImageInput`.
-        channels: ``BGR``, ``L`` (grey), or ``None``: those that each picture has.
+        channels: ``BGR``, ``L`` (grey), or ``None`` for the channels that each picture has.
         on_error: As in :func:`decode`.
         error_column: As in :func:`decode`.
 
     Raises:
-        InvalidArgumentError: An argument is none of its choices.
-        FlightsvcError: No front could be asked whether they are.
+        InvalidArgumentError: An argument is invalid.
+        FlightsvcError: No front could be reached, which checks the arguments.
     """
     if channels not in (None, "BGR", "L"):
         raise InvalidArgumentError(f"channels is {channels!r}; it is BGR or L, or None to keep its own")
-    # ImageInput leaves RGB unsaid, which to the built-in model are each picture's own channels.
+    # RGB is the default and not sent; the built-in model then keeps the channels of each picture.
     how = ImageInput(size, resize=resize, antialias=antialias, fit=fit, channels=channels or "RGB")
     return _function("resize", how, on_error, error_column)
 
@@ -173,12 +169,12 @@ def resize(
 def to_struct(array: np.ndarray[Any, Any], origin: str = "") -> Row:
     """Return an array as a picture for a column of type :func:`schema`.
 
-    It succeeds ``sparkdl.image.imageIO.imageArrayToStruct``.
+    It replaces ``sparkdl.image.imageIO.imageArrayToStruct``.
 
     Args:
         array: uint8 or float32, ``[height, width]`` or ``[height, width, channels]`` with 1, 3 or 4 channels.
-            Their order is kept as it is; to Spark it is blue, green, red, alpha.
-        origin: Where the picture is from.
+            They are stored in this order; Spark takes it for blue, green, red, alpha.
+        origin: The source of the picture.
 
     Raises:
         InvalidArgumentError: The array has another type or shape.
@@ -191,12 +187,12 @@ def to_struct(array: np.ndarray[Any, Any], origin: str = "") -> Row:
 def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """Return a picture as an array ``[height, width, channels]`` of uint8 or float32.
 
-    It views the picture's bytes, without a copy, and is read-only where they are; channels keep their order:
-    blue, green, red, alpha. It succeeds ``sparkdl.image.imageIO.imageStructToArray``.
+    The array shares the picture's bytes and is read-only if they are. Channels keep their order: blue, green,
+    red, alpha. It replaces ``sparkdl.image.imageIO.imageStructToArray``.
 
     Raises:
-        InvalidArgumentError: The picture is null, is one that Spark could not read, or its numbers do not
-            agree.
+        InvalidArgumentError: The picture is null, Spark could not read it, or its fields contradict each
+            other.
     """
     import numpy as np
 
@@ -220,15 +216,15 @@ def to_array(picture: Row | Mapping[str, Any]) -> np.ndarray[Any, Any]:
 
 
 def of_tensor(tensor: Column, source: Column) -> Column:
-    """Return a column of tensors as pictures of float32; channels keep their order.
+    """Return a column of tensors as pictures of float32, without reordering channels.
 
     Args:
         tensor: A column of numbers, ``[height, width, channels]`` as nested arrays.
-        source: A column of pictures or of paths, which has the ``origin``; of others none is known.
+        source: A column of pictures or paths, for ``origin``; columns of other types give no origin.
     """
     from pyspark.sql import functions as F
 
-    # By pandas a null struct is one of nulls.
+    # pandas makes a struct of nulls of a null struct.
     return F.when(tensor.isNotNull(), arrays.scalar(_of_tensor, schema(), ())(tensor, source))
 
 
@@ -257,19 +253,16 @@ def _of_tensor(tensors: pa.Array, source: pa.Array) -> pa.Array:
                 "data": values.buffers()[1].slice(at, 4 * len(values)).to_pybytes(),
             }
         )
-    numbers = [pa.field(name, pa.int32()) for name in ("height", "width", "nChannels", "mode")]
-    return pa.array(
-        pictures, pa.struct([pa.field("origin", pa.string()), *numbers, pa.field("data", pa.binary())])
-    )
+    return pa.array(pictures, pa.struct([("origin", pa.string()), *IMAGE_FIELDS.items()]))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
-    """What :func:`decode` and :func:`resize` do in the workers.
+    """The part of :func:`decode` and :func:`resize` that runs in the workers.
 
     Attributes:
-        request: What the sidecar is asked for: always with the reasons, the policy is applied here.
-        on_error: What becomes of bad pictures.
+        request: The request to the sidecar, always with ``on_error="column"``; ``on_error`` is applied here.
+        on_error: As in :func:`decode`.
         error_column: Name of the column for the reason.
         conf: ``spark.flightsvc.*`` of the driver's session.
     """
@@ -280,10 +273,10 @@ class _Decoder:
     conf: dict[str, str]
 
     def __call__(self, columns: Iterable[Any]) -> Iterator[pa.Array]:
-        """Yield the pictures for each array of ``columns``, or for each pair with their origins."""
+        """Yield the pictures for each array of ``columns``, or for each pair of arrays with origins."""
         connection = worker_connection(self.request, self.conf)
         exchange = self.request.exchange(connection, [_COLUMN], {"image": 0}, place())
-        answers = exchange.answers(piece for column in columns for piece in _slices(column))
+        answers = exchange.answers(rows for column in columns for rows in _slices(column))
         try:
             for answer in answers:
                 yield self._result(answer.batch, answer.outputs)
@@ -292,7 +285,7 @@ class _Decoder:
 
     def _result(self, asked: pa.RecordBatch, outputs: pa.RecordBatch) -> pa.Array:
         origin = asked.column("origin")
-        # The server begins with the column's name on the wire, which nobody knows.
+        # The server's text begins with the column's name on the wire, which the caller does not know.
         said = pc.replace_substring_regex(outputs.column("error"), f'^column "{_COLUMN}": ', "")
         reason = pc.coalesce(asked.column("error"), said)
         named = pc.if_else(pc.equal(origin, ""), "", pc.binary_join_element_wise(origin, "", ": "))
@@ -302,10 +295,9 @@ class _Decoder:
             raise InvalidArgumentError(
                 f"{first}. To go on without such pictures: on_error='null' or on_error='column'"
             )
-        names = ("height", "width", "nChannels", "mode", "data")
         image = pa.StructArray.from_arrays(
-            [origin, *map(outputs.column, names)],
-            names=["origin", *names],
+            [origin, *map(outputs.column, IMAGE_FIELDS)],
+            names=["origin", *IMAGE_FIELDS],
             mask=outputs.column("height").is_null(),
         )
         if self.on_error != "column":
@@ -325,7 +317,7 @@ def _function(
         raise InvalidArgumentError("error_column is 'image', which names the pictures; choose another")
     model = Model(IMAGE_MODEL, preprocess={} if preprocess is None else {"image": preprocess})
     request = model.request(on_error="column")
-    if preprocess is not None:  # a front on the driver says what is wrong with it
+    if preprocess is not None:  # the driver's front checks it
         request.answer_schema({"image": _COLUMN})
     decoder = _Decoder(request, on_error, error_column, settings_of(active_conf()))
 
@@ -334,7 +326,7 @@ def _function(
         struct = StructType().add("image", struct).add(error_column, StringType())
     function, call = arrays.iterator(decoder, name, struct)
 
-    @functools.wraps(function)  # with what Spark needs to register it
+    @functools.wraps(function)  # keeps the attributes with which Spark registers it
     def checked(*columns: Column | str) -> Column:
         if len(columns) not in (1, 2):
             raise InvalidArgumentError(
@@ -348,12 +340,12 @@ def _function(
 
 
 def _slices(column: pa.Array | tuple[pa.Array, ...]) -> Iterator[pa.RecordBatch]:
-    """Yield a column of pictures in record batches of few pixels, with ``origin`` and ``error`` beside.
+    """Yield a column of pictures in small record batches, with the columns ``origin`` and ``error``.
 
-    ``error`` says which pictures are too large to be sent; those are null.
+    Pictures that are too large to be sent are null and have a reason in ``error``.
 
     Raises:
-        InvalidArgumentError: A column has another type, which Spark lets through in SQL.
+        InvalidArgumentError: A column has another type, which Spark does not check in SQL.
     """
     picture, *origins = column if isinstance(column, tuple) else (column,)
     if len(origins) > 1:

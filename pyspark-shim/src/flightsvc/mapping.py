@@ -1,4 +1,4 @@
-"""How columns and tensors belong together, and what else a request may say."""
+"""The public types of a request: how columns feed inputs, what outputs become, and further options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorSpec:
 
     Attributes:
         dtype: TensorFlow's name of the element type, such as ``float32`` or ``string``.
-        shape: One number per dimension, the batch first; -1 is any size. ``None``: the rank is unknown.
+        shape: The size of each dimension, batch first; -1: any size. ``None``: the rank is unknown.
     """
 
     dtype: str
@@ -31,26 +31,26 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ImageInput:
-    """How pictures become one input tensor ``[batch, height, width, channels]``, in the sidecar.
+    """How the sidecar makes an input tensor ``[batch, height, width, channels]`` of pictures.
 
-    The column holds encoded files (JPEG, PNG, GIF, BMP; binary), their paths or URIs (string), which the
-    worker reads, or Spark's image struct. A picture is turned upright,
-    fitted, resized, brought to its channels; each value ``v`` of 0..255 then becomes ``v * scale + offset``.
+    The column has encoded files (JPEG, PNG, GIF, BMP; binary), paths or URIs of such files (string), which
+    the worker reads, or Spark's image structs. A picture is turned upright, fitted, resized and converted to
+    ``channels``. Then each value ``v`` from 0 to 255 becomes ``v * scale + offset``.
 
     Attributes:
         size: Height and width of the tensor, in pixels.
-        resize: ``bilinear``, ``nearest``, ``bicubic`` or ``area``, as ``tf.image.resize`` does them.
-        antialias: Widens the kernel of ``bilinear`` and ``bicubic`` where a picture is made smaller.
-        fit: ``crop``: the largest centred box of the tensor's aspect is taken; ``stretch``: all of the
-            picture, in another aspect; ``pad``: all of it in its own aspect, in the centre of black.
-        channels: ``RGB``, ``BGR`` or ``L``, which is grey.
+        resize: ``bilinear``, ``nearest``, ``bicubic`` or ``area``, as in ``tf.image.resize``.
+        antialias: Whether the kernel of ``bilinear`` and ``bicubic`` is widened when a picture shrinks.
+        fit: ``crop``: the largest centred box with the tensor's aspect ratio; ``stretch``: the whole
+            picture, distorted; ``pad``: the whole picture, undistorted, centred on black.
+        channels: ``RGB``, ``BGR`` or ``L`` (grey).
         scale: One number, or one for each channel in the order of ``channels``.
         offset: One number, or one for each channel in the order of ``channels``.
-        dtype: Element type of the tensor; ``None``: that of the input. Whole numbers are rounded.
+        dtype: Element type of the tensor; ``None``: that of the input. Values for integer types are rounded.
 
     Raises:
-        InvalidArgumentError: ``size`` is not two whole numbers, or ``scale`` or ``offset`` is not of finite
-            numbers; those of NumPy are taken, too.
+        InvalidArgumentError: ``size`` is not two integers, or ``scale`` or ``offset`` is not finite. Numbers
+            of NumPy are accepted.
     """
 
     size: tuple[int, int]
@@ -77,11 +77,11 @@ class ImageInput:
 
     @classmethod
     def keras(cls, mode: str, size: tuple[int, int], **how: Any) -> ImageInput:
-        """Return what ``keras.applications.*.preprocess_input`` does in ``mode``.
+        """Return the preprocessing of ``keras.applications.*.preprocess_input`` in ``mode``.
 
         Args:
-            mode: ``tf`` (-1 to 1), ``caffe`` (BGR less ImageNet's means) or ``torch`` (less ImageNet's means,
-                by its deviations).
+            mode: ``tf`` (-1 to 1), ``caffe`` (BGR minus ImageNet's means) or ``torch`` (minus ImageNet's
+                means, divided by its standard deviations).
             size: Height and width of the tensor, in pixels.
             **how: Further attributes: ``resize``, ``antialias``, ``fit``, ``dtype``.
 
@@ -101,7 +101,7 @@ class ImageInput:
         raise InvalidArgumentError(f"mode is {mode!r}; it is one of tf, caffe, torch")
 
     def wire(self) -> dict[str, Any]:
-        """Return the entry of the descriptor's ``preprocess``; defaults are left out."""
+        """Return the entry of the descriptor's ``preprocess``, without defaults."""
         fields: dict[str, Any] = {"size": list(self.size)}
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
@@ -112,27 +112,27 @@ class ImageInput:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """The column that feeds an input tensor, where its name alone does not say enough.
+    """The column that feeds an input tensor, with options.
 
     Attributes:
         column: Name of the column.
-        encoding: ``raw``: a binary column whose cells are exactly the bytes of one row of the tensor, in C
-            order and little-endian. ``None``: the type table.
-        pad: Fills up lists that differ in length: a number, a string or a bool, as the tensor's dtype is.
-            An unknown dimension gets the longest length of the record batch, a known one its own.
-        lengths: Name of another input tensor, integer and of rank 1, that receives the true length of each
-            row's list; it has no column of its own.
-        load: Makes what is sent of each value of the column that is not null. It is called in the worker, a
-            few rows at a time, and travels there by cloudpickle. For an input that is made of pictures it
-            returns the bytes of a file, or an array ``[height, width]`` or ``[height, width, channels]`` of
-            uint8 or float, 0 to 255, in the order RGB(A). For any other input it returns a NumPy array that
-            is one row of the tensor, with or without a leading dimension of 1, whose values the input's
-            dtype can hold (floats are rounded to it); for an input of strings bytes. A row whose value it
-            cannot load is one that cannot be run, and what it raised is the reason. ``None``: the values are
-            sent as they are, but paths of pictures, which the worker reads.
+        encoding: ``raw``: each cell of a binary column has the bytes of one row of the tensor, in C order and
+            little-endian. ``None``: values are converted by the table of types.
+        pad: Value with which shorter lists are filled up, of the tensor's dtype. An unknown dimension becomes
+            as long as the longest list of the record batch.
+        lengths: Name of another input tensor, of integers and rank 1, which gets the length of each row's
+            list before padding. That input has no column.
+        load: A function that the worker calls with each value that is not null; its result is sent instead
+            of the value. It is pickled by cloudpickle. For an input that is made from pictures it returns the
+            bytes of a file, or an array ``[height, width]`` or ``[height, width, channels]`` of uint8 or
+            float, 0 to 255, in the order RGB(A); for an input of strings, bytes; for any other input, a NumPy
+            array that is one row of the tensor, with or without a leading dimension of 1. Floats are rounded
+            to the input's dtype; other values must fit it. If it raises an error, the row cannot be run, and
+            the error is the reason. ``None``: values are sent as they are, except paths of pictures, which
+            the worker reads.
 
     Raises:
-        InvalidArgumentError: ``pad`` is not finite, ``load`` cannot be called or has an ``encoding`` beside.
+        InvalidArgumentError: ``pad`` is not finite, ``load`` is not callable, or ``encoding`` is set, too.
     """
 
     column: str
@@ -155,19 +155,19 @@ class Input:
             )
 
     def wire(self) -> dict[str, Any]:
-        """Return the entry of the descriptor's ``inputs``; what is the worker's and defaults are left out."""
+        """Return the entry of the descriptor's ``inputs``, without ``load`` and defaults."""
         return {name: value for name, value in vars(self).items() if value is not None and name != "load"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """The column that an output tensor becomes, where its name alone does not say enough.
+    """The column that an output tensor becomes, with options.
 
     Attributes:
         column: Name of the column.
-        type: ``utf8``: a string tensor becomes text; a row with bytes that are not UTF-8 is refused.
-            ``None``: the type table, where it becomes binary.
-        shape: The shape of an output whose rank the signature does not tell, the batch first: ``(-1, 3)``.
+        type: ``utf8``: a string tensor becomes text, and a row with other bytes than UTF-8 is refused.
+            ``None``: it becomes binary.
+        shape: The shape of an output of unknown rank, batch first: ``(-1, 3)``.
     """
 
     column: str
@@ -175,7 +175,7 @@ class Output:
     shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
 
     def wire(self) -> dict[str, Any]:
-        """Return the entry of the descriptor's ``outputs``; defaults are left out."""
+        """Return the entry of the descriptor's ``outputs``, without defaults."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
         if self.shape is not None:
             fields["shape"] = list(self.shape)
@@ -183,26 +183,26 @@ class Output:
 
 
 class Options(TypedDict, total=False):
-    """What a request may say besides its model and its data, as keyword arguments.
+    """The options of a request, as keyword arguments.
 
     Attributes:
-        inputs: Input tensor to column, or to :class:`Input`. Absent: columns of the same names, or the only
-            column for the only input. A column of strings that feeds an input made of pictures holds paths
-            or URIs of files, which the workers read.
-        outputs: Output tensor to column, or to :class:`Output`, in the wanted order. Absent: all, by tensor
-            name.
-        on_error: What a row that cannot be run does: ``fail`` all, make its outputs ``null``, or null with
-            the reason in ``error_column`` (``column``).
-        error_column: Name of the column for the reason; ``error`` when absent.
-        nulls: What a row with a null in an input is: ``null``, its outputs are null as in SQL, or ``fail``, a
-            row that cannot be run.
-        run_timeout: Seconds for each run of TensorFlow, 0 for no bound. Absent: 300.
-        batching: ``off``: each record batch is one run. A mapping: ``max_batch_size`` in rows and
-            ``batch_timeout_micros``, which may only lower the server's. Absent: a record batch is joined with
-            what waits while the model is busy.
-        device: ``auto``: a GPU if there is any, in a Spark task those that Spark gave it. Or ``cpu``,
-            ``gpu``, the UUID of a GPU or of a MIG instance, or numbers as ``nvidia-smi`` prints them:
-            ``0`` or ``0,1``.
+        inputs: Input tensor to column, or to :class:`Input`. Default: columns with the inputs' names, or the
+            only column for the only input. A column of strings that feeds an input made from pictures has
+            paths or URIs of files, which the workers read.
+        outputs: Output tensor to column, or to :class:`Output`, in the wanted order. Default: all outputs,
+            sorted by name.
+        on_error: For a row that cannot be run: ``fail`` the call, make its outputs ``null``, or make them
+            null and write the reason into ``error_column`` (``column``).
+        error_column: Name of the column for the reason. Default: ``error``.
+        nulls: For a row with a null in an input: ``null`` makes its outputs null, as in SQL; ``fail`` makes
+            it a row that cannot be run.
+        run_timeout: Seconds for each run of TensorFlow, 0 for no limit. Default: 300.
+        batching: ``off``: each record batch is a run of its own. A mapping with ``max_batch_size``, in rows,
+            and ``batch_timeout_micros``, which can only lower the server's values. Default: record batches
+            that wait while the model is busy are joined.
+        device: ``auto``: a GPU if there is one; in a Spark task, the GPUs that Spark has assigned to it. Or
+            ``cpu``, ``gpu``, the UUID of a GPU or of a MIG instance, or the numbers that ``nvidia-smi``
+            prints: ``0`` or ``0,1``.
     """
 
     inputs: Mapping[str, str | Input] | None
@@ -219,10 +219,10 @@ _DEVICE = re.compile(r"auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG
 
 
 def check_device(device: str) -> str:
-    """Return ``device``, if it is written as one; whether it is there only its host can tell.
+    """Return ``device`` if its syntax is valid; only the server knows whether the device exists.
 
     Raises:
-        InvalidArgumentError: It is not.
+        InvalidArgumentError: It is invalid.
     """
     if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise InvalidArgumentError(
@@ -233,15 +233,17 @@ def check_device(device: str) -> str:
 
 
 def _numbers(name: str, value: float | Iterable[float]) -> float | tuple[float, ...]:
-    """Return a number or several as Python's own.
+    """Return a number as a float, several numbers as a tuple of floats.
 
     Raises:
-        InvalidArgumentError: It is something else, or one is not finite.
+        InvalidArgumentError: ``value`` is something else, or a number is not finite.
     """
     try:
         if isinstance(value, str):
             raise TypeError
-        many = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0  # an array may be one number
+        many = (
+            isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+        )  # an array of NumPy may be one number
         numbers = tuple(map(float, value)) if many else float(value)  # type: ignore[arg-type]
         if all(map(math.isfinite, numbers if isinstance(numbers, tuple) else [numbers])):
             return numbers
@@ -251,12 +253,12 @@ def _numbers(name: str, value: float | Iterable[float]) -> float | tuple[float, 
 
 
 def column_of(entry: str | Input | Output) -> str:
-    """Return the column that a mapping's entry names."""
+    """Return the name of the column of an entry of ``inputs`` or ``outputs``."""
     return entry if isinstance(entry, str) else entry.column
 
 
 def wire(entry: str | Input | Output) -> str | dict[str, Any]:
-    """Return a mapping's entry for the descriptor, in its short form where that says all."""
+    """Return an entry of ``inputs`` or ``outputs`` for the descriptor: only the name if it has no options."""
     if isinstance(entry, str):
         return entry
     fields = entry.wire()

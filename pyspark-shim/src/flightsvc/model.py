@@ -1,19 +1,18 @@
-"""What is asked of a model: the model and its signature, the columns, and what becomes of bad rows."""
+"""A model: where it lies, its signature, and the ways to run it on DataFrames."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from flightsvc.errors import FlightsvcError, InvalidArgumentError
+from flightsvc.errors import FlightsvcError
 from flightsvc.export import keras as keras_models
-from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec, check_device
+from flightsvc.mapping import ImageInput, Input, Options, Output, TensorSpec
 from flightsvc.request import Request, read_signature
 from flightsvc.server import shipping
 from flightsvc.server import sidecar as sidecars
@@ -31,27 +30,22 @@ if TYPE_CHECKING:
     from flightsvc.spark.functions import Function
 
 
-_CHOICES = {
-    "on_error": ("fail", "null", "column"),
-    "nulls": ("null", "fail"),
-    "layout": ("list", "tensor"),
-}
-
-
 class Model:
-    """A SavedModel and one of its signatures; cheap to make, nothing is loaded before rows arrive.
+    """A SavedModel and one of its signatures. It is loaded only when rows arrive.
 
     Args:
-        model: Folder of a SavedModel, or of its numbered versions, on this machine: in Spark it is shipped
-            to the executors. Or a URI such as ``file:///models/lite0``, a folder as each executor sees it;
-            the digest that :meth:`Client.push` returned; the name of a model in the server's repository; a
-            Keras model, or a file that Keras saved. Text with ``://`` is a URI, text that begins with
-            ``sha256:`` a digest, text with ``/`` or that names a folder here a path, text that ends in
-            ``.keras`` or ``.h5`` a file of Keras, other text a name. The text ``image`` is the built-in model
-            that decodes and resizes pictures, ``./image`` a folder.
-        signature: Which signature to run.
-        version: A version's number, or ``latest``.
-        preprocess: Inputs that are made from pictures.
+        model: One of these:
+
+            * a path on this machine, of a SavedModel or of numbered versions of one: text with ``/``, or that
+              names a folder here. Spark ships it to the executors.
+            * a URI such as ``file:///models/lite0``: text with ``://``. Each executor finds the model there.
+            * a digest that :meth:`Client.push` has returned: text that begins with ``sha256:``.
+            * a model of Keras, or a file that Keras has saved: text that ends in ``.keras`` or ``.h5``.
+            * the name of a model in the server's repository: any other text. ``image`` is the built-in model,
+              which decodes and resizes pictures.
+        signature: The name of the signature to run.
+        version: The number of a version, or ``latest``.
+        preprocess: How inputs are made from pictures, by the name of the input.
     """
 
     def __init__(
@@ -73,13 +67,13 @@ class Model:
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this machine of the SavedModel or of its versions; ``None``: only servers know it.
+        """The folder of the SavedModel, or of its versions, on this machine; ``None``: it is on a server.
 
-        A model of Keras is exported when this is first asked: an object once, a file again when it changes.
+        A model of Keras is exported at the first access; a file is exported again after it has changed.
 
         Raises:
-            NotFoundError: There is no such file of Keras.
-            InvalidArgumentError: Keras cannot read or export it; or it is not here, or not with TensorFlow.
+            NotFoundError: There is no such file.
+            InvalidArgumentError: Keras cannot read or export the model, or is not installed with TensorFlow.
         """
         if isinstance(self._source, str):
             return None
@@ -89,17 +83,17 @@ class Model:
 
     @property
     def reference(self) -> str:
-        """What a front on this machine finds the model by: a URI, a digest or a name; see :attr:`folder`."""
+        """What a front on this machine finds the model by: a URI, a digest or a name."""
         folder = self.folder
         return str(self._source) if folder is None else folder.as_uri()
 
     @property
     def shipped(self) -> bool:
-        """Whether this is a model of the driver that goes by its digest; its name is still the driver's."""
+        """Whether this is a model of the driver that servers know by its digest."""
         return isinstance(self._source, str) and self.name != self._source
 
     def by_digest(self, digest: str) -> Model:
-        """Return this model for servers that do not see its folder."""
+        """Return this model as servers know it that cannot see its folder."""
         model = Model(digest, signature=self.signature, preprocess=self.preprocess)
         model.name = self.name
         return model
@@ -107,7 +101,7 @@ class Model:
     def replace(
         self, *, signature: str | None = None, preprocess: Mapping[str, ImageInput] | None = None
     ) -> Model:
-        """Return this model with another signature, or with other inputs that are made from pictures."""
+        """Return a copy with another signature, or with other inputs that are made from pictures."""
         model = copy.copy(self)
         if signature is not None:
             model.__dict__.pop("_signature", None)
@@ -122,7 +116,7 @@ class Model:
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """Call a shipped model by its name in errors of a server, which knows the digest alone."""
+        """Replace the digest of a shipped model with its name in errors of the server."""
         try:
             yield
         except FlightsvcError as error:
@@ -132,17 +126,17 @@ class Model:
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
-        """The input tensors by name, read by a front without loading the model.
+        """The input tensors by name. A front reads them; it does not load the model.
 
         Raises:
             NotFoundError: There is no such model, version or signature.
-            FlightsvcError: The front cannot be asked, or the folder holds no SavedModel.
+            FlightsvcError: The front cannot be reached, or the folder has no SavedModel.
         """
         return dict(self._signature["inputs"])
 
     @property
     def outputs(self) -> dict[str, TensorSpec]:
-        """The output tensors by name; raises as :attr:`inputs` does."""
+        """The output tensors by name; raises as :attr:`inputs`."""
         return dict(self._signature["outputs"])
 
     def transform(
@@ -151,14 +145,15 @@ class Model:
         """Return ``df`` with the model's outputs as further columns.
 
         Args:
-            df: Any DataFrame, classic or Connect.
-            sidecar: Name of a column that says which sidecar answered, ``host:pid``; absent: none.
+            df: A DataFrame, classic or Connect.
+            sidecar: Name of a column for the sidecar that has answered, ``host:pid``; ``None``: no such
+                column.
             **options: See :class:`Options`.
 
         Raises:
-            InvalidArgumentError: A column has a type that the input does not take, or an output's name is
-                taken; before any task starts.
-            NotFoundError: No such model, signature, input, output or column.
+            InvalidArgumentError: A column's type does not fit its input, or a new column has the name of
+                another. No task has started then.
+            NotFoundError: There is no such model, signature, input, output or column.
         """
         with acting_for(df.sparkSession):
             schema = self.output_schema(df.schema, sidecar=sidecar, **options)
@@ -166,36 +161,38 @@ class Model:
         return dataframe.transform(df, mapper, schema)
 
     def mapper(self, *, sidecar: str | None = None, **options: Unpack[Options]) -> Mapper:
-        """Return the function for ``mapInArrow`` in the active session.
+        """Return a function for ``mapInArrow`` in the active session.
 
-        Arguments and errors as in :meth:`transform`. Without a session it runs on this machine alone.
+        Arguments and errors are those of :meth:`transform`. Without a session, the function runs only on this
+        machine.
         """
         return dataframe.mapper(self, self.request(**options), sidecar)
 
     def udf(self, **options: Unpack[Options]) -> Function:
         """Return this model as a function of columns: ``df.select(m.udf()("content"))``.
 
-        It is one of the active session, whose settings it has and whose workers get the model.
-        Its parameters are named after the inputs, in the order of ``inputs``, else by name; ``inputs`` maps
-        an input to its parameter's name, or to an :class:`Input` with that name. With one output it returns
-        its type; with several, or with ``on_error="column"``, a struct of the outputs and the error.
-        :meth:`transform` is the fast path: a function has one record batch on its way at a time.
+        The function belongs to the active session: it uses its settings, and its workers get the model. Its
+        parameters are the columns of ``inputs``, in that order; by default the inputs, sorted by name. It
+        returns the only output, or a struct of several outputs and, with ``on_error="column"``, the error.
+        :meth:`transform` is faster: a function has only one record batch in flight.
 
         Args:
             **options: See :class:`Options`.
 
         Raises:
-            InvalidArgumentError: There is no session, two outputs have one name, or an input takes no column.
-            NotFoundError: No such model, signature, input or output.
+            InvalidArgumentError: There is no session, two outputs have one name, or no column can feed an
+                input.
+            NotFoundError: There is no such model, signature, input or output.
         """
         return functions.udf(self, self.request(**options))
 
     def output_schema(
         self, schema: StructType, *, sidecar: str | None = None, **options: Unpack[Options]
     ) -> StructType:
-        """Return the schema of :meth:`mapper`'s result over ``schema``; the columns are checked.
+        """Return the schema of the result of :meth:`mapper` for ``schema``, after checking the columns.
 
-        The active session says whether names differ by case. Arguments and errors as in :meth:`transform`.
+        The active session says whether names differ by case. Arguments and errors are those of
+        :meth:`transform`.
         """
         return dataframe.output_schema(self, schema, self.request(**options), sidecar)
 
@@ -203,50 +200,30 @@ class Model:
         self,
         inputs: Mapping[str, str | Input] | None = None,
         outputs: Mapping[str, str | Output] | None = None,
-        on_error: str = "fail",
-        error_column: str = "error",
-        *,
-        nulls: str = "null",
-        run_timeout: float | None = None,
-        batching: str | Mapping[str, int] | None = None,
-        device: str = "auto",
-        layout: str = "list",
+        **options: Any,
     ) -> Request:
-        """Return what is asked of this model.
+        """Return a request to this model.
 
-        ``layout`` says how outputs of rank 2 and more come back: as nested lists (``list``, the types that
-        Spark has) or as Arrow's fixed shape tensors (``tensor``, all types that Arrow has). The other
-        arguments are those of :class:`Options`.
+        Args:
+            inputs: See :class:`Options`.
+            outputs: See :class:`Options`.
+            **options: The others of :class:`Options`, and ``layout``, the form of outputs of rank 2 and more:
+                nested lists, of types that Spark has (``list``), or Arrow's fixed shape tensors, of all types
+                of Arrow (``tensor``).
 
         Raises:
-            InvalidArgumentError: An argument is none of its choices.
+            InvalidArgumentError: An option has an invalid value.
         """
-        for name, value in (("on_error", on_error), ("nulls", nulls), ("layout", layout)):
-            if value not in _CHOICES[name]:
-                raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(_CHOICES[name])}")
-        if run_timeout is not None and not 0 <= run_timeout < math.inf:
-            raise InvalidArgumentError(f"run_timeout is {run_timeout!r}; give seconds, or 0 for no limit")
-        return Request(
-            self,
-            dict(inputs or {}),
-            dict(outputs or {}),
-            on_error,
-            error_column,
-            nulls,
-            run_timeout,
-            dict(batching) if isinstance(batching, Mapping) else batching,
-            layout,
-            check_device(device),
-        )
+        return Request(self, dict(inputs or {}), dict(outputs or {}), **options)
 
     def driver(self) -> tuple[Model, Connection]:
-        """Return the front that is asked about this model on the driver, and the model as it knows it.
+        """Return this model as the driver's front knows it, and the connection to that front.
 
-        A front at an endpoint that is set may not see the folder of the model: it gets the model by a push.
+        A front at a configured endpoint may not see the model's folder, so the model is pushed to it.
 
         Raises:
             NotFoundError: There is no such model or version.
-            FlightsvcError: The front cannot be reached or does not take the model.
+            FlightsvcError: The front cannot be reached, or refuses the model.
         """
         settings = Settings.read(active_conf())
         connection = shared(sidecars.for_driver, settings)
@@ -267,7 +244,7 @@ class Model:
 
 
 def _source(model: Any) -> str | Path | Any:
-    """Return a reference as text, a folder or a file of Keras as a path, a Keras model as it is."""
+    """Return a URI, digest or name as text, a path as a Path, a model of Keras unchanged."""
     if keras_models.is_model(model):
         return model
     text = os.fspath(model)
@@ -280,7 +257,7 @@ def _source(model: Any) -> str | Path | Any:
 
 
 def _name(source: str | Path | Any) -> str:
-    """Return what messages call a model."""
+    """Return the name of a model in messages."""
     if isinstance(source, str):
         return source
     return source.as_uri() if isinstance(source, Path) else f"{source.name!r} of Keras"

@@ -1,4 +1,4 @@
-"""The Spark plugin, which lies in this package: it runs a server in each executor while that lives."""
+"""The configuration of the Spark plugin in this package, which runs a server beside each executor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _JAR = Path(__file__).parent / "_jars" / "flightsvc-spark-plugin.jar"
 
 
 def spark_conf() -> dict[str, str]:
-    """Return the configuration that has Spark load the plugin, in the driver and in each executor.
+    """Return the configuration with which Spark loads the plugin, in the driver and in each executor.
 
         SparkSession.builder.config(map=flightsvc.spark_conf()).getOrCreate()
 
-    The command ``flightsvc conf`` prints the same as lines of a ``spark-defaults.conf``. Where your own
-    configuration has a ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join the two:
-    with a comma, and the class path with a colon.
+    The command ``flightsvc conf`` prints the same as lines of a ``spark-defaults.conf``. If your
+    configuration already has ``spark.plugins``, ``spark.jars`` or ``spark.driver.extraClassPath``, join both
+    values: with a comma, but the class path with a colon.
 
     Raises:
-        NotFoundError: This installation has no jar.
+        NotFoundError: The plugin's jar is not installed.
     """
     if not _JAR.is_file():
         raise NotFoundError(

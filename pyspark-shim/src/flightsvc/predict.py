@@ -87,7 +87,8 @@ def _predict(given: argparse.Namespace, begun: list[tables.Writer], ending: thre
     # Always with the reasons, so that a row that is refused is known by its place.
     reason = given.error_column if given.on_error == "column" else _REASON
     outputs = _outputs(given, signature["outputs"])
-    request = model.request(feeds, outputs, "column", reason, device=given.device)
+    options = {"on_error": "column", "error_column": reason, "device": given.device}
+    request = model.request(feeds, outputs, **options)
     request.columns(reader.schema.names, tuple(signature["inputs"]), case_sensitive=True)
     rows = _Rows(reader, _sent(model, signature["inputs"], feeds, reader))
     made = [field for field in connection.answer_schema(request.descriptor(feeds)) if field.name != _REASON]

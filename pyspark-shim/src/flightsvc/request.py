@@ -1,4 +1,4 @@
-"""What is asked of a model: a request, its descriptor, and the columns that feed its inputs."""
+"""A request to a model: its descriptor, and the columns that feed the inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
-from flightsvc.mapping import Input, Output, TensorSpec, column_of, wire
+from flightsvc.mapping import Input, Output, TensorSpec, check_device, column_of, wire
 from flightsvc.server.stream import Exchange
 
 if TYPE_CHECKING:
@@ -19,27 +19,55 @@ if TYPE_CHECKING:
     from flightsvc.server.connection import Connection
 
 
+_CHOICES = {
+    "on_error": ("fail", "null", "column"),
+    "nulls": ("null", "fail"),
+    "layout": ("list", "tensor"),
+}
+
+# Values of a descriptor's fields that are left out.
+_DEFAULTS = {
+    "version": "latest",
+    "signature": "serving_default",
+    "on_error": "fail",
+    "error_column": "error",
+    "nulls": "null",
+    "layout": "list",
+    "device": "auto",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model; empty ``inputs`` or ``outputs`` leave the choice to the rules.
+    """A model with the options of :class:`Options`; empty ``inputs`` or ``outputs`` mean the defaults.
 
-    ``specs`` has the types of the inputs whose rows a function of the user makes; see :meth:`with_specs`.
+    ``specs`` has the types of the inputs that have a function ``load``; see :meth:`with_specs`.
     """
 
     model: Model
     inputs: dict[str, str | Input]
     outputs: dict[str, str | Output]
-    on_error: str
-    error_column: str
-    nulls: str
-    run_timeout: float | None
-    batching: str | dict[str, int] | None
-    layout: str
+    on_error: str = "fail"
+    error_column: str = "error"
+    nulls: str = "null"
+    run_timeout: float | None = None
+    batching: str | Mapping[str, int] | None = None
+    layout: str = "list"
     device: str = "auto"
     specs: dict[str, TensorSpec] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise InvalidArgumentError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
+        if self.run_timeout is not None and not 0 <= self.run_timeout < math.inf:
+            raise InvalidArgumentError(
+                f"run_timeout is {self.run_timeout!r}; give seconds, or 0 for no limit"
+            )
+        check_device(self.device)
+
     def with_specs(self, inputs: Callable[[], Mapping[str, TensorSpec]]) -> Request:
-        """Return this request with ``specs`` out of ``inputs()``, which is asked only if there are any."""
+        """Return this request with ``specs`` from ``inputs()``, called only if an input has ``load``."""
         loaded = [
             name
             for name, entry in self.inputs.items()
@@ -51,56 +79,46 @@ class Request:
         return dataclasses.replace(self, specs={name: known[name] for name in loaded if name in known})
 
     def input(self, name: str, column: str) -> Input:
-        """Return how ``column`` feeds the input ``name``."""
+        """Return the :class:`Input` of the input ``name``, with ``column`` as its column."""
         entry = self.inputs.get(name)
         return dataclasses.replace(entry, column=column) if isinstance(entry, Input) else Input(column)
 
     def descriptor(self, inputs: Mapping[str, str] | None = None, request_id: str = "") -> dict[str, Any]:
-        """Return the descriptor of the wire contract, fields at their default left out.
+        """Return the descriptor of docs/protocol.md, without defaults.
 
         Args:
-            inputs: Input tensor to column on the wire, once that is settled.
-            request_id: Names the stream in all logs.
+            inputs: Input tensor to column on the wire; ``None``: as in ``inputs``.
+            request_id: Identifies the stream in all logs.
         """
         if inputs is None:
             inputs = {name: column_of(entry) for name, entry in self.inputs.items()}
-        fields: dict[str, Any] = {"v": 1, "model": self.model.reference}
-        if self.model.version != "latest":
-            fields["version"] = self.model.version
-        if self.model.signature != "serving_default":
-            fields["signature"] = self.model.signature
-        if inputs:
-            fields["inputs"] = {name: wire(self.input(name, column)) for name, column in inputs.items()}
-        if self.outputs:
-            fields["outputs"] = {name: wire(entry) for name, entry in self.outputs.items()}
-        if self.model.preprocess:
-            fields["preprocess"] = {name: image.wire() for name, image in self.model.preprocess.items()}
-        if self.on_error != "fail":
-            fields["on_error"] = self.on_error
-        if self.on_error == "column" and self.error_column != "error":
-            fields["error_column"] = self.error_column
-        if self.nulls != "null":
-            fields["nulls"] = self.nulls
-        if self.run_timeout is not None:
-            fields["run_timeout_ms"] = math.ceil(self.run_timeout * 1000)
-        if self.batching is not None:
-            fields["batching"] = self.batching
-        if self.layout != "list":
-            fields["layout"] = self.layout
-        if self.device != "auto":
-            fields["device"] = self.device
-        if request_id:
-            fields["request_id"] = request_id
-        return fields
+        model = self.model
+        fields: dict[str, Any] = {
+            "version": model.version,
+            "signature": model.signature,
+            "inputs": {name: wire(self.input(name, column)) for name, column in inputs.items()},
+            "outputs": {name: wire(entry) for name, entry in self.outputs.items()},
+            "preprocess": {name: image.wire() for name, image in model.preprocess.items()},
+            "on_error": self.on_error,
+            "error_column": self.error_column if self.on_error == "column" else "error",
+            "nulls": self.nulls,
+            "run_timeout_ms": None if self.run_timeout is None else math.ceil(self.run_timeout * 1000),
+            "batching": dict(self.batching) if isinstance(self.batching, Mapping) else self.batching,
+            "layout": self.layout,
+            "device": self.device,
+            "request_id": request_id,
+        }
+        given = {n: v for n, v in fields.items() if v not in (None, "", {}, _DEFAULTS.get(n))}
+        return {"v": 1, "model": model.reference} | given
 
     def answer_schema(self, inputs: Mapping[str, str]) -> pa.Schema:
-        """Return the schema of the answer, asked on the driver without loading the model.
+        """Ask the driver's front for the schema of the answer; it does not load the model.
 
         Args:
             inputs: Input tensor to column on the wire.
 
         Raises:
-            FlightsvcError: The request is wrong, or the front cannot be asked.
+            FlightsvcError: The request is invalid, or the front cannot be reached.
         """
         model, connection = self.model.driver()
         with model.naming():
@@ -110,13 +128,13 @@ class Request:
         """Return the position of the column that feeds each input.
 
         Args:
-            names: The columns that there are; names that nothing asks for may occur twice.
-            known: The inputs of the signature; empty if ``inputs`` were given and are to be believed.
-            case_sensitive: Whether ``a`` and ``A`` are two columns.
+            names: The names of the columns. Names that feed no input may occur twice.
+            known: The inputs of the signature; empty: ``inputs`` is not checked.
+            case_sensitive: Whether ``a`` and ``A`` are different names.
 
         Raises:
-            NotFoundError: An input or a column does not exist, or an input has no column.
-            InvalidArgumentError: A column's name occurs twice.
+            NotFoundError: There is no such input or column, or an input has no column.
+            InvalidArgumentError: Two columns have the name of one that is needed.
         """
         where = f"model {self.model.name}, signature {self.model.signature}"
         wanted = {name: column_of(entry) for name, entry in self.inputs.items()}
@@ -157,10 +175,10 @@ class Request:
         """Return an exchange for record batches with the columns ``names``.
 
         Args:
-            connection: Where the front is.
-            names: All columns of the record batches.
-            positions: Which of them feeds each input, from :meth:`columns`.
-            place: Where this runs, for logs and errors.
+            connection: The connection to the front.
+            names: The names of all columns of the record batches.
+            positions: The position of the column for each input, from :meth:`columns`.
+            place: The caller's place, for logs and errors.
         """
         request_id = "-".join([uuid.uuid4().hex[:12], *place.split()])
         descriptor = self.descriptor({name: names[i] for name, i in positions.items()}, request_id)
@@ -168,7 +186,7 @@ class Request:
 
 
 def read_signature(model: Model, connection: Connection) -> dict[str, dict[str, TensorSpec]]:
-    """Return the model's ``inputs`` and ``outputs``, as the front at ``connection`` reads them."""
+    """Return the ``inputs`` and ``outputs`` of the model's signature, as the front reads them."""
     about = connection.action("model.metadata", {"model": model.reference, "version": model.version})
     signatures = about["signatures"]
     if model.signature not in signatures:
@@ -185,5 +203,5 @@ def read_signature(model: Model, connection: Connection) -> dict[str, dict[str, 
 
 
 def same_name(one: str, other: str, case_sensitive: bool) -> bool:
-    """Tell whether two column names are one to Spark."""
+    """Tell whether Spark takes two names for the same column."""
     return one == other if case_sensitive else one.lower() == other.lower()

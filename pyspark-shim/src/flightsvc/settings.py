@@ -1,8 +1,8 @@
-"""Settings: each has one name in four spellings, here for the three that the shim reads.
+"""The settings that the shim reads, from the environment and from Spark's configuration.
 
-``retry-timeout`` is ``FLIGHTSVC_RETRY_TIMEOUT`` in the environment, ``spark.flightsvc.retryTimeout`` in a
-Spark session, ``retry_timeout`` in Python and ``--retry-timeout`` on the command line. Spark's
-configuration is over the environment, the environment over the default.
+A setting has one name in several spellings: ``retry_timeout`` in Python, ``--retry-timeout`` on the command
+line, ``FLIGHTSVC_RETRY_TIMEOUT`` in the environment, ``spark.flightsvc.retryTimeout`` in a Spark session.
+Spark's configuration overrides the environment.
 """
 
 from __future__ import annotations
@@ -19,38 +19,40 @@ from flightsvc.errors import InvalidArgumentError
 SPARK_PREFIX = "spark.flightsvc."
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATIONS = ("_timeout", "_interval", "keep_alive")  # the ends of names of durations
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of one process, as text; ``None`` leaves a setting at its default.
+    """The settings of one process, as text; ``None`` means the default.
 
     Attributes:
-        endpoint: Address of a running front, ``grpc+unix:///path`` or a bare path. Default: one is started.
+        endpoint: Address of a running front, ``grpc+unix:///path`` or an absolute path. Default: one is
+            started.
         binary: Path of the program ``flightsvc``. Default: the one in this package, else the one on PATH.
         model_root: Folder or URI of the model repository.
-        poll_interval: How often models in use are looked up again for a newer version.
-        cache_dir: Folder that keeps fetched and pushed models. Default: ``flightsvc`` in the user's cache
+        poll_interval: How often the front looks for newer versions of models in use.
+        cache_dir: Folder for fetched and pushed models. Default: ``flightsvc`` in the user's cache
             folder.
-        cache_size: Most bytes of models in it.
-        op_libraries: Files or folders of custom operations that models may load, with commas between.
+        cache_size: Maximum size of the models in ``cache_dir``.
+        op_libraries: Files or folders of custom operations that models may load, separated by commas.
         libtensorflow: Folder that holds ``libtensorflow_cc.so.2``. Default: that of the tensorflow wheel.
-        python: Python that the front asks where tensorflow is.
+        python: Python interpreter that the front asks for the folder of TensorFlow.
         run_dir: Private folder for sockets. Default: see :func:`default_run_dir`.
-        idle_timeout: A front without work ends after this time.
+        idle_timeout: Time without work after which a front ends.
         cores: Threads for each model.
         memory: Memory of the host for all models together.
         keep_alive: How long a model stays in memory without a stream.
-        allow_cpu_fallback: ``true`` runs models on the CPU where no GPU has room.
-        tune: ``quick`` measures models when the front is idle.
-        max_image_pixels: Most pixels of a picture.
-        max_image_bytes: Most bytes of a picture's file.
+        allow_cpu_fallback: ``true``: models run on the CPU if no GPU has room.
+        tune: ``quick``: the front tunes models while it is idle.
+        max_image_pixels: Maximum number of pixels of a picture.
+        max_image_bytes: Maximum size of a picture's file.
         log_level: Level of the front's log.
         load_timeout: How long loading a model may take.
-        drain_timeout: How long a front that ends waits for its streams.
-        retry_timeout: How long the shim tries to open a stream before it gives up.
-        fail_on_start: For the Spark plugin alone: ``true`` ends an executor whose front does not start.
+        drain_timeout: How long a front that is ending waits for its streams.
+        retry_timeout: How long the shim tries to open a stream.
+        fail_on_start: Spark plugin only: ``true`` ends an executor whose front does not start.
     """
 
     endpoint: str | None = None
@@ -79,14 +81,14 @@ class Settings:
 
     @classmethod
     def read(cls, conf: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
-        """Return the settings of a Spark configuration over those of the environment.
+        """Return the settings of the environment, overridden by those of a Spark configuration.
 
         Args:
-            conf: Spark's configuration; only ``spark.flightsvc.*`` is looked at.
-            environ: The environment, ``os.environ`` when absent.
+            conf: Spark's configuration; only ``spark.flightsvc.*`` is read.
+            environ: The environment; ``None``: ``os.environ``.
 
         Raises:
-            InvalidArgumentError: A name under ``spark.flightsvc.`` is unknown, or a duration is none.
+            InvalidArgumentError: A name under ``spark.flightsvc.`` is unknown, or a duration is invalid.
         """
         environ = os.environ if environ is None else environ
         values = {
@@ -106,43 +108,36 @@ class Settings:
                 )
             if value:
                 values[known[key]] = value
-        for name in (
-            "idle_timeout",
-            "load_timeout",
-            "drain_timeout",
-            "retry_timeout",
-            "poll_interval",
-            "keep_alive",
-        ):
-            if name in values:
+        for name, value in values.items():
+            if name.endswith(_DURATIONS):
                 try:
-                    seconds(values[name])
+                    seconds(value)
                 except InvalidArgumentError as error:
                     raise InvalidArgumentError(f"{spark_key(name)} ({variable(name)}): {error}") from None
         return cls(**values)
 
     @property
     def retry_seconds(self) -> float:
-        """How long opening a stream is tried again, in seconds."""
+        """``retry_timeout`` in seconds."""
         return seconds(self.retry_timeout or "120s")
 
     @property
     def load_seconds(self) -> float:
-        """How long loading a model may take, in seconds."""
+        """``load_timeout`` in seconds."""
         return seconds(self.load_timeout or "300s")
 
     @property
     def drain_seconds(self) -> float:
-        """How long a front that ends waits for its streams, in seconds."""
+        """``drain_timeout`` in seconds."""
         return seconds(self.drain_timeout or "10s")
 
     def serve_flags(self) -> list[str]:
-        """Return the flags for ``flightsvc serve`` that hand on what is set here."""
-        mine = {"endpoint", "binary", "retry_timeout", "fail_on_start"}
+        """Return these settings as flags of ``flightsvc serve``."""
+        shim_only = {"endpoint", "binary", "retry_timeout", "fail_on_start"}
         return [
             f"--{name.replace('_', '-')}={value}"
             for name, value in dataclasses.asdict(self).items()
-            if value is not None and name not in mine
+            if value is not None and name not in shim_only
         ]
 
 
@@ -158,7 +153,7 @@ def spark_key(name: str) -> str:
 
 
 def seconds(duration: str) -> float:
-    """Return the seconds of a duration as Go writes it: ``5m``, ``1h30m``, ``250ms``, ``0``.
+    """Return a duration in seconds; it is written as in Go: ``5m``, ``1h30m``, ``250ms``, ``0``.
 
     Raises:
         InvalidArgumentError: The text is not a duration.

@@ -1,4 +1,4 @@
-"""How the sidecars of a Spark application are."""
+"""The state of the sidecars of a Spark application, as a DataFrame."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flightsvc.spark.types import spark_type
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-_ROWS = 1 << 16  # at least one for each task slot of the application
-_SECONDS = 2.0  # between the two looks at each sidecar; it counts anew once a second
+_ROWS = 1 << 16  # enough for a task in each slot of the application
+_SECONDS = 2.0  # between two questions to a sidecar, which counts once a second
 
 _SCHEMA = pa.schema(
     {
@@ -44,15 +44,15 @@ _SCHEMA = pa.schema(
 def status(spark: SparkSession) -> DataFrame:
     """Return a DataFrame with one row for each sidecar of the application's executors.
 
-    Each action on it asks anew, by a job of as many tasks as the application has slots, and takes at least
-    two seconds. An executor whose slots are all taken meanwhile is asked when one is free, or not at all.
-    No sidecar is started for it: an executor that has none, or whose own does not answer, has no row.
+    Each action on the DataFrame asks the sidecars again, with one task for each slot of the application. It
+    takes at least two seconds. An executor without a free slot may have no row. So has an executor without a
+    sidecar, or whose sidecar does not answer; none is started.
 
-    The columns: ``executor``, Spark's id of it where the plugin has started the sidecar, else null; ``host``;
-    ``server``, as in answers; ``version`` of flightsvc; ``devices``, its GPUs, name and UUID, empty where
-    models run on the CPU; ``models``, those in memory, each with version and state; ``memory``, bytes
-    of the sidecar, front and runners; ``rows`` since it started; ``rows_per_second`` while it was asked;
-    ``queued``, rows that wait now; ``answered_by``, the task that asked.
+    The columns: ``executor``, Spark's id of the executor if the plugin has started the sidecar, else null;
+    ``host``; ``server``, as in answers; ``version`` of flightsvc; ``devices``, name and UUID of each GPU;
+    ``models``, name, version and state of each model in memory; ``memory``, bytes of the front and its
+    runners; ``rows``, answered since the start; ``rows_per_second``, during the question; ``queued``, rows
+    that wait; ``answered_by``, the task that asked.
 
     Args:
         spark: A session, classic or Connect.
@@ -70,12 +70,12 @@ def status(spark: SparkSession) -> DataFrame:
 
 @dataclasses.dataclass(frozen=True)
 class _Asker:
-    """What runs in the workers: each yields one row of its executor's sidecar, or none."""
+    """A function for ``mapInArrow``: yields the row of the executor's sidecar, if there is one."""
 
     conf: dict[str, str]
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for _ in batches:  # Spark waits for a reader
+        for _ in batches:  # Spark waits until its rows are read
             pass
         settings = Settings.read(self.conf)
         location = sidecar.running_for_worker(settings)
@@ -84,10 +84,10 @@ class _Asker:
         try:
             with Client(Connection(lambda: location, settings)) as client:
                 before, began = client.status(), time.monotonic()
-                # Meanwhile this task keeps its slot, so that Spark gives the other tasks to other executors.
+                # This task keeps its slot meanwhile, so that Spark gives other tasks to other executors.
                 time.sleep(_SECONDS)
                 after, took = client.status(), time.monotonic() - began
-        except UnavailableError:  # it has ended while it was asked
+        except UnavailableError:  # the sidecar has ended meanwhile
             return
         yield pa.RecordBatch.from_pylist([_row(before, after, took)], schema=_SCHEMA)
 

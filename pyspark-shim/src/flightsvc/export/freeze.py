@@ -1,18 +1,17 @@
-"""A SavedModel with its variables made constants, which TensorFlow can then fold and fuse.
+"""Freezing, also as a program: variables of a SavedModel become constants, which TensorFlow can fold.
 
     flightsvc freeze MODEL_DIR OUT_DIR [--signature NAME]...
 
-OUT_DIR becomes a SavedModel of one graph without variables. Its signatures, and the names, dtypes and shapes
-of their inputs and outputs, are those of MODEL_DIR; a server reads the same from both. Answers agree up to
-the order of floating-point sums.
+OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. Outputs may
+differ by the order of floating-point sums.
 
-A graph is frozen only where that cannot change what it means: everything with a state that its signatures
-reach must be a variable which no signature assigns, and the result must stay below `LIMIT`, since
-TensorFlow reads a graph in one piece of at most 2 GB. Otherwise nothing is written and the reason is told.
+A model is frozen only if that cannot change its results: all state that its signatures reach must be
+variables that no signature assigns. The result must stay below `LIMIT`, because TensorFlow reads a graph as
+one message of at most 2 GB. Otherwise nothing is written, and the reason is printed.
 
 The last line on standard output is JSON: ``{"frozen": true, ...}``, or ``{"frozen": false, "reason": "..."}``
-with exit code 3. Exit code 1 is an error, such as a folder that is no SavedModel. Progress goes to standard
-error.
+with exit code 3. Exit code 1 is an error, such as a folder without a SavedModel. Progress is written to
+standard error.
 """
 
 from __future__ import annotations
@@ -35,19 +34,19 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 LIMIT = 1_500_000_000
-"""The most bytes that a frozen graph may have. A message of protobuf ends at 2 GB; the rest is room for what
-TensorFlow adds while it optimises."""
+"""The largest frozen graph, in bytes. A message of protobuf may have 2 GB; TensorFlow adds to the graph while
+it optimises."""
 
 NOT_FROZEN = 3
-"""The exit code where a model is served as it is."""
+"""The exit code for a model that cannot be frozen."""
 
 _VARIABLES = {"VarHandleOp", "VariableV2", "Variable"}
 _READS = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "DisableCopyOnRead"}
-"""What may be done with a variable: the operations that TensorFlow can replace."""
+"""The operations on variables that TensorFlow can replace."""
 
 
 class NotFrozen(FlightsvcError):
-    """The model cannot be frozen; the text says why."""
+    """The model cannot be frozen; the text is the reason."""
 
 
 def freeze(
@@ -60,23 +59,23 @@ def freeze(
 ) -> dict[str, Any]:
     """Write the SavedModel in ``model_dir`` with constants for its variables to ``out_dir``.
 
-    It is written beside ``out_dir`` and renamed. Files in ``assets.extra``, such as records for warming up,
-    are copied.
+    It is written beside ``out_dir`` and renamed when complete. Files in ``assets.extra``, such as records for
+    warm-up, are copied.
 
     Args:
-        model_dir: the folder with ``saved_model.pb``.
-        out_dir: the new folder; it must not exist.
-        signatures: the names of those to keep; none means all that assign no variable.
-        limit: the most bytes of the result.
-        progress: is called with a line of text at the start of each step.
+        model_dir: The folder with ``saved_model.pb``.
+        out_dir: The new folder, which must not exist.
+        signatures: The names of signatures to keep; empty: all that assign no variable.
+        limit: The largest result, in bytes.
+        progress: A function that is called with a line of text at the start of each step.
 
     Returns:
-        ``signatures``, the names; ``variables``, how many became constants; ``bytes`` of the graph.
+        ``signatures``, the names; ``variables``, the number of variables; ``bytes``, the size of the graph.
 
     Raises:
-        NotFrozen: The model has to be served as it is.
-        NotFoundError: ``model_dir`` is no SavedModel, or has no such signature.
-        InvalidArgumentError: TensorFlow is not here, ``out_dir`` exists, or the file is broken.
+        NotFrozen: The model cannot be frozen.
+        NotFoundError: ``model_dir`` has no SavedModel, or no such signature.
+        InvalidArgumentError: TensorFlow is not installed, ``out_dir`` exists, or the file is damaged.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if out_dir.exists():
@@ -87,9 +86,9 @@ def freeze(
         raise NotFoundError(f"{model_dir} is not a SavedModel: saved_model.pb: {error.strerror}") from None
     progress("importing TensorFlow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # constants are made on the processor
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # freezing runs on the CPU
     tf = import_tensorflow("freezing")
-    tf.get_logger().setLevel("ERROR")  # what it says of its older functions is for programmers
+    tf.get_logger().setLevel("ERROR")  # hides warnings of deprecated functions
     progress("looking for what has a state")
     meta = _meta_graph(data, model_dir)
     kept = _kept(meta, signatures, model_dir)
@@ -98,7 +97,7 @@ def freeze(
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
         try:
             tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
-        except Exception as error:  # whatever the loader and its kernels raise
+        except Exception as error:  # any error of the loader and its kernels
             raise InvalidArgumentError(f"{model_dir} cannot be loaded: {first_line(error)}") from error
         progress(f"making {variables} variables constants")
         fetches = sorted(
@@ -110,13 +109,13 @@ def freeze(
             split_gathers(loaded)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(session, loaded, fetches)
             with tf.Graph().as_default():
-                tf.import_graph_def(frozen, name="")  # checks every type, function bodies included
-        except Exception as error:  # an operation on variables that it does not know, or a graph above 2 GB
+                tf.import_graph_def(frozen, name="")  # checks all types, also in functions
+        except Exception as error:  # an unknown operation on variables, or a graph above 2 GB
             raise NotFrozen(f"TensorFlow cannot make its variables constants: {first_line(error)}") from error
     present = {node.name for node in frozen.node}
     frozen.node.extend(
         node for node in meta.graph_def.node if node.name in fed - present
-    )  # that no output needs
+    )  # inputs that no output needs
     _prune(frozen)
     size = frozen.ByteSize()
     if size > limit:
@@ -155,30 +154,22 @@ def _kept(meta: Any, wanted: Sequence[str], model_dir: Path) -> list[str]:
 
 
 class _Reach:
-    """What signatures reach: nodes upstream of their outputs, and all nodes of the functions called there."""
+    """The nodes that the outputs of signatures depend on, and the functions that these nodes call."""
 
     def __init__(self, meta: Any, signatures: Iterable[str]) -> None:
         by_name = {node.name: node for node in meta.graph_def.node}
-        functions = {function.signature.name: function for function in meta.graph_def.library.function}
         waiting = [
             _node(info.name) for name in signatures for info in meta.signature_def[name].outputs.values()
         ]
         self.nodes: dict[str, Any] = {}
-        """Those of the graph itself, by name."""
-        self.functions: dict[str, Any] = {}
+        """The nodes of the graph itself, by name."""
         while waiting:
             name = waiting.pop()
             if name in self.nodes or name not in by_name:
                 continue
             self.nodes[name] = by_name[name]
             waiting += [_node(source) for source in by_name[name].input]
-        called = [name for node in self.nodes.values() for name in _called(node)]
-        while called:
-            name = called.pop()
-            if name in self.functions or name not in functions:
-                continue
-            self.functions[name] = functions[name]
-            called += [inner for node in functions[name].node_def for inner in _called(node)]
+        self.functions = _called_functions(self.nodes.values(), meta.graph_def.library)
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.nodes.values()
@@ -186,14 +177,14 @@ class _Reach:
             yield from function.node_def
 
     def variables(self) -> dict[str, Any]:
-        """Return the variables by the name under which TensorFlow keeps them."""
+        """Return the variables by their shared name, or else by the node's."""
         return {
             node.attr["shared_name"].s.decode() or node.name: node for node in self if node.op in _VARIABLES
         }
 
 
 def _variables(meta: Any, kept: Sequence[str], limit: int) -> int:
-    """Return how many variables the signatures reach, or raise `NotFrozen`."""
+    """Return the number of variables, or raise `NotFrozen`."""
     from tensorflow.python.framework import dtypes, op_def_registry
 
     reach = _Reach(meta, kept)
@@ -232,7 +223,7 @@ def _variables(meta: Any, kept: Sequence[str], limit: int) -> int:
 
 
 def _writes(reach: _Reach) -> str:
-    """Return an operation that writes to a variable, or ""."""
+    """Return the name of an operation that writes to a variable, or ""."""
     for node in reach:
         if node.op.startswith(
             ("ResourceApply", "ResourceSparseApply", "ResourceScatter", "ResourceStridedSliceAssign")
@@ -246,7 +237,7 @@ def _writes(reach: _Reach) -> str:
 
 
 def split_gathers(graph: Any) -> None:
-    """Make each gather from a variable a read and a gather; the converter skips it inside a function."""
+    """Replace each gather from a variable by a read and a gather; in functions the converter skips it."""
     for nodes, inside in [(graph.node, False), *((f.node_def, True) for f in graph.library.function)]:
         for node in [node for node in nodes if node.op == "ResourceGather"]:
             read, axis = nodes.add(), nodes.add()
@@ -260,9 +251,7 @@ def split_gathers(graph: Any) -> None:
             handle, indices, *control = node.input
             read.input.extend([handle, *control])
             read.attr["dtype"].CopyFrom(node.attr["dtype"])
-            batch_dims = (
-                node.attr["batch_dims"].i if "batch_dims" in node.attr else 0
-            )  # which is the axis, too
+            batch_dims = node.attr["batch_dims"].i if "batch_dims" in node.attr else 0  # also the axis
             axis.attr["dtype"].type = 3  # int32
             axis.attr["value"].tensor.dtype = 3
             axis.attr["value"].tensor.tensor_shape.SetInParent()
@@ -282,7 +271,7 @@ def split_gathers(graph: Any) -> None:
 
 
 def _bytes(variable: Any) -> int:
-    """Return the size of a variable's elements; 0 where the shape is not known."""
+    """Return the size of a variable in bytes; 0 if its shape is unknown."""
     from tensorflow.python.framework import dtypes
 
     sizes = [dim.size for dim in variable.attr["shape"].shape.dim]
@@ -290,8 +279,21 @@ def _bytes(variable: Any) -> int:
     return int(max(math.prod(sizes), 0) * element.size)
 
 
+def _called_functions(nodes: Iterable[Any], library: Any) -> dict[str, Any]:
+    """Return the functions of ``library`` that nodes call, directly or through functions, by name."""
+    functions = {function.signature.name: function for function in library.function}
+    found: dict[str, Any] = {}
+    called = [name for node in nodes for name in _called(node)]
+    while called:
+        name = called.pop()
+        if name in functions and name not in found:
+            found[name] = functions[name]
+            called += [inner for node in functions[name].node_def for inner in _called(node)]
+    return found
+
+
 def _called(node: Any) -> list[str]:
-    """Return the functions that a node names."""
+    """Return the names of the functions that a node calls."""
     named = [node.op]
     for value in node.attr.values():
         named += [value.func.name] if value.HasField("func") else [f.name for f in value.list.func]
@@ -299,22 +301,15 @@ def _called(node: Any) -> list[str]:
 
 
 def _node(tensor: str) -> str:
-    """Return the node of a tensor, or of an input of a node."""
+    """Return the name of the node of a tensor, or of an input of a node."""
     return tensor.removeprefix("^").partition(":")[0]
 
 
 def _prune(graph: Any) -> None:
-    """Drop the functions that no node calls, and put the others in the order of their names."""
-    functions = {function.signature.name: function for function in graph.library.function}
-    used: set[str] = set()
-    called = [name for node in graph.node for name in _called(node)]
-    while called:
-        name = called.pop()
-        if name in functions and name not in used:
-            used.add(name)
-            called += [inner for node in functions[name].node_def for inner in _called(node)]
+    """Drop functions that no node calls, and sort the others by name."""
+    used = _called_functions(graph.node, graph.library)
     gradients = [gradient for gradient in graph.library.gradient if gradient.function_name in used]
-    kept = [functions[name] for name in sorted(used)]
+    kept = [used[name] for name in sorted(used)]
     graph.ClearField("library")
     graph.library.function.extend(kept)
     graph.library.gradient.extend(gradients)
@@ -323,7 +318,7 @@ def _prune(graph: Any) -> None:
 def _write(
     meta: Any, graph: tf.compat.v1.GraphDef, kept: Sequence[str], model_dir: Path, out_dir: Path
 ) -> None:
-    """Write the SavedModel beside its place and rename it."""
+    """Write the SavedModel beside ``out_dir`` and rename it."""
     from tensorflow.core.protobuf import saved_model_pb2
 
     saved = saved_model_pb2.SavedModel(saved_model_schema_version=1)

@@ -1,10 +1,8 @@
-"""Graphs of TensorFlow 1 as SavedModels; on the driver, which needs TensorFlow.
+"""Graphs of TensorFlow 1 as SavedModels, made on the driver.
 
-A :class:`TFInputGraph` is a graph whose variables are constants, made of a session, a ``GraphDef``, a frozen
-file, a checkpoint or a SavedModel. :meth:`TFInputGraph.saved_model` makes a SavedModel of it, for
-:class:`flightsvc.Model`; :func:`picture_model` one that takes pictures, each at its own size.
-
-All of it works on graphs of its own, whether TensorFlow 2's behaviour is on or off in this process.
+A :class:`TFInputGraph` is a graph without variables, made of a session, a ``GraphDef``, a frozen file, a
+checkpoint or a SavedModel. :meth:`TFInputGraph.saved_model` makes a SavedModel of it for
+:class:`flightsvc.Model`. This works whether the behaviour of TensorFlow 2 is enabled in this process or not.
 """
 
 from __future__ import annotations
@@ -36,22 +34,22 @@ if TYPE_CHECKING:
 
 _STATEFUL = ("VarHandleOp", "Variable", "VariableV2", "VariableV1")
 
-_mutex = threading.Lock()  # guards _exported, and is held while one is written
-_exported: dict[str, Path] = {}  # by digest of what was asked for
+_mutex = threading.Lock()  # guards _exported; held while a model is written
+_exported: dict[str, Path] = {}  # by digest of the graph and the request
 
 
 class GraphError(InvalidArgumentError, AssertionError):
-    """A graph is not made as its constructor needs it; an ``AssertionError``, too, as it was in sparkdl."""
+    """A graph or an argument is invalid; also an ``AssertionError``, as in sparkdl."""
 
 
 class TFInputGraph:
-    """A graph of TensorFlow 1 without variables, and the tensors that its signature names.
+    """A graph of TensorFlow 1 without variables, and the tensors of its signature.
 
-    Use one of the constructors ``from...``. It can be pickled. Tensors are named as TensorFlow names them,
-    ``x:0``; ``x`` is the first output of the operation ``x``.
+    It is made by one of the constructors ``from...`` and can be pickled. Tensors have the names of
+    TensorFlow, ``x:0``; ``x`` is the first output of the operation ``x``.
 
     Attributes:
-        graph_def: The ``GraphDef``, stripped to what its outputs need.
+        graph_def: The ``GraphDef``, reduced to what the outputs need.
         input_tensor_name_from_signature: Name in the signature to tensor; ``None``: there is no signature.
         output_tensor_name_from_signature: Name in the signature to tensor; ``None``: there is no signature.
     """
@@ -77,11 +75,11 @@ class TFInputGraph:
         feed_names: Sequence[str],
         fetch_names: Sequence[str],
     ) -> Self:
-        """Return the part of a graph that computes ``fetch_names``, its variables as they are in ``sess``.
+        """Return the part of a graph that computes ``fetch_names``, with the values of variables in ``sess``.
 
         Raises:
             NotFoundError: The graph has no such tensor.
-            GraphError: The names are missing, or it is no graph.
+            GraphError: The names are missing, or ``graph`` is not a graph.
             InvalidArgumentError: A variable is not initialised.
         """
         if not isinstance(graph, import_tensorflow().Graph):
@@ -93,7 +91,7 @@ class TFInputGraph:
     def fromGraphDef(
         cls, graph_def: tf.compat.v1.GraphDef, feed_names: Sequence[str], fetch_names: Sequence[str]
     ) -> Self:
-        """Return the part of a graph without variables that computes ``fetch_names``; raises as fromGraph."""
+        """Return the part of a graph that computes ``fetch_names``; raises as :meth:`fromGraph`."""
         _both(feed_names, fetch_names)
         whole = cls(graph_def)
         with graph_session() as (graph, session):
@@ -102,11 +100,11 @@ class TFInputGraph:
 
     @classmethod
     def fromFrozenFile(cls, path: str | os.PathLike[str]) -> Self:
-        """Return all of the graph in a file ``.pb``, a binary ``GraphDef`` without variables.
+        """Return the whole graph of a file ``.pb``, a binary ``GraphDef`` without variables.
 
         Raises:
             NotFoundError: There is no such file.
-            InvalidArgumentError: It holds no ``GraphDef``.
+            InvalidArgumentError: It has no ``GraphDef``.
         """
         from google.protobuf.message import DecodeError
 
@@ -123,9 +121,9 @@ class TFInputGraph:
     def fromCheckpoint(
         cls, checkpoint_dir: str | os.PathLike[str], feed_names: Sequence[str], fetch_names: Sequence[str]
     ) -> Self:
-        """Return the graph of the latest checkpoint in a folder, with the variables saved there.
+        """Return the graph of the latest checkpoint in a folder, with its variables.
 
-        The checkpoint is one of ``tf.compat.v1.train.Saver``, with its ``.meta`` file.
+        The checkpoint was written by ``tf.compat.v1.train.Saver``, with its ``.meta`` file.
 
         Raises:
             NotFoundError: There is no checkpoint, or it has no such tensor.
@@ -140,7 +138,7 @@ class TFInputGraph:
     def fromCheckpointWithSignature(
         cls, checkpoint_dir: str | os.PathLike[str], signature_def_key: str
     ) -> Self:
-        """Return the graph of the latest checkpoint in a folder, with the tensors of a signature saved there.
+        """Return the graph of the latest checkpoint in a folder, with the tensors of its signature.
 
         Raises:
             NotFoundError: There is no checkpoint, or it has no such signature.
@@ -159,11 +157,11 @@ class TFInputGraph:
         feed_names: Sequence[str],
         fetch_names: Sequence[str],
     ) -> Self:
-        """Return a graph of a SavedModel, of TensorFlow 1 or 2, whatever its signatures are.
+        """Return a graph of a SavedModel of TensorFlow 1 or 2, without using its signatures.
 
         Args:
             saved_model_dir: The folder with ``saved_model.pb``.
-            tag_set: The tags of the graph, with commas between; mostly ``serve``.
+            tag_set: The tags of the graph, separated by commas; mostly ``serve``.
             feed_names: The input tensors.
             fetch_names: The output tensors.
 
@@ -228,25 +226,25 @@ class TFInputGraph:
         return {_lookup(known, name, "output"): column for name, column in _pairs(output_mapping)}
 
     def saved_model(self, inputs: Sequence[str], outputs: Sequence[str], *, per_row: bool = False) -> Path:
-        """Return the folder of a SavedModel of this graph, made once; it goes with this process.
+        """Return the folder of a SavedModel of this graph, which is made once and removed with this process.
 
-        Its signature ``serving_default`` calls inputs and outputs as they are called here: ``x:0`` and ``x``
-        stay what they are.
+        Inputs and outputs of its signature ``serving_default`` have the names that are given here, ``x:0`` or
+        ``x``.
 
         Args:
-            inputs: The tensors that columns feed; every placeholder that the outputs need.
-            outputs: The tensors that become columns.
-            per_row: The graph takes one row, without a batch dimension, and is run for each.
+            inputs: The tensors that are fed, with all placeholders that the outputs need.
+            outputs: The tensors that are computed.
+            per_row: The graph takes one row, without a batch dimension, and is run for each row.
 
         Raises:
             NotFoundError: The graph has no such tensor.
-            InvalidArgumentError: The outputs need a placeholder that is no input, or a variable or a table,
-                or the graph is too large.
+            InvalidArgumentError: The outputs need another placeholder, a variable or a table; or the graph is
+                too large.
         """
         tf = import_tensorflow()
 
         def build() -> tuple[dict[str, Any], dict[str, Any]]:
-            part = Part(self, inputs, outputs)
+            part = Subgraph(self, inputs, outputs)
             if not per_row:
                 fed = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in part.feeds]
                 return dict(zip(inputs, fed, strict=True)), dict(zip(outputs, part(fed), strict=True))
@@ -269,7 +267,7 @@ class TFInputGraph:
         return [f"{node.name}:0" for node in self.graph_def.node if node.op in PLACEHOLDERS]
 
     def exported(self, asked: Any, build: Callable[[], tuple[dict[str, Any], dict[str, Any]]]) -> Path:
-        """Return the folder of the SavedModel that ``build`` makes in a new graph, once for what is asked."""
+        """Return the folder of the SavedModel that ``build`` makes in a new graph, once for ``asked``."""
         tf = import_tensorflow()
         if self.graph_def.ByteSize() > LIMIT:
             raise InvalidArgumentError(
@@ -288,7 +286,7 @@ class TFInputGraph:
             return folder
 
     def _import(self) -> None:
-        """Import all of the graph, by its own names, into the default graph."""
+        """Import the whole graph, with unchanged names, into the default graph."""
         try:
             import_tensorflow().import_graph_def(self.graph_def, name="")
         except ValueError as error:
@@ -296,17 +294,17 @@ class TFInputGraph:
 
 
 def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInputGraph:
-    """Return a graph of TensorFlow 1: a TFInputGraph as it is, a ``tf.Graph``, a ``GraphDef`` or its file.
+    """Return a TFInputGraph of itself, a ``tf.Graph``, a ``GraphDef`` or the file of one.
 
-    The variables of a ``tf.Graph`` are those of the session that is the default one.
+    Variables of a ``tf.Graph`` have their values in the default session.
 
     Args:
         given: The graph.
         inputs: The tensors that are fed.
-        outputs: The tensors that are asked for.
+        outputs: The tensors that are computed.
 
     Raises:
-        InvalidArgumentError: It is something else, or the file holds none.
+        InvalidArgumentError: ``given`` is something else, or the file has no graph.
         NotFoundError: There is no such file or tensor.
     """
     if isinstance(given, TFInputGraph):
@@ -326,11 +324,11 @@ def as_graph(given: Any, inputs: Sequence[str], outputs: Sequence[str]) -> TFInp
     return TFInputGraph.fromGraphDef(given, inputs, outputs)
 
 
-class Part:
-    """What of a graph leads from ``feeds`` to ``fetches``; called with tensors it imports it into a graph.
+class Subgraph:
+    """The subgraph from ``feeds`` to ``fetches``; a call imports it into the current graph.
 
     Attributes:
-        feeds: The tensors that are fed, with dtype and shape.
+        feeds: The tensors that are fed.
         fetches: The tensors that are computed.
     """
 
@@ -367,7 +365,7 @@ class Part:
             if node.name in reached:
                 new = self._graph_def.node.add()
                 new.CopyFrom(node)
-                new.device = ""  # where it runs is the server's matter
+                new.device = ""  # the server chooses the device
                 kept = [
                     i for i in node.input if not (i.startswith("^") and i[1:] in fed_ops - reached.keys())
                 ]
@@ -378,7 +376,7 @@ class Part:
                 node.device = ""
 
     def __call__(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the tensors of ``fetches``, computed of ``tensors`` in the current graph."""
+        """Return ``fetches`` computed from ``tensors`` in the current graph."""
         given = {feed.name: tensor for feed, tensor in zip(self.feeds, tensors, strict=True)}
         wanted = sorted({tensor.name for tensor in self.fetches} - given.keys())
         tf = import_tensorflow()
@@ -396,7 +394,7 @@ class Part:
 
 
 def _serves(operation: tf.Operation, fetches: Sequence[str]) -> None:
-    """Refuse an operation that needs what a SavedModel without variables does not have."""
+    """Refuse an operation that needs a value which is not in the graph."""
     which = f"output {', '.join(map(repr, fetches))}"
     if operation.type in PLACEHOLDERS:
         raise GraphError(
@@ -415,7 +413,7 @@ def _serves(operation: tf.Operation, fetches: Sequence[str]) -> None:
 
 
 def _write(graph: tf.Graph, inputs: Mapping[str, tf.Tensor], outputs: Mapping[str, tf.Tensor]) -> Path:
-    """Write ``graph`` as a SavedModel with one signature into a folder that goes with this process."""
+    """Write ``graph`` as a SavedModel with one signature; the folder is removed with this process."""
     tf = import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
 

@@ -1,14 +1,14 @@
-"""Models of Keras as SavedModels; the one place of this package that needs TensorFlow, on the driver.
+"""Models of Keras as SavedModels, exported on the driver.
 
-A model is exported with the signature ``serving_default``, for inference: dropout and the like are off. Its
-inputs and outputs have the names of the layers that they come from, as ``model.summary()`` prints them; any
-number of rows is taken. A model of a class of one's own has no such layers: its inputs are named after the
-argument of ``call``, all of the model's ``input_dtype``, its outputs ``output_0``, ``output_1``. Where a
-model takes or returns a dict, its keys are the names; what is nested below a key is ``key_0``, ``key_name``.
+A model is exported for inference, with the signature ``serving_default`` for any number of rows. Inputs and
+outputs have the names of their layers, as ``model.summary()`` prints them. A model of a subclass has no such
+layers: its inputs are named after the arguments of ``call`` and have the model's ``input_dtype``; its outputs
+are ``output_0``, ``output_1``. If a model takes or returns a dict, the keys are the names, and nested tensors
+are ``key_0`` or ``key_name``.
 
-TensorFlow narrows the names of inputs: what is no letter or digit becomes ``_``; one that Python could not
-give a parameter, or that begins with ``_``, gets ``arg_`` before it; of two that differ in case alone the
-second gets a number.
+TensorFlow restricts the names of inputs: other characters than letters and digits become ``_``; names that
+are not valid for a parameter in Python, or begin with ``_``, get the prefix ``arg_``; of two names that
+differ only in case the second gets a number.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ _SUFFIXES = (".keras", ".h5")
 _ESCAPE = re.compile(r"\x1b\[\d*m")
 _NO_NAME = re.compile(r"[^A-Za-z0-9_]")
 
-_mutex = threading.Lock()  # guards _files, and is held while one is exported
-_files: dict[Path, tuple[tuple[int, int], Path]] = {}  # by file: its size and last change, the SavedModel
+_mutex = threading.Lock()  # guards _files; held while a file is exported
+_files: dict[Path, tuple[tuple[int, int], Path]] = {}  # by file: its size and time of change, the SavedModel
 
 
 def is_model(model: object) -> bool:
-    """Tell whether ``model`` is one of Keras, without importing Keras."""
+    """Tell whether ``model`` is a Keras model, without importing Keras."""
     models = sys.modules.get("keras")
     return models is not None and isinstance(model, models.Model)
 
 
 def is_file(path: Path) -> bool:
-    """Tell whether ``path`` is a file as Keras saves whole models, by its name."""
+    """Tell by its name whether ``path`` is a file of a whole Keras model."""
     return path.suffix in _SUFFIXES and not path.is_dir()
 
 
 def of_file(path: Path) -> Path:
-    """Return the SavedModel of a ``.keras`` or ``.h5`` file, exported once for each state of the file.
+    """Return the SavedModel of a ``.keras`` or ``.h5`` file; a changed file is exported again.
 
     Raises:
         NotFoundError: There is no such file.
-        InvalidArgumentError: Keras cannot read it, or as :func:`of_model`.
+        InvalidArgumentError: Keras cannot read the file; or as :func:`of_model`.
     """
     with _mutex:
         try:
@@ -68,25 +68,32 @@ def of_file(path: Path) -> Path:
             raise NotFoundError(f"model {path}: {error.strerror}") from None
         state = (about.st_size, about.st_mtime_ns)
         if path not in _files or _files[path][0] != state:
-            keras = import_keras(str(path))
-            try:
-                model = keras.saving.load_model(path, compile=False)
-            except Exception as error:  # Keras raises whatever its layers do
-                raise InvalidArgumentError(
-                    f"model {path}: Keras cannot read it: {reason(error)}. Classes of your own must be "
-                    "registered first (keras.saving.register_keras_serializable); or load it yourself and "
-                    "give Model the object"
-                ) from error
-            _files[path] = state, _export(model, str(path))
+            _files[path] = state, _export(read_file(path), str(path))
         return _files[path][1]
 
 
-def of_model(model: keras.Model) -> Path:
-    """Return the SavedModel of a Keras model as it is now, in a folder that goes with this process.
+def read_file(path: Path) -> keras.Model:
+    """Return the model of a ``.keras`` or ``.h5`` file.
 
     Raises:
-        InvalidArgumentError: Keras or TensorFlow is not here, Keras runs on something else, or the model is
-            not built or cannot be traced for any number of rows.
+        InvalidArgumentError: Keras cannot read the file, or as :func:`import_keras`.
+    """
+    keras = import_keras(str(path))
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except Exception as error:  # any error of a layer
+        raise InvalidArgumentError(
+            f"model {path}: Keras cannot read it: {reason(error)}. Classes of your own must be registered "
+            "first (keras.saving.register_keras_serializable); or load it yourself and give the object"
+        ) from error
+
+
+def of_model(model: keras.Model) -> Path:
+    """Export a Keras model as it is now, to a folder that is removed when this process ends.
+
+    Raises:
+        InvalidArgumentError: Keras or TensorFlow is not installed, Keras runs on another backend, or the
+            model is not built or cannot be traced for any number of rows.
     """
     return _export(model, f"{model.name!r} of Keras")
 
@@ -106,7 +113,7 @@ def _export(model: keras.Model, name: str) -> Path:
     folder = Path(tempfile.mkdtemp(dir=private_folder()))
     log = logging.getLogger("tensorflow")
     level = log.level
-    log.setLevel(logging.WARNING)  # it would say where it writes, which nobody else needs to know
+    log.setLevel(logging.WARNING)  # TensorFlow would log the folder
     try:
         function = tf.function(serve, input_signature=specs, autograph=False)
         function.get_concrete_function()
@@ -114,7 +121,7 @@ def _export(model: keras.Model, name: str) -> Path:
         exported.track(model)
         exported.add_endpoint("serving_default", function)
         exported.write_out(str(folder), verbose=False)
-    except Exception as error:  # it is the model's own code that runs
+    except Exception as error:  # any error of the model's own code
         raise InvalidArgumentError(f"model {name}: it cannot be exported: {reason(error)}") from error
     finally:
         log.setLevel(level)
@@ -123,7 +130,7 @@ def _export(model: keras.Model, name: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Input:
-    """A leaf in the arguments of a model: one tensor."""
+    """One tensor in the arguments of a model."""
 
     name: str
     shape: Sequence[int | None]
@@ -131,7 +138,7 @@ class _Input:
 
 
 def _arguments(model: keras.Model, name: str) -> list[Any]:
-    """Return the positional and the named arguments of the model, with an :class:`_Input` for each tensor."""
+    """Return positional and named arguments of the model, with an :class:`_Input` for each tensor."""
     keras = import_keras(name)
     if getattr(model, "inputs", None):
 
@@ -192,7 +199,7 @@ def _layer(tensor: keras.KerasTensor) -> str:
 
 
 def _parameter(name: str) -> str:
-    """Return ``name`` as TensorFlow takes it for an input of a signature."""
+    """Return ``name`` as TensorFlow accepts it for an input of a signature."""
     name = _NO_NAME.sub("_", name)
     if name[:1].isalpha() and not keyword.iskeyword(name) and name != "self":
         return name
@@ -200,7 +207,7 @@ def _parameter(name: str) -> str:
 
 
 def _unlike(name: str, taken: Collection[str]) -> str:
-    """Return ``name``, with a number behind it where it is taken, in whatever case."""
+    """Return ``name``, with a number appended if it is taken, regardless of case."""
     known = {other.lower() for other in taken}
     number = 0
     new = name
@@ -211,7 +218,7 @@ def _unlike(name: str, taken: Collection[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return what an error says: Keras puts the cause last, or below the place, among terminals' escapes."""
+    """Return the cause from the text of an error of Keras, where it is last, or below the place."""
     text = _ESCAPE.sub("", str(error)).rpartition("Exception encountered: ")[2]
     lines = [line for line in text.splitlines() if line]
     return textwrap.shorten(" ".join(lines[:2]) or type(error).__name__, 300).rstrip(".")

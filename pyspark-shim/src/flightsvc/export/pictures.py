@@ -1,4 +1,4 @@
-"""Graphs of TensorFlow 1 that run on Spark's image structs, each picture at its own size."""
+"""Graphs of TensorFlow 1 that run on Spark's image structs, each picture in its own size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.export import import_tensorflow
-from flightsvc.export.graph import Part, TFInputGraph
+from flightsvc.export.graph import Subgraph, TFInputGraph
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 def picture_model(
     graph: TFInputGraph, inputTensor: str, outputTensor: str, channelOrder: str, outputMode: str
 ) -> Path:
-    """Return the folder of a SavedModel that runs a graph on each picture at the picture's own size.
+    """Return the folder of a SavedModel that runs a graph on each picture in the picture's own size.
 
     Its inputs are the fields of Spark's image struct: ``data`` (string), ``height``, ``width``, ``nChannels``
-    and ``mode`` (int32), one of each a row. The graph gets ``[1, height, width, channels]``, values as they
-    are in ``data``. Where the graph takes 3 channels grey becomes three equal ones, where it takes 1 colours
-    become grey, where it does not say grey stays grey; alpha is dropped.
+    and ``mode`` (int32). The graph gets ``[1, height, width, channels]`` with the values of ``data``. If it
+    takes 3 channels, grey becomes three equal channels; if it takes 1, colours become grey; if its channels
+    are unknown, grey stays grey. Alpha is dropped.
 
-    Outputs in mode ``vector``: ``vector`` (float32), all values of the row's output. Where the graph does not
-    tell how many these are there is ``length`` (int32), too, and zeros are behind those of a row that has
-    less than others. In mode ``image``: the fields again, of
-    a picture of uint8 where the output is that, else of float32; colours are blue, green, red again.
+    In mode ``vector`` the output is ``vector`` (float32), all values of the row's output. If their number is
+    not fixed, rows are filled up with zeros, and ``length`` (int32) has the number of values. In mode
+    ``image`` the outputs are the fields of a picture, of uint8 if the graph's output is, else of float32,
+    with colours in the order blue, green, red.
 
     Args:
         graph: The graph.
-        inputTensor: The tensor that gets the picture.
-        outputTensor: The tensor that is the result; for pictures ``[1, height, width, channels]``.
-        channelOrder: ``RGB``, ``BGR`` or ``L``, as the graph takes them.
+        inputTensor: The tensor for the picture.
+        outputTensor: The tensor of the result; in mode ``image`` ``[1, height, width, channels]``.
+        channelOrder: The order of channels in the graph: ``RGB``, ``BGR`` or ``L``.
         outputMode: ``vector`` or ``image``.
 
     Raises:
         NotFoundError: The graph has no such tensor.
-        InvalidArgumentError: The graph does not take such pictures or does not return some, or there is no
-            such order or mode.
+        InvalidArgumentError: The graph does not take pictures of that order or does not return pictures, or
+            an argument is invalid.
     """
     for name, value, known in (
         ("channelOrder", channelOrder, ("RGB", "BGR", "L")),
@@ -49,7 +49,7 @@ def picture_model(
     tf = import_tensorflow()
 
     def build() -> tuple[dict[str, Any], dict[str, Any]]:
-        part = Part(graph, [inputTensor], [outputTensor])
+        part = Subgraph(graph, [inputTensor], [outputTensor])
         [feed], [fetch] = part.feeds, part.fetches
         channels = _channels(feed, channelOrder)
         if outputMode == "image" and fetch.shape.rank not in (None, 3, 4):
@@ -94,7 +94,7 @@ def picture_model(
 
 
 def _channels(feed: tf.Tensor, channelOrder: str) -> int | None:
-    """Return how many channels the graph takes; ``None``: it does not say."""
+    """Return how many channels the graph takes; ``None``: unknown."""
     shape = None if feed.shape.rank is None else feed.shape.as_list()
     if shape is not None and (len(shape) != 4 or shape[0] not in (None, 1)):
         raise InvalidArgumentError(
@@ -114,7 +114,7 @@ def _channels(feed: tf.Tensor, channelOrder: str) -> int | None:
 def _pixels(
     data: tf.Tensor, height: tf.Tensor, width: tf.Tensor, nChannels: tf.Tensor, mode: tf.Tensor
 ) -> tf.Tensor:
-    """Return the picture of a struct as float32 [height, width, nChannels], in the struct's order."""
+    """Return the pixels of an image struct as float32 [height, width, nChannels], in the struct's order."""
     tf = import_tensorflow()
     count = tf.cast(height, tf.int64) * tf.cast(width, tf.int64) * tf.cast(nChannels, tf.int64)
     size = tf.strings.length(data)
@@ -139,7 +139,7 @@ def _pixels(
 
 
 def _in_order(picture: tf.Tensor, channelOrder: str, channels: int | None) -> tf.Tensor:
-    """Return a picture of a struct in the channels that the graph takes."""
+    """Return the pixels of an image struct in the channels of the graph."""
     tf = import_tensorflow()
     grey = tf.equal(tf.shape(picture)[2], 1)
     if channels == 1:
@@ -156,7 +156,7 @@ def _in_order(picture: tf.Tensor, channelOrder: str, channels: int | None) -> tf
 
 
 def _struct(picture: tf.Tensor, channelOrder: str) -> dict[str, tf.Tensor]:
-    """Return the fields of the struct of a picture that the graph made."""
+    """Return the fields of an image struct for an output of the graph."""
     tf = import_tensorflow()
     rank = tf.rank(picture)
     shape = tf.shape(picture)
@@ -180,7 +180,7 @@ def _struct(picture: tf.Tensor, channelOrder: str) -> dict[str, tf.Tensor]:
 
 
 def _raw(tensor: tf.Tensor) -> tf.Tensor:
-    """Return the bytes of a tensor's values: the end of the tensor as TensorFlow writes it."""
+    """Return the bytes of a tensor's values, which are the end of a serialized tensor."""
     tf = import_tensorflow()
     size = tf.size(tensor) * tensor.dtype.size
     return tf.strings.substr(tf.io.serialize_tensor(tensor), -size, size)

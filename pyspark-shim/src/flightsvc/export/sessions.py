@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 PLACEHOLDERS = ("Placeholder", "PlaceholderV2")
-"""Types of the operations that are fed."""
+"""The types of operations that are fed."""
 
 
 def freeze_graph(
     graph: tf.Graph, session: tf.compat.v1.Session, feeds: Iterable[str], fetches: Iterable[str]
 ) -> tf.compat.v1.GraphDef:
-    """Return the part of a graph that computes ``fetches``, variables as they are in ``session``."""
+    """Return the part of a graph that computes ``fetches``, with the values of variables in ``session``."""
     tf = import_tensorflow()
     from tensorflow.python.util import deprecation
 
@@ -42,7 +42,7 @@ def freeze_graph(
             "restore them in the session"
         ) from error
     present = {node.name for node in frozen.node}
-    for tensor in inputs:  # that no output needs
+    for tensor in inputs:  # inputs that no output needs
         if tensor.op.type in PLACEHOLDERS and tensor.op.name not in present:
             frozen.node.add().CopyFrom(tensor.op.node_def)
             present.add(tensor.op.name)
@@ -56,8 +56,8 @@ def strip_and_freeze(
 
     Args:
         graph: The graph.
-        session: Has the values of the variables; ``None``: there are none.
-        fetches: Names of tensors.
+        session: A session with the values of variables; ``None``: the graph has no variables.
+        fetches: The names of tensors.
 
     Raises:
         NotFoundError: The graph has no such tensor.
@@ -72,7 +72,7 @@ def strip_and_freeze(
 
 @contextmanager
 def graph_session() -> Iterator[tuple[tf.Graph, tf.compat.v1.Session]]:
-    """Make a graph and a session of it the default."""
+    """Make a new graph and a session of it the default."""
     tf = import_tensorflow()
     with (
         tf.Graph().as_default() as graph,
@@ -85,7 +85,7 @@ def graph_session() -> Iterator[tuple[tf.Graph, tf.compat.v1.Session]]:
 def checkpoint_session(
     folder: str | os.PathLike[str],
 ) -> Iterator[tuple[tf.Graph, tf.compat.v1.Session, Any]]:
-    """Restore the latest checkpoint of a folder; the last is its MetaGraphDef."""
+    """Restore the latest checkpoint of a folder; yield graph, session and MetaGraphDef."""
     tf = import_tensorflow()
     found = tf.train.latest_checkpoint(str(folder))
     if found is None or not Path(f"{found}.meta").exists():
@@ -94,7 +94,7 @@ def checkpoint_session(
         try:
             meta = tf.compat.v1.MetaGraphDef.FromString(Path(f"{found}.meta").read_bytes())
             tf.compat.v1.train.import_meta_graph(meta, clear_devices=True).restore(session, found)
-        except Exception as error:  # whatever the reader and its kernels raise
+        except Exception as error:  # any error of the reader and its kernels
             raise InvalidArgumentError(f"checkpoint {found} cannot be read: {first_line(error)}") from error
         yield graph, session, meta
 
@@ -103,7 +103,7 @@ def checkpoint_session(
 def saved_model_session(
     folder: str | os.PathLike[str], tag_set: str
 ) -> Iterator[tuple[tf.Graph, tf.compat.v1.Session, Any]]:
-    """Load a graph of a SavedModel; the last is its MetaGraphDef."""
+    """Load a graph of a SavedModel; yield graph, session and MetaGraphDef."""
     tf = import_tensorflow()
     from tensorflow.python.util import deprecation
 
@@ -114,7 +114,7 @@ def saved_model_session(
         try:
             with deprecation.silence():
                 meta = tf.compat.v1.saved_model.load(session, tags, str(folder))
-        except Exception as error:  # whatever the loader and its kernels raise
+        except Exception as error:  # any error of the loader and its kernels
             raise InvalidArgumentError(
                 f"{folder} cannot be loaded with the tags {tags}: {first_line(error)}"
             ) from error
@@ -122,15 +122,15 @@ def saved_model_session(
 
 
 def _config() -> Any:
-    """Return how sessions here run: on the processor, whatever devices the graph names."""
+    """Return a configuration that runs sessions on the CPU, whatever devices the graph names."""
     return import_tensorflow().compat.v1.ConfigProto(device_count={"GPU": 0}, allow_soft_placement=True)
 
 
 def tensor_of(graph: tf.Graph, name: str, what: str) -> tf.Tensor:
-    """Return the tensor that ``op`` or ``op:0`` names.
+    """Return the tensor ``op`` or ``op:0``.
 
     Raises:
-        NotFoundError: The graph has none.
+        NotFoundError: The graph has no such tensor.
     """
     try:
         return graph.get_tensor_by_name(name if ":" in name else f"{name}:0")

@@ -1,11 +1,11 @@
-"""Models as stages of Spark ML: in a ``Pipeline``, tuned, saved, streamed, on Connect.
+"""Models as stages of Spark ML, for pipelines, tuning, streaming and Connect.
 
     from flightsvc.ml import TFTransformer
     stage = TFTransformer(model="models/lite0", inputMapping={"pixels": "image"},
                           outputMapping={"probabilities": "p"})
     Pipeline(stages=[stage, LogisticRegression(featuresCol="p")]).fit(df).save("hdfs:///pipelines/birds")
 
-A saved stage holds its model: whoever loads it needs neither TensorFlow nor the folder that it came from.
+A saved stage includes its model, so loading it needs neither TensorFlow nor the model's original folder.
 """
 
 from flightsvc.ml.deep_image import DeepImageFeaturizer, DeepImagePredictor

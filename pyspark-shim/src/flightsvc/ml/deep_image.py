@@ -1,4 +1,4 @@
-"""Stages of named networks: what a picture shows, and features to learn from."""
+"""Stages that run networks by name: classes and features of pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pyspark import keyword_only
-from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.param import Param, TypeConverters
 
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.ml.networks import (
@@ -23,7 +23,7 @@ from flightsvc.ml.networks import (
 )
 from flightsvc.ml.networks.applications import IMAGENET
 from flightsvc.ml.networks.labels import Labels, labels_of
-from flightsvc.ml.params import HasInputCol, HasOutputCol, to_choice, to_positive
+from flightsvc.ml.params import HasInputCol, HasOutputCol, param, to_choice, to_positive
 from flightsvc.ml.stage import Asked, Stage, as_vector
 from flightsvc.model import Model
 
@@ -38,7 +38,7 @@ _HINTS: dict[str, dict[str, Any]] = {
     "SCALE_REPLICATE": {"resize": "nearest"},
     "SCALE_SMOOTH": {"resize": "bilinear", "antialias": True},
 }
-"""How the sidecar resizes for each hint; the names are those of java.awt."""
+"""How the sidecar resizes pictures for each hint; the names are from java.awt."""
 
 
 def _path(value: Any) -> str:
@@ -46,23 +46,17 @@ def _path(value: Any) -> str:
 
 
 class _Named(Stage, HasInputCol, HasOutputCol):
-    """A stage that runs a network by its name on a column of pictures.
+    """The base of stages that run a network by name on a column of pictures.
 
-    A saved one holds the network, with its labels and the way of its pictures: it loads where nobody has
-    registered the name.
+    A saved stage includes the network, its labels and its preprocessing, so it loads without the name being
+    registered.
     """
 
-    modelName: Param[str] = Param(
-        Params._dummy(),
-        "modelName",
-        "the network; flightsvc.ml.networks.networks() lists them",
-        typeConverter=TypeConverters.toString,
+    modelName: Param[str] = param(
+        "modelName", "the network; flightsvc.ml.networks.networks() lists them", TypeConverters.toString
     )
-    weights: Param[str] = Param(
-        Params._dummy(),
-        "weights",
-        "imagenet: those that the network comes with; or a file that Keras saved",
-        typeConverter=_path,
+    weights: Param[str] = param(
+        "weights", "imagenet: the network's own weights; or a file that Keras has saved", _path
     )
 
     _sources: ClassVar[tuple[str, ...]] = ("modelName", "weights")
@@ -77,7 +71,7 @@ class _Named(Stage, HasInputCol, HasOutputCol):
         return self.getOrDefault(self.modelName)
 
     def setModelName(self, value: str) -> Self:
-        """Set the name of the network; one that nobody knows is refused."""
+        """Set the name of the network, which must be known."""
         return self._set(modelName=value)
 
     def getWeights(self) -> str:
@@ -89,7 +83,7 @@ class _Named(Stage, HasInputCol, HasOutputCol):
         return self._set(weights=value)
 
     def _set(self, **params: Any) -> Self:
-        # Not the Param's converter: a stage that is loaded need not know the network.
+        # Not in the Param's converter, because a loaded stage need not know the network.
         if isinstance(params.get("modelName"), str):
             network(params["modelName"])
         return super()._set(**params)
@@ -107,43 +101,37 @@ class _Named(Stage, HasInputCol, HasOutputCol):
         """Return the SavedModel."""
 
     def _resizing(self, **how: Any) -> Model:
-        """Return the model with pictures that are resized otherwise."""
+        """Return the model with other options for resizing pictures."""
         model = self._model()
         return model.replace(preprocess={INPUT: dataclasses.replace(model.preprocess[INPUT], **how)})
 
 
 class DeepImagePredictor(_Named):
-    """Says what pictures show, by a network with its classes.
+    """Classifies pictures by a network.
 
-    Pictures are Spark's image structs, encoded files (binary) or paths (string). Each is stretched to the
-    network's size by the sidecar, bilinear as ``tf.image.resize``. The result is Spark ML's Vector of the
-    probabilities of all classes; or, with ``decodePredictions``, the ``topK`` likeliest, the best first, as
+    Pictures are Spark's image structs, encoded files (binary) or paths (string). The sidecar stretches each
+    to the network's size, bilinear as in ``tf.image.resize``. The result is a Vector of the probabilities of
+    all classes; or, with ``decodePredictions``, the ``topK`` most probable classes in descending order, as
     ``array<struct<class:string,description:string,probability:float>>``.
 
     Args:
         inputCol: The column of pictures.
         outputCol: The column that is added.
-        modelName: The network: see :func:`flightsvc.ml.networks.networks`.
-        decodePredictions: Whether the likeliest classes are named.
-        topK: How many of them.
-        weights: ``imagenet``: those that the network comes with. Else a file that Keras saved.
-        batchSize: The most rows of one run.
+        modelName: The name of the network; :func:`flightsvc.ml.networks.networks` lists them.
+        decodePredictions: Whether the most probable classes are named.
+        topK: The number of named classes.
+        weights: ``imagenet``: the network's own weights. Else a file that Keras has saved.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
 
-    decodePredictions: Param[bool] = Param(
-        Params._dummy(),
+    decodePredictions: Param[bool] = param(
         "decodePredictions",
-        "whether the likeliest classes are named, or the probabilities of all returned as a Vector",
-        typeConverter=TypeConverters.toBoolean,
+        "whether the most probable classes are named, or the probabilities of all returned as a Vector",
+        TypeConverters.toBoolean,
     )
-    topK: Param[int] = Param(
-        Params._dummy(),
-        "topK",
-        "how many classes are named",
-        typeConverter=to_positive("topK"),
-    )
+    topK: Param[int] = param("topK", "the number of named classes", to_positive("topK"))
 
     @keyword_only
     def __init__(
@@ -164,19 +152,19 @@ class DeepImagePredictor(_Named):
         self.setParams(**self._input_kwargs)
 
     def getDecodePredictions(self) -> bool:
-        """Return whether the likeliest classes are named."""
+        """Return whether the most probable classes are named."""
         return self.getOrDefault(self.decodePredictions)
 
     def setDecodePredictions(self, value: bool) -> Self:
-        """Set whether the likeliest classes are named."""
+        """Set whether the most probable classes are named."""
         return self._set(decodePredictions=value)
 
     def getTopK(self) -> int:
-        """Return how many classes are named."""
+        """Return the number of named classes."""
         return self.getOrDefault(self.topK)
 
     def setTopK(self, value: int) -> Self:
-        """Set how many classes are named."""
+        """Set the number of named classes."""
         return self._set(topK=value)
 
     def _export(self) -> Path:
@@ -198,45 +186,39 @@ class DeepImagePredictor(_Named):
 
 
 class DeepImageFeaturizer(_Named):
-    """Makes features of pictures, by a network without its last layers.
+    """Computes features of pictures by a network without its last layers.
 
-    Pictures are Spark's image structs, encoded files (binary) or paths (string). Each is stretched to the
-    network's size by the sidecar. The result is Spark ML's Vector.
+    Pictures are Spark's image structs, encoded files (binary) or paths (string). The sidecar stretches each
+    to the network's size. The result is a Vector.
 
     Args:
         inputCol: The column of pictures.
         outputCol: The column that is added.
-        modelName: The network: see :func:`flightsvc.ml.networks.networks`.
-        scaleHint: How pictures are resized, as ``tf.image.resize`` does it: ``SCALE_AREA_AVERAGING`` is
-            area, ``SCALE_DEFAULT`` bilinear, ``SCALE_FAST`` and ``SCALE_REPLICATE`` nearest,
-            ``SCALE_SMOOTH`` bilinear with antialias.
-        pooling: What becomes of the layer's map: ``avg`` or ``max`` over its height and width, or ``none``:
-            all of it, row by row, as sparkdl had it.
-        layer: Name of the layer whose output is taken. Absent: the last one whose map is higher and wider
-            than 1.
-        weights: ``imagenet``: those that the network comes with. Else a file that Keras saved.
-        batchSize: The most rows of one run.
+        modelName: The name of the network; :func:`flightsvc.ml.networks.networks` lists them.
+        scaleHint: The method of ``tf.image.resize``: ``SCALE_AREA_AVERAGING`` is area, ``SCALE_DEFAULT``
+            bilinear, ``SCALE_FAST`` and ``SCALE_REPLICATE`` nearest, ``SCALE_SMOOTH`` bilinear with
+            antialias.
+        pooling: ``avg`` or ``max`` over height and width of the layer's map, or ``none``: the whole map, row
+            by row, as in sparkdl.
+        layer: Name of the layer whose output is taken. Default: the last one with a map larger than 1 x 1.
+        weights: ``imagenet``: the network's own weights. Else a file that Keras has saved.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
 
-    scaleHint: Param[str] = Param(
-        Params._dummy(),
-        "scaleHint",
-        f"how pictures are resized: {', '.join(_HINTS)}",
-        typeConverter=to_choice("scaleHint", *_HINTS),
+    scaleHint: Param[str] = param(
+        "scaleHint", f"how pictures are resized: {', '.join(_HINTS)}", to_choice("scaleHint", *_HINTS)
     )
-    pooling: Param[str] = Param(
-        Params._dummy(),
+    pooling: Param[str] = param(
         "pooling",
-        "what becomes of the layer's map: avg, max, or none: all of it",
-        typeConverter=to_choice("pooling", *POOLINGS),
+        "avg or max over height and width of the layer's map, or none: the whole map",
+        to_choice("pooling", *POOLINGS),
     )
-    layer: Param[str] = Param(
-        Params._dummy(),
+    layer: Param[str] = param(
         "layer",
-        "the layer whose output is taken; absent: the last one whose map is higher and wider than 1",
-        typeConverter=TypeConverters.toString,
+        "the layer whose output is taken; absent: the last one with a map larger than 1 x 1",
+        TypeConverters.toString,
     )
 
     _sources = ("modelName", "weights", "pooling", "layer")
@@ -269,15 +251,15 @@ class DeepImageFeaturizer(_Named):
         return self._set(scaleHint=value)
 
     def getPooling(self) -> str:
-        """Return what becomes of the layer's map."""
+        """Return how the layer's map is pooled."""
         return self.getOrDefault(self.pooling)
 
     def setPooling(self, value: str) -> Self:
-        """Set what becomes of the layer's map: ``avg``, ``max`` or ``none``."""
+        """Set how the layer's map is pooled: ``avg``, ``max`` or ``none``."""
         return self._set(pooling=value)
 
     def getLayer(self) -> str | None:
-        """Return the layer whose output is taken; ``None``: the last with a map."""
+        """Return the layer whose output is taken; ``None``: the last one with a map."""
         return self.getOrDefault(self.layer) if self.isDefined(self.layer) else None
 
     def setLayer(self, value: str) -> Self:
@@ -295,7 +277,7 @@ class DeepImageFeaturizer(_Named):
 
 
 def _decoded(labels: Labels, best: int) -> tuple[DataType, Callable[[Column], Column]]:
-    """Return the type of decoded predictions, and what makes them of probabilities, in Spark alone."""
+    """Return an entry of ``finish`` that names the most probable classes, by expressions of Spark."""
     from pyspark.sql import functions as F
     from pyspark.sql.types import ArrayType, FloatType, StringType, StructType
 

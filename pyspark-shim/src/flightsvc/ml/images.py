@@ -1,4 +1,4 @@
-"""Stages for pictures: a graph on image structs, a model of Keras on files."""
+"""Stages that run graphs and models of Keras on pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from pyspark import keyword_only
-from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.param import Param, TypeConverters
 
 from flightsvc import image
 from flightsvc.errors import InvalidArgumentError, NotFoundError
@@ -18,6 +18,7 @@ from flightsvc.ml.params import (
     HasOutputCol,
     HasOutputMode,
     first_set,
+    param,
     to_choice,
     to_function,
 )
@@ -25,6 +26,7 @@ from flightsvc.ml.stage import Asked, Made, Stage, as_vector
 from flightsvc.ml.tensors import KerasStage
 from flightsvc.model import Model
 from flightsvc.request import same_name
+from flightsvc.spark.loading import IMAGE_FIELDS
 from flightsvc.spark.session import active_conf, is_case_sensitive, quoted
 from flightsvc.spark.types import is_image
 
@@ -32,14 +34,14 @@ if TYPE_CHECKING:
     from pyspark.sql import Column
     from pyspark.sql.types import DataType, StructField, StructType
 
-_FIELDS = ("height", "width", "nChannels", "mode", "data")
+_FIELDS = tuple(IMAGE_FIELDS)
 
 
 class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
     """Runs a graph of TensorFlow 1 on pictures.
 
-    Where the graph's input has a batch, a height and a width that are known, the sidecar stretches each
-    picture to them (bilinear) and runs many at once; it then takes files (binary) and paths (string), too.
+    If the graph's input has a fixed height and width and any batch, the sidecar stretches pictures to that
+    size (bilinear) and runs them in batches; the column may then also have files (binary) and paths (string).
     Otherwise each picture is run in its own size, as float32 ``[1, height, width, channels]``.
 
     Args:
@@ -48,37 +50,22 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         graph: A ``tf.Graph``, a ``GraphDef`` or a :class:`flightsvc.export.graph.TFInputGraph`.
         inputTensor: The graph's input, ``name:0``.
         outputTensor: The output, ``name:0``.
-        channelOrder: How the graph has colours: ``RGB``, ``BGR`` or ``L``, which is grey.
-        outputMode: ``vector``: the output flattened, a Vector. ``image``: the output, ``[1, height, width,
-            channels]``, as an image struct; its colours are blue, green, red again.
-        batchSize: The most rows of one run.
+        channelOrder: The order of channels in the graph: ``RGB``, ``BGR`` or ``L`` (grey).
+        outputMode: ``vector``: the output flattened, as a Vector. ``image``: the output, ``[1, height, width,
+            channels]``, as an image struct, with colours in the order blue, green, red.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
 
-    channelOrder: Param[str] = Param(
-        Params._dummy(),
+    channelOrder: Param[str] = param(
         "channelOrder",
-        "how the graph has colours: RGB, BGR or L",
-        typeConverter=to_choice("channelOrder", "RGB", "BGR", "L"),
+        "the order of channels in the graph: RGB, BGR or L",
+        to_choice("channelOrder", "RGB", "BGR", "L"),
     )
-    graph: Param[Any] = Param(
-        Params._dummy(),
-        "graph",
-        "a tf.Graph, a GraphDef or a TFInputGraph",
-    )
-    inputTensor: Param[str] = Param(
-        Params._dummy(),
-        "inputTensor",
-        "the graph's input",
-        typeConverter=TypeConverters.toString,
-    )
-    outputTensor: Param[str] = Param(
-        Params._dummy(),
-        "outputTensor",
-        "the graph's output",
-        typeConverter=TypeConverters.toString,
-    )
+    graph: Param[Any] = param("graph", "a tf.Graph, a GraphDef or a TFInputGraph")
+    inputTensor: Param[str] = param("inputTensor", "the graph's input", TypeConverters.toString)
+    outputTensor: Param[str] = param("outputTensor", "the graph's output", TypeConverters.toString)
 
     _sources = ("graph", "inputTensor", "outputTensor", "channelOrder", "outputMode")
     _beside = ("graph",)
@@ -103,11 +90,11 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
         self.setParams(**self._input_kwargs)
 
     def getChannelOrder(self) -> str:
-        """Return how the graph has colours."""
+        """Return the order of channels in the graph."""
         return self.getOrDefault(self.channelOrder)
 
     def setChannelOrder(self, value: str) -> Self:
-        """Set how the graph has colours: ``RGB``, ``BGR`` or ``L``."""
+        """Set the order of channels in the graph: ``RGB``, ``BGR`` or ``L``."""
         return self._set(channelOrder=value)
 
     def getGraph(self) -> Any:
@@ -195,32 +182,29 @@ class TFImageTransformer(Stage, HasInputCol, HasOutputCol, HasOutputMode):
 
 
 class KerasImageFileTransformer(KerasStage, HasOutputMode):
-    """Runs a model of Keras on picture files, by their paths or URIs.
+    """Runs a model of Keras on picture files, given by paths or URIs.
 
-    With ``imageLoader`` the workers call it for each path. Without one they read the file, and the sidecar
-    decodes it and stretches it (bilinear) to the size of the model's input: RGB, 0 to 255, or grey where the
-    input has one channel. Binary columns of files and image structs are then taken, too.
+    The workers call ``imageLoader`` for each path. Without it they read the file, and the sidecar decodes it
+    and stretches it (bilinear) to the size of the model's input: RGB from 0 to 255, or grey if the input has
+    one channel. The column may then also have files (binary) or image structs.
 
     Args:
         inputCol: The column of paths.
         outputCol: The column that is added.
-        modelFile: A file that Keras saved, ``.keras`` or ``.h5``.
-        model: Instead of it a Keras model, or all that :class:`TFTransformer` takes.
-        imageLoader: Takes a path, returns the array of one picture as the model wants it, ``[height, width,
-            channels]`` or with a leading dimension of 1. It goes to the workers, and into the saved stage, as
-            a pickle. A row for which it raises is one that cannot be run.
-        outputMode: ``vector``: the output flattened, a Vector. ``image``: the output, ``[rows, height, width,
-            channels]``, as image structs of float32; three channels are taken for RGB.
-        batchSize: The most rows of one run.
+        modelFile: A file that Keras has saved, ``.keras`` or ``.h5``.
+        model: Instead of ``modelFile``: a Keras model, or any model that :class:`TFTransformer` takes.
+        imageLoader: A function of a path that returns the model's input for one picture, ``[height, width,
+            channels]`` or with a leading dimension of 1. It is pickled for the workers and in a saved stage.
+            A row for which it raises an error cannot be run.
+        outputMode: ``vector``: the output flattened, as a Vector. ``image``: the output, ``[rows, height,
+            width, channels]``, as image structs of float32; three channels are taken for RGB.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
 
-    imageLoader: Param[Any] = Param(
-        Params._dummy(),
-        "imageLoader",
-        "a function of a path that returns the array of one picture",
-        typeConverter=to_function,
+    imageLoader: Param[Any] = param(
+        "imageLoader", "a function of a path that returns the array of one picture", to_function
     )
 
     _functions = ("imageLoader",)
@@ -244,11 +228,11 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
         self.setParams(**self._input_kwargs)
 
     def getImageLoader(self) -> Callable[[str], Any] | None:
-        """Return what loads a picture; ``None``: the worker and the sidecar do."""
+        """Return the function that loads a picture; ``None``: worker and sidecar load it."""
         return self.getOrDefault(self.imageLoader) if self.isDefined(self.imageLoader) else None
 
     def setImageLoader(self, value: Callable[[str], Any]) -> Self:
-        """Set what loads a picture."""
+        """Set the function that loads a picture."""
         return self._set(imageLoader=value)
 
     def _check(self, schema: StructType) -> None:
@@ -274,10 +258,10 @@ class KerasImageFileTransformer(KerasStage, HasOutputMode):
 
 
 def _whole(model: Model, source: str, spec: TensorSpec) -> ImageInput:
-    """Return how pictures become a model's input: in RGB or grey, 0 to 255.
+    """Return the preprocessing of whole pictures for a model's input: RGB or grey, 0 to 255.
 
     Raises:
-        InvalidArgumentError: The input has no size, or is none of pictures.
+        InvalidArgumentError: The input has no fixed size, or is not one of pictures.
     """
     shape = spec.shape or ()
     if len(shape) != 4 or -1 in shape[1:] or shape[3] not in (1, 3):
@@ -289,7 +273,7 @@ def _whole(model: Model, source: str, spec: TensorSpec) -> ImageInput:
 
 
 def _as_image(column: str, order: str) -> Callable[[Model, str], tuple[DataType, Callable[[Column], Column]]]:
-    """Return how an output becomes pictures, with the origin that ``column`` tells."""
+    """Return a function for ``finish`` that makes pictures of an output; ``column`` has their origins."""
     from pyspark.sql import functions as F
 
     def finish(model: Model, output: str) -> tuple[DataType, Callable[[Column], Column]]:
@@ -306,7 +290,7 @@ def _as_image(column: str, order: str) -> Callable[[Model, str], tuple[DataType,
             )
 
         def pictures(found: Column) -> Column:
-            if order == "RGB" and shape[3] == 3:  # in a struct they are blue, green, red
+            if order == "RGB" and shape[3] == 3:  # an image struct has blue, green, red
                 found = F.transform(found, lambda line: F.transform(line, F.reverse))
             return image.of_tensor(found, F.col(quoted(column)))
 
@@ -316,7 +300,7 @@ def _as_image(column: str, order: str) -> Callable[[Model, str], tuple[DataType,
 
 
 def _field(schema: StructType, name: str) -> StructField | None:
-    """Return the column, if there is one alone; the model's own check says the rest."""
+    """Return the column of a name; ``None``: there is none or several, which a later check refuses."""
     sensitive = is_case_sensitive(active_conf())
     found = [field for field in schema.fields if same_name(field.name, name, sensitive)]
     return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""The Params that several stages have, with what they take."""
+"""Params of several stages, and their converters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flightsvc.model import Model
 
 
 def to_choice(name: str, *choices: str) -> Callable[[Any], str]:
-    """Return a converter that takes one of ``choices`` and says which there are."""
+    """Return a converter that accepts only ``choices``."""
 
     def convert(value: Any) -> str:
         if value not in choices:
@@ -25,7 +25,7 @@ def to_choice(name: str, *choices: str) -> Callable[[Any], str]:
 
 
 def to_positive(name: str) -> Callable[[Any], int]:
-    """Return a converter that takes whole numbers above 0."""
+    """Return a converter that accepts only integers above 0."""
 
     def convert(value: Any) -> int:
         number = operator.index(value)
@@ -37,10 +37,10 @@ def to_positive(name: str) -> Callable[[Any], int]:
 
 
 def to_mapping(value: Any) -> dict[str, str]:
-    """Return a dict of text to text; a list of pairs is taken, too.
+    """Return a mapping, or a list of pairs, of names to names as a dict.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: ``value`` is something else.
     """
     try:
         pairs = list(value.items() if isinstance(value, Mapping) else value)
@@ -56,12 +56,13 @@ def to_mapping(value: Any) -> dict[str, str]:
 
 
 def to_model(value: Any) -> Any:
-    """Return a :class:`flightsvc.Model`; text, a path or a Keras model becomes one.
+    """Return a :class:`flightsvc.Model` of text, a path or a Keras model.
 
-    A graph of TensorFlow 1 stays one, the file of a GraphDef becomes a path: they say no inputs and outputs.
+    A graph of TensorFlow 1 is returned unchanged, and the file of a GraphDef as a path: a model is made of
+    them when the inputs and outputs are known.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: ``value`` is something else.
     """
     if isinstance(value, str | Path) and str(value).endswith(".pb") and "://" not in str(value):
         return Path(value)
@@ -77,14 +78,19 @@ def to_model(value: Any) -> Any:
 
 
 def to_function(value: Any) -> Callable[..., Any]:
-    """Return a function as it is.
+    """Return a function.
 
     Raises:
-        TypeError: It cannot be called.
+        TypeError: ``value`` is not callable.
     """
     if not callable(value):
         raise TypeError(f"want a function, not {type(value).__name__}")
     return value  # type: ignore[no-any-return]
+
+
+def param(name: str, doc: str, converter: Callable[[Any], Any] | None = None) -> Param[Any]:
+    """Return a Param to be declared in a class; ``converter`` checks and converts its values."""
+    return Param(Params._dummy(), name, doc, typeConverter=converter)
 
 
 class HasInputCol(shared.HasInputCol):
@@ -96,7 +102,7 @@ class HasInputCol(shared.HasInputCol):
 
 
 class HasOutputCol(shared.HasOutputCol):
-    """The Param ``outputCol``: the column that is added; absent: ``<uid>__output``."""
+    """The Param ``outputCol``: the column that is added; default: ``<uid>__output``."""
 
     def setOutputCol(self, value: str) -> Self:
         """Set the column that is added."""
@@ -106,11 +112,10 @@ class HasOutputCol(shared.HasOutputCol):
 class HasModel(Params):
     """The Param ``model``."""
 
-    model: Param[Any] = Param(
-        Params._dummy(),
+    model: Param[Any] = param(
         "model",
         "a flightsvc.Model, a SavedModel's folder, a URI, a name, a Keras model or its file",
-        typeConverter=to_model,
+        to_model,
     )
 
     def getModel(self) -> Any:
@@ -125,11 +130,10 @@ class HasModel(Params):
 class HasModelFile(Params):
     """The Param ``modelFile``."""
 
-    modelFile: Param[str] = Param(
-        Params._dummy(),
+    modelFile: Param[str] = param(
         "modelFile",
-        "a file that Keras saved, .keras or .h5, or a SavedModel's folder",
-        typeConverter=TypeConverters.toString,
+        "a file that Keras has saved, .keras or .h5, or the folder of a SavedModel",
+        TypeConverters.toString,
     )
 
     def getModelFile(self) -> str:
@@ -144,27 +148,26 @@ class HasModelFile(Params):
 class HasOutputMode(Params):
     """The Param ``outputMode``."""
 
-    outputMode: Param[str] = Param(
-        Params._dummy(),
+    outputMode: Param[str] = param(
         "outputMode",
         "vector: the output flattened, as Spark ML's Vector; image: Spark's image struct of float32",
-        typeConverter=to_choice("outputMode", "vector", "image"),
+        to_choice("outputMode", "vector", "image"),
     )
 
     def getOutputMode(self) -> str:
-        """Return what the output becomes."""
+        """Return the form of the output."""
         return self.getOrDefault(self.outputMode)
 
     def setOutputMode(self, value: str) -> Self:
-        """Set what the output becomes: ``vector`` or ``image``."""
+        """Set the form of the output: ``vector`` or ``image``."""
         return self._set(outputMode=value)
 
 
 def first_set(stage: Params, names: Iterable[str]) -> Any:
-    """Return the value of the only one of these Params that is set.
+    """Return the value of the only one of some Params that is set.
 
     Raises:
-        InvalidArgumentError: None is set, or several are.
+        InvalidArgumentError: None or several of them are set.
     """
     names = list(names)
     found = [name for name in names if stage.isSet(name)]

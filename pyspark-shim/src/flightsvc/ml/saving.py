@@ -1,8 +1,8 @@
-"""Stages on disk: their Params as Spark ML writes them, and the model beside.
+"""Saving and loading stages: their Params, as Spark ML writes them, and their model.
 
-``metadata`` is one line of JSON. ``model`` is Parquet: a row for each piece of the archive of the model's
-folder, written by a task from the archive that Spark has anyway, read back piece by piece. All goes through
-DataFrames, so that any file system of Spark's does, on Connect too.
+``metadata`` is one line of JSON. ``model`` is Parquet with a row for each chunk of the model's archive. A
+task writes it from the archive that Spark has distributed. Everything is written and read by DataFrames, so
+any file system of Spark can be used, also on Connect.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
     from flightsvc.ml.stage import Stage
 
-_mutex = threading.Lock()  # held while a model is unpacked
+_mutex = threading.Lock()  # held while an archive is unpacked
 
 
 class StageWriter(MLWriter):
-    """Writes a stage and its model below a path; ``overwrite()`` replaces what is there."""
+    """Writes a stage and its model to a folder; ``overwrite()`` replaces an existing one."""
 
     def __init__(self, stage: Stage):
         super().__init__()
         self._stage = stage
 
     def saveImpl(self, path: str) -> None:
-        """Write the stage below ``path``.
+        """Write the stage to the folder ``path``.
 
         Raises:
             InvalidArgumentError: A Param is missing, or a function cannot be pickled.
@@ -72,8 +72,8 @@ class StageWriter(MLWriter):
             )
             session.createDataFrame([(text,)], "value string").coalesce(1).write.text(f"{path}/metadata")
             if "digest" in saved:
-                pieces = shipping.Pieces(saved["digest"])
-                rows = session.range(1).mapInArrow(pieces, "index bigint, piece binary")
+                chunks = shipping.Chunks(saved["digest"])
+                rows = session.range(1).mapInArrow(chunks, "index bigint, piece binary")
                 rows.write.parquet(f"{path}/model")
 
     def _handleOverwrite(self, path: str) -> None:
@@ -89,9 +89,9 @@ class StageReader(MLReader["Stage"]):
     """Reads a stage that :class:`StageWriter` has written."""
 
     def load(self, path: str) -> Stage:
-        """Return the stage below ``path``.
+        """Return the stage in the folder ``path``, without needing TensorFlow.
 
-        Its model lies in a folder that goes with this process; TensorFlow is not needed.
+        Its model is unpacked into a folder that is removed when this process ends.
 
         Raises:
             InvalidArgumentError: The saved model is damaged, or a function cannot be unpickled.
@@ -121,10 +121,10 @@ class StageReader(MLReader["Stage"]):
 
 
 def _unpacked(session: SparkSession, path: str, digest: str) -> Path:
-    """Return the folder of a saved model, unpacked once in this process.
+    """Return the folder of a saved model, which is unpacked once in this process.
 
     Raises:
-        InvalidArgumentError: A piece is missing, or the model is not what was saved.
+        InvalidArgumentError: A chunk is missing, or the content does not match the digest.
     """
     folder = shipping.private_folder() / f"saved-{digest.removeprefix('sha256:')}"
     with _mutex:
@@ -136,7 +136,7 @@ def _unpacked(session: SparkSession, path: str, digest: str) -> Path:
             with open(whole, "wb") as file:
                 for row in session.read.parquet(path).toLocalIterator():
                     numbers.append(row["index"])
-                    file.seek(row["index"] * archive.PIECE_BYTES)
+                    file.seek(row["index"] * archive.CHUNK_BYTES)
                     file.write(row["piece"])
             found = "nothing"
             if sorted(numbers) == list(range(len(numbers))):
@@ -148,7 +148,7 @@ def _unpacked(session: SparkSession, path: str, digest: str) -> Path:
                     found = f"no model ({error})"
             if found != digest:
                 raise InvalidArgumentError(
-                    f"the model saved in {path} is damaged: {len(numbers)} pieces make {found}, {digest} was "
+                    f"the model saved in {path} is damaged: {len(numbers)} chunks make {found}, {digest} was "
                     "saved; save the stage again"
                 )
             shutil.move(part, folder)
@@ -158,7 +158,7 @@ def _unpacked(session: SparkSession, path: str, digest: str) -> Path:
 def _pickled(name: str, function: Any) -> str:
     try:
         return base64.b64encode(cloudpickle.dumps(function)).decode()  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever the function holds says
+    except Exception as error:  # the error of any object in the function
         raise InvalidArgumentError(f"{name} cannot be saved: it cannot be pickled: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What all stages have in common: a model is asked for columns, before a job everything is checked."""
+"""The base of all stages: it runs a model on columns, after checks without a job."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pyspark.ml import Transformer
-from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.param import Param, TypeConverters
 from pyspark.ml.util import MLReadable, MLWritable
 
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.mapping import Input, Options, Output, column_of
 from flightsvc.ml import saving
-from flightsvc.ml.params import to_choice, to_positive
+from flightsvc.ml.params import param, to_choice, to_positive
 from flightsvc.model import Model
 from flightsvc.request import same_name
+from flightsvc.spark.dataframe import unlike
 from flightsvc.spark.session import acting_for, active_conf, is_case_sensitive, quoted
 from flightsvc.spark.types import widened
 
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A column that is computed to feed an input and is not part of the result.
+    """A column that is computed for an input and is not in the result.
 
     Attributes:
-        type: Its type.
-        column: Returns the expression, over the caller's columns.
+        type: Spark's type of the column.
+        column: Returns the column, as an expression of the caller's columns.
     """
 
     type: DataType
@@ -41,14 +42,14 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a stage asks of its model.
+    """The request of a stage to its model.
 
     Attributes:
         model: The model.
-        inputs: Input tensor to column, to :class:`Input` or to :class:`Made`; empty: see :class:`Options`.
-        outputs: Output tensor to column or to :class:`Output`, in the wanted order; empty: all.
-        finish: What becomes of an output afterwards, by column: its type, and the expression for it.
-        hidden: Columns of outputs that the expressions of ``finish`` use and the result does not have.
+        inputs: Input tensor to column, :class:`Input` or :class:`Made`; empty: see :class:`Options`.
+        outputs: Output tensor to column or :class:`Output`, in the wanted order; empty: all outputs.
+        finish: By column of an output: the type that it gets, and a function for that expression.
+        hidden: Columns of outputs that ``finish`` needs and that are not in the result.
     """
 
     model: Model
@@ -62,13 +63,13 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What :meth:`Stage._transform` does.
+    """The steps of :meth:`Stage._transform`, after all checks.
 
     Attributes:
-        asked: What the stage wants.
-        made: Columns for the inputs alone, by name.
-        options: What :meth:`Model.transform` gets.
-        schema: The result's.
+        asked: The request of the stage.
+        made: The columns that are computed for inputs, by name.
+        options: The options for :meth:`Model.transform`.
+        schema: The schema of the result.
     """
 
     asked: Asked
@@ -78,61 +79,57 @@ class _Plan:
 
 
 class Stage(Transformer, MLReadable["Stage"], MLWritable):
-    """A transformer whose work a model does in the sidecar.
+    """A transformer that runs a model in the sidecar.
 
-    The result has the caller's columns as they are, then the outputs, then ``errorCol`` if it is asked for.
-    All that can be checked without a row is checked before a job starts. Numbers of another type than the
-    input's are cast for it where nothing but digits can be lost: any number feeds a floating input.
+    The result has the caller's columns, then the outputs, then ``errorCol`` if ``onError`` is ``column``. All
+    checks that need no rows are made before a job starts. For floating inputs, numbers of other types are
+    cast, which may lose digits.
 
-    A subclass says in :meth:`_asked` what it wants and in :meth:`_build` which model, made of the Params in
-    ``_sources``; those of them in ``_beside`` are not saved, since the model is.
+    A subclass implements :meth:`_asked`, its request, and :meth:`_build`, which makes the model from the
+    Params in ``_sources``. Those that are also in ``_beside`` are not saved, because the model is.
     """
 
     _sources: ClassVar[tuple[str, ...]] = ("model",)
     _beside: ClassVar[tuple[str, ...]] = ("model",)
     _functions: ClassVar[tuple[str, ...]] = ()
-    """Params that hold functions; they are saved as pickles."""
-    _input_kwargs: dict[str, Any]  # what the constructor was called with, by keyword_only
+    """Params with functions, which are saved as pickles."""
+    _input_kwargs: dict[str, Any]  # the arguments of the constructor, set by keyword_only
 
-    batchSize: Param[int] = Param(
-        Params._dummy(),
+    batchSize: Param[int] = param(
         "batchSize",
-        "the most rows of one run of the model, of one or several record batches; absent: the server's",
-        typeConverter=to_positive("batchSize"),
+        "the most rows in one run of the model, of one or several record batches; absent: the "
+        "server's setting",
+        to_positive("batchSize"),
     )
-    onError: Param[str] = Param(
-        Params._dummy(),
+    onError: Param[str] = param(
         "onError",
         "what a row that cannot be run does: fail the job, make its outputs null, or null with the reason "
         "in errorCol (column)",
-        typeConverter=to_choice("onError", "fail", "null", "column"),
+        to_choice("onError", "fail", "null", "column"),
     )
-    errorCol: Param[str] = Param(
-        Params._dummy(),
-        "errorCol",
-        "the column for the reason where onError is column",
-        typeConverter=TypeConverters.toString,
+    errorCol: Param[str] = param(
+        "errorCol", "the column for the reason where onError is column", TypeConverters.toString
     )
 
     def __init__(self) -> None:
         super().__init__()
         self._setDefault(onError="fail", errorCol="error")
-        self._held: tuple[list[Any], Model] | None = None  # values of the sources, and what they made
+        self._held: tuple[list[Any], Model] | None = None  # values of _sources, and their model
 
     def getBatchSize(self) -> int | None:
-        """Return the most rows of one run; ``None``: the server's."""
+        """Return the most rows in one run; ``None``: the server's setting."""
         return self.getOrDefault(self.batchSize) if self.isDefined(self.batchSize) else None
 
     def setBatchSize(self, value: int) -> Self:
-        """Set the most rows of one run."""
+        """Set the most rows in one run."""
         return self._set(batchSize=value)
 
     def getOnError(self) -> str:
-        """Return what a row that cannot be run does."""
+        """Return what happens to a row that cannot be run."""
         return self.getOrDefault(self.onError)
 
     def setOnError(self, value: str) -> Self:
-        """Set what a row that cannot be run does: ``fail``, ``null`` or ``column``."""
+        """Set what happens to a row that cannot be run: ``fail``, ``null`` or ``column``."""
         return self._set(onError=value)
 
     def getErrorCol(self) -> str:
@@ -144,11 +141,11 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
         return self._set(errorCol=value)
 
     def setParams(self, **params: Any) -> Self:
-        """Set Params by name, as the constructor takes them; ``None`` leaves one as it is.
+        """Set Params by name, as in the constructor; ``None`` does not change a Param.
 
         Raises:
-            TypeError: There is no such Param, or a value has another type.
-            InvalidArgumentError: A value is none of its choices.
+            TypeError: There is no such Param, or a value has the wrong type.
+            InvalidArgumentError: A value is invalid.
         """
         for name in params:
             if not self.hasParam(name):
@@ -157,55 +154,55 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
         return self._set(**{name: value for name, value in params.items() if value is not None})
 
     def transformSchema(self, schema: StructType) -> StructType:
-        """Return the schema of the result over ``schema``, all checked without a job.
+        """Return the schema of the result for ``schema``, after all checks; no job runs.
 
         Raises:
-            InvalidArgumentError: A Param is missing, a column has a type that the input does not take, or an
-                output's name is taken.
-            NotFoundError: No such model, signature, input, output or column.
+            InvalidArgumentError: A Param is missing, a column's type does not fit its input, or a new column
+                has the name of another.
+            NotFoundError: There is no such model, signature, input, output or column.
         """
         with self._named():
             return self._plan(schema).schema
 
     def write(self) -> saving.StageWriter:
-        """Return the writer of this stage and its model; see :meth:`save`."""
+        """Return a writer for this stage and its model; see :meth:`save`."""
         return saving.StageWriter(self)
 
     @classmethod
     def read(cls) -> saving.StageReader:
-        """Return the reader of a saved stage."""
+        """Return a reader for saved stages."""
         return saving.StageReader()
 
     @abstractmethod
     def _asked(self) -> Asked:
-        """Return what this stage wants of :meth:`_model`; checks what the Params alone tell."""
+        """Return the request to :meth:`_model`, after checking the Params."""
 
     @abstractmethod
     def _build(self) -> Model:
-        """Return the model that the Params in ``_sources`` say."""
+        """Return the model that the Params in ``_sources`` define."""
 
     def _check(self, schema: StructType) -> None:
-        """Refuse columns that the model's signature lets through; nothing here."""
+        """Refuse columns that only this stage does not take; by default none."""
 
     def _column(self, name: str) -> str:
-        """Return the column that the Param ``name`` says.
+        """Return the column in the Param ``name``.
 
         Raises:
-            InvalidArgumentError: It is not set.
+            InvalidArgumentError: The Param is not set.
         """
         if not self.isDefined(name):
             raise InvalidArgumentError(f"{name} is not set; give it a column: {name}=...")
         return str(self.getOrDefault(name))
 
     def _model(self) -> Model:
-        """Return the model, built once, or loaded, for as long as the Params that make it stay the same."""
+        """Return the model: the one built or loaded before, until the Params in ``_sources`` change."""
         values = self._values()
         if self._held is None or not all(map(_same, self._held[0], values)):
             self._held = values, self._build()
         return self._held[1]
 
     def _hold(self, model: Model) -> None:
-        """Take ``model`` for the one that the Params make, as they are now."""
+        """Keep ``model`` as the one that the current Params define."""
         self._held = self._values(), model
 
     def _values(self) -> list[Any]:
@@ -217,7 +214,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
         with self._named(), acting_for(dataset.sparkSession):
             plan = self._plan(dataset.schema)
             names, frame = list(dataset.columns), dataset
-            plain = _unlike(names)
+            plain = unlike(names, is_case_sensitive(active_conf()))
             if plain != names:
                 frame = frame.toDF(*plain)
             if plan.made:
@@ -285,7 +282,7 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Begin errors with this stage's name, once."""
+        """Put this stage's uid before the text of errors, once."""
         try:
             yield
         except FlightsvcError as error:
@@ -295,12 +292,12 @@ class Stage(Transformer, MLReadable["Stage"], MLWritable):
 
 
 def as_vector(model: Model, output: str) -> tuple[DataType, Callable[[Column], Column]]:
-    """Return how an output becomes Spark ML's Vector, flattened in C order; for ``finish`` of :class:`Asked`.
+    """Return an entry of ``finish`` of :class:`Asked` that makes a Vector of an output, in C order.
 
-    A null stays one.
+    A null stays null.
 
     Raises:
-        InvalidArgumentError: The output is no number, or its rank is not known.
+        InvalidArgumentError: The output has no numbers, or its rank is unknown.
         NotFoundError: The model has no such output.
     """
     from pyspark.ml.functions import array_to_vector
@@ -336,17 +333,5 @@ def _cast(name: str, to: DataType) -> Callable[[], Column]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two values of a Param are one; models are, where they are the same object."""
+    """Tell whether two values of a Param are equal; models are only equal to themselves."""
     return one is other or (isinstance(one, str | int | float) and one == other)
-
-
-def _unlike(names: list[str]) -> list[str]:
-    """Return names that differ in more than case; the first of each stays."""
-    taken: set[str] = set()
-    result = []
-    for name in names:
-        while name.lower() in taken:
-            name += "_"
-        taken.add(name.lower())
-        result.append(name)
-    return result

@@ -1,15 +1,23 @@
-"""Stages for columns of numbers and text: any SavedModel, any model of Keras."""
+"""Stages that run models of TensorFlow and Keras on columns of numbers and text."""
 
 from __future__ import annotations
 
 from typing import Any, Self
 
 from pyspark import keyword_only
-from pyspark.ml.param import Param, Params, TypeConverters
+from pyspark.ml.param import Param, TypeConverters
 
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.export.graph import as_graph
-from flightsvc.ml.params import HasInputCol, HasModel, HasModelFile, HasOutputCol, first_set, to_mapping
+from flightsvc.ml.params import (
+    HasInputCol,
+    HasModel,
+    HasModelFile,
+    HasOutputCol,
+    first_set,
+    param,
+    to_mapping,
+)
 from flightsvc.ml.stage import Asked, Stage
 from flightsvc.model import Model
 
@@ -18,36 +26,21 @@ class TFTransformer(Stage, HasModel):
     """Runs a model of TensorFlow on columns.
 
     Args:
-        model: A :class:`flightsvc.Model`, or what makes one: the folder of a SavedModel, a URI, a name, a
+        model: A :class:`flightsvc.Model` or an argument for one: the folder of a SavedModel, a URI, a name, a
             Keras model or its file. Or a graph of TensorFlow 1: a ``tf.Graph``, a ``GraphDef``, its file
-            ``.pb``, or a :class:`flightsvc.export.graph.TFInputGraph`. A graph is read once for the same
-            tensors; after more training give the stage a new TFInputGraph.
-        inputMapping: Column to input tensor. Absent: columns of the inputs' names, or the only column.
-        outputMapping: Output tensor to column, in the wanted order. Absent: all, by tensor name.
-        signature: Which signature to run. Absent: the model's own, else ``serving_default``.
-        batchSize: The most rows of one run.
+            ``.pb``, or a :class:`flightsvc.export.graph.TFInputGraph`. The stage reads a graph once; after
+            further training, give it a new TFInputGraph.
+        inputMapping: Column to input tensor. Default: columns with the inputs' names, or the only column.
+        outputMapping: Output tensor to column, in the wanted order. Default: all, sorted by name.
+        signature: The name of the signature. Default: that of the model, else ``serving_default``.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """
 
-    inputMapping: Param[dict[str, str]] = Param(
-        Params._dummy(),
-        "inputMapping",
-        "column to input tensor",
-        typeConverter=to_mapping,
-    )
-    outputMapping: Param[dict[str, str]] = Param(
-        Params._dummy(),
-        "outputMapping",
-        "output tensor to column",
-        typeConverter=to_mapping,
-    )
-    signature: Param[str] = Param(
-        Params._dummy(),
-        "signature",
-        "which signature of the model to run",
-        typeConverter=TypeConverters.toString,
-    )
+    inputMapping: Param[dict[str, str]] = param("inputMapping", "column to input tensor", to_mapping)
+    outputMapping: Param[dict[str, str]] = param("outputMapping", "output tensor to column", to_mapping)
+    signature: Param[str] = param("signature", "the name of the signature to run", TypeConverters.toString)
 
     _sources = ("model", "signature")
 
@@ -67,7 +60,7 @@ class TFTransformer(Stage, HasModel):
         self.setParams(**self._input_kwargs)
 
     def getInputMapping(self) -> dict[str, str]:
-        """Return column to input tensor; empty when absent."""
+        """Return column to input tensor; empty: the default."""
         return self.getOrDefault(self.inputMapping) if self.isDefined(self.inputMapping) else {}
 
     def setInputMapping(self, value: dict[str, str]) -> Self:
@@ -75,7 +68,7 @@ class TFTransformer(Stage, HasModel):
         return self._set(inputMapping=value)
 
     def getOutputMapping(self) -> dict[str, str]:
-        """Return output tensor to column; empty when absent."""
+        """Return output tensor to column; empty: the default."""
         return self.getOrDefault(self.outputMapping) if self.isDefined(self.outputMapping) else {}
 
     def setOutputMapping(self, value: dict[str, str]) -> Self:
@@ -83,21 +76,21 @@ class TFTransformer(Stage, HasModel):
         return self._set(outputMapping=value)
 
     def getSignature(self) -> str:
-        """Return which signature is run."""
+        """Return the name of the signature."""
         return self._model().signature
 
     def setSignature(self, value: str) -> Self:
-        """Set which signature to run."""
+        """Set the name of the signature."""
         return self._set(signature=value)
 
     def _values(self) -> list[Any]:
         values = super()._values()
-        if values[0] is not None and not isinstance(values[0], Model):  # a graph: its tensors make the model
+        if values[0] is not None and not isinstance(values[0], Model):  # a graph
             values.append(repr(self._tensors()))
         return values
 
     def _tensors(self) -> tuple[list[str], list[str]]:
-        """Return the tensors of a graph that are fed, and those that become columns."""
+        """Return the input tensors and the output tensors of a graph."""
         return [*self.getInputMapping().values()], [*self.getOutputMapping()]
 
     def _build(self) -> Model:
@@ -120,7 +113,7 @@ class TFTransformer(Stage, HasModel):
 
 
 class KerasStage(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
-    """What stages of a Keras model have in common: one column feeds its only input, one is its output."""
+    """The base of stages of Keras models: one column feeds the only input, one has the only output."""
 
     _sources = ("model", "modelFile")
     _beside = ("model", "modelFile")
@@ -133,7 +126,7 @@ class KerasStage(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
         """Return the names of the model's only input and only output.
 
         Raises:
-            InvalidArgumentError: It has several.
+            InvalidArgumentError: The model has several inputs or outputs.
         """
         model = self._model()
         for side in ("inputs", "outputs"):
@@ -149,14 +142,14 @@ class KerasStage(Stage, HasModel, HasModelFile, HasInputCol, HasOutputCol):
 class KerasTransformer(KerasStage):
     """Runs a model of Keras with one input and one output on a column of numbers.
 
-    The column holds numbers, arrays or nested arrays, or Spark ML's Vectors; so deep is the result.
+    The column has numbers, arrays, nested arrays or Spark ML's Vectors; the result has the same depth.
 
     Args:
         inputCol: The column that is read.
         outputCol: The column that is added.
-        modelFile: A file that Keras saved, ``.keras`` or ``.h5``.
-        model: Instead of it a Keras model, or all that :class:`TFTransformer` takes.
-        batchSize: The most rows of one run.
+        modelFile: A file that Keras has saved, ``.keras`` or ``.h5``.
+        model: Instead of ``modelFile``: a Keras model, or any model that :class:`TFTransformer` takes.
+        batchSize: The most rows in one run of the model.
         onError: ``fail``, ``null`` or ``column``.
         errorCol: The column for the reason.
     """

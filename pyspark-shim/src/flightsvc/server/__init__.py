@@ -1,1 +1,1 @@
-"""Speaking to a front: which one there is, its clients, streams of record batches, models on their way."""
+"""The client side of a front: finding or starting one, streams of record batches, pushing models."""

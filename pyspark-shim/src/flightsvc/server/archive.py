@@ -1,4 +1,4 @@
-"""A SavedModel's folder as one archive, and the digest that names it wherever it lies."""
+"""The archive of a SavedModel's folder, and the digest that identifies its content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flightsvc.errors import InvalidArgumentError, NotFoundError
 
-PIECE_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20
 SAVED_MODEL = "saved_model.pb"
 
 
@@ -20,8 +20,8 @@ def files(folder: Path) -> list[str]:
 
     Raises:
         NotFoundError: The folder holds no ``saved_model.pb``.
-        InvalidArgumentError: There is a link or anything else that is neither file nor folder, or a name
-            that is not UTF-8 or holds control characters.
+        InvalidArgumentError: An entry is neither a regular file nor a folder, or its name is not UTF-8 or has
+            control characters.
     """
     if not (folder / SAVED_MODEL).exists():
         raise NotFoundError(f"{folder} holds no {SAVED_MODEL}; give the folder of one SavedModel")
@@ -54,30 +54,30 @@ def digest(folder: Path) -> str:
     return f"sha256:{lines.hexdigest()}"
 
 
-def pieces(folder: Path) -> Iterator[bytes]:
-    """Yield a plain POSIX tar of the folder in pieces of ``PIECE_BYTES``, the last one shorter.
+def chunks(folder: Path) -> Iterator[bytes]:
+    """Yield a POSIX tar of the folder in chunks of ``CHUNK_BYTES``; the last one is shorter.
 
-    The same files give the same bytes: owners, times and modes are left out. Raises as :func:`files` does,
-    and :class:`InvalidArgumentError` if a file changes its size meanwhile.
+    The same files give the same bytes, because owners, times and modes are left out. Raises as :func:`files`
+    does, and :class:`InvalidArgumentError` if a file changes its size meanwhile.
     """
     held = bytearray()
-    for part in _parts(folder):
-        held += part
-        while len(held) >= PIECE_BYTES:
-            yield bytes(held[:PIECE_BYTES])
-            del held[:PIECE_BYTES]
+    for block in _blocks(folder):
+        held += block
+        while len(held) >= CHUNK_BYTES:
+            yield bytes(held[:CHUNK_BYTES])
+            del held[:CHUNK_BYTES]
     yield bytes(held)
 
 
-def _parts(folder: Path) -> Iterator[bytes]:
+def _blocks(folder: Path) -> Iterator[bytes]:
     for path in files(folder):
         with open(folder / path, "rb") as file:
             entry = tarfile.TarInfo(path)
             entry.size = left = os.fstat(file.fileno()).st_size
             yield entry.tobuf(tarfile.PAX_FORMAT)
-            while part := file.read(min(left, PIECE_BYTES)):
-                left -= len(part)
-                yield part
+            while block := file.read(min(left, CHUNK_BYTES)):
+                left -= len(block)
+                yield block
             if left or file.read(1):
                 raise InvalidArgumentError(f"{folder / path} changed while it was sent")
         yield bytes(-entry.size % tarfile.BLOCKSIZE)
@@ -85,7 +85,7 @@ def _parts(folder: Path) -> Iterator[bytes]:
 
 
 def _plain(name: str) -> bool:
-    """Tell whether a path can stand in a line of the digest: UTF-8 without control characters."""
+    """Tell whether a path is UTF-8 without control characters, so that it fits into a line of the digest."""
     try:
         name.encode()
     except UnicodeEncodeError:

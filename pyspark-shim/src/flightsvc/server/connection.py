@@ -1,4 +1,4 @@
-"""The Flight clients of one process to one front."""
+"""The Flight clients that one process keeps for a front and its runners."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ log = logging.getLogger("flightsvc")
 T = TypeVar("T")
 
 IMAGE_MODEL = "image"
-"""The name of the model that is built into the server: it makes Spark's image structs of pictures."""
+"""The name of the server's built-in model, which decodes pictures into Spark's image structs."""
 
 _FIRST_DELAY, _LAST_DELAY = 0.05, 5.0
-_PERSON_WAITS = 5.0  # seconds for which a question that somebody sits in front of is asked again
+_DRIVER_PATIENCE = 5.0  # seconds; on the driver a person waits for the answer
 
 
 class Connection:
-    """The clients of this process to a front and to the runners behind it; safe for many threads.
+    """This process's Flight clients for a front and its runners; safe for concurrent use.
 
-    A front that went away is found, or started, again: :meth:`forget` drops the clients, the next use
-    looks for the front anew.
+    After :meth:`forget`, the next call finds the front again, or starts one.
     """
 
     def __init__(self, find: Callable[[], str], settings: Settings):
-        """Take ``find``, which returns the front's location, and connect with the first use."""
+        """Keep ``find``, which returns the front's location; the first call connects."""
         self.settings = settings
         self._find = find
         self._mutex = threading.Lock()  # guards what follows
@@ -60,30 +59,30 @@ class Connection:
             return self._front
 
     def runner(self, location: str) -> flight.FlightClient:
-        """Return the client of a runner that the front sent us to."""
+        """Return the client of the runner at ``location``, which the front named."""
         with self._mutex:
             if location not in self._runners:
                 self._runners[location] = sidecar.client(location)
             return self._runners[location]
 
     def forget(self) -> None:
-        """Drop all clients; streams that are open on them go on."""
+        """Drop all clients; open streams continue."""
         with self._mutex:
             self._front = None
             self._runners.clear()
 
     def retry(self, attempt: Callable[[], T], patience: float) -> T:
-        """Return what ``attempt`` returns, tried again with back-off while the other end is unavailable.
+        """Call ``attempt`` until the server is available, with increasing delays; return its result.
 
-        A server that is full says when to ask again; that is waited for, too.
+        A full server says how long to wait; that is added to the delay.
 
         Args:
-            attempt: What to do; it uses this connection.
-            patience: For how many seconds it is tried again.
+            attempt: A function that uses this connection.
+            patience: Seconds after which this gives up.
 
         Raises:
-            UnavailableError: It was unavailable all the time.
-            FlightsvcError: Any other refusal, at once.
+            UnavailableError: The server was unavailable for that long.
+            FlightsvcError: The server refused for another reason; not tried again.
         """
         end = time.monotonic() + patience
         for number, delay in enumerate(_delays()):
@@ -107,10 +106,10 @@ class Connection:
                 raise translate(error) from error
         raise AssertionError("the delays never end")
 
-    def action(self, name: str, body: dict[str, Any], patience: float = _PERSON_WAITS) -> dict[str, Any]:
-        """Ask the front to do something and return its answer; both are JSON objects.
+    def action(self, name: str, body: dict[str, Any], patience: float = _DRIVER_PATIENCE) -> dict[str, Any]:
+        """Run the action ``name`` of the front and return its answer; ``body`` and answer are JSON objects.
 
-        It is asked again for ``patience`` seconds; raises as :meth:`retry` does.
+        Tried again for ``patience`` seconds; raises as :meth:`retry` does.
         """
 
         def ask() -> dict[str, Any]:
@@ -119,19 +118,19 @@ class Connection:
         return self.retry(ask, patience)
 
     def answer_schema(self, descriptor: dict[str, Any]) -> pa.Schema:
-        """Return the schema of the answer to ``descriptor``, without loading the model."""
+        """Return the schema of the answer to ``descriptor``; the front does not load the model for this."""
 
         def ask() -> pa.Schema:
             options = flight.FlightCallOptions(timeout=self.settings.load_seconds)
             command = flight.FlightDescriptor.for_command(json.dumps(descriptor))
             try:
                 return self.front().get_schema(command, options).schema
-            except OSError as error:  # get_schema alone raises Arrow's error for this
+            except OSError as error:  # only get_schema reports Unavailable as an OSError
                 if "Detail: Unavailable" in str(error):
                     raise flight.FlightUnavailableError(str(error)) from error
                 raise
 
-        return self.retry(ask, _PERSON_WAITS)
+        return self.retry(ask, _DRIVER_PATIENCE)
 
     def _ask(self, front: flight.FlightClient, name: str, body: dict[str, Any]) -> dict[str, Any]:
         action = flight.Action(name, json.dumps(body).encode())
@@ -148,13 +147,13 @@ def _delays() -> Iterator[float]:
         delay = min(2 * delay, _LAST_DELAY)
 
 
-# gRPC does not survive a fork: a client made before it is never used after it.
+# A gRPC client must not be used after a fork, so the process is part of the key.
 _connections: dict[tuple[int, Callable[[Settings], str], Settings], Connection] = {}
 _connections_mutex = threading.Lock()
 
 
 def shared(find: Callable[[Settings], str], settings: Settings) -> Connection:
-    """Return this process's connection to the front that ``find`` finds for ``settings``."""
+    """Return this process's connection for ``settings``; ``find`` locates the front."""
     key = (os.getpid(), find, settings)
     with _connections_mutex:
         if key not in _connections:

@@ -1,16 +1,14 @@
-"""Models that lie in a folder of the driver, on their way to the executors.
+"""Shipping models from folders of the driver to the fronts of the executors.
 
-The driver writes one archive for each digest and hands it to Spark, which brings it to every executor. A
-worker asks its front for the digest and pushes the archive where it is not known: once per host, since fronts
-keep what was pushed and workers wait for each other.
+The driver writes one archive for each digest and gives it to Spark, which distributes it to all executors. A
+worker asks its front for the digest and pushes the archive if the front does not have it. That happens once a
+host, because fronts keep pushed models and workers wait for each other.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -19,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.flight as flight
@@ -27,17 +25,17 @@ import pyarrow.flight as flight
 from flightsvc.errors import FLIGHT_ERRORS, InvalidArgumentError, NotFoundError
 from flightsvc.server import archive
 from flightsvc.server.connection import Connection
-from flightsvc.server.sidecar import locked, this_process
+from flightsvc.server.sidecar import lock, locked, this_process
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
     from pyspark.sql.connect import session as connect
 
 _LATEST = "latest"
-_FOLDER = "flightsvc-driver-"  # begins the name of a private folder
+_FOLDER = "flightsvc-driver-"  # the start of the names of private folders
 _CHUNKS = pa.schema([pa.field("chunk", pa.binary())])
 
-# A file's path, size and time of its last change; the same for all files says: the same model.
+# Path, size and time of change of each file; an equal stamp means an unchanged model.
 _Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -47,17 +45,17 @@ class _Reading:
     digest: str
 
 
-_mutex = threading.Lock()  # guards what follows, and is held while an archive is made
+_mutex = threading.Lock()  # guards what follows; held while an archive is written
 _readings: dict[Path, _Reading] = {}
-_added: set[tuple[str, str]] = set()  # Spark application or Connect session, digest
+_added: set[tuple[str, str]] = set()  # application of Spark or session of Connect, with a digest
 
 
 def version_folder(folder: Path, version: str) -> Path:
-    """Return the folder of one SavedModel: ``folder`` itself, or the numbered folder below it.
+    """Return the folder of one SavedModel: ``folder`` itself, or a numbered folder below it.
 
     Args:
-        folder: A SavedModel, or numbered folders of SavedModels, as TensorFlow Serving has them.
-        version: A number, or ``latest``, which is the highest.
+        folder: A SavedModel, or a folder of numbered SavedModels, as for TensorFlow Serving.
+        version: A number, or ``latest`` for the highest.
 
     Raises:
         NotFoundError: There is no such folder or version.
@@ -83,25 +81,25 @@ def version_folder(folder: Path, version: str) -> Path:
 
 
 def digest(folder: Path) -> str:
-    """Return the digest of a SavedModel's folder, read anew only where a file has changed.
+    """Return the digest of a SavedModel's folder, which is read again only after a file has changed.
 
     Raises:
         NotFoundError: The folder holds no SavedModel.
-        InvalidArgumentError: It holds something else than files and folders.
+        InvalidArgumentError: It contains something other than files and folders.
     """
     with _mutex:
         return _read(folder).digest
 
 
 def add(session: SparkSession, folder: Path) -> str:
-    """Hand the model in ``folder`` to Spark, once per session and digest, and return its digest.
+    """Give the archive of ``folder`` to Spark, once for each session and digest, and return the digest.
 
-    The archive stays in a private folder of this process until its end, since Spark reads it when an
-    executor first needs it.
+    The archive stays in a private folder of this process, because Spark reads it when an executor first needs
+    it.
 
     Raises:
-        NotFoundError, InvalidArgumentError: See :func:`digest`; or a file changed meanwhile.
-        OSError: There is no space for the archive.
+        NotFoundError, InvalidArgumentError: As :func:`digest`; or a file changed meanwhile.
+        OSError: There is no room for the archive.
     """
     from pyspark.sql.utils import is_remote
 
@@ -120,56 +118,54 @@ def add(session: SparkSession, folder: Path) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
-    """The function for ``mapInArrow`` that yields the archive of a model which :func:`add` handed to Spark.
+class Chunks:
+    """A function for ``mapInArrow``: yields the archive of a model that :func:`add` has given to Spark.
 
-    Its rows are ``index`` and ``piece``, ``archive.PIECE_BYTES`` each, once for a partition that has rows.
+    A partition with rows becomes the rows ``index`` and ``piece``, one for each chunk of the archive.
 
     Attributes:
-        digest: The model's.
+        digest: The digest of the model.
     """
 
     digest: str
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Run in a worker, in a record batch for each piece."""
+        """Yield one record batch for each chunk, in a worker."""
         from pyspark import SparkFiles
 
         if not any(len(batch) for batch in batches):
             return
         with open(SparkFiles.get(_file_name(self.digest)), "rb") as archived:
-            index = 0
-            while piece := archived.read(archive.PIECE_BYTES):
-                columns = [pa.array([index], pa.int64()), pa.array([piece], pa.binary())]
+            for index, chunk in enumerate(_chunks(archived)):
+                columns = [pa.array([index], pa.int64()), pa.array([chunk], pa.binary())]
                 yield pa.record_batch(columns, names=["index", "piece"])
-                index += 1
 
 
 def send(connection: Connection, folder: Path) -> str:
-    """Push the model in ``folder`` to a front that does not know it, and return its digest.
+    """Push the model in ``folder`` unless the front has it; return its digest.
 
     Raises:
         NotFoundError: The folder holds no SavedModel.
-        InvalidArgumentError: It holds something else than files and folders, or the front refuses it.
+        InvalidArgumentError: It contains something other than files and folders, or the front refuses it.
         FlightsvcError: The front could not be reached.
     """
     sent = digest(folder)
     if not known(connection, sent):
-        push(connection, sent, lambda: archive.pieces(folder))
+        push(connection, sent, lambda: archive.chunks(folder))
     return sent
 
 
 def receive(connection: Connection, digest: str, name: str) -> None:
-    """Make sure that the front of ``connection`` has the model which :func:`add` handed to Spark.
+    """Make sure that the front has a model that :func:`add` has given to Spark.
 
     Args:
         connection: The connection of a Spark worker.
-        digest: The model's.
-        name: What people call the model.
+        digest: The digest of the model.
+        name: The model's name, for errors.
 
     Raises:
         NotFoundError: Neither the front nor Spark has it.
-        InvalidArgumentError: The archive is not what the driver sent, or there is no space for it.
+        InvalidArgumentError: The archive is damaged, or there is no room for it.
     """
     if known(connection, digest):
         return
@@ -186,13 +182,12 @@ def receive(connection: Connection, digest: str, name: str) -> None:
                 f"{digest}; create the DataFrame or function again in the session that runs it"
             )
 
-        def pieces() -> Iterator[bytes]:
+        def chunks() -> Iterator[bytes]:
             with open(file, "rb") as archived:
-                while piece := archived.read(archive.PIECE_BYTES):
-                    yield piece
+                yield from _chunks(archived)
 
         try:
-            push(connection, digest, pieces)
+            push(connection, digest, chunks)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"model {name}: its archive {file} was refused: {error}") from error
 
@@ -210,16 +205,16 @@ def known(connection: Connection, digest: str) -> bool:
     return True
 
 
-def push(connection: Connection, digest: str, pieces: Callable[[], Iterator[bytes]]) -> None:
-    """Send the front a model that it does not know.
+def push(connection: Connection, digest: str, chunks: Callable[[], Iterator[bytes]]) -> None:
+    """Push a model to the front.
 
     Args:
         connection: Where the front is.
-        digest: The model's; the front checks it.
-        pieces: Returns the archive, see :func:`archive.pieces`; called for each attempt.
+        digest: The digest of the model; the front checks it.
+        chunks: Returns the archive as :func:`archive.chunks` does; called for each attempt.
 
     Raises:
-        InvalidArgumentError: The front cannot read the archive, or has no space for it.
+        InvalidArgumentError: The front cannot read the archive, or has no room for it.
         FlightsvcError: It could not be reached.
         OSError: The archive cannot be read.
     """
@@ -230,12 +225,12 @@ def push(connection: Connection, digest: str, pieces: Callable[[], Iterator[byte
         writer, results = connection.front().do_put(descriptor, _CHUNKS)
         try:
             with writer:
-                for piece in pieces():
-                    writer.write_batch(pa.record_batch([pa.array([piece], pa.binary())], schema=_CHUNKS))
+                for chunk in chunks():
+                    writer.write_batch(pa.record_batch([pa.array([chunk], pa.binary())], schema=_CHUNKS))
                 writer.done_writing()
-                results.read()  # there is one answer, once the model has its place
+                results.read()  # the front answers once, when the model is in its place
         except FLIGHT_ERRORS:
-            # Somebody else's push of the same model was faster: the front answers and reads no further.
+            # The front ends this push early when another push of the same model was faster.
             if not known(connection, digest):
                 raise
 
@@ -257,14 +252,13 @@ def _stamp(folder: Path) -> _Stamp:
 
 
 def _archive(folder: Path, digest: str) -> Path:
-    """Return the archive of a folder, made if it is not there; one that is there is whole."""
+    """Return the archive of a folder, which is written if needed. It is renamed only when complete."""
     file = private_folder() / _file_name(digest)
     if not file.exists():
         part = file.with_suffix(".part")
         try:
             with open(part, "wb") as out:
-                for piece in archive.pieces(folder):
-                    out.write(piece)
+                out.writelines(archive.chunks(folder))
             if _read(folder).digest != digest:
                 raise InvalidArgumentError(f"{folder} changed while it was read; try again when it is copied")
             part.rename(file)
@@ -275,47 +269,37 @@ def _archive(folder: Path, digest: str) -> Path:
 
 @functools.cache
 def private_folder() -> Path:
-    """Return a folder that only this user can open; it goes with this process.
+    """Return a folder that only this user can open; it is removed when this process ends.
 
-    It lies among the temporary files, since the run-dir may be memory. Of a process that was killed the front
-    that it owns removes it, which knows it by its name. Its process holds its lock, so that the next one
-    finds, and removes, what is left where that front had ended before.
+    It lies below the folder for temporary files, because the run-dir may be in memory. If this process is
+    killed, its front removes the folder, which carries the process's name. If that front has ended before,
+    the next process does, which finds that nobody holds the folder's lock.
     """
     for old in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        if (descriptor := _lock(old)) is not None:
+        if (descriptor := lock(old, wait=False)) is not None:
             shutil.rmtree(old, ignore_errors=True)
             os.close(descriptor)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{this_process().folder}-"))
         pid = os.getpid()
-        if _lock(folder) is not None:  # else another process took it for an old one
+        if lock(folder, wait=False) is not None:  # another process took it for a leftover
             break
 
     def remove() -> None:
-        if os.getpid() == pid:  # a fork of us has not made it
+        if os.getpid() == pid:  # a forked child must not remove its parent's folder
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
     return folder
 
 
-def _lock(folder: Path) -> int | None:
-    """Return a descriptor that holds the lock of ``folder``; ``None``: it is gone, another's, or in use."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        about = os.fstat(descriptor)
-        if about.st_uid == os.geteuid() and os.path.samestat(about, os.lstat(folder)):
-            return descriptor
-    os.close(descriptor)
-    return None
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(archive.CHUNK_BYTES):
+        yield chunk
 
 
 def _file_name(digest: str) -> str:
-    return f"flightsvc-{_hex(digest)}.model"  # not .tar: Spark would unpack it beside all other files
+    return f"flightsvc-{_hex(digest)}.model"  # not .tar, which Spark would unpack
 
 
 def _hex(digest: str) -> str:

@@ -1,9 +1,8 @@
-"""Which front a process uses, and how one is started where there is none.
+"""Finding the front that a process uses, and starting one if there is none.
 
-A front that is started here is watched: it ends with the process that owns it (the executor's JVM, or the
-driver's Python process), or when idle. All it needs lies in one private folder, ``<run-dir>/<name>/``; the
-lock on that folder, taken by whoever starts a front and by a front that removes its folder, is what makes
-many workers start one front only.
+A front that is started here ends with its owner (the executor's JVM, or the driver's Python process), or when
+it is idle. Its files lie in one private folder, ``<run-dir>/<name>/``. Whoever starts a front, and a front
+that removes its folder, locks that folder first; so many workers start only one front.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ log = logging.getLogger("flightsvc")
 
 _SCHEME = "grpc+unix://"
 _SOCKET = "front.sock"
-_SOCKET_BYTES = 107  # sockaddr_un.sun_path without its closing zero
+_SOCKET_BYTES = 107  # sun_path of sockaddr_un without the final zero
 _START_SECONDS = 30.0
 _READY_SECONDS = 5.0
 _LOCK_ATTEMPTS = 100
-_END_SECONDS = 5.0  # for ending, once all streams are drained
+_END_SECONDS = 5.0  # for a front to end after its streams have been drained
 
-# Clients share nothing: a new one after a lost front must not wait out the back-off of the old one. The
-# server names the user agent where it does not know a field of a request.
+# Clients share no subchannels: a client for a new front must not wait for the back-off of a lost one. The
+# server quotes the user agent when it refuses an unknown field of a request.
 _CHANNEL = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -53,12 +52,12 @@ _CHANNEL = [
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process that a front ends with.
+    """The process whose end ends a front.
 
     Attributes:
         pid: Its process id.
-        start: When it started, in clock ticks after boot (field 22 of ``/proc/<pid>/stat``); with the pid
-            it names one process for ever.
+        start: Its start time in clock ticks after boot (field 22 of ``/proc/<pid>/stat``). A pid can be
+            used again, but not with the same start time.
     """
 
     pid: int
@@ -66,7 +65,7 @@ class Owner:
 
     @property
     def folder(self) -> str:
-        """The name of its front's folder: eight hexadecimal digits."""
+        """The name of the folder of its front: eight hexadecimal digits."""
         return hashlib.sha256(f"{self.pid} {self.start}".encode()).hexdigest()[:8]
 
 
@@ -80,7 +79,7 @@ class _Process:
 
 
 def _process(pid: int) -> _Process:
-    """Read ``/proc/<pid>/stat``; the command in its parentheses may itself hold spaces and parentheses."""
+    """Read ``/proc/<pid>/stat``; the command, in parentheses, may contain spaces and parentheses."""
     text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     command = text[text.index("(") + 1 : text.rindex(")")]
     fields = text[text.rindex(")") + 2 :].split()  # from field 3, the state
@@ -94,12 +93,12 @@ def this_process() -> Owner:
 
 
 def executor() -> Owner:
-    """Return the JVM that this Python worker belongs to: the first ``java`` among its ancestors.
+    """Return the executor's JVM above this Python worker: the first ``java`` among its ancestors.
 
-    Once found it is remembered: a worker goes on when the daemon above it has died.
+    The result is cached, because the daemon between the two may end before the worker.
 
     Raises:
-        SidecarError: There is none, so nothing would end a front that we start.
+        SidecarError: There is none, so a front started here would never end.
     """
     return _executor_above(os.getpid())
 
@@ -119,7 +118,7 @@ def _executor_above(pid: int) -> Owner:
 
 
 def address(endpoint: str) -> str:
-    """Return an endpoint as a location for Flight; a bare absolute path is a Unix socket.
+    """Return the Flight location of an endpoint; an absolute path is that of a Unix socket.
 
     Raises:
         InvalidArgumentError: It is neither a URI nor an absolute path.
@@ -135,43 +134,43 @@ def address(endpoint: str) -> str:
 
 
 def client(location: str) -> flight.FlightClient:
-    """Return a new Flight client; it connects with its first call."""
+    """Return a new Flight client; its first call connects."""
     return flight.FlightClient(location, generic_options=_CHANNEL)
 
 
 def for_worker(settings: Settings, environ: Mapping[str, str] | None = None) -> str:
-    """Return the location of this worker's front, started if there is none.
+    """Return the location of this worker's front, which is started if there is none.
 
-    The order: the worker's own environment, the endpoint in ``settings``, the file ``flightsvc.endpoint``
-    in the executor's first local folder, a front owned by the executor's JVM.
+    The first of these counts: the endpoint in the worker's environment, the endpoint in ``settings``, the
+    file ``flightsvc.endpoint`` in the executor's first local folder, the front of the executor's JVM.
     """
     given = _given_to_worker(settings, environ)
     return given or start(settings, executor())
 
 
 def running_for_worker(settings: Settings, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the location that :func:`for_worker` would, if a front answers there; none is started."""
+    """Return the location that :func:`for_worker` returns, if a front answers there; start none."""
     location = _given_to_worker(settings, environ)
     if location is None:
         try:
             location = _SCHEME + os.path.join(_run_dir(settings), executor().folder, _SOCKET)
-        except SidecarError:  # no java above: none was ever started for us
+        except SidecarError:  # without a java process above, no front was started for this worker
             return None
     return location if _ready(location.removeprefix(_SCHEME)) else None
 
 
 def for_driver(settings: Settings) -> str:
-    """Return the location of the front that reads signatures: the endpoint in ``settings``, else our own."""
+    """Return the location of the driver's front: the endpoint in ``settings``, else this process's own."""
     return address(settings.endpoint) if settings.endpoint else start(settings, this_process())
 
 
 def for_user(settings: Settings) -> str:
-    """Return the location of the endpoint in ``settings``, else of this user's own front."""
+    """Return the location of the user's front: the endpoint in ``settings``, else the user's own."""
     return address(settings.endpoint) if settings.endpoint else start(settings, None)
 
 
 def _given_to_worker(settings: Settings, environ: Mapping[str, str] | None) -> str | None:
-    """Return the location that somebody has told this worker, in the order of :func:`for_worker`."""
+    """Return the location that is configured for this worker; see :func:`for_worker`."""
     environ = os.environ if environ is None else environ
     given = environ.get(variable("endpoint")) or settings.endpoint or _written(environ)
     return address(given) if given else None
@@ -188,10 +187,10 @@ def _written(environ: Mapping[str, str]) -> str | None:
 
 
 def start(settings: Settings, owner: Owner | None) -> str:
-    """Return the location of the front of ``owner`` (of the user when ``None``), started if there is none.
+    """Return the location of the front of ``owner``, or of the user if ``None``; start it if there is none.
 
     Raises:
-        SidecarError: The front cannot be started; the text says why and what to do.
+        SidecarError: The front cannot be started.
     """
     run_dir = _run_dir(settings)
     folder = os.path.join(run_dir, owner.folder if owner else "user")
@@ -217,7 +216,7 @@ def start(settings: Settings, owner: Owner | None) -> str:
 
 @contextlib.contextmanager
 def locked(settings: Settings, name: str) -> Iterator[None]:
-    """Hold the lock ``name`` that all processes of this user on this host share; wait for it first.
+    """Wait for and hold the lock ``name``, which all processes of this user on this host share.
 
     Raises:
         SidecarError: The run-dir cannot be used.
@@ -249,7 +248,7 @@ def _unusable(folder: str, error: OSError) -> SidecarError:
 
 
 def _private(folder: str) -> None:
-    """Make sure that ``folder`` is a real folder, ours, and closed to others."""
+    """Make ``folder`` if needed; refuse a link, another user's folder and one that others can open."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)
@@ -266,10 +265,12 @@ def _private(folder: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder, which is made when it is not there and goes if no front lives in it."""
+    """Hold the lock of a folder, which is made if needed and removed afterwards if it is empty."""
     for _ in range(_LOCK_ATTEMPTS):
-        if (descriptor := _lock(folder)) is not None:
-            break
+        with contextlib.suppress(FileNotFoundError):  # a front has removed the folder
+            _private(folder)
+            if (descriptor := lock(folder, wait=True)) is not None:
+                break
     else:
         raise SidecarError(f"{folder} is removed whenever it is created; does another program clean up?")
     try:
@@ -280,16 +281,20 @@ def _locked(folder: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: str) -> int | None:
-    """Return a descriptor that holds the lock of ``folder``, or None if a front removed it meanwhile."""
+def lock(folder: str | os.PathLike[str], *, wait: bool) -> int | None:
+    """Return a descriptor that holds the lock of a folder of this user.
+
+    ``None``: the folder is gone, a link or another user's; or, without ``wait``, another process has the
+        lock.
+    """
     try:
-        _private(folder)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except OSError:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        about = os.fstat(descriptor)
+        if about.st_uid == os.geteuid() and os.path.samestat(about, os.lstat(folder)):
             return descriptor
     os.close(descriptor)
     return None
@@ -310,7 +315,7 @@ def _ready(path: str) -> bool:
 
 
 def _occupant(folder: str) -> Owner | None:
-    """Return the front that the file ``front`` in its folder names, if that process is alive."""
+    """Return the front that the file ``front`` in the folder names, if its process runs."""
     try:
         named = json.loads(Path(folder, "front").read_text())
         owner = Owner(named["pid"], named["start"])
@@ -321,7 +326,7 @@ def _occupant(folder: str) -> Owner | None:
 
 
 def _wait_for_end(front: Owner, folder: str, patience: float) -> None:
-    """Wait until a front that no longer answers has ended; it needs the lock of its folder for that."""
+    """Wait for the end of a front that no longer answers; it locks its folder to remove it."""
     log.info("waiting for the front of %s, process %d, to end", folder, front.pid)
     with contextlib.suppress(ProcessLookupError):
         descriptor = os.pidfd_open(front.pid)
@@ -337,7 +342,7 @@ def _wait_for_end(front: Owner, folder: str, patience: float) -> None:
 
 
 def _serve(settings: Settings, owner: Owner | None, endpoint: str) -> str:
-    """Start a front in the background and return the location that it names once it is ready."""
+    """Start a detached front and return the location in its first line of output."""
     if resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY:
         raise SidecarError(
             "the address space of this worker is limited (spark.executor.pyspark.memory) and flightsvc would "
@@ -414,7 +419,7 @@ def _binary(settings: Settings) -> str:
 
 
 def _tensorflow() -> str | None:
-    """Return the folder of the tensorflow wheel's libraries without importing it."""
+    """Return the folder of the libraries in the tensorflow wheel, which is not imported."""
     spec = importlib.util.find_spec("tensorflow")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if os.path.exists(os.path.join(folder, "libtensorflow_cc.so.2")):

@@ -1,8 +1,8 @@
-"""One exchange of record batches with a model, resumed when the stream is lost.
+"""The exchange of record batches with a model, which is resumed when a stream is lost.
 
-Two threads, as Flight wants it: the caller's thread pulls record batches, reads answers and yields them; a
-helper thread writes, because a client that writes large record batches without reading blocks on flow
-control. What was written stays in the window until its answer has been read, so that it can be sent again.
+The caller's thread takes record batches, reads answers and yields them. A second thread writes, because a
+client that only writes is blocked by flow control. Record batches stay in the window until their answers have
+been read, so that they can be sent again on a new stream.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from flightsvc.server.connection import Connection
 log = logging.getLogger("flightsvc")
 
 MESSAGE_BYTES = 64 << 20
-"""Record batches are cut so that none is larger, unless a single row is."""
+"""The largest record batch that is sent; larger ones are cut, down to one row."""
 ROW_BYTES = 256 << 20
-"""No row may be larger."""
+"""The largest row."""
 WINDOW_BATCHES = 4
-"""So many record batches, or ``MESSAGE_BYTES``, are on their way at once."""
+"""The most record batches in flight at once; they hold at most ``MESSAGE_BYTES``."""
 LOSSES = 3
-"""So many lost streams in a row are blamed on the record batch that was to be answered next."""
+"""After so many lost streams in a row, the record batch that was due is reported as the cause."""
 
 _JOIN_SECONDS = 2.0
 
@@ -50,8 +50,8 @@ class Answer:
     """The answer to one record batch.
 
     Attributes:
-        batch: The record batch that was asked for, the same object.
-        outputs: The output columns, as many rows in the same order; their buffers are Flight's, not shared.
+        batch: The record batch that was sent, the same object.
+        outputs: The output columns, one row for each row of ``batch``. Flight owns the buffers.
         server: Which sidecar answered, ``host:pid``.
     """
 
@@ -60,12 +60,15 @@ class Answer:
     server: str
 
     def joined(self, server_column: str | None = None) -> pa.RecordBatch:
-        """Return the record batch with the outputs beside it, and ``server`` if a column is named for it.
+        """Return the columns of the record batch, then the outputs, then ``server`` as ``server_column``.
 
         Nothing is copied.
 
+        Args:
+            server_column: Name of the column for ``server``; ``None``: no such column.
+
         Raises:
-            InvalidArgumentError: A new column has the name of one that is there.
+            InvalidArgumentError: Two columns have one name.
         """
         columns = [*self.batch.columns, *self.outputs.columns]
         fields = [*self.batch.schema, *self.outputs.schema]
@@ -84,12 +87,12 @@ class Answer:
 
 
 class _Lost(Exception):
-    """The stream ended before all was answered."""
+    """The stream ended before all record batches were answered."""
 
 
 @dataclasses.dataclass
-class _Piece:
-    """A slice of one record batch, as it is sent; ``last`` closes the record batch."""
+class _Slice:
+    """Rows of one record batch that are sent together; ``last`` marks the record batch's last slice."""
 
     rows: pa.RecordBatch
     number: int
@@ -99,18 +102,18 @@ class _Piece:
 
 
 class Exchange:
-    """Sends record batches through a model and gives back the answers in the same order."""
+    """Sends record batches to a model and yields the answers in the same order."""
 
     def __init__(
         self, connection: Connection, descriptor: dict[str, Any], columns: dict[str, int], place: str = ""
     ):
-        """Prepare an exchange; nothing is opened before the first record batch is there.
+        """Prepare an exchange; the stream is opened for the first record batch.
 
         Args:
             connection: Where the front is.
-            descriptor: What to run, see the wire contract; ``inputs`` name the columns sent.
-            columns: The columns to send: their name on the wire and their position in each record batch.
-            place: Where this runs, for errors and logs, such as ``partition 3``.
+            descriptor: The descriptor of docs/protocol.md; its ``inputs`` name the columns that are sent.
+            columns: The columns to send, by their name on the wire: their position in each record batch.
+            place: The caller's place, for errors and logs, such as ``partition 3``.
         """
         self._connection = connection
         self._descriptor = descriptor
@@ -124,39 +127,39 @@ class Exchange:
     ) -> Generator[Answer, None, None]:
         """Yield one answer for each record batch, in order.
 
-        Closing the generator early cancels the stream; that is not an error.
+        Closing the generator early cancels the stream.
 
         Args:
             batches: The record batches, all of one schema.
-            ahead: So many record batches at most are on their way at once. With 1 the next is asked for only
-                after the answer to the last was taken, so it may depend on it.
+            ahead: The most record batches in flight. With 1, the next record batch is taken only after the
+                caller has taken the last answer, so it may depend on that answer.
 
         Raises:
             FlightsvcError: The request was refused, or the sidecar stayed away.
         """
-        pieces = self._pieces(batches)
-        window: collections.deque[_Piece] = collections.deque()
-        parts: list[pa.RecordBatch] = []  # answers to the pieces of the record batch under way
+        slices = self._slices(batches)
+        window: collections.deque[_Slice] = collections.deque()
+        parts: list[pa.RecordBatch] = []  # answers to the slices of the record batch under way
         stream: _Stream | None = None
         more = True
         server = ""
         try:
             while True:
                 while more and _room(window, ahead):
-                    piece = next(pieces, None)
-                    if piece is None:
+                    sent = next(slices, None)
+                    if sent is None:
                         more = False
                         break
-                    window.append(piece)
+                    window.append(sent)
                     if stream is not None:
-                        stream.send(piece)
+                        stream.send(sent)
                 if not window:
                     break
                 try:
                     if stream is None:
                         stream = self._open(window[0].rows.schema)
-                        for piece in window:
-                            stream.send(piece)
+                        for sent in window:
+                            stream.send(sent)
                     parts += stream.read(window[0].rows.num_rows)
                     server = stream.server or server
                 except (_Lost, *LOST) as error:
@@ -169,9 +172,9 @@ class Exchange:
                     continue
                 except FLIGHT_ERRORS as error:
                     raise translate(error) from error
-                piece = window.popleft()
-                if piece.last:
-                    answer = Answer(piece.batch, join(parts), server)
+                sent = window.popleft()
+                if sent.last:
+                    answer = Answer(sent.batch, join(parts), server)
                     parts = []
                     yield answer
             if stream is not None:
@@ -181,17 +184,17 @@ class Exchange:
             if stream is not None:
                 stream.cancel()
 
-    def _pieces(self, batches: Iterable[pa.RecordBatch]) -> Iterator[_Piece]:
+    def _slices(self, batches: Iterable[pa.RecordBatch]) -> Iterator[_Slice]:
         for number, batch in enumerate(batches):
             sent = pa.RecordBatch.from_arrays(
                 [batch.column(position) for position in self._columns.values()], names=list(self._columns)
             )
             cuts = list(_cut(sent, number))
             for index, rows in enumerate(cuts):
-                yield _Piece(rows, number, batch, last=index == len(cuts) - 1)
+                yield _Slice(rows, number, batch, last=index == len(cuts) - 1)
 
     def _open(self, schema: pa.Schema) -> _Stream:
-        """Ask the front for a ticket, go where it says and wait until the answer's schema is there."""
+        """Get a ticket from the front, open the stream it names, and wait for the answer's schema."""
 
         def attempt() -> _Stream:
             descriptor = self._descriptor if self._redirect else {**self._descriptor, "redirect": False}
@@ -200,13 +203,13 @@ class Exchange:
             front = self._connection.front()
             [endpoint] = front.get_flight_info(command, options).endpoints
             location = endpoint.locations[0].uri.decode() if endpoint.locations else None
-            # A runner that we cannot reach where it is may still be reached through the front.
+            # If the runner's socket cannot be opened, the next attempt asks for a stream through the front.
             self._redirect = location is None
             client = self._connection.runner(location) if location is not None else front
             try:
                 stream = _Stream(client, endpoint.ticket.ticket, schema)
             except LOST as error:
-                if retry_after(error):  # it was reached, and is full
+                if retry_after(error):  # the runner is full, but its socket can be opened
                     self._redirect = True
                 raise
             self._redirect = True
@@ -215,12 +218,12 @@ class Exchange:
 
         return self._connection.retry(attempt, self._connection.settings.retry_seconds)
 
-    def _blame(self, piece: _Piece, error: Exception) -> None:
-        piece.losses += 1
-        if piece.losses == LOSSES:
+    def _blame(self, sent: _Slice, error: Exception) -> None:
+        sent.losses += 1
+        if sent.losses == LOSSES:
             place = f"{self._place}, " if self._place else ""
             raise UnavailableError(
-                f"{place}record batch {piece.number}: {LOSSES} streams were lost while it was next in turn; "
+                f"{place}record batch {sent.number}: {LOSSES} streams were lost while it was next in turn; "
                 f"the sidecar's log says why (request {self._id}). The last one said: {translate(error)}"
             ) from error
 
@@ -228,25 +231,25 @@ class Exchange:
 class _Stream:
     """One DoExchange call: the caller's thread reads, a helper thread writes.
 
-    Only the caller's thread ends the call, or our half of it: Flight's client half-closes a call when it
-    reads that the server has ended it, and gRPC aborts the process if two threads do so at once.
+    Only the caller's thread closes the call or its sending side. Flight's client also closes the sending side
+    when it reads the end of the call, and gRPC aborts the process if two threads do so at once.
     """
 
     def __init__(self, client: flight.FlightClient, ticket: bytes, schema: pa.Schema):
         """Open the call and wait for the answer's schema.
 
         Raises:
-            FlightError: The server refused, or is not there.
+            FlightError: The server refused, or cannot be reached.
         """
         self.server = ""
         self._answered = 0
         self._queue: queue.SimpleQueue[pa.RecordBatch | None] = queue.SimpleQueue()
-        self._failure: Exception | None = None  # the helper's; set before it cancels
+        self._failure: Exception | None = None  # of the helper thread, which sets it before it cancels
         self._client = client
         self._writer, self._reader = client.do_exchange(flight.FlightDescriptor.for_command(ticket))
         try:
             self._writer.begin(schema)
-            self._reader.schema  # noqa: B018, waits for the answer's schema: now the stream is open
+            self._reader.schema  # noqa: B018, waits for the answer's schema, which opens the stream
         except BaseException:
             self._reader.cancel()
             self._finish()
@@ -254,12 +257,12 @@ class _Stream:
         self._helper = threading.Thread(target=self._write, name="flightsvc-writer", daemon=True)
         self._helper.start()
 
-    def send(self, piece: _Piece) -> None:
-        """Hand a piece to the helper. Never blocks."""
-        self._queue.put(piece.rows)
+    def send(self, sent: _Slice) -> None:
+        """Queue a slice for the helper thread; never blocks."""
+        self._queue.put(sent.rows)
 
     def read(self, rows: int) -> list[pa.RecordBatch]:
-        """Return the record batches that answer the next unanswered piece, which has so many rows.
+        """Return the record batches that answer the next slice, which has ``rows`` rows.
 
         Raises:
             _Lost: The stream ended without the answer.
@@ -289,13 +292,13 @@ class _Stream:
                 return parts
 
     def close(self) -> None:
-        """Half-close a stream whose pieces are all answered, and read its end."""
+        """Close the sending side of a stream whose slices are all answered, and read the end of the call."""
         self._queue.put(None)
         self._helper.join(_JOIN_SECONDS)
         self._finish()
 
     def cancel(self) -> None:
-        """End the call at once and wait, for a bounded time, until the helper has let go of it."""
+        """Cancel the call and wait, for a bounded time, for the helper thread to end."""
         self._reader.cancel()
         self._queue.put(None)
         self._helper.join(_JOIN_SECONDS)
@@ -303,7 +306,7 @@ class _Stream:
             self._finish()
 
     def _finish(self) -> None:
-        """Half-close the call and read its end; how it ended has been told, or is nobody's concern."""
+        """Close the sending side and read the end of the call; its status no longer matters."""
         with contextlib.suppress(*FLIGHT_ERRORS):
             self._writer.close()
 
@@ -311,19 +314,19 @@ class _Stream:
         try:
             while (rows := self._queue.get()) is not None:
                 self._writer.write_batch(rows)
-        except Exception as error:  # whatever it is, the reading thread must hear of it
+        except Exception as error:  # passed on to the reading thread, whatever it is
             self._failure = error
             self._reader.cancel()
 
 
-def _room(window: collections.deque[_Piece], batches: int) -> bool:
+def _room(window: collections.deque[_Slice], batches: int) -> bool:
     if len(window) >= batches:
         return False
-    return sum(int(piece.rows.nbytes) for piece in window) < MESSAGE_BYTES
+    return sum(int(sent.rows.nbytes) for sent in window) < MESSAGE_BYTES
 
 
 def _cut(batch: pa.RecordBatch, number: int) -> Iterator[pa.RecordBatch]:
-    """Yield slices of ``batch``, without a copy, of at most MESSAGE_BYTES each or of one row."""
+    """Yield slices of ``batch``, without copying, of at most MESSAGE_BYTES or of one row."""
     if batch.nbytes <= MESSAGE_BYTES:
         yield batch
     elif batch.num_rows > 1:
@@ -342,7 +345,7 @@ def _cut(batch: pa.RecordBatch, number: int) -> Iterator[pa.RecordBatch]:
 
 
 def join(parts: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """Return the parts as one record batch; a single part is itself, without a copy."""
+    """Return the parts as one record batch; a single part is not copied."""
     if len(parts) == 1:
         return parts[0]
     columns = [pa.concat_arrays([part.column(i) for part in parts]) for i in range(parts[0].num_columns)]

@@ -1,1 +1,1 @@
-"""Record batches and columns of Spark: what is checked on the driver, and what runs in the workers."""
+"""Models in Spark: checks on the driver, and the functions that run in the workers."""

@@ -1,9 +1,8 @@
-"""Functions of Arrow columns as Spark takes them, also where Spark hands out pandas only.
+"""Functions of Arrow arrays as functions of Spark; before Spark 4.1 by way of pandas.
 
-``arrow_udf`` is of Spark 4.1 and later. Before that a function gets pandas columns: Spark has made them from
-Arrow, and here they become Arrow again. What pandas cannot tell apart stays so: a null number is NaN to it,
-so NaN in a column of numbers is taken for a null there, and a null among the floats of an array for NaN.
-What is returned is handed over as it is.
+Spark 4.1 has ``arrow_udf``. Earlier versions convert Arrow to pandas columns, which are converted back here.
+pandas does not distinguish a null number from NaN: NaN in a column of numbers becomes null, and a null among
+the floats of an array becomes NaN. Results are passed to Spark without a conversion.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
     from pyspark.sql import Column
     from pyspark.sql.types import DataType, StructType
 
-_EXACT = 1 << 53  # double holds all integers below
-_INTEGER = pa.decimal128(20, 0)  # what Spark makes of uint64, and integers of no other type
-# The numbers in Spark's image struct and in its vector: doubles to pandas where one of them is null.
+_EXACT = 1 << 53  # a double represents all smaller integers
+_INTEGER = pa.decimal128(20, 0)  # Spark's type for uint64
+# Integer fields of Spark's image struct and vector; with a null among them, pandas has doubles.
 _COUNTS = {
     **dict.fromkeys(("height", "width", "nChannels", "mode", "size"), pa.int32()),
     "type": pa.int8(),
@@ -35,12 +34,12 @@ _COUNTS = {
 
 
 def scalar(function: Callable[..., pa.Array], returns: DataType, integers: tuple[bool, ...]) -> Any:
-    """Return ``function`` as a function of Spark's, called once per record batch.
+    """Return ``function`` as a function of Spark that is called once for each record batch.
 
     Args:
-        function: Takes one Arrow array for each column, returns one of Arrow's type for ``returns``.
+        function: Takes an Arrow array for each column and returns an array of the type ``returns``.
         returns: Spark's type of the result.
-        integers: Which columns feed nothing but integers: pandas has those as doubles where one is null.
+        integers: Which columns feed only integers; pandas has them as doubles if one is null.
     """
     try:
         from pyspark.sql.functions import arrow_udf  # type: ignore[attr-defined]
@@ -52,15 +51,13 @@ def scalar(function: Callable[..., pa.Array], returns: DataType, integers: tuple
 def iterator(
     function: Callable[[Iterator[Any]], Iterator[pa.Array]], name: str, returns: StructType
 ) -> tuple[Any, Callable[..., Column]]:
-    """Return ``function`` as a function of Spark's, called once per partition, and what calls it.
+    """Return ``function`` as a function of Spark that is called once for each partition, and its caller.
 
-    The first is what Spark registers. By pandas it returns no null, but a struct of nulls: what calls it puts
-    that right.
+    Spark registers the first. By way of pandas, a null becomes a struct of nulls; the second undoes that.
 
     Args:
-        function: Takes arrays, or tuples of them where it is called with several columns, and yields arrays
-            with as many rows in all.
-        name: What plans and errors call it.
+        function: Takes arrays, or tuples of arrays for several columns, and yields arrays with as many rows.
+        name: Its name in plans and errors.
         returns: Spark's type of the result.
     """
     try:
@@ -99,8 +96,8 @@ def _pandas_udf(function: Any, returns: DataType, kind: str) -> Any:
     from pyspark.sql.pandas.functions import PandasUDFType, pandas_udf
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Spark would rather have type hints, which name pandas
-        make: Any = pandas_udf  # its stubs know functions only
+        warnings.simplefilter("ignore")  # Spark recommends type hints, which would need pandas
+        make: Any = pandas_udf  # its stubs accept only functions
         return make(function, returns, getattr(PandasUDFType, kind))
 
 
@@ -112,7 +109,7 @@ def _arrow_type(returns: DataType) -> pa.DataType:
 
 @dataclasses.dataclass(frozen=True)
 class _OfSeries:
-    """A function of arrays as one of pandas columns; attributes as :func:`scalar` has them."""
+    """A function of arrays as a function of pandas columns; for the attributes see :func:`scalar`."""
 
     function: Callable[..., pa.Array]
     integers: tuple[bool, ...]
@@ -122,8 +119,8 @@ class _OfSeries:
     def __name__(self) -> str:
         return self.function.__name__
 
-    def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations, as some other kind
-        # In SQL a call may have more columns than there are parameters; what is called says so.
+    def __call__(self, *columns):  # type: ignore[no-untyped-def]  # Spark reads annotations
+        # In SQL a call may have too many columns; the function refuses them.
         integers = [*self.integers, *[False] * len(columns)]
         arrays = [to_arrow(column, integer) for column, integer in zip(columns, integers, strict=False)]
         return to_pandas(self.function(*arrays).cast(self.returns))
@@ -131,13 +128,13 @@ class _OfSeries:
 
 @dataclasses.dataclass(frozen=True)
 class _OfSeriesIterator:
-    """A function of arrays, one after the other, as one of pandas columns.
+    """A function of an iterator of arrays as a function of an iterator of pandas columns.
 
     Attributes:
-        function: As :func:`iterator` has it.
-        name: As there.
+        function: See :func:`iterator`.
+        name: See :func:`iterator`.
         returns: Arrow's type of the result.
-        held: Whether the result is the only field of a struct, and may be null.
+        held: Whether the result is put into a struct as its only field, so that it can be null.
     """
 
     function: Callable[[Iterator[Any]], Iterator[pa.Array]]
@@ -160,14 +157,14 @@ class _OfSeriesIterator:
 
 
 def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa.Array:
-    """Return a column that Spark hands to a function of pandas columns, a struct being a DataFrame.
+    """Return a pandas column of Spark as an Arrow array; a DataFrame is a struct.
 
     Args:
         column: The column.
-        integer: Whether nothing but integers is meant: a row with NaN becomes null.
+        integer: Whether the column has only integers; a row with NaN becomes null.
 
     Raises:
-        InvalidArgumentError: Its values have no type in common, or an integer is no longer exact.
+        InvalidArgumentError: The values have no common type, or an integer has lost digits.
     """
     if column.ndim == 2:
         fields = [
@@ -193,7 +190,7 @@ def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa
     try:
         if integer and column.dtype.kind == "f":
             return pa.array(column, from_pandas=True).cast(pa.int64())
-        # NaN is a value among the elements of an array, which is what from_pandas would not leave it.
+        # from_pandas would make nulls of NaN in the elements of arrays.
         return pa.array(cells, kind, from_pandas=column.dtype != object)
     except pa.ArrowException as error:
         raise InvalidArgumentError(
@@ -203,7 +200,7 @@ def to_arrow(column: pd.Series[Any] | pd.DataFrame, integer: bool = False) -> pa
 
 
 def _has_nan(cell: Any) -> bool:
-    """Tell whether an array of integers holds a null: pandas then has it as doubles, that one as NaN."""
+    """Tell whether an array of integers has a null, which pandas stores as NaN among doubles."""
     if getattr(cell, "dtype", None) is None:
         return False
     if cell.dtype.kind == "f":
@@ -212,17 +209,14 @@ def _has_nan(cell: Any) -> bool:
 
 
 def _one_dimensional(cell: Any) -> Any:
-    """Return a cell that Arrow reads: arrays of one dimension in lists; an empty one tells no type."""
+    """Return a cell that Arrow can read: nested arrays as lists, and empty arrays without a type."""
     if getattr(cell, "ndim", 0) == 0 or (cell.ndim == 1 and cell.size and cell.dtype != object):
         return cell
     return [_one_dimensional(element) for element in cell]
 
 
 def to_pandas(array: pa.Array) -> pd.Series[Any] | pd.DataFrame:
-    """Return an array as Spark takes it from a function of pandas columns: a struct as a DataFrame.
-
-    Nothing is copied.
-    """
+    """Return an Arrow array as a pandas column for Spark, a struct as a DataFrame; nothing is copied."""
     import pandas as pd
 
     if not pa.types.is_struct(array.type):
@@ -233,7 +227,7 @@ def to_pandas(array: pa.Array) -> pd.Series[Any] | pd.DataFrame:
 
 @functools.cache
 def _as_it_is() -> Any:
-    """Return the class of Arrow arrays in pandas which Spark does not turn into Python objects, and back."""
+    """Return a class of pandas arrays that Spark does not convert to Python objects and back."""
     import pandas as pd
 
     class AsItIs(pd.arrays.ArrowExtensionArray):  # type: ignore[misc]  # pandas has no stubs here

@@ -1,4 +1,4 @@
-"""Calls of a model as a function, in the workers: a stream for each function, closed when it is idle."""
+"""Functions in the workers: each keeps one stream open between its calls, until it is idle."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flightsvc.spark.dataframe import on_task_device, worker_connection
 from flightsvc.spark.loading import Loading
 
 _IDLE_SECONDS = 2.0
-"""A stream that no call has used for so long is closed: its model may then leave."""
+"""A stream without calls for so long is closed, so that its model can be unloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """What runs in the workers, once per record batch: columns in, the result out.
+    """The function that Spark calls in the workers, once for each record batch.
 
     Attributes:
         name: The function's name, for logs and errors.
-        key: Tells this function from all others.
-        request: What is asked of the model.
+        key: A unique key of the function.
+        request: The request to the model.
         parameters: The names of the columns.
-        positions: Which column feeds each input.
+        positions: The position of the column for each input.
         struct: Whether the result is a struct of all outputs.
         conf: ``spark.flightsvc.*`` of the driver's session.
     """
@@ -67,7 +67,7 @@ class Worker:
         return pa.StructArray.from_arrays(outputs.columns, fields=list(outputs.schema))
 
     def _bound(self, columns: Sequence[pa.Array], named: Mapping[str, pa.Array]) -> list[pa.Array]:
-        """Return a column for each parameter: of a Python function Spark checks neither names nor number."""
+        """Return a column for each parameter; Spark does not check names and number of arguments."""
         bound = [*columns, *(named[p] for p in self.parameters[len(columns) :] if p in named)]
         if len(bound) != len(self.parameters) or len(columns) + len(named) != len(bound):
             found = [f"{len(columns)} by position", *named]
@@ -80,21 +80,21 @@ class Worker:
     def answers(
         self, names: Sequence[str], batches: Iterator[pa.RecordBatch]
     ) -> Generator[Answer, None, None]:
-        """Yield the answers to ``batches``, each of which is asked for once the last is answered."""
+        """Yield the answers to ``batches``; a record batch is sent after the answer to the last one."""
         connection = worker_connection(self.request, self.conf)
         exchange = self.request.exchange(connection, names, self.positions, f"function {self.name}")
         return exchange.answers(batches, ahead=1)
 
 
 class _Calls:
-    """Calls of one function, schema and device in this process: a stream, from the first until it is idle."""
+    """The stream of one function, schema and device in this process, opened by the first call."""
 
     def __init__(self, worker: Worker, key: tuple[int, str, str, pa.Schema]):
         self._worker = worker
         self._key = key
-        self._turn = threading.Condition()  # guards what follows, and the stream
+        self._turn = threading.Condition()  # guards what follows and the stream
         self._answers: Generator[Answer, None, None] | None = None  # of the open stream
-        self._due: pa.RecordBatch | None = None  # what it sends next; None ends it
+        self._due: pa.RecordBatch | None = None  # the record batch to send next; None ends the stream
         self._used = 0.0
 
     def outputs(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -104,7 +104,7 @@ class _Calls:
             FlightsvcError: The request was refused, or the sidecar stayed away.
         """
         with self._turn:
-            answers, self._answers = self._answers, None  # not kept if it fails
+            answers, self._answers = self._answers, None  # a stream that fails is dropped
             try:
                 if answers is None:
                     answers = self._worker.answers(batch.schema.names, self._batches())
@@ -121,7 +121,7 @@ class _Calls:
                     self._forget()
 
     def _forget(self) -> None:
-        """Leave the process's calls: each :meth:`Model.udf` is a new function, and a worker sees many."""
+        """Remove the entry of this stream; each call of :meth:`Model.udf` makes a function with a new key."""
         with _all_calls_mutex:
             if _all_calls.get(self._key) is self:
                 del _all_calls[self._key]
@@ -132,7 +132,7 @@ class _Calls:
             yield batch
 
     def _watch(self, answers: Generator[Answer, None, None]) -> None:
-        """End the stream when it has been idle for long enough; leave when it has ended."""
+        """Close the stream after _IDLE_SECONDS without a call."""
         with self._turn:
             while self._answers is answers:
                 left = self._used + _IDLE_SECONDS - time.monotonic()
@@ -150,7 +150,7 @@ _all_calls_mutex = threading.Lock()
 
 
 def _calls(worker: Worker, schema: pa.Schema) -> _Calls:
-    """Return this process's calls of a function with columns of ``schema``, on the device of its request."""
+    """Return the stream of a function for columns of ``schema`` on the device of its request."""
     with _all_calls_mutex:
         key = (os.getpid(), worker.key, worker.request.device, schema)
         return _all_calls.setdefault(key, _Calls(worker, key))

@@ -1,12 +1,13 @@
-"""Models on DataFrames: checks on the driver, and the function that runs in the workers.
+"""Models on DataFrames: the checks on the driver, and the function that runs in the workers.
 
-The driver needs no more than this package and pyspark, a worker no more than pyarrow. Spark's
-configuration travels to the workers inside the function.
+The driver needs this package and pyspark, a worker this package and pyarrow. The function carries Spark's
+configuration to the workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Mapper:
-    """The function for ``mapInArrow``: record batches in, the same with the model's outputs out.
+    """A function for ``mapInArrow`` that adds the model's outputs to record batches.
 
-    The same rows are yielded in the same order, and the caller's columns are passed on as they are: one
-    record batch for each one read, or several small ones where columns are loaded.
+    It yields the same rows in the same order: one record batch for each one read, or several small ones if
+    columns are loaded.
 
     Attributes:
-        request: What is asked of the model.
-        known: The signature's inputs; empty when ``request`` names them itself.
+        request: The request to the model.
+        known: The inputs of the signature; empty if ``request`` names the inputs.
         conf: ``spark.flightsvc.*`` of the driver's session.
-        case_sensitive: Whether ``a`` and ``A`` are two columns.
-        sidecar: Name of the column that says which sidecar answered; ``None`` for none.
+        case_sensitive: Whether ``a`` and ``A`` are different columns.
+        sidecar: Name of the column for the sidecar that has answered; ``None``: no such column.
     """
 
     request: Request
@@ -59,7 +60,7 @@ class Mapper:
     sidecar: str | None
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Run in a worker, once per partition; nothing is opened for an empty one."""
+        """Run in a worker, once for each partition; an empty partition opens no stream."""
         first = next(batches, None)
         if first is None:
             return
@@ -68,7 +69,7 @@ class Mapper:
             positions = self.request.columns(names, self.known, self.case_sensitive)
             connection = worker_connection(self.request, self.conf)
             request = on_task_device(self.request)
-            every = _chain(first, batches)
+            every = itertools.chain([first], batches)
             answers = loading.answers(request, connection, first.schema, positions, every, place())
             try:
                 for answer in answers:
@@ -78,7 +79,7 @@ class Mapper:
 
 
 def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
-    """Return the connection of a worker to its front, which has the model of ``request`` from then on."""
+    """Return a worker's connection to its front, after making sure that the front has the model."""
     connection = shared(sidecars.for_worker, Settings.read(conf))
     if request.model.shipped:
         shipping.receive(connection, request.model.reference, request.model.name)
@@ -86,24 +87,23 @@ def worker_connection(request: Request, conf: dict[str, str]) -> Connection:
 
 
 def on_task_device(request: Request) -> Request:
-    """Return ``request`` for the GPUs that Spark gave this thread's task, unless it names a device itself."""
+    """Return ``request`` for the GPUs that Spark has assigned to this task, unless it names a device."""
     context = task()
     if request.device != "auto" or context is None:
         return request
-    given = context.resources().get("gpu")
-    return dataclasses.replace(request, device=",".join(given.addresses)) if given else request
+    assigned = context.resources().get("gpu")
+    return dataclasses.replace(request, device=",".join(assigned.addresses)) if assigned else request
 
 
 def for_workers(request: Request, session: SparkSession | None) -> Request:
-    """Return ``request`` as the workers of ``session`` send it: with a model of the driver shipped.
+    """Return ``request`` for the workers of ``session``: with ``specs``, and with the model by its digest.
 
-    It then knows the types of the inputs that workers load, too.
-
-    Without a session the model stays a folder of this machine, for a function that runs here.
+    A model in a folder of the driver is given to Spark. Without a session it stays a folder, for a function
+    that runs on this machine.
 
     Raises:
         NotFoundError: There is no such model or version on the driver.
-        InvalidArgumentError: It holds a link, or changed while it was read.
+        InvalidArgumentError: The folder contains a link, or a file changed while it was read.
     """
     model = request.model
     request = request.with_specs(lambda: model.inputs)
@@ -114,7 +114,7 @@ def for_workers(request: Request, session: SparkSession | None) -> Request:
 
 
 def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
-    """Return the function that runs ``request`` in the workers; see :meth:`Model.mapper`."""
+    """Return the function that sends ``request`` in the workers; see :meth:`Model.mapper`."""
     session = active_session()
     conf = conf_of(session)
     return Mapper(
@@ -127,7 +127,7 @@ def mapper(model: Model, request: Request, sidecar: str | None) -> Mapper:
 
 
 def output_schema(model: Model, schema: StructType, request: Request, sidecar: str | None) -> StructType:
-    """Return ``schema`` with the columns of the answer, all checked; see :meth:`Model.output_schema`."""
+    """Return ``schema`` with the columns of the answer, after checks; see :meth:`Model.output_schema`."""
     from pyspark.sql.types import StringType, StructField, StructType
 
     case_sensitive = is_case_sensitive(active_conf())
@@ -155,17 +155,10 @@ def output_schema(model: Model, schema: StructType, request: Request, sidecar: s
 
 
 def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
-    """Return ``df`` mapped to ``schema``.
-
-    Spark sends no two columns of one name through Arrow: such get other names meanwhile.
-    """
-    names = list(df.columns)
-    if len(set(names)) == len(names):
+    """Return ``df`` mapped to ``schema``; columns of one name are renamed meanwhile, as Arrow needs it."""
+    names = unlike(df.columns, mapper.case_sensitive)
+    if names == df.columns:
         return df.mapInArrow(mapper, schema)
-    for i, name in enumerate(names):
-        while name in names[:i]:
-            name += "_"
-        names[i] = name
     from pyspark.sql.types import StructField, StructType
 
     further = schema.fields[len(names) :]
@@ -173,6 +166,11 @@ def transform(df: DataFrame, mapper: Mapper, schema: StructType) -> DataFrame:
     return df.toDF(*names).mapInArrow(mapper, StructType([*sent, *further])).toDF(*schema.names)
 
 
-def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    yield first
-    yield from rest
+def unlike(names: list[str], case_sensitive: bool) -> list[str]:
+    """Return names that are all different to Spark: ``_`` is appended where they are not."""
+    result: list[str] = []
+    for name in names:
+        while any(same_name(name, other, case_sensitive) for other in result):
+            name += "_"
+        result.append(name)
+    return result

@@ -1,4 +1,4 @@
-"""Files that a worker reads, by their paths or by URIs that pyarrow knows."""
+"""Reading files in a worker, by paths or by URIs that pyarrow knows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flightsvc.errors import InvalidArgumentError
 from flightsvc.server.stream import ROW_BYTES
 
 _URI = re.compile(r"(?P<root>(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(//[^/]*)?)(?P<path>/.*|$)", re.DOTALL)
-_LENGTH = 300  # of a reason that is not ours
+_LENGTH = 300  # the longest reason from another library
 
 
 def read(path: str) -> bytes:
     """Return the bytes of a file, by its path on this host or by a URI that pyarrow knows.
 
-    ``file:/x`` and ``file:///x`` are paths. The text is taken as it is, as Spark writes the ``path`` of its
-    file sources; where there is no such file it is taken as percent-encoded, as ``input_file_name()`` is.
+    ``file:/x`` and ``file:///x`` are paths. The text is used literally, as in the column ``path`` of Spark's
+    file sources. If there is no such file, it is decoded from percent-encoding, as of ``input_file_name()``.
 
     Raises:
         InvalidArgumentError: There is no such file, or it cannot be read, or it is too large.
@@ -54,13 +54,13 @@ def read(path: str) -> bytes:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an exception says, in one line."""
+    """Return the text of an exception, in one line."""
     text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     return " ".join(text.split())[:_LENGTH]
 
 
 def _first(read: Callable[[str], bytes], path: str) -> bytes:
-    """Read a path as it is written, or else as its percent-encoding says."""
+    """Read a path literally, else decoded from percent-encoding."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _bounded(file: Any, size: int) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _file_system(root: str) -> tuple[Any, str]:
-    """Return pyarrow's file system for the root of a URI, ``scheme://host``, and the root's path in it.
+    """Return pyarrow's file system for the root of a URI, ``scheme://host``, and the path of the root in it.
 
     Raises:
         InvalidArgumentError: pyarrow knows no such scheme.
@@ -119,4 +119,4 @@ def _file_system(root: str) -> tuple[Any, str]:
 
 
 VALUE_BYTES = ROW_BYTES - (1 << 20)
-"""No loaded value may be larger."""
+"""The largest value that is loaded."""

@@ -1,10 +1,9 @@
 """Models as functions of columns, for DataFrames and in SQL.
 
-Spark asks a Python function for no argument types, so they are checked around it, before a task starts. For
-DataFrames each argument is wrapped in an expression that Spark evaluates while it analyses the query and
-that is gone afterwards. In SQL the name belongs to an SQL function with typed parameters, whose body calls
-the Python function: Spark itself checks and casts the arguments, knows the parameters by name, and lists,
-describes and drops the function as any other.
+Spark does not check the argument types of Python functions, so this package does before a task starts. For
+DataFrames, each argument is wrapped in an expression that Spark evaluates while it analyses the query; see
+``verdicts``. In SQL, a function with typed parameters calls the Python function. Spark checks and casts its
+arguments, knows its parameters by name, and lists, describes and drops it as any other function.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
     from flightsvc.model import Model
 
-_HIDDEN = "_flightsvc_"  # begins the name of the Python function below a registered one
+_HIDDEN = "_flightsvc_"  # the start of the name of the Python function that a registered function calls
 _IN_THE_WAY = "USER_DEFINED_FUNCTIONS.CANNOT_REPLACE_NON_SQL_UDF_WITH_SQL_UDF"
 
 
@@ -50,31 +49,29 @@ def register_udf(
     types: Mapping[str, str] | None = None,
     **options: Unpack[Options],
 ) -> None:
-    """Make ``model`` a temporary function of SQL: ``SELECT classify(content) FROM images``.
+    """Register ``model`` as a temporary function of SQL: ``SELECT classify(content) FROM images``.
 
-    Its parameters and its result are those of :meth:`Model.udf`. Each parameter has an SQL type, to which
-    Spark casts the argument. A function that has the name is replaced, once the new one is known to be in
-    order; ``DROP TEMPORARY FUNCTION`` drops it.
+    Parameters and result are those of :meth:`Model.udf`. Each parameter has an SQL type, to which Spark casts
+    the argument. An existing function of that name is replaced when the new one has been checked.
+    ``DROP TEMPORARY FUNCTION`` drops it.
 
-    A function whose only parameter is pictures takes them of each kind, unless ``types`` names one: paths or
-    URIs (string), files (binary) and Spark's image struct. A parameter of SQL has one type alone, so the name
-    is that of the Python function, which takes its argument as it is and refuses types that do not fit when
-    the query runs.
+    If the only parameter is pictures and ``types`` is absent, the function takes paths or URIs (string),
+    files (binary) and Spark's image structs. A parameter of an SQL function has only one type, so in this
+    case the Python function itself is registered: it refuses other types only when the query runs.
 
-    Spark 3.5 has no SQL functions: there all functions are such, and take their arguments by position.
+    Spark 3.5 has no SQL functions, so all functions are registered like that and take arguments by position.
 
     Args:
-        spark: The session that gets the function, classic or Connect.
+        spark: The session, classic or Connect.
         name: The function's name.
         model: The model.
-        types: SQL types by parameter, where one shall not be the first that the input takes:
-            ``{"x": "array<double>"}``.
+        types: SQL types of parameters that shall not have the default: ``{"x": "array<double>"}``.
         **options: See :class:`Options`.
 
     Raises:
-        InvalidArgumentError: A type does not feed its input, a parameter needs to be given one, two outputs
-            have one name, the name is that of a function of Spark's own, or ``types`` is given to Spark 3.5.
-        NotFoundError: No such model, signature, input or output.
+        InvalidArgumentError: A type does not fit its input, a parameter has no default type, two outputs have
+            one name, Spark has a function of that name, or ``types`` is given to Spark 3.5.
+        NotFoundError: There is no such model, signature, input or output.
     """
     from pyspark.errors import AnalysisException
 
@@ -102,11 +99,11 @@ def register_udf(
             for parameter in function.parameters
         )
     head = f"({parameters}) COMMENT {_literal(function.title)} RETURN"
-    # What Spark refuses it refuses here, where nothing is replaced yet.
+    # If Spark refuses the types, it does so for this trial, before anything is replaced.
     trial = f"{_HIDDEN}{uuid.uuid4().hex}"
     spark.sql(f"CREATE TEMPORARY FUNCTION {trial}{head} NULL")
     spark.sql(f"DROP TEMPORARY FUNCTION {trial}")
-    # Views may call the functions that they were made with and no others, so these keep their names.
+    # The Python function keeps its name: views may call only the functions that they were made with.
     spark.udf.register(_HIDDEN + name, function.arrow)
     body = f"{quoted(_HIDDEN + name)}({', '.join(map(quoted, function.parameters))})"
     create = f"CREATE OR REPLACE TEMPORARY FUNCTION {quoted(name)}{head} {body}"
@@ -120,10 +117,10 @@ def register_udf(
 
 
 def check_name(spark: SparkSession, name: str) -> None:
-    """Refuse a function's name that is one of Spark's own.
+    """Refuse a name that one of Spark's own functions has.
 
     Raises:
-        InvalidArgumentError: It is.
+        InvalidArgumentError: Spark has such a function.
     """
     system = {row[0] for row in spark.sql("SHOW SYSTEM FUNCTIONS").collect()}
     if name.lower() in system:
@@ -134,22 +131,22 @@ def check_name(spark: SparkSession, name: str) -> None:
 
 
 def udf(model: Model, request: Request) -> Function:
-    """Return the function of columns that asks ``request``; see :meth:`Model.udf`."""
+    """Return ``request`` as a function of columns; see :meth:`Model.udf`."""
     return _function("predict", model, request)
 
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A model as a function of columns: called with columns, by position or by name, it returns one.
+    """A model as a function of columns, which are given by position or by name.
 
     Attributes:
-        name: What plans and messages call it.
+        name: Its name in plans and messages.
         model: The model as the driver knows it.
-        request: What is asked of the model, as the workers send it.
+        request: The request that the workers send.
         parameters: The names of the parameters, in order.
-        positions: Which parameter feeds each input.
+        positions: The position of the parameter for each input.
         returns: Spark's type of the result.
-        case_sensitive: Whether ``a`` and ``A`` are two parameters.
+        case_sensitive: Whether ``a`` and ``A`` are different parameters.
         conf: ``spark.flightsvc.*`` of the driver's session.
     """
 
@@ -165,10 +162,10 @@ class Function:
     def __call__(self, *columns: Column | str, **named: Column | str) -> Column:
         """Return the model's outputs for ``columns``.
 
-        A column whose type does not feed its input is refused when Spark analyses the query.
+        Spark refuses a column whose type does not fit its input when it analyses the query.
 
         Raises:
-            InvalidArgumentError: A parameter has no column, or two, or there is no such parameter.
+            InvalidArgumentError: A parameter has no column or two, or there is no such parameter.
         """
         arguments = self._bind(columns, named)
         labels = [label_of(argument) for argument in arguments]
@@ -181,7 +178,7 @@ class Function:
 
     @functools.cached_property
     def arrow(self) -> Any:
-        """The function as Spark takes it, by position; it checks nothing."""
+        """The function for Spark, with arguments by position and unchecked."""
         from pyspark.sql.types import StructType
 
         struct = isinstance(self.returns, StructType)
@@ -196,7 +193,7 @@ class Function:
 
     @property
     def takes_pictures(self) -> bool:
-        """Whether the only parameter is pictures, of any kind: paths, files or structs."""
+        """Whether the only parameter is pictures: paths, files or structs."""
         return len(self.parameters) == 1 and all(
             self.model.is_picture(name) and entry.load is None
             for name, _, entry in self.feeds(self.parameters[0])
@@ -204,11 +201,11 @@ class Function:
 
     @property
     def title(self) -> str:
-        """Which model and signature this is."""
+        """The model and signature, for messages."""
         return f"model {self.model.name}, signature {self.model.signature}"
 
     def __reduce__(self) -> Any:
-        """Refuse to travel: what runs in the workers is :attr:`arrow`, this is of the driver.
+        """Refuse to be pickled: only :attr:`arrow` runs in the workers.
 
         Raises:
             InvalidArgumentError: Always.
@@ -219,7 +216,7 @@ class Function:
         )
 
     def feeds(self, parameter: str) -> Iterator[tuple[str, TensorSpec, Input]]:
-        """Yield the inputs that ``parameter`` feeds: the name, the type, and how."""
+        """Yield name, type and :class:`Input` of each input that ``parameter`` feeds."""
         inputs = self.model.inputs
         for name, position in self.positions.items():
             if self.parameters[position] == parameter:
@@ -245,7 +242,7 @@ class Function:
 
 
 def _function(name: str, model: Model, request: Request) -> Function:
-    """Return ``request`` as a function in the active session, its parameters and its result checked."""
+    """Return ``request`` as a function in the active session, after checking parameters and result."""
     from pyspark.sql.types import StructField, StructType
 
     session = active_session()
@@ -290,10 +287,10 @@ def _function(name: str, model: Model, request: Request) -> Function:
 
 
 def _parameter_type(function: Function, parameter: str, given: str | None) -> str:
-    """Return the SQL type of a parameter, ``given`` or the first that its input takes.
+    """Return the SQL type of a parameter: ``given``, or the first that its input takes.
 
     Raises:
-        InvalidArgumentError: It does not feed an input, or none is given where the input's rank is unknown.
+        InvalidArgumentError: The type does not fit an input, or none is given for an input of unknown rank.
     """
     from pyspark.sql.types import DataType, StructField
 
@@ -301,7 +298,7 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
     if given is None:
         name, spec, entry = feeds[0]
         if entry.load is not None:
-            given = "string"  # most loaders take paths or URIs
+            given = "string"  # mostly paths or URIs
         elif function.model.is_picture(name) or entry.encoding == "raw":
             given = "binary"
         elif spec.shape is None:
@@ -310,7 +307,7 @@ def _parameter_type(function: Function, parameter: str, given: str | None) -> st
                 f"{parameter!r} needs a type: types={{{parameter!r}: 'array<{ACCEPTED[spec.dtype][0]}>'}}"
             )
         else:
-            # Text becomes binary exactly, but not all binary is text.
+            # Any text can be cast to binary, but not all binary to text.
             element = "binary" if spec.dtype == "string" else ACCEPTED[spec.dtype][0]
             given = nested(element, len(spec.shape) - 1)
     kind = DataType.fromDDL(given)

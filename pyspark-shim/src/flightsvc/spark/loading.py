@@ -1,8 +1,8 @@
-"""Columns that a worker loads: files of pictures by their paths, and whatever a function of the user returns.
+"""Columns that workers load: files of pictures by their paths, and the results of a user's function.
 
-The values are loaded a few rows at a time and sent in the place of the column, which itself comes back
-beside the outputs. A row that cannot be loaded is treated as one that the server refuses: the server is
-asked for all reasons, and ``on_error`` is applied here.
+The worker loads a few rows at a time and sends the loaded values instead of the column; the result has the
+original column. A row that cannot be loaded counts as one that the server refuses. The server is asked for
+the reasons of all rows, and ``on_error`` is applied here.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from flightsvc.server.connection import Connection
 
 SLICE_ROWS = 64
-"""So many rows, or SLICE_BYTES of what was loaded for them, travel together."""
+"""The most rows that are sent together, with at most SLICE_BYTES of loaded values."""
 SLICE_BYTES = 8 << 20
 PICTURES = "string (paths or URIs), binary (files) or Spark's image struct"
-"""What columns of pictures hold."""
+"""The types of columns of pictures, for messages."""
 DEPTHS = {"uint8": 0, "float32": 5}
-"""OpenCV's depths by dtype; a picture's mode is depth + 8 * (channels - 1)."""
+"""OpenCV's depth by dtype; the mode of a picture is depth + 8 * (channels - 1)."""
 
-_ERROR = "_flightsvc_error"  # the error column on the wire where the caller asks for none
-_STRUCT = pa.struct(
-    [*((name, pa.int32()) for name in ("height", "width", "nChannels", "mode")), ("data", pa.binary())]
-)
+_ERROR = "_flightsvc_error"  # the error column on the wire if the caller wants none
+IMAGE_FIELDS = {**dict.fromkeys(("height", "width", "nChannels", "mode"), pa.int32()), "data": pa.binary()}
+"""The fields of Spark's image struct without ``origin``, with Arrow's types."""
+_STRUCT = pa.struct(list(IMAGE_FIELDS.items()))
 
 
 def answers(
@@ -49,17 +49,17 @@ def answers(
     batches: Iterable[pa.RecordBatch],
     place: str = "",
 ) -> Generator[Answer, None, None]:
-    """Yield the answers to ``batches``, whose columns are loaded where ``request`` says so.
+    """Yield the answers to ``batches``, after loading the columns for which ``request`` says so.
 
-    A record batch with such a column is answered in slices, in order; other ones are answered as they are.
+    If columns are loaded, a record batch is answered in several slices, in order.
 
     Args:
-        request: What is asked of the model.
-        connection: Where the front is.
-        schema: That of the record batches.
-        positions: Which column feeds each input, from :meth:`Request.columns`.
+        request: The request to the model.
+        connection: The connection to the front.
+        schema: The schema of the record batches.
+        positions: The position of the column for each input, from :meth:`Request.columns`.
         batches: The record batches.
-        place: Where this runs, for logs and errors.
+        place: The caller's place, for logs and errors.
 
     Raises:
         FlightsvcError: A row cannot be loaded and ``on_error`` is ``fail``, the request was refused, or the
@@ -69,7 +69,7 @@ def answers(
     if loading is None:
         yield from request.exchange(connection, schema.names, positions, place).answers(batches)
         return
-    # A loader may return files and then arrays: each kind has a stream of its own.
+    # A loader may return files, then arrays: each schema needs a stream of its own.
     for kind, slices in itertools.groupby(loading.slices(batches), lambda rows: rows.schema):
         exchange = loading.request.exchange(connection, kind.names, loading.positions, place)
         inner = exchange.answers(slices)
@@ -82,7 +82,7 @@ def answers(
 
 
 def image_fields(array: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Return an array as the fields of Spark's image struct but ``origin``; channels keep their order.
+    """Return an array as the fields of Spark's image struct without ``origin``; channels keep their order.
 
     Args:
         array: uint8 or float32, ``[height, width]`` or ``[height, width, channels]`` with 1, 3 or 4 channels.
@@ -106,11 +106,11 @@ def image_fields(array: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How the record batches of one schema are loaded, sent and answered.
+    """The loading of columns for record batches of one schema, and the answers for the caller.
 
     Attributes:
-        request: What the server is asked for: always with the reasons.
-        positions: Which column feeds each input, in what :meth:`slices` yields.
+        request: The request to the server, always with ``on_error="column"``.
+        positions: The position of the column for each input, in the record batches of :meth:`slices`.
     """
 
     request: Request
@@ -121,10 +121,10 @@ class Loading:
 
     @classmethod
     def of(cls, request: Request, schema: pa.Schema, positions: Mapping[str, int]) -> Loading | None:
-        """Return how columns of ``schema`` are loaded; ``None`` where no input asks for it.
+        """Return the loading of columns of ``schema``; ``None``: no column is loaded.
 
         Raises:
-            InvalidArgumentError: A column that pictures are made of holds something else.
+            InvalidArgumentError: A column for an input of pictures has another type.
         """
         columns: list[_Column] = []
         sent = dict(positions)
@@ -155,7 +155,7 @@ class Loading:
         return cls(full, sent, request, schema, tuple(columns))
 
     def slices(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield ``batches`` in slices of few rows: the columns, what was loaded, each row's place and reason.
+        """Yield ``batches`` in slices: the columns, the loaded columns, and each row's place and reason.
 
         Raises:
             InvalidArgumentError: A row cannot be loaded and ``on_error`` is ``fail``.
@@ -174,7 +174,7 @@ class Loading:
                 yield self._slice(batch.slice(start), rows, kinds)
 
     def apply_on_error(self, rows: pa.RecordBatch, outputs: pa.RecordBatch) -> pa.RecordBatch:
-        """Return the outputs for a slice as ``on_error`` wants them.
+        """Return the outputs for a slice after applying ``on_error``.
 
         Raises:
             InvalidArgumentError: A row cannot be run and ``on_error`` is ``fail``.
@@ -197,7 +197,7 @@ class Loading:
         return pa.RecordBatch.from_arrays(rows.columns[: len(self._schema)], schema=self._schema)
 
     def _rows(self, batch: pa.RecordBatch, number: int) -> Iterator[_Row]:
-        """Yield what is loaded for each row; nothing where a null in any input makes its outputs null."""
+        """Yield the loaded values of each row; a row whose outputs will be null is not loaded."""
         valid = pa.repeat(True, batch.num_rows)
         if self._asked.nulls == "null":
             for position in self.positions.values():
@@ -221,7 +221,7 @@ class Loading:
                 yield _Row(nothing, nothing, place, str(error))
 
     def _slice(self, batch: pa.RecordBatch, rows: list[_Row], kinds: list[Any]) -> pa.RecordBatch:
-        """Return rows with what was loaded for them; ``kinds`` has what was seen last, and goes on."""
+        """Return rows with their loaded values; ``kinds`` has the last type of each loaded column."""
         arrays = []
         for i, column in enumerate(self._columns):
             values = [row.values[i] for row in rows]
@@ -243,9 +243,9 @@ class Loading:
 
 @dataclasses.dataclass
 class _Row:
-    """What was loaded for a row, one value for each loaded column, or the reason why nothing was.
+    """The loaded values of a row, or the reason why it could not be loaded.
 
-    ``forms`` tells values that cannot be in one record batch; ``None`` goes with all.
+    Values of different ``forms`` cannot be in one record batch; ``None`` fits all.
     """
 
     values: list[Any]
@@ -258,7 +258,7 @@ class _Row:
         return sum(_size(value) for value in self.values)
 
     def fits(self, rows: list[_Row]) -> bool:
-        """Tell whether this row can be in one record batch with others, all of which can."""
+        """Tell whether this row can be in one record batch with ``rows``."""
         for i, form in enumerate(self.forms):
             other = next((row.forms[i] for row in rows if row.forms[i] is not None), None)
             if None not in (form, other) and form != other:
@@ -271,13 +271,13 @@ class _Column:
     """A column that is loaded.
 
     Attributes:
-        input: The input that it feeds.
-        name: The caller's name.
+        input: The name of the input that it feeds.
+        name: The caller's name for the column.
         position: Its position in the caller's record batches.
-        wire: The name of what is loaded, on the wire.
-        load: What makes it of a value.
-        entry: How it feeds the input.
-        spec: The input's type; ``None`` where it is made of pictures.
+        wire: The name of the loaded column on the wire.
+        load: The function that loads a value.
+        entry: The column's options.
+        spec: The input's type; ``None``: it is made from pictures.
     """
 
     input: str
@@ -289,14 +289,14 @@ class _Column:
     spec: TensorSpec | None
 
     def loaded(self, value: Any) -> Any:
-        """Return what is sent for a value: bytes, a picture's fields, or an array.
+        """Load a value and return it in the form to send: bytes, the fields of a picture, or an array.
 
         Raises:
-            InvalidArgumentError: There is nothing that can be sent; the text is the reason, in one line.
+            InvalidArgumentError: It cannot be loaded or sent; the text is the row's reason.
         """
         try:
             found = self.load(value)
-        except Exception as error:  # whatever a user's function raises is the row's
+        except Exception as error:  # any error of a user's function concerns only the row
             if self.load is read:
                 raise
             raise InvalidArgumentError(
@@ -317,13 +317,13 @@ class _Column:
         return found
 
     def form(self, value: Any) -> Any:
-        """Return what tells a loaded value from those that cannot be in one record batch with it."""
+        """Return a key that is equal for loaded values that can be in one record batch."""
         if value is None or isinstance(value, bytes | dict):
             return None if value is None else type(value)
         return value.shape if self.entry.pad is None else None
 
     def kind(self, value: Any) -> pa.DataType | None:
-        """Return Arrow's type for values such as this one; ``None``: that which the input has."""
+        """Return Arrow's type for a value; ``None``: the type of the input."""
         if self.spec is not None:
             return None
         return _STRUCT if isinstance(value, dict) else pa.binary()
@@ -355,7 +355,7 @@ class _Column:
         return image_fields(array)
 
     def _tensor(self, array: np.ndarray[Any, Any], spec: TensorSpec) -> np.ndarray[Any, Any]:
-        """Return an array as one row of the input, of the dtype that is sent."""
+        """Return an array as one row of the input, in the dtype of the wire."""
         import numpy as np
 
         returned = f"the loader returned an array {list(array.shape)} of {array.dtype}, {self._wants()}"
@@ -385,7 +385,7 @@ class _Column:
 
 
 def _sent(spec: TensorSpec) -> np.dtype[Any]:
-    """Return the dtype of the elements on the wire."""
+    """Return the dtype of an input's elements on the wire."""
     import numpy as np
 
     return np.dtype("float32" if spec.dtype in ("float16", "bfloat16") else spec.dtype)
@@ -426,16 +426,10 @@ def _size(value: Any) -> int:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_null(kind)
-        or pa.types.is_struct(kind)
-    )
+    return pa.types.is_struct(kind) or kind in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null())

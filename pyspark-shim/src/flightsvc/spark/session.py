@@ -1,4 +1,4 @@
-"""The Spark session that this package acts for, its configuration, and the task that runs here."""
+"""The Spark session that this package uses, its configuration, and the running task."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _CASE_SENSITIVE = "spark.sql.caseSensitive"
 
-_session: ContextVar[SparkSession | None] = ContextVar("flightsvc_session", default=None)  # see acting_for
+_session: ContextVar[SparkSession | None] = ContextVar("flightsvc_session", default=None)  # set by acting_for
 
 
 @contextlib.contextmanager
 def acting_for(session: SparkSession) -> Iterator[None]:
-    """Make ``session`` the active one of this package: its configuration counts, models go to its workers."""
+    """Use ``session`` as the active session of this package meanwhile."""
     token = _session.set(session)
     try:
         yield
@@ -30,9 +30,9 @@ def acting_for(session: SparkSession) -> Iterator[None]:
 
 
 def active_session() -> SparkSession | None:
-    """Return the session that this package acts for, else Spark's active one; ``None`` without any.
+    """Return the session of :func:`acting_for`, else Spark's active session; ``None``: there is none.
 
-    Spark's is this thread's, else the application's, classic or Connect.
+    Spark's active session is this thread's, else the application's, classic or Connect.
     """
     session = _session.get()
     if session is not None:
@@ -49,7 +49,7 @@ def active_session() -> SparkSession | None:
 
 
 def conf_of(session: SparkSession | None) -> dict[str, str]:
-    """Return the configuration of a session; empty without one."""
+    """Return the configuration of a session; empty for ``None``."""
     if session is None:
         return {}
     conf = session.conf
@@ -59,22 +59,22 @@ def conf_of(session: SparkSession | None) -> dict[str, str]:
 
 
 def settings_of(conf: dict[str, str]) -> dict[str, str]:
-    """Return ``spark.flightsvc.*`` of a session's configuration, the part that workers need."""
+    """Return the part of a session's configuration that workers need: ``spark.flightsvc.*``."""
     return {key: value for key, value in conf.items() if key.startswith(SPARK_PREFIX)}
 
 
 def active_conf() -> dict[str, str]:
-    """Return the configuration of the active session; empty where there is none."""
+    """Return the configuration of the active session; empty without a session."""
     return conf_of(active_session())
 
 
 def quoted(name: str) -> str:
-    """Return a name as SQL takes it, whatever is in it."""
+    """Return a name quoted for SQL."""
     return f"`{name.replace('`', '``')}`"
 
 
 def task() -> TaskContext | None:
-    """Return the context of the Spark task that this thread runs, if it runs one."""
+    """Return the context of this thread's Spark task; ``None``: the thread runs none."""
     if "pyspark" not in sys.modules:
         return None
     from pyspark import TaskContext
@@ -83,12 +83,12 @@ def task() -> TaskContext | None:
 
 
 def is_case_sensitive(conf: dict[str, str]) -> bool:
-    """Tell whether ``a`` and ``A`` are two columns."""
+    """Tell whether ``a`` and ``A`` are different columns."""
     return conf.get(_CASE_SENSITIVE, "false").lower() == "true"
 
 
 def place() -> str:
-    """Return where this thread's Spark task runs, for errors and logs; empty outside of one."""
+    """Return stage, partition and attempt of this thread's Spark task, for errors and logs; else ``""``."""
     context = task()
     if context is None:
         return ""

@@ -1,4 +1,4 @@
-"""Spark's types beside Arrow's and TensorFlow's: what an answer becomes, what can feed an input."""
+"""Spark's types: those of answers, and the check of columns that feed inputs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pyarrow as pa
 
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.mapping import Input, TensorSpec
-from flightsvc.spark.loading import PICTURES
+from flightsvc.spark.loading import IMAGE_FIELDS, PICTURES
 
 if TYPE_CHECKING:
-    from pyspark.sql.types import DataType, StructField
+    from pyspark.sql.types import DataType, StructField, StructType
 
     from flightsvc.model import Model
 
 _INTEGERS = ("tinyint", "smallint", "int", "bigint")
-_UNSIGNED = (*_INTEGERS, "decimal(20,0)")  # checked value by value by the server
-# Spark's element types that each tensor takes, the one to cast to first.
+_UNSIGNED = (*_INTEGERS, "decimal(20,0)")  # the server checks each value
+# Spark's element types for each dtype; the first is the one to cast to.
 ACCEPTED = {
     "bool": ("boolean",),
     "int8": ("tinyint",),
@@ -40,10 +40,10 @@ _VECTOR = "struct<type:tinyint,size:int,indices:array<int>,values:array<double>>
 
 
 def spark_type(arrow: pa.DataType) -> DataType:
-    """Return Spark's type for one that a server answers with.
+    """Return Spark's type for a type of an answer.
 
     Raises:
-        InvalidArgumentError: Spark has none.
+        InvalidArgumentError: Spark has no such type.
     """
     from pyspark.sql import types as spark
 
@@ -70,17 +70,17 @@ def spark_type(arrow: pa.DataType) -> DataType:
 
 
 def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: StructField) -> None:
-    """Refuse a column whose type cannot feed an input.
+    """Refuse a column whose type does not fit an input.
 
     Args:
-        model: The model, for the error.
+        model: The model.
         name: The input's name.
         spec: The input's type.
-        entry: How the column feeds it.
+        entry: The column's options.
         field: The column's type.
 
     Raises:
-        InvalidArgumentError: It cannot; the text has an expression that Spark can run where there is one.
+        InvalidArgumentError: The type does not fit. If a cast can help, the text has the SQL for it.
     """
     found, depth = _element(field.dataType)
     head = (
@@ -110,7 +110,7 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
         return
     wanted_depth = depth if spec.shape is None else len(spec.shape) - 1
     if found == "void" and depth <= wanted_depth:
-        return  # nothing but nulls
+        return  # a column of nulls
     if found == _VECTOR and depth == 0:
         if spec.dtype in ("float32", "float64") and (spec.shape is None or wanted_depth == 1):
             return
@@ -129,9 +129,9 @@ def check_input(model: Model, name: str, spec: TensorSpec, entry: Input, field: 
 
 
 def widened(kind: DataType, spec: TensorSpec) -> DataType | None:
-    """Return what a column of numbers is cast to for an input, ``None`` where it need not or must not be.
+    """Return the type to which a column of numbers is cast for a floating input; ``None``: it is not cast.
 
-    Any number feeds a floating input: it may lose digits, but nothing else. Whole inputs take what fits.
+    A cast to floating numbers may lose digits, but nothing else. Columns for integer inputs are not cast.
     """
     from pyspark.sql import types as spark
 
@@ -149,10 +149,10 @@ def widened(kind: DataType, spec: TensorSpec) -> DataType | None:
 
 
 def check_sendable(field: StructField) -> None:
-    """Refuse a column that Spark cannot hand to Python.
+    """Refuse a column that Spark cannot send to Python.
 
     Raises:
-        InvalidArgumentError: It cannot; the text says how to drop it.
+        InvalidArgumentError: It cannot; the text says how to drop the column.
     """
     from pyspark.errors import PySparkException
     from pyspark.sql.pandas.types import to_arrow_type
@@ -162,15 +162,25 @@ def check_sendable(field: StructField) -> None:
     )
     try:
         to_arrow_type(field.dataType, **told)
-    except (PySparkException, ValueError) as error:  # pyarrow's, for array<void> that has no null
+    except (PySparkException, ValueError) as error:  # pyarrow raises ValueError for array<void>
         raise InvalidArgumentError(
             f"column {field.name!r} is {field.dataType.simpleString()}, which Spark cannot send through "
             f"Arrow; drop it first: df.drop({field.name!r})"
         ) from error
 
 
+def image_type() -> StructType:
+    """Return Spark's image struct."""
+    from pyspark.sql.types import StringType, StructType
+
+    struct = StructType().add("origin", StringType())
+    for name, kind in IMAGE_FIELDS.items():
+        struct.add(name, spark_type(kind))
+    return struct
+
+
 def is_image(kind: DataType) -> bool:
-    """Tell whether a type is Spark's image struct; its origin may be missing."""
+    """Tell whether a type is Spark's image struct, with or without ``origin``."""
     from pyspark.sql.types import StructType
 
     fields = {f.name: f.dataType.simpleString() for f in kind.fields} if isinstance(kind, StructType) else {}
@@ -180,7 +190,7 @@ def is_image(kind: DataType) -> bool:
 
 
 def _element(kind: DataType) -> tuple[str, int]:
-    """Return the name of the type below all arrays, as Spark sends it, and how many arrays there are."""
+    """Return the name of the innermost element type, as Spark sends it, and the depth of arrays."""
     from pyspark.sql.types import ArrayType, StringType, UserDefinedType
 
     depth = 0
@@ -193,7 +203,7 @@ def _element(kind: DataType) -> tuple[str, int]:
 
 
 def _expression(name: str, found: str, depth: int, spec: TensorSpec, wanted_depth: int) -> str | None:
-    """Return the SQL that makes a column fit, or ``None`` if there is none that means the same."""
+    """Return SQL that converts a column for an input; ``None``: none keeps its meaning."""
     added = (spec.shape or ())[1 : 1 + max(0, wanted_depth - depth)]
     if (depth > wanted_depth and not wanted_depth) or any(size not in (-1, 1) for size in added):
         return None
@@ -215,14 +225,14 @@ def _expression(name: str, found: str, depth: int, spec: TensorSpec, wanted_dept
 
 
 def _number(found: str, dtype: str) -> tuple[str, str] | None:
-    """Return the SQL function that makes a number of a type for ``dtype``, and what type that is.
+    """Return the SQL that converts a type to a number for ``dtype``, and the type of that number.
 
-    Times are microseconds where those fit, else seconds; dates are days; all since 1970.
+    Times become microseconds if they fit, else seconds; dates become days; all since 1970.
     """
     if found in _NUMBERS or found.startswith("decimal"):
         return "{}", found
     if dtype in ("bool", "float16", "bfloat16", "int8", "uint8"):
-        return None  # no time or date is one
+        return None  # no time or date fits
     if found == "date":
         return "unix_date({})", "int"
     if not found.startswith("timestamp") or dtype in ("int16", "uint16"):
@@ -234,12 +244,12 @@ def _number(found: str, dtype: str) -> tuple[str, str] | None:
 
 
 def _mapped(function: str, expression: str, depth: int) -> str:
-    """Return ``function`` of ``expression``, of each element where it is nested."""
+    """Return ``function`` applied to ``expression``, or to each of its elements at ``depth``."""
     if depth == 0 or function == "{}":
         return function.format(expression)
     return f"transform({expression}, v{depth} -> {_mapped(function, f'v{depth}', depth - 1)})"
 
 
 def nested(element: str, depth: int) -> str:
-    """Return the name of an array type that is so deep."""
+    """Return the name of an array type of ``depth`` levels."""
     return "array<" * depth + element + ">" * depth

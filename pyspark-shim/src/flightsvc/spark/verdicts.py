@@ -1,4 +1,4 @@
-"""Types of columns checked while Spark analyses a query, by expressions that the optimizer removes."""
+"""Expressions that check the types of columns while Spark analyses a query; the optimizer removes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flightsvc.errors import InvalidArgumentError
 from flightsvc.mapping import Input, TensorSpec
 from flightsvc.spark.session import quoted
-from flightsvc.spark.types import check_input
+from flightsvc.spark.types import check_input, image_type
 
 if TYPE_CHECKING:
     from pyspark.sql import Column
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from flightsvc.model import Model
 
-# Of decimals only decimal(20,0) differs from the others, of strings all are one: pattern, replacement.
+# Types with one verdict are replaced by one of them: all decimals but decimal(20,0), and all strings.
 _DECIMAL = (r"decimal\((?!20,0\)).*?\)", "decimal(38,18)")
-_DEPTH = 6  # arrays less deep than this are looked at where the input does not tell its rank
+_DEPTH = 6  # the depth of arrays that are considered for an input of unknown rank
 _COLLATION = (r"string collate \w+", "string")
 _IMAGE = "struct<origin:string,height:int,width:int,nChannels:int,mode:int,data:binary>"
 _BEFORE = r"(?:[^<>]*(?:<[^<>]*>[^<>]*)*,)?"
@@ -29,19 +29,19 @@ IMAGES = "^struct<" + "".join(
     f"(?={_BEFORE}{field}[,>])"
     for field in ("height:int", "width:int", "nChannels:int", "mode:int", "data:binary")
 )
-"""Matches an image struct as typeof writes it: these fields in any order, perhaps beside others."""
-_PLAIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)  # a column's name that SQL takes unquoted
+"""A pattern for typeof of an image struct: these fields in any order, and perhaps others."""
+_PLAIN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)  # a column's name that needs no quotes in SQL
 
 
 @dataclasses.dataclass
 class Verdicts:
-    """What :func:`check_input` says of each type, in pieces: ``head``, the type, and why it is refused.
+    """The verdict of :func:`check_input` on each type: accepted, or refused with ``head``, type and suffix.
 
     Attributes:
-        accepted: The types that feed the input, as ``typeof`` writes them.
-        head: How each refusal begins.
-        refused: How it ends, each with the types of which that is said.
-        otherwise: How it ends for all other types.
+        accepted: The types that fit the input, as ``typeof`` writes them.
+        head: The start of each refusal.
+        refused: The suffix of a refusal, and the types it applies to.
+        otherwise: The suffix for all other types.
     """
 
     accepted: list[str]
@@ -51,10 +51,10 @@ class Verdicts:
 
     @staticmethod
     def of(model: Model, name: str, spec: TensorSpec, entry: Input, label: str) -> Verdicts:
-        """Ask for all types that are near the input's.
+        """Collect the verdicts on the usual types of columns.
 
         Raises:
-            InvalidArgumentError: None feeds the input.
+            InvalidArgumentError: No type fits the input.
         """
         from pyspark.sql.types import StructField, StructType
 
@@ -62,7 +62,7 @@ class Verdicts:
         refused: dict[str, list[str]] = {}
         depth = _DEPTH if spec.shape is None else len(spec.shape) + 2
         head = tail = ""
-        # The last is a type that feeds nothing and has no advice of its own.
+        # The last type fits no input; its refusal is that of all types that are not listed.
         for kind in [*_near(depth), StructType()]:
             text = kind.simpleString()
             try:
@@ -70,7 +70,7 @@ class Verdicts:
                 accepted.append(text)
             except InvalidArgumentError as error:
                 head, _, tail = str(error).partition(f"{text}, input ")
-                # An expression cannot be quoted, and Spark would double the backticks of a name.
+                # Spark doubles backticks in its message, so the advice names a plain column or a placeholder.
                 tail = tail.replace(quoted(label), label if _PLAIN.fullmatch(label) else "<column>")
                 refused.setdefault(f", input {tail}", []).append(text)
         if not accepted:
@@ -78,12 +78,12 @@ class Verdicts:
                 f"model {model.name}, signature {model.signature}: parameter {label!r}, input {tail}"
             )
         otherwise = f", input {tail}"
-        refused.pop(otherwise, None)  # said of all that are not listed
+        refused.pop(otherwise, None)  # the same as for types that are not listed
         return Verdicts(accepted, head, refused, otherwise)
 
 
 def _near(depth: int) -> Iterator[DataType]:
-    """Yield what columns hold, and arrays of it less than ``depth`` deep."""
+    """Yield the usual types of columns, and arrays of them of less than ``depth`` levels."""
     from pyspark.sql import types as spark
 
     integers = spark.ArrayType(spark.IntegerType())
@@ -94,10 +94,6 @@ def _near(depth: int) -> Iterator[DataType]:
         .add("indices", integers)
         .add("values", spark.ArrayType(spark.DoubleType()))
     )
-    picture = spark.StructType().add("origin", spark.StringType())
-    for name in ("height", "width", "nChannels", "mode"):
-        picture.add(name, spark.IntegerType())
-    picture.add("data", spark.BinaryType())
     elements: list[DataType] = [
         spark.NullType(),
         spark.BooleanType(),
@@ -115,7 +111,7 @@ def _near(depth: int) -> Iterator[DataType]:
         spark.TimestampType(),
         spark.TimestampNTZType(),
     ]
-    yield from (vector, picture)
+    yield from (vector, image_type())
     for element in elements:
         for _ in range(depth):
             yield element
@@ -125,17 +121,17 @@ def _near(depth: int) -> Iterator[DataType]:
 def checked(
     model: Model, feeds: Iterable[tuple[str, TensorSpec, Input]], label: str, argument: Column | str
 ) -> Column:
-    """Return ``argument`` in an expression that Spark refuses to analyse where its type does not fit."""
+    """Return ``argument`` in an expression that Spark refuses to analyse if its type does not fit."""
     from pyspark.sql import functions as F
 
     column = F.col(argument) if isinstance(argument, str) else argument
     found = F.typeof(column)
     plain = F.regexp_replace(F.regexp_replace(found, *_DECIMAL), *_COLLATION)
-    mark = F.concat(F.lit("|"), plain, F.lit("|"))  # a list as one text keeps the plan short
+    mark = F.concat(F.lit("|"), plain, F.lit("|"))  # one text for a list of types keeps the plan short
     for name, spec, entry in feeds:
         verdicts = Verdicts.of(model, name, spec, entry, label)
         if entry.load is not None:
-            continue  # it takes any type
+            continue  # a loader takes any type
         tail = F.lit(verdicts.otherwise)
         for advice, kinds in verdicts.refused.items():
             tail = F.when(_list(kinds).contains(mark), F.lit(advice)).otherwise(tail)
@@ -148,13 +144,13 @@ def checked(
 
 
 def of_type(function: str, argument: Column | str, pattern: str, wanted: str) -> Column:
-    """Return ``argument`` in an expression that Spark refuses to analyse where its type is another.
+    """Return ``argument`` in an expression that Spark refuses to analyse if its type does not match.
 
     Args:
-        function: Whose argument it is, for the refusal.
+        function: The name of the function, for the refusal.
         argument: The column.
-        pattern: A regular expression for the types that are taken, as ``typeof`` writes them.
-        wanted: How the refusal goes on after the column and its type.
+        pattern: A regular expression for the accepted types, as ``typeof`` writes them.
+        wanted: The end of the refusal, after the column and its type.
     """
     from pyspark.sql import functions as F
 
@@ -167,20 +163,20 @@ def of_type(function: str, argument: Column | str, pattern: str, wanted: str) ->
 def _unless(fits: Column, message: Column, column: Column) -> Column:
     """Return ``column`` in an expression that Spark refuses to analyse, with ``message``, unless ``fits``.
 
-    ``typeof`` is known to the analysis, and so must be the field that ``date_part`` extracts: with a type
-    that fits it is one, else our message, which the refusal quotes. All of it is constant, so the optimizer
-    leaves nothing but the column.
+    The field that ``date_part`` extracts must be a constant, which Spark checks during analysis; ``typeof``
+    is one. If the type fits, the field is YEAR. Else it is ``message``, which Spark's refusal quotes. The
+    optimizer folds all of it and leaves the column.
     """
     from pyspark.sql import functions as F
 
-    # Spark quotes it as a name, where backticks would be doubled.
+    # Spark quotes the field as a name and doubles backticks in it.
     refusal = F.concat(F.lit("`"), F.replace(message, F.lit("`"), F.lit("")), F.lit("`"))
     field = F.when(fits, F.lit("YEAR")).otherwise(refusal)
     return F.when(F.date_part(field, F.lit(datetime.date(1970, 1, 1))).isNotNull(), column)
 
 
 def label_of(argument: Column | str) -> str:
-    """Return what messages call an argument: Column<'a + 1'> is a + 1."""
+    """Return the text of an argument for messages: a + 1 for Column<'a + 1'>."""
     return argument if isinstance(argument, str) else str(argument)[len("Column<'") : -len("'>")]
 
 

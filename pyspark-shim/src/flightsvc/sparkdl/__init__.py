@@ -1,7 +1,7 @@
-"""The names of sparkdl, Databricks' Deep Learning Pipelines 0.1 to 1.6, on this package.
+"""The names of sparkdl, Databricks' Deep Learning Pipelines 0.1 to 1.6, implemented by this package.
 
-A notebook moves by its imports: ``sparkdl`` becomes ``flightsvc.sparkdl``, here and in all modules below.
-What is not carried over raises :class:`RemovedError` when it is imported, and says what to use instead.
+To move a notebook, replace ``sparkdl`` by ``flightsvc.sparkdl`` in its imports. Importing a name that is not
+available raises :class:`RemovedError`, which says what to use instead.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "registerKerasImageUDF",
 ]
 
-# Imported when they are asked for: a worker that needs a function below needs no pyspark.ml.
+# Imported on first use, because workers that import a module of this package need no pyspark.ml.
 _MODULES = {
     "DeepImageFeaturizer": "transformers.named_image",
     "DeepImagePredictor": "transformers.named_image",

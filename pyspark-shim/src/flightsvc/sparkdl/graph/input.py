@@ -1,4 +1,4 @@
-"""Graphs with their inputs and outputs."""
+"""The module ``sparkdl.graph.input``: graphs with their inputs and outputs."""
 
 from flightsvc.export.graph import TFInputGraph
 

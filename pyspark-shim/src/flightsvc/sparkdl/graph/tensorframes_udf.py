@@ -28,27 +28,26 @@ def makeGraphUDF(
     blocked: bool = False,
     register: bool = True,
 ) -> Function:
-    """Make a graph of TensorFlow 1 a function of the active session: ``SELECT name(x, y) FROM points``.
+    """Make a graph of TensorFlow 1 a function in the active session: ``SELECT name(x, y) FROM points``.
 
-    Each placeholder that the fetches need is a parameter, named after it and ordered by name; with one
-    parameter ``SELECT name(x)`` takes any column. One fetch gives its value, several a struct of them, fields
-    ordered by name. Variables have the values of the default session, or must be constants.
+    The parameters are the placeholders that the fetches need, sorted by name. The result is the only fetch,
+    or a struct of several fetches, sorted by name. Variables have their values in the default session.
 
     Args:
         graph: The graph.
         udf_name: The function's name.
-        fetches: What is computed: tensors, operations or names.
-        feeds_to_fields_map: Placeholder to the name of its parameter, where that is another.
-        blocked: The graph takes many rows at once, first dimension unknown; else one row, without a batch
-            dimension.
-        register: Give it its name in SQL.
+        fetches: The results: tensors, operations or names.
+        feeds_to_fields_map: Placeholder to the name of its parameter, if that is another.
+        blocked: Whether the graph takes many rows, with an unknown first dimension; else it takes one row,
+            without a batch dimension.
+        register: Whether the function is registered for SQL.
 
     Returns:
         The function of columns: ``df.select(f("x", "y"))``. sparkdl returned a handle of the JVM.
 
     Raises:
-        TypeError: ``graph`` is no ``tf.Graph``, or a fetch is no tensor.
-        AssertionError: A fetch belongs to another graph, or the map names what is no placeholder.
+        TypeError: ``graph`` is not a ``tf.Graph``, or a fetch is not a tensor.
+        AssertionError: A fetch is in another graph, or the map names something else than a placeholder.
         NotFoundError: The graph has no such tensor.
         InvalidArgumentError: There is no session, no fetch or no placeholder, or a variable without a value.
     """

@@ -1,12 +1,12 @@
-"""The module ``sparkdl.graph.utils``, mostly imported as ``tfx``: names, tensors and operations of graphs.
+"""The module ``sparkdl.graph.utils``, often imported as ``tfx``: names, tensors and operations of graphs.
 
-Objects are tensors, operations, or names: ``op`` or ``op:0``.
+Arguments are tensors, operations, or names: ``op`` or ``op:0``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import NotFoundError
@@ -37,7 +37,7 @@ def validated_graph(graph: tf.Graph) -> tf.Graph:
     """Return ``graph``.
 
     Raises:
-        TypeError: It is no ``tf.Graph``.
+        TypeError: It is not a ``tf.Graph``.
     """
     tf = import_tensorflow()
     if not isinstance(graph, tf.Graph):
@@ -46,10 +46,10 @@ def validated_graph(graph: tf.Graph) -> tf.Graph:
 
 
 def get_shape(tfobj_or_name: Any, graph: tf.Graph) -> list[int]:
-    """Return the shape of a tensor, -1 for each size that is not known.
+    """Return the shape of a tensor, with -1 for unknown sizes.
 
     Raises:
-        ValueError: Its rank is not known.
+        ValueError: Its rank is unknown.
         TypeError, NotFoundError, AssertionError: As :func:`get_tensor`.
     """
     shape = get_tensor(tfobj_or_name, graph).shape
@@ -62,41 +62,31 @@ def get_op(tfobj_or_name: Any, graph: tf.Graph) -> tf.Operation:
     """Return an operation of ``graph``.
 
     Raises:
-        TypeError: It is no name, tensor or operation, or no graph.
+        TypeError: An argument has the wrong type.
         NotFoundError: The graph has no operation of that name.
-        AssertionError: It belongs to another graph.
+        AssertionError: The object is in another graph.
     """
-    graph = validated_graph(graph)
-    _of(tfobj_or_name, graph)
-    name = op_name(tfobj_or_name)
-    try:
-        return graph.get_operation_by_name(name)
-    except (KeyError, ValueError):
-        raise NotFoundError(f"the graph has no operation {name!r}") from None
+    find = validated_graph(graph).get_operation_by_name
+    return _found(tfobj_or_name, graph, find, op_name(tfobj_or_name), "operation")
 
 
 def get_tensor(tfobj_or_name: Any, graph: tf.Graph) -> tf.Tensor:
-    """Return a tensor of ``graph``; of an operation the first.
+    """Return a tensor of ``graph``: for an operation its first output.
 
     Raises:
-        TypeError: It is no name, tensor or operation, or no graph.
+        TypeError: An argument has the wrong type.
         NotFoundError: The graph has no tensor of that name.
-        AssertionError: It belongs to another graph.
+        AssertionError: The object is in another graph.
     """
-    graph = validated_graph(graph)
-    _of(tfobj_or_name, graph)
-    name = tensor_name(tfobj_or_name)
-    try:
-        return graph.get_tensor_by_name(name)
-    except (KeyError, ValueError):
-        raise NotFoundError(f"the graph has no tensor {name!r}") from None
+    find = validated_graph(graph).get_tensor_by_name
+    return _found(tfobj_or_name, graph, find, tensor_name(tfobj_or_name), "tensor")
 
 
 def tensor_name(tfobj_or_name: Any, graph: tf.Graph | None = None) -> str:
-    """Return the name of a tensor, ``op:0`` for that of an operation; looked up in ``graph`` if it is given.
+    """Return the name of a tensor, ``op:0`` for an operation; it must be in ``graph`` if that is given.
 
     Raises:
-        TypeError: It is no name, tensor or operation.
+        TypeError: It is not a name, tensor or operation.
         NotFoundError, AssertionError: As :func:`get_tensor`.
     """
     if graph is not None:
@@ -106,10 +96,10 @@ def tensor_name(tfobj_or_name: Any, graph: tf.Graph | None = None) -> str:
 
 
 def op_name(tfobj_or_name: Any, graph: tf.Graph | None = None) -> str:
-    """Return the name of an operation, or of that which makes a tensor; looked up in ``graph`` if given.
+    """Return the name of an operation, or of that of a tensor; it must be in ``graph`` if that is given.
 
     Raises:
-        TypeError: It is no name, tensor or operation.
+        TypeError: It is not a name, tensor or operation.
         NotFoundError, AssertionError: As :func:`get_op`.
     """
     if graph is not None:
@@ -121,7 +111,7 @@ def add_scope_to_name(scope: str, name: str) -> str:
     """Return ``name`` in the scope ``scope``, which may be empty.
 
     Raises:
-        TypeError: One is no text.
+        TypeError: An argument is not text.
     """
     for text in (scope, name):
         if not isinstance(text, str):
@@ -130,15 +120,15 @@ def add_scope_to_name(scope: str, name: str) -> str:
 
 
 def validated_output(tfobj_or_name: Any, graph: tf.Graph) -> str:
-    """Return the operation's name of an output of ``graph``; raises as :func:`get_op`."""
+    """Return the name of the operation of an output of ``graph``; raises as :func:`get_op`."""
     return op_name(tfobj_or_name, graph)
 
 
 def validated_input(tfobj_or_name: Any, graph: tf.Graph) -> str:
-    """Return the operation's name of a placeholder of ``graph``; raises as :func:`get_op`.
+    """Return the name of a placeholder of ``graph``; raises as :func:`get_op`.
 
     Raises:
-        AssertionError: It is something else than a placeholder.
+        AssertionError: It is not a placeholder.
     """
     operation = get_op(tfobj_or_name, graph)
     if not operation.type.startswith("Placeholder"):
@@ -157,7 +147,7 @@ def strip_and_freeze_until(
     Args:
         fetches: Tensors, operations or names.
         graph: The graph.
-        sess: Has the values of the variables; ``None``: the default session, if it is one of this graph.
+        sess: A session with the values of variables; ``None``: the default session, if it is of this graph.
         return_graph: Return a ``tf.Graph`` instead of a ``GraphDef``.
 
     Raises:
@@ -178,7 +168,7 @@ def strip_and_freeze_until(
 
 
 def _parts(found: Any) -> tuple[str, str | None]:
-    """Return the operation and the number of the tensor, if it is one, or says so."""
+    """Return the name of the operation, and the number of the output if it is given."""
     tf = import_tensorflow()
     if isinstance(found, tf.Operation):
         return found.name, None
@@ -192,7 +182,11 @@ def _parts(found: Any) -> tuple[str, str | None]:
     return match["op"], match["index"]
 
 
-def _of(found: Any, graph: tf.Graph) -> None:
-    """Refuse an object of another graph."""
-    if not isinstance(found, str) and getattr(found, "graph", graph) is not graph:
-        raise GraphError(f"{op_name(found)!r} belongs to another graph")
+def _found(given: Any, graph: tf.Graph, find: Callable[[str], Any], name: str, what: str) -> Any:
+    """Return what ``find`` finds in ``graph``; refuse an object in another graph."""
+    if not isinstance(given, str) and getattr(given, "graph", graph) is not graph:
+        raise GraphError(f"{op_name(given)!r} belongs to another graph")
+    try:
+        return find(name)
+    except (KeyError, ValueError):
+        raise NotFoundError(f"the graph has no {what} {name!r}") from None

@@ -1,8 +1,8 @@
-"""Pictures in columns, arrays and Pillow: the names of ``sparkdl.image.imageIO``, on :mod:`flightsvc.image`.
+"""The module ``sparkdl.image.imageIO``: pictures in columns, in arrays and of Pillow.
 
-A picture is Spark's image struct: ``origin``, ``height``, ``width``, ``nChannels``, ``mode``, ``data`` in
-this order, blue before green before red. What is named after Pillow needs it (``pip install pillow``), also
-in the workers where it is the ``decode_f`` of :func:`readImagesWithCustomFn`.
+A picture is Spark's image struct with the fields ``origin``, ``height``, ``width``, ``nChannels``, ``mode``
+and ``data``; pixels are blue, green, red. Functions for Pillow need it (``pip install pillow``), also in
+workers that run them for :func:`readImagesWithCustomFn`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from flightsvc import image
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
+from flightsvc.spark.loading import IMAGE_FIELDS
 from flightsvc.spark.session import active_session
 from flightsvc.sparkdl.removed import removed
 
@@ -41,13 +42,13 @@ __all__ = [
     "readImagesWithCustomFn",
 ]
 
-_SLICE_BYTES = 16 << 20  # so many bytes of pictures, or one picture, leave a worker together
+_SLICE_BYTES = 16 << 20  # the most bytes of pictures in a record batch, unless it has only one
 
 __getattr__ = removed(__name__)
 
 
 class ImageType(NamedTuple):
-    """What a picture's ``mode`` says.
+    """The meaning of a picture's ``mode``.
 
     Attributes:
         name: OpenCV's name.
@@ -70,42 +71,42 @@ _TYPES = [
 
 
 def imageTypeByOrdinal(ordinal: int) -> ImageType:
-    """Return what a picture's ``mode`` says.
+    """Return the type of a picture with the mode ``ordinal``.
 
     Raises:
-        NotFoundError: There is no such mode; it is a KeyError.
+        NotFoundError: There is no such mode; it is also a KeyError.
     """
-    for kind in _TYPES:
-        if kind.ord == ordinal:
-            return kind
-    known = ", ".join(str(kind.ord) for kind in _TYPES)
+    known = {kind.ord: kind for kind in _TYPES}
+    if ordinal in known:
+        return known[ordinal]
     hint = "; Spark gives -1 to a picture that it cannot read" if ordinal == -1 else ""
-    raise NotFoundError(f"unsupported image type with ordinal {ordinal!r}; there are {known}{hint}")
+    raise NotFoundError(
+        f"unsupported image type with ordinal {ordinal!r}; there are {', '.join(map(str, known))}{hint}"
+    )
 
 
 def imageTypeByName(name: str) -> ImageType:
-    """Return the mode that OpenCV calls ``name``, such as ``CV_8UC3``.
+    """Return the type of pictures that OpenCV calls ``name``, such as ``CV_8UC3``.
 
     Raises:
-        NotFoundError: There is no such mode; it is a KeyError.
+        NotFoundError: There is no such mode; it is also a KeyError.
     """
-    for kind in _TYPES:
-        if kind.name == name:
-            return kind
-    known = ", ".join(kind.name for kind in _TYPES)
-    raise NotFoundError(f"unsupported image type with name {name!r}; there are {known}")
+    known = {kind.name: kind for kind in _TYPES}
+    if name in known:
+        return known[name]
+    raise NotFoundError(f"unsupported image type with name {name!r}; there are {', '.join(known)}")
 
 
 def imageArrayToStruct(imgArray: Array, origin: str = "") -> Row:
     """Return an array as a picture for a column of type ``flightsvc.image.schema()``.
 
     Args:
-        imgArray: uint8 or float32, ``[height, width, channels]`` with 1, 3 or 4 channels, whose order stays;
-            a batch of one, or ``[height, width]``, will do.
-        origin: Where the picture is from.
+        imgArray: uint8 or float32, ``[height, width, channels]`` with 1, 3 or 4 channels, a batch of one, or
+            ``[height, width]``. The order of channels is not changed.
+        origin: The source of the picture.
 
     Raises:
-        InvalidArgumentError: The array has another type or shape; it is a ValueError.
+        InvalidArgumentError: The array has another type or shape; it is also a ValueError.
     """
     if imgArray.ndim == 4:
         if imgArray.shape[0] != 1:
@@ -118,12 +119,12 @@ def imageArrayToStruct(imgArray: Array, origin: str = "") -> Row:
 
 
 def imageStructToArray(imageRow: Row | Mapping[str, Any]) -> Array:
-    """Return a picture as an array ``[height, width, channels]`` of uint8 or float32, channels as they are.
+    """Return a picture as an array ``[height, width, channels]`` of uint8 or float32.
 
-    It views the picture's bytes, without a copy.
+    The array shares the picture's bytes and order of channels.
 
     Raises:
-        InvalidArgumentError: The picture is null, invalid, or its numbers do not agree; it is a ValueError.
+        InvalidArgumentError: The picture is null or invalid; it is also a ValueError.
     """
     return image.to_array(imageRow)
 
@@ -132,7 +133,7 @@ def imageStructToPIL(imageRow: Row | Mapping[str, Any]) -> Image.Image:
     """Return a picture of uint8 as one of Pillow: ``L``, ``RGB`` or ``RGBA``.
 
     Raises:
-        InvalidArgumentError: It is of float32, null, invalid, or its numbers do not agree.
+        InvalidArgumentError: The picture is of float32, null or invalid.
     """
     from PIL import Image
 
@@ -147,9 +148,9 @@ def imageStructToPIL(imageRow: Row | Mapping[str, Any]) -> Image.Image:
 def PIL_to_imageStruct(img: Image.Image) -> Array:
     """Return a picture of Pillow as an array ``[height, width, channels]``, uint8, blue first.
 
-    In spite of its name it returns no struct: give the array to :func:`imageArrayToStruct`. Grey pictures
-    have one channel, such with alpha or a transparent colour four, all others three: palettes, CMYK, YCbCr
-    and the like become colours. Of 16 bits the upper 8 are kept.
+    In spite of its name it returns an array, for :func:`imageArrayToStruct`. Grey pictures have one channel,
+    pictures with alpha or a transparent colour four, all others three: palettes, CMYK, YCbCr and the like
+    become colours. Of 16 bits the upper 8 are kept.
 
     Raises:
         InvalidArgumentError: The picture's mode is ``F``.
@@ -179,11 +180,11 @@ def _plain(img: Image.Image) -> Image.Image:
 
 
 def fixColorChannelOrdering(currentOrder: str, imgAry: Array) -> Array:
-    """Return an array of channels in ``currentOrder`` with blue first, as columns have them, alpha last.
+    """Return an array with channels in ``currentOrder`` in the order of columns: blue, green, red, alpha.
 
     Args:
-        currentOrder: ``RGB``, ``BGR`` or ``L``, which is grey.
-        imgAry: Channels last; with ``L`` there is one, or no such dimension.
+        currentOrder: ``RGB``, ``BGR`` or ``L`` (grey).
+        imgAry: An array with channels last; for ``L`` with one channel, or without that dimension.
 
     Raises:
         InvalidArgumentError: There is no such order, or the array has other channels.
@@ -202,26 +203,26 @@ def fixColorChannelOrdering(currentOrder: str, imgAry: Array) -> Array:
 
 
 def _reversed(array: Array) -> Array:
-    """Return colours in the other order, alpha where it was."""
+    """Return colours in the opposite order, and alpha last."""
     return array[..., [2, 1, 0, 3]] if array.shape[-1] == 4 else array[..., ::-1]
 
 
 def createResizeImageUDF(
     size: tuple[int, int], *, onError: str = "fail", errorCol: str = "error"
 ) -> Callable[..., Column]:
-    """Return a function of columns that stretches pictures to ``size``, in the sidecar.
+    """Return a function of columns that stretches pictures to ``size`` in the sidecar.
 
-    ``df.select(createResizeImageUDF((224, 224))("image").alias("image"))``. The column holds pictures, or
-    encoded files. Numbers are those of ``bicubic`` with antialiasing, Pillow's default filter; a picture of
-    this size already stays as it is, a null stays null. :func:`flightsvc.image.resize` has more choices.
+    ``df.select(createResizeImageUDF((224, 224))("image").alias("image"))``. The column has pictures or
+    encoded files. The filter is ``bicubic`` with antialiasing, as Pillow's default; a picture of that size is
+    not changed, a null stays null. :func:`flightsvc.image.resize` has more options.
 
     Args:
         size: Height and width, in pixels.
-        onError: What becomes of a bad picture, as in :func:`flightsvc.image.decode`.
-        errorCol: With ``column``, the field with the reason.
+        onError: As ``on_error`` of :func:`flightsvc.image.decode`.
+        errorCol: As ``error_column`` there.
 
     Raises:
-        InvalidArgumentError: ``size`` is not two numbers, or ``onError`` none of its choices.
+        InvalidArgumentError: ``size`` is not two numbers, or ``onError`` is invalid.
     """
     if len(size) != 2:
         raise InvalidArgumentError(f"New image size should have format [height, width] but got {size}")
@@ -240,12 +241,12 @@ def filesToDF(
 ) -> DataFrame:
     """Return the files of a folder: ``filePath``, a string, and ``fileData``, binary.
 
-    They are read by Spark's file source ``binaryFile``, lazily; empty files are no rows.
+    Spark's file source ``binaryFile`` reads them lazily and skips empty files.
 
     Args:
-        sc: A session; with a context, or ``None``, it is the active one.
+        sc: A session; for a context or ``None``, the active session is used.
         path: A folder, a file or a pattern.
-        numPartitions: Makes so many partitions, by a shuffle of the files; absent: as Spark reads them.
+        numPartitions: Number of partitions, made by a shuffle; ``None``: Spark's partitions.
 
     Raises:
         InvalidArgumentError: There is no session.
@@ -261,7 +262,7 @@ def filesToDF(
 def PIL_decode(raw_bytes: bytes) -> Array:
     """Return an encoded file as an array ``[height, width, channels]``, uint8, blue first, by Pillow.
 
-    It is turned upright, as EXIF says; channels are those of :func:`PIL_to_imageStruct`.
+    It is turned upright by EXIF; channels are those of :func:`PIL_to_imageStruct`.
 
     Raises:
         OSError: Pillow cannot read it.
@@ -273,7 +274,7 @@ def PIL_decode_and_resize(size: tuple[int, int]) -> Callable[[bytes], Array]:
     """Return :func:`PIL_decode` with a resize to ``size``, by Pillow's ``bicubic``.
 
     Args:
-        size: Width and height, in pixels: Pillow's order, unlike everywhere else here.
+        size: Width and height, in pixels. This is Pillow's order, unlike all other sizes here.
     """
 
     def decode(raw_bytes: bytes) -> Array:
@@ -300,23 +301,22 @@ def readImagesWithCustomFn(
     onError: str = "null",
     errorCol: str = "error",
 ) -> DataFrame:
-    """Return the files of a folder as the column ``image``, each decoded by a function of yours.
+    """Return the files of a folder as the column ``image``, decoded by a function of the caller.
 
-    :func:`flightsvc.image.read_images` needs no function and no imaging library in the workers.
+    :func:`flightsvc.image.read_images` needs no function, and no imaging library in the workers.
 
     Args:
         path: As in :func:`filesToDF`.
-        decode_f: Makes an array of a file's bytes, as :func:`imageArrayToStruct` takes it, blue first; it
-            runs in the workers, which need what it imports. :func:`PIL_decode` is one.
-        numPartition: As in :func:`filesToDF`.
-        onError: What a file that ``decode_f`` raises an error for, or makes no picture of, does: its
-            ``image`` is ``null``, as in sparkdl; null with its path and the reason in ``errorCol``
-            (``column``), the last column; or it fails the job, by name (``fail``).
+        decode_f: A function of a file's bytes that returns an array for :func:`imageArrayToStruct`, blue
+            first. It runs in the workers, which need its imports. :func:`PIL_decode` is one.
+        numPartition: As ``numPartitions`` of :func:`filesToDF`.
+        onError: For a file that ``decode_f`` cannot decode: make its ``image`` ``null``, as in sparkdl; make
+            it null and write path and reason into ``errorCol``, the last column (``column``); or ``fail`` the
+            job with the file's name.
         errorCol: Name of the column for the reason.
 
     Raises:
-        InvalidArgumentError: ``onError`` is none of its choices, ``errorCol`` is ``image``, or there is no
-            session.
+        InvalidArgumentError: ``onError`` is invalid, ``errorCol`` is ``image``, or there is no session.
     """
     from pyspark.sql.types import StringType, StructType
 
@@ -333,14 +333,14 @@ def readImagesWithCustomFn(
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """What :func:`readImagesWithCustomFn` does in the workers; attributes are its arguments."""
+    """The part of :func:`readImagesWithCustomFn` that runs in the workers; for the attributes see there."""
 
     decode_f: Callable[[bytes], Array]
     onError: str
     errorCol: str
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Yield the pictures of files, few at a time."""
+        """Yield the pictures of files in small record batches."""
         pictures: list[dict[str, Any] | None] = []
         errors: list[str | None] = []
         held = 0
@@ -361,7 +361,7 @@ class _Reader:
             if not hasattr(array, "ndim"):
                 raise InvalidArgumentError(f"decode_f returned a {type(array).__name__}, not an array")
             return imageArrayToStruct(array, path).asDict(), None
-        except Exception as error:  # the function is the caller's
+        except Exception as error:  # any error of the caller's function
             kind = "" if isinstance(error, FlightsvcError) else f"{type(error).__name__}: "
             reason = f"{path}: {kind}{error}"
             if self.onError == "fail":
@@ -371,10 +371,7 @@ class _Reader:
             return None, reason
 
     def _batch(self, pictures: list[dict[str, Any] | None], errors: list[str | None]) -> pa.RecordBatch:
-        whole = ("height", "width", "nChannels", "mode")
-        struct = pa.struct(
-            [("origin", pa.string()), *((name, pa.int32()) for name in whole), ("data", pa.binary())]
-        )
+        struct = pa.struct([("origin", pa.string()), *IMAGE_FIELDS.items()])
         columns = {"image": pa.array(pictures, struct)}
         if self.onError == "column":
             columns[self.errorCol] = pa.array(errors, pa.string())

@@ -1,38 +1,10 @@
-"""The module ``sparkdl.param``: Params that stages share, and what converts their values."""
+"""The package ``sparkdl.param``: shared Params and their converters."""
 
 from pyspark import keyword_only
 
+from flightsvc.sparkdl.param import shared_params
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
-from flightsvc.sparkdl.param.shared_params import (
-    OUTPUT_MODES,
-    CanLoadImage,
-    HasInputCol,
-    HasInputMapping,
-    HasKerasLoss,
-    HasKerasModel,
-    HasKerasOptimizer,
-    HasLabelCol,
-    HasOutputCol,
-    HasOutputMapping,
-    HasOutputMode,
-    HasTFHParams,
-    HasTFInputGraph,
-)
+from flightsvc.sparkdl.param.shared_params import *  # noqa: F403, the names in its __all__
 
-__all__ = [
-    "OUTPUT_MODES",
-    "CanLoadImage",
-    "HasInputCol",
-    "HasInputMapping",
-    "HasKerasLoss",
-    "HasKerasModel",
-    "HasKerasOptimizer",
-    "HasLabelCol",
-    "HasOutputCol",
-    "HasOutputMapping",
-    "HasOutputMode",
-    "HasTFHParams",
-    "HasTFInputGraph",
-    "SparkDLTypeConverters",
-    "keyword_only",
-]
+__all__ = ["SparkDLTypeConverters", "keyword_only"]
+__all__ += shared_params.__all__

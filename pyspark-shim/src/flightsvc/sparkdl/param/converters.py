@@ -1,4 +1,4 @@
-"""The module ``sparkdl.param.converters``: what turns a value into that of a Param, or refuses it."""
+"""The module ``sparkdl.param.converters``: converters for the values of Params."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["SparkDLTypeConverters"]
 
 
 class _Pairs(list[tuple[str, str]]):
-    """What became of a mapping; the copy of a stage converts it again."""
+    """A converted mapping, which copying a stage converts again."""
 
 
 class SparkDLTypeConverters:
-    """Converters for ``typeConverter`` of a Param; what does not fit is refused with ``TypeError``."""
+    """Converters for ``typeConverter`` of a Param; they raise ``TypeError`` for other values."""
 
     @staticmethod
     def toTFGraph(value: Any) -> tf.Graph:
@@ -40,7 +40,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def asColumnToTensorNameMap(value: Any) -> list[tuple[str, str]]:
-        """Return a dict of column to tensor as pairs, sorted."""
+        """Return a dict of column to tensor as sorted pairs."""
         if isinstance(value, _Pairs):
             return value
         names = SparkDLTypeConverters
@@ -50,7 +50,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def asTensorNameToColumnMap(value: Any) -> list[tuple[str, str]]:
-        """Return a dict of tensor to column as pairs, sorted."""
+        """Return a dict of tensor to column as sorted pairs."""
         if isinstance(value, _Pairs):
             return value
         names = SparkDLTypeConverters
@@ -60,7 +60,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def toTFTensorName(value: Any) -> str:
-        """Return the name of a tensor, ``op:0``, of that name or of the tensor."""
+        """Return the name ``op:0`` of a tensor, given by itself or by name."""
         name = tfx.tensor_name(value)
         if isinstance(value, str) and name != value:
             raise TypeError(f"{value!r} names no tensor; write {name!r}")
@@ -68,7 +68,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def toTFHParams(value: Any) -> dict[str, Any]:
-        """Return hyperparameters as a dict; an object is taken that has ``values()``, as HParams had."""
+        """Return hyperparameters, a dict or an object with ``values()``, as a dict."""
         found = value if isinstance(value, dict) else getattr(value, "values", lambda: None)()
         if not isinstance(found, dict):
             raise TypeError(f"hyperparameters are a dict, not {type(value).__name__}")
@@ -76,7 +76,7 @@ class SparkDLTypeConverters:
 
     @staticmethod
     def buildSupportedItemConverter(supportedList: Collection[Any]) -> Callable[[Any], Any]:
-        """Return a converter that takes one of ``supportedList``."""
+        """Return a converter that accepts only the values in ``supportedList``."""
 
         def convert(value: Any) -> Any:
             if value not in supportedList:
@@ -116,7 +116,7 @@ class SparkDLTypeConverters:
         """Return an order of channels: ``L``, ``RGB`` or ``BGR``.
 
         Raises:
-            ValueError: It is none.
+            ValueError: It is something else.
         """
         if value not in ("L", "RGB", "BGR"):
             raise ValueError(f"channel order {value!r} is none of L, RGB, BGR")

@@ -1,4 +1,4 @@
-"""The module ``sparkdl.param.shared_params``: Params that stages share, to mix into one's own."""
+"""The module ``sparkdl.param.shared_params``: Params to mix into stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pyspark.ml.param import Param, Params, TypeConverters
 
 from flightsvc.export.graph import TFInputGraph
 from flightsvc.ml import params
-from flightsvc.ml.params import HasInputCol, HasModelFile, HasOutputCol, to_function
+from flightsvc.ml.params import HasInputCol, HasModelFile, HasOutputCol, param, to_function
 from flightsvc.sparkdl.param.converters import SparkDLTypeConverters
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 OUTPUT_MODES = ("vector", "image")
-"""What ``outputMode`` may be."""
+"""The values of ``outputMode``."""
 
 
 def _to_dict(value: Any) -> dict[str, Any]:
@@ -41,9 +41,7 @@ def _to_dict(value: Any) -> dict[str, Any]:
 class HasLabelCol(Params):
     """The column of labels."""
 
-    labelCol: Param[str] = Param(
-        Params._dummy(), "labelCol", "the column of labels", typeConverter=TypeConverters.toString
-    )
+    labelCol: Param[str] = param("labelCol", "the column of labels", TypeConverters.toString)
 
     def setLabelCol(self, value: str) -> Self:
         """Set the column of labels."""
@@ -55,11 +53,9 @@ class HasLabelCol(Params):
 
 
 class HasKerasModel(HasModelFile):
-    """A model that Keras saved, and how it is fitted."""
+    """A file of a Keras model, and the arguments for fitting it."""
 
-    kerasFitParams: Param[dict[str, Any]] = Param(
-        Params._dummy(), "kerasFitParams", "the arguments of Keras's fit", typeConverter=_to_dict
-    )
+    kerasFitParams: Param[dict[str, Any]] = param("kerasFitParams", "the arguments of Keras's fit", _to_dict)
 
     def setKerasFitParams(self, value: dict[str, Any]) -> Self:
         """Set the arguments of Keras's fit."""
@@ -77,11 +73,8 @@ class HasKerasModel(HasModelFile):
 class HasKerasOptimizer(Params):
     """The name of an optimizer of Keras."""
 
-    kerasOptimizer: Param[str] = Param(
-        Params._dummy(),
-        "kerasOptimizer",
-        "the name of an optimizer of Keras",
-        typeConverter=SparkDLTypeConverters.toKerasOptimizer,
+    kerasOptimizer: Param[str] = param(
+        "kerasOptimizer", "the name of an optimizer of Keras", SparkDLTypeConverters.toKerasOptimizer
     )
 
     def setKerasOptimizer(self, value: str) -> Self:
@@ -96,11 +89,8 @@ class HasKerasOptimizer(Params):
 class HasKerasLoss(Params):
     """The name of a loss of Keras."""
 
-    kerasLoss: Param[str] = Param(
-        Params._dummy(),
-        "kerasLoss",
-        "the name of a loss of Keras",
-        typeConverter=SparkDLTypeConverters.toKerasLoss,
+    kerasLoss: Param[str] = param(
+        "kerasLoss", "the name of a loss of Keras", SparkDLTypeConverters.toKerasLoss
     )
 
     def setKerasLoss(self, value: str) -> Self:
@@ -115,11 +105,8 @@ class HasKerasLoss(Params):
 class HasOutputMode(params.HasOutputMode):
     """Whether the output is a vector, which is the default, or a picture."""
 
-    outputMode: Param[str] = Param(
-        Params._dummy(),
-        "outputMode",
-        "vector or image",
-        typeConverter=SparkDLTypeConverters.buildSupportedItemConverter(OUTPUT_MODES),
+    outputMode: Param[str] = param(
+        "outputMode", "vector or image", SparkDLTypeConverters.buildSupportedItemConverter(OUTPUT_MODES)
     )
 
     def __init__(self) -> None:
@@ -130,11 +117,8 @@ class HasOutputMode(params.HasOutputMode):
 class CanLoadImage(Params):
     """A function that loads a picture."""
 
-    imageLoader: Param[Callable[[str], Any]] = Param(
-        Params._dummy(),
-        "imageLoader",
-        "a function of a URI that returns the array of one picture",
-        typeConverter=to_function,
+    imageLoader: Param[Callable[[str], Any]] = param(
+        "imageLoader", "a function of a URI that returns the array of one picture", to_function
     )
 
     def setImageLoader(self, value: Callable[[str], Any]) -> Self:
@@ -149,11 +133,8 @@ class CanLoadImage(Params):
 class HasInputMapping(Params):
     """Which column feeds which tensor, as sorted pairs."""
 
-    inputMapping: Param[list[tuple[str, str]]] = Param(
-        Params._dummy(),
-        "inputMapping",
-        "column to input tensor",
-        typeConverter=SparkDLTypeConverters.asColumnToTensorNameMap,
+    inputMapping: Param[list[tuple[str, str]]] = param(
+        "inputMapping", "column to input tensor", SparkDLTypeConverters.asColumnToTensorNameMap
     )
 
     def setInputMapping(self, value: list[tuple[str, str]]) -> Self:
@@ -168,11 +149,8 @@ class HasInputMapping(Params):
 class HasOutputMapping(Params):
     """Which tensor becomes which column, as sorted pairs."""
 
-    outputMapping: Param[list[tuple[str, str]]] = Param(
-        Params._dummy(),
-        "outputMapping",
-        "output tensor to column",
-        typeConverter=SparkDLTypeConverters.asTensorNameToColumnMap,
+    outputMapping: Param[list[tuple[str, str]]] = param(
+        "outputMapping", "output tensor to column", SparkDLTypeConverters.asTensorNameToColumnMap
     )
 
     def setOutputMapping(self, value: list[tuple[str, str]]) -> Self:
@@ -187,8 +165,8 @@ class HasOutputMapping(Params):
 class HasTFInputGraph(Params):
     """A graph of TensorFlow 1."""
 
-    tfInputGraph: Param[TFInputGraph] = Param(
-        Params._dummy(), "tfInputGraph", "the graph", typeConverter=SparkDLTypeConverters.toTFInputGraph
+    tfInputGraph: Param[TFInputGraph] = param(
+        "tfInputGraph", "the graph", SparkDLTypeConverters.toTFInputGraph
     )
 
     def setTfInputGraph(self, value: TFInputGraph) -> Self:
@@ -203,8 +181,8 @@ class HasTFInputGraph(Params):
 class HasTFHParams(Params):
     """Hyperparameters."""
 
-    tfHParams: Param[dict[str, Any]] = Param(
-        Params._dummy(), "tfHParams", "the hyperparameters", typeConverter=SparkDLTypeConverters.toTFHParams
+    tfHParams: Param[dict[str, Any]] = param(
+        "tfHParams", "the hyperparameters", SparkDLTypeConverters.toTFHParams
     )
 
     def setTfHParams(self, value: dict[str, Any]) -> Self:

@@ -1,1 +1,1 @@
-"""The transformers of sparkdl: the stages of :mod:`flightsvc.ml` with the old arguments and defaults."""
+"""The package ``sparkdl.transformers``: stages of :mod:`flightsvc.ml` with sparkdl's arguments."""

@@ -1,4 +1,4 @@
-"""Models of Keras on files of pictures."""
+"""The module ``sparkdl.transformers.keras_image``: models of Keras on files of pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of Keras on a column of numbers."""
+"""The module ``sparkdl.transformers.keras_tensor``: models of Keras on columns of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph and a session of TensorFlow 1 for a while."""
+"""The module ``sparkdl.transformers.keras_utils``: a graph of TensorFlow 1 with a session."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def KSessionWrap(graph: tf.Graph | None = None) -> Iterator[tuple[tf.compat.v1.Session, tf.Graph]]:
-    """Make ``graph``, or a new one, the default one, with a session of its own: ``(session, graph)``.
+    """Make ``graph``, or a new one, the default graph with a session; yield ``(session, graph)``.
 
-    Keras 3 has no session: models of Keras are not built in it, operations of TensorFlow are.
+    It is for operations of TensorFlow. Keras 3 does not build models in a session.
     """
     tf = import_tensorflow()
     graph = graph or tf.Graph()

@@ -1,4 +1,4 @@
-"""Graphs of TensorFlow on columns of pictures."""
+"""The module ``sparkdl.transformers.tf_image``: graphs on columns of pictures."""
 
 from __future__ import annotations
 

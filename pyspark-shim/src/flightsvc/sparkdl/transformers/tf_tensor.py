@@ -1,4 +1,4 @@
-"""Models of TensorFlow on columns of numbers."""
+"""The module ``sparkdl.transformers.tf_tensor``: graphs on columns of numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class TFTransformer(tensors.TFTransformer):
     """Runs a graph on columns: :class:`flightsvc.ml.TFTransformer` with the arguments of sparkdl.
 
     Args:
-        tfInputGraph: A :class:`TFInputGraph`, or what else is a ``model`` to the stage of this package.
+        tfInputGraph: A :class:`TFInputGraph`, or any ``model`` of :class:`flightsvc.ml.TFTransformer`.
         inputMapping: Column to input tensor: ``{"x": "x:0"}``.
         outputMapping: Output tensor to column: ``{"z:0": "z"}``.
-        tfHParms: Nothing but ``None``: it never had an effect; use ``batchSize``.
+        tfHParms: Only ``None``: it had no effect in sparkdl; use ``batchSize``.
         **params: Further Params: ``batchSize``, ``onError``, ``errorCol``, ``signature``.
     """
 
@@ -35,11 +35,11 @@ class TFTransformer(tensors.TFTransformer):
         self.setParams(**given)
 
     def setParams(self, *, tfInputGraph: Any = None, tfHParms: None = None, **params: Any) -> Self:
-        """Set Params by name, as the constructor takes them.
+        """Set Params by name, as in the constructor.
 
         Raises:
-            InvalidArgumentError: ``tfHParms`` is given, or a value is none of its choices.
-            TypeError: There is no such Param, or a value has another type.
+            InvalidArgumentError: ``tfHParms`` is given, or a value is invalid.
+            TypeError: There is no such Param, or a value has the wrong type.
         """
         if tfHParms is not None:
             raise InvalidArgumentError("tfHParms never had an effect in sparkdl; use batchSize")

@@ -1,4 +1,4 @@
-"""What graphs for pictures begin with."""
+"""The module ``sparkdl.transformers.utils``: the placeholder of graphs for pictures."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 IMAGE_INPUT_PLACEHOLDER_NAME = "sparkdl_image_input"
-"""The placeholder that :class:`TFImageTransformer` feeds unless it is told of another."""
+"""The default input of :class:`TFImageTransformer`."""
 
 
 class ImageNetConstants:
-    """What all networks of ImageNet have in common."""
+    """Numbers of all networks of ImageNet."""
 
     NUM_CLASSES = 1000
 
 
 class InceptionV3Constants:
-    """What InceptionV3 takes and gives; :func:`flightsvc.ml.network` knows all networks."""
+    """Numbers of InceptionV3; :func:`flightsvc.ml.networks.network` has all networks."""
 
     INPUT_SHAPE = (299, 299)
     NUM_OUTPUT_FEATURES = 131072
 
 
 def imageInputPlaceholder(nChannels: int | None = None) -> tf.Tensor:
-    """Return a placeholder for pictures, float32 ``[batch, height, width, nChannels]``, of the usual name.
+    """Return a placeholder for pictures of the default name, float32 ``[batch, height, width, nChannels]``.
 
     Raises:
-        InvalidArgumentError: There is no graph to put it into.
+        InvalidArgumentError: There is no default graph.
     """
     tf = import_tensorflow()
     if tf.executing_eagerly():

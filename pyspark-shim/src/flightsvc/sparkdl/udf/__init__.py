@@ -1,1 +1,1 @@
-"""Models of pictures as functions of SQL."""
+"""The package ``sparkdl.udf``: models for pictures as functions of SQL."""

@@ -1,4 +1,4 @@
-"""A model of Keras for pictures as a function of SQL."""
+"""The module ``sparkdl.udf.keras_image_model``: a Keras model for pictures as a function of SQL."""
 
 from __future__ import annotations
 
@@ -36,32 +36,33 @@ def registerKerasImageUDF(
     keras_model_or_file_path: keras.Model | str | os.PathLike[str],
     preprocessor: Callable[[str], np.ndarray[Any, Any]] | None = None,
 ) -> Model:
-    """Make a model of Keras a function of SQL in the active session: ``SELECT classify(image) FROM photos``.
+    """Register a Keras model as a function of SQL: ``SELECT classify(image) FROM photos``.
 
-    The function takes Spark's image structs, encoded files (binary) or paths and URIs (string), and returns
-    the model's output flattened, ``array<float>``. A function of that name is replaced;
-    ``SHOW USER FUNCTIONS`` lists it, ``DROP TEMPORARY FUNCTION`` drops it.
+    The function belongs to the active session. It takes Spark's image structs, encoded files (binary) or
+    paths and URIs (string). It returns the model's output flattened, ``array<float>``. A function of that
+    name is replaced; ``SHOW USER FUNCTIONS`` lists it, ``DROP TEMPORARY FUNCTION`` drops it.
 
-    Without a ``preprocessor`` the sidecar stretches each picture to the model's own size, bilinear, and
-    normalises it for the network of ``keras.applications`` whose name the model has (``model.name``, such as
-    ``resnet50``). Any other model gets RGB from 0 to 255.
+    Without a ``preprocessor``, the sidecar stretches each picture to the model's size (bilinear). If
+    ``model.name`` is that of a network in ``keras.applications``, such as ``resnet50``, the picture is
+    normalised for it; any other model gets RGB from 0 to 255.
 
-    With one the worker calls it with a path. That is the column's own where it holds paths, ``file:`` taken
-    off; a struct or a binary is written to a temporary file first, a struct as PNG, which is gone after the
-    call. What it returns is the model's input: nothing else is done to it.
+    With a ``preprocessor``, the worker calls it with a path, and its result is the model's input. The path is
+    that in the column, without ``file:``; a struct or a binary is written to a temporary file, a struct as
+    PNG.
 
     Args:
         udf_name: The function's name.
         keras_model_or_file_path: The model, functional or sequential, with one input and one output; or a
             file that Keras saved, ``.keras`` or ``.h5``.
-        preprocessor: Makes an array ``[height, width, channels]``, or a batch of one, of a picture's path.
+        preprocessor: A function of a path that returns an array ``[height, width, channels]``, or a batch of
+            one.
 
     Returns:
-        The model, for ``transform`` and ``udf``: what a ``GraphFunction`` was good for.
+        The model, for ``transform`` and ``udf``; sparkdl returned a ``GraphFunction``.
 
     Raises:
-        InvalidArgumentError: There is no session, the model takes no pictures or has several inputs or
-            outputs, its size is not known, or Spark has a function of that name.
+        InvalidArgumentError: There is no session; the model takes no pictures, has several inputs or outputs,
+            or its size is unknown; or Spark has a function of that name.
         NotFoundError: There is no such file.
     """
     session = active_session()
@@ -76,7 +77,7 @@ def registerKerasImageUDF(
         served.preprocess = {name: _normalised(udf_name, model.name, height, width, channels)}
         functions.register_udf(session, udf_name, served, inputs={name: _PARAMETER})
     else:
-        # As one of Python: a parameter of an SQL function has one type alone.
+        # As a Python function, because a parameter of an SQL function has only one type.
         functions.check_name(session, udf_name)
         function = served.udf(inputs={name: Input(_PARAMETER, load=_Preprocessed(preprocessor))})
         session.udf.register(udf_name, function.arrow)
@@ -84,19 +85,12 @@ def registerKerasImageUDF(
 
 
 def _keras_model(udf_name: str, source: Any) -> keras.Model:
-    keras = import_keras(udf_name)
     if keras_models.is_model(source):
         return source
     path = Path(os.path.abspath(source))
     if not path.exists():
         raise NotFoundError(f"{udf_name}: there is no file {path}; give it a model of Keras, or its file")
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except Exception as error:  # Keras raises whatever its layers do
-        raise InvalidArgumentError(
-            f"{udf_name}: Keras cannot read {path}: {keras_models.reason(error)}. Load it yourself and give "
-            "the model"
-        ) from error
+    return keras_models.read_file(path)
 
 
 def _shape(udf_name: str, model: keras.Model) -> tuple[int | None, int | None, int]:
@@ -129,13 +123,13 @@ def _flat(model: keras.Model) -> keras.Model:
 def _normalised(
     udf_name: str, model_name: str, height: int | None, width: int | None, channels: int
 ) -> ImageInput:
-    """Return how pictures become the input of a model, by its name among the networks."""
+    """Return the preprocessing for a model; its name may be that of a network."""
     from flightsvc.ml.networks import network, networks
 
     def plain(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.lower())
 
-    # Keras calls both NASNets by one name.
+    # Both NASNets have one name in Keras.
     wanted = {"nasnet": "nasnetmobile"}.get(model_name.lower(), plain(_VARIANT.sub("", model_name)))
     known = next((network(name) for name in networks() if plain(name) == wanted and channels == 3), None)
     size = (height, width)
@@ -153,7 +147,7 @@ def _normalised(
 
 @dataclasses.dataclass(frozen=True)
 class _Preprocessed:
-    """What makes the input of a picture in the workers: a function of a path, for columns of any kind."""
+    """A loader for workers that calls the preprocessor for a column of any type."""
 
     preprocessor: Callable[[str], np.ndarray[Any, Any]]
 
@@ -168,7 +162,7 @@ class _Preprocessed:
 
 
 def _path(text: str) -> str:
-    """Return the path of a ``file:`` URI, percent-encoded or as Spark writes it; other text as it is."""
+    """Return the path of a ``file:`` URI, decoded if no such file exists; other text unchanged."""
     path = _LOCAL.sub("", text, count=1)
     return unquote(path) if path != text and not os.path.exists(path) else path
 
@@ -177,7 +171,7 @@ def _png(picture: dict[str, Any]) -> bytes:
     """Return a picture of uint8 as a PNG, exactly.
 
     Raises:
-        InvalidArgumentError: It is of float32, or no picture.
+        InvalidArgumentError: It is of float32, or not a picture.
     """
     array = to_array(picture)
     height, width, channels = array.shape
