@@ -73,7 +73,8 @@ var walls = map[string][]string{
 	"flightsvc/handlers":        {"flightsvc/modelcache", "flightsvc/gpu", "flightsvc/handlers/front"},
 	"flightsvc/internal/client": {"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu"},
 	"flightsvc/internal/protocol": {
-		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow", "google.golang.org/grpc",
+		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow",
+			"google.golang.org/grpc",
 	},
 	"flightsvc/modelcache":            {"flightsvc/handlers"},
 	"flightsvc/modelcache/repository": {"flightsvc/handlers", "flightsvc/gpu", "flightsvc/modelcache/tuning"},
