@@ -74,7 +74,7 @@ var walls = map[string][]string{
 	"flightsvc/internal/client": {"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu"},
 	"flightsvc/internal/protocol": {
 		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow",
-			"google.golang.org/grpc",
+		"google.golang.org/grpc",
 	},
 	"flightsvc/modelcache":            {"flightsvc/handlers"},
 	"flightsvc/modelcache/repository": {"flightsvc/handlers", "flightsvc/gpu", "flightsvc/modelcache/tuning"},
