@@ -1,3 +1,5 @@
+// Tests on simulated hosts: devices, placement, promises, recovery and errors.
+
 package gpu
 
 import (
@@ -63,10 +65,20 @@ func TestNoDevices(t *testing.T) {
 		change func(*host)
 		why    string
 	}{
-		"driver not loaded": {func(h *host) { h.InitFunc = func() nvml.Return { return nvml.ERROR_DRIVER_NOT_LOADED } }, "NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
-		"no count":          {func(h *host) { h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.ERROR_UNKNOWN } }, "does not say how many"},
-		"none":              {func(h *host) { h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.SUCCESS } }, "has no GPU"},
-		"unreadable":        {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) }, "GPU 7: its memory cannot be read"},
+		"driver not loaded": {func(h *host) { h.InitFunc = func() nvml.Return { return nvml.ERROR_DRIVER_NOT_LOADED } },
+			"NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
+		"no count": {func(h *host) {
+			h.DeviceGetCountFunc = func() (int, nvml.Return) {
+				return 0, nvml.ERROR_UNKNOWN
+			}
+		}, "does not say how many"},
+		"none": {func(h *host) {
+			h.DeviceGetCountFunc = func() (int, nvml.Return) {
+				return 0, nvml.SUCCESS
+			}
+		}, "has no GPU"},
+		"unreadable": {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) },
+			"GPU 7: its memory cannot be read"},
 		"MIG, no instance": {func(h *host) {
 			for _, d := range h.Devices {
 				d.(*dgxa100.Device).MigMode = nvml.DEVICE_MIG_ENABLE
@@ -100,7 +112,8 @@ func TestDiscovery(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB","index":"3","memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
+	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB","index":"3",` +
+		`"memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
 	if string(text) != want {
 		t.Errorf("got  %s\nwant %s", text, want)
 	}
@@ -142,14 +155,16 @@ func TestIdentity(t *testing.T) {
 		expect.Fault(t, err, fault.BadRequest, part)
 	}
 	p := place(t, i, "GPU-7", gib)
-	if got, want := p.Env(), []string{"CUDA_VISIBLE_DEVICES=GPU-77770000-aaaa-bbbb-cccc-000000000000", "CUDA_DEVICE_ORDER=PCI_BUS_ID"}; !slices.Equal(got, want) {
+	if got, want := p.Env(), []string{"CUDA_VISIBLE_DEVICES=GPU-77770000-aaaa-bbbb-cccc-000000000000",
+		"CUDA_DEVICE_ORDER=PCI_BUS_ID"}; !slices.Equal(got, want) {
 		t.Errorf("environment %q, not %q", got, want)
 	}
 }
 
 func TestSparkAddresses(t *testing.T) {
 	i := newHost(t, 1).front(t.TempDir()) // GPU 0 is in MIG mode
-	for want, index := range map[string]string{"1": "1 ", "3,1": "3 1 ", "0:2": "0:2 ", "MIG-00000003": "0:3 ", "0": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "GPU-0000": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "0:1,7": "0:1 7 "} {
+	for want, index := range map[string]string{"1": "1 ", "3,1": "3 1 ", "0:2": "0:2 ", "MIG-00000003": "0:3 ",
+		"0": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "GPU-0000": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "0:1,7": "0:1 7 "} {
 		if got := indexes(choose(t, i, want)); got != index {
 			t.Errorf("%q chooses %q, not %q", want, got, index)
 		}
@@ -188,11 +203,14 @@ func TestMIG(t *testing.T) {
 	h := newHost(t, 2)
 	i := h.front(t.TempDir())
 	devices := i.Devices()
-	if got, want := indexes(devices), "0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "; got != want {
+	const all = "0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "
+	if got, want := indexes(devices), all; got != want {
 		t.Fatalf("devices %q, not %q", got, want)
 	}
 	first := devices[0]
-	if first.Parent != devices[1].Parent || first.Parent != "GPU-00000000-aaaa-bbbb-cccc-000000000000" || first.Memory != 5*gib || first.Compute != "8.0" || first.Utilisation != -1 || !strings.HasSuffix(first.Name, "MIG 1g.5gb") {
+	if first.Parent != devices[1].Parent || first.Parent != "GPU-00000000-aaaa-bbbb-cccc-000000000000" ||
+		first.Memory != 5*gib || first.Compute != "8.0" || first.Utilisation != -1 ||
+		!strings.HasSuffix(first.Name, "MIG 1g.5gb") {
 		t.Errorf("instance %+v", first)
 	}
 	if got := indexes(choose(t, i, "1:5,1:6")); got != "1:5 1:6 " {
@@ -254,7 +272,8 @@ func TestAdmission(t *testing.T) {
 	}
 	p.Settle(25 * gib)
 	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 16*gib); !errors.As(err, &full) || full.Need != 16*gib || full.Free != 15*gib || full.Device.Index != "0" {
+	if _, err := i.Place(t.Context(), choose(t, i, "0"), 16*gib); !errors.As(err, &full) || full.Need != 16*gib ||
+		full.Free != 15*gib || full.Device.Index != "0" {
 		t.Fatalf("28 GiB are free and 13 of them promised: %v", err)
 	}
 	for _, part := range []string{device, "index 0", "15360 MiB free of 40960 MiB", "16384 MiB are needed"} {
@@ -322,7 +341,8 @@ func TestMemoryComesBackLate(t *testing.T) {
 	next.Settle(0)
 	i.patience = 20 * time.Millisecond
 	h.end(device, 8, time.Hour)
-	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB are not free again") {
+	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(),
+		"35840 of 35840 MiB are not free again") {
 		t.Errorf("memory that never comes back: %v", err)
 	}
 	var full *NoRoom
@@ -612,7 +632,8 @@ func TestXIDDrains(t *testing.T) {
 	i := h.front(t.TempDir())
 	drained := watch(t, i)
 	send := func(gpu int, xid uint64, gi, ci uint32) {
-		h.events <- nvml.EventData{Device: h.Devices[gpu], EventType: nvml.EventTypeXidCriticalError, EventData: xid, GpuInstanceId: gi, ComputeInstanceId: ci}
+		h.events <- nvml.EventData{Device: h.Devices[gpu], EventType: nvml.EventTypeXidCriticalError, EventData: xid,
+			GpuInstanceId: gi, ComputeInstanceId: ci}
 	}
 	for xid := range applicationXIDs {
 		send(2, xid, none, none)
@@ -741,7 +762,8 @@ func TestDriverThatWakesUp(t *testing.T) {
 func TestProcessor(t *testing.T) {
 	i := newHost(t, 0).front(t.TempDir())
 	p := place(t, i, "cpu", gib)
-	if p != nil || p.Measure(1) != 0 || p.Device() != (Device{}) || p.Release(t.Context()) != nil || !slices.Equal(p.Env(), []string{"CUDA_VISIBLE_DEVICES=-1"}) {
+	if p != nil || p.Measure(1) != 0 || p.Device() != (Device{}) || p.Release(t.Context()) != nil ||
+		!slices.Equal(p.Env(), []string{"CUDA_VISIBLE_DEVICES=-1"}) {
 		t.Errorf("%+v", p)
 	}
 	p.Settle(1)

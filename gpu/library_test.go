@@ -1,3 +1,5 @@
+// Tests on a library that NVML loads as it loads NVIDIA's.
+
 package gpu
 
 import (
@@ -42,10 +44,12 @@ func TestInLibrary(t *testing.T) {
 	h := &fakenvml.Host{Library: library, State: os.Getenv("FAKENVML_STATE")}
 	i := Open(Options{LockDir: t.TempDir()})
 	defer i.Close()
-	if got, want := fmt.Sprint(i.Devices()), "[GPU-aaaa (NVIDIA A100-SXM4-40GB, index 0) MIG-cccc (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:0) MIG-dddd (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:1)]"; got != want {
+	if got, want := fmt.Sprint(i.Devices()), "[GPU-aaaa (NVIDIA A100-SXM4-40GB, index 0) MIG-cccc (NVIDIA H100 80GB "+
+		"HBM3 MIG 1g.10gb, index 1:0) MIG-dddd (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:1)]"; got != want {
 		t.Fatalf("devices %s, why %q", got, i.Why())
 	}
-	if d := i.Devices()[2]; d.Compute != "9.0" || d.Memory != 10*gib || d.Free != 10*gib || d.Parent != "GPU-bbbb" || d.Utilisation != -1 {
+	if d := i.Devices()[2]; d.Compute != "9.0" || d.Memory != 10*gib || d.Free != 10*gib || d.Parent != "GPU-bbbb" ||
+		d.Utilisation != -1 {
 		t.Errorf("%+v", d)
 	}
 
@@ -123,7 +127,7 @@ func TestInLibrary(t *testing.T) {
 	group.Go(func() { i.Watch(ctx, func(d Device, reason string) { drained <- d.UUID + " " + reason }) })
 	stop := func() { cancel(); group.Wait() }
 	defer stop()
-	heard := func(xid int, uuid string) string { // again until the set of events is there
+	drainedBy := func(xid int, uuid string) string { // again until the set of events is there
 		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
 			h.XID(t, uuid, 31)
 			h.XID(t, uuid, xid)
@@ -135,7 +139,7 @@ func TestInLibrary(t *testing.T) {
 		}
 		return "nothing"
 	}
-	if got := heard(48, "MIG-cccc"); got != "MIG-cccc XID 48, see NVIDIA's catalogue of XID errors" {
+	if got := drainedBy(48, "MIG-cccc"); got != "MIG-cccc XID 48, see NVIDIA's catalogue of XID errors" {
 		t.Errorf("drained: %s", got)
 	}
 
@@ -145,7 +149,7 @@ func TestInLibrary(t *testing.T) {
 	if got := <-drained; !strings.HasPrefix(got, "MIG-dddd NVIDIA's driver lost it") {
 		t.Errorf("drained: %s", got)
 	}
-	if got := heard(79, "GPU-aaaa"); !strings.HasPrefix(got, "GPU-aaaa XID 79") {
+	if got := drainedBy(79, "GPU-aaaa"); !strings.HasPrefix(got, "GPU-aaaa XID 79") {
 		t.Errorf("drained: %s", got)
 	}
 	_, err = i.Choose("auto")

@@ -1,3 +1,5 @@
+// Tests against tf.image, with damaged and malicious pictures, and of memory.
+
 package preprocess
 
 import (
@@ -50,7 +52,8 @@ type oracle struct {
 
 func (o oracle) String() string {
 	s := o.Spec
-	return fmt.Sprintf("%s/%dx%d-%s-%v-%s-%s-%s", o.Picture, s.Width, s.Height, s.Resize, s.Antialias, s.Fit, s.Channels, o.DType)
+	return fmt.Sprintf("%s/%dx%d-%s-%v-%s-%s-%s", o.Picture, s.Width, s.Height, s.Resize, s.Antialias, s.Fit,
+		s.Channels, o.DType)
 }
 
 // cell is the picture as it comes from a column.
@@ -130,7 +133,8 @@ func TestAnswers(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if shape := []int{made.Height, made.Width, made.Channels}; !slices.Equal(shape, c.Shape) || made.DType != c.Spec.DType {
+				if shape := []int{made.Height, made.Width, made.Channels}; !slices.Equal(shape, c.Shape) ||
+					made.DType != c.Spec.DType {
 					t.Fatalf("a picture of %v %v, want %v", shape, made.DType, c.Shape)
 				}
 				got = made.Data
@@ -260,7 +264,8 @@ func TestBadPictures(t *testing.T) {
 			if strings.Contains(c.name, "scans") && !strings.Contains(err.Error(), "scans") {
 				t.Errorf("it was not refused for its scans: %v", err)
 			}
-			if _, err := d.Run(t.Context(), tensor.Picture{Data: c.encoded}, 0, 0); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			if _, err := d.Run(t.Context(), tensor.Picture{Data: c.encoded}, 0, 0); !errors.As(err, &e) ||
+				e.Code != tensorflow.InvalidArgument {
 				t.Errorf("the decoder: %v, want InvalidArgument", err)
 			}
 			if bytes.ContainsFunc(dst, func(r rune) bool { return r != 7 }) {
@@ -283,20 +288,23 @@ func TestBadStructs(t *testing.T) {
 	defer g.Close()
 	defer d.Close()
 	for name, p := range map[string]tensor.Picture{
-		"too few bytes":    {Data: make([]byte, 11), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
-		"too many bytes":   {Data: make([]byte, 13), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
-		"no bytes":         {Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
-		"no width":         {Height: 2, Channels: 3, DType: savedmodel.Uint8},
-		"Spark's invalid":  {Height: -1, Width: -1, Channels: -1, DType: savedmodel.Uint8},
-		"two channels":     {Data: make([]byte, 8), Height: 2, Width: 2, Channels: 2, DType: savedmodel.Uint8},
-		"another type":     {Data: make([]byte, 16), Height: 2, Width: 2, Channels: 1, DType: savedmodel.Int32},
-		"no type":          {Data: make([]byte, 4), Height: 2, Width: 2, Channels: 1},
-		"too many pixels":  {Data: make([]byte, 4), Height: math.MaxInt32, Width: math.MaxInt32, Channels: 1, DType: savedmodel.Uint8},
-		"bytes as uint8":   {Data: make([]byte, 12), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Float32},
-		"pixels over 2^63": {Data: make([]byte, 4), Height: math.MaxInt64, Width: math.MaxInt64, Channels: 4, DType: savedmodel.Float32},
+		"too few bytes":   {Data: make([]byte, 11), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"too many bytes":  {Data: make([]byte, 13), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"no bytes":        {Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
+		"no width":        {Height: 2, Channels: 3, DType: savedmodel.Uint8},
+		"Spark's invalid": {Height: -1, Width: -1, Channels: -1, DType: savedmodel.Uint8},
+		"two channels":    {Data: make([]byte, 8), Height: 2, Width: 2, Channels: 2, DType: savedmodel.Uint8},
+		"another type":    {Data: make([]byte, 16), Height: 2, Width: 2, Channels: 1, DType: savedmodel.Int32},
+		"no type":         {Data: make([]byte, 4), Height: 2, Width: 2, Channels: 1},
+		"too many pixels": {Data: make([]byte, 4), Height: math.MaxInt32, Width: math.MaxInt32, Channels: 1,
+			DType: savedmodel.Uint8},
+		"bytes as uint8": {Data: make([]byte, 12), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Float32},
+		"pixels over 2^63": {Data: make([]byte, 4), Height: math.MaxInt64, Width: math.MaxInt64, Channels: 4,
+			DType: savedmodel.Float32},
 	} {
 		var e *tensorflow.Error
-		if err := g.Run(t.Context(), p, make([]byte, square.Bytes())); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+		if err := g.Run(t.Context(), p, make([]byte, square.Bytes())); !errors.As(err, &e) ||
+			e.Code != tensorflow.InvalidArgument {
 			t.Errorf("%s: %v, want InvalidArgument", name, err)
 		}
 		if _, err := d.Run(t.Context(), p, 0, 0); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
@@ -330,7 +338,8 @@ func TestDecoderBytes(t *testing.T) {
 	} {
 		d := newDecoder(t, c.spec, NewBudget(limits))
 		made, err := d.Run(t.Context(), c.picture, c.spec.Height, c.spec.Width)
-		if got := d.Bytes(c.picture, c.spec.Height, c.spec.Width); err != nil || got != int64(len(made.Data)) || got == 0 {
+		if got := d.Bytes(c.picture, c.spec.Height, c.spec.Width); err != nil || got != int64(len(made.Data)) ||
+			got == 0 {
 			t.Errorf("%+v: Bytes says %d, Run makes %d: %v", c.spec, got, len(made.Data), err)
 		}
 		if room := cap(made.Data) - len(made.Data); room < 16 {
@@ -354,7 +363,8 @@ func TestWholeNumbers(t *testing.T) {
 		savedmodel.Uint8: {0, 255, 2, 4, 255, 0, 255, 0},
 		savedmodel.Int32: {-5, 300, 2, 4, math.MaxInt32, math.MinInt32, math.MaxInt32, math.MinInt32},
 	} {
-		s := Spec{Height: 1, Width: len(floats), Resize: "nearest", Fit: "stretch", Channels: "L", Scale: [3]float32{1, 1, 1}, DType: dt}
+		s := Spec{Height: 1, Width: len(floats), Resize: "nearest", Fit: "stretch", Channels: "L",
+			Scale: [3]float32{1, 1, 1}, DType: dt}
 		g := newGraph(t, s, NewBudget(limits))
 		got := make([]byte, s.Bytes())
 		if err := g.Run(t.Context(), p, got); err != nil {
@@ -371,13 +381,16 @@ func TestWholeNumbers(t *testing.T) {
 
 // TestDecoderSizes refuses sizes that a decoder cannot make.
 func TestDecoderSizes(t *testing.T) {
-	d, own := newDecoder(t, Spec{Resize: "area", Fit: "pad"}, NewBudget(limits)), newDecoder(t, Spec{}, NewBudget(limits))
+	d, own := newDecoder(t, Spec{Resize: "area", Fit: "pad"}, NewBudget(limits)), newDecoder(t, Spec{},
+		NewBudget(limits))
 	defer d.Close()
 	defer own.Close()
 	p := tensor.Picture{Data: read(t, "made_3x2.png")}
-	for _, size := range [][2]int{{-1, 2}, {2, 0}, {0, 2}, {maxSide + 1, 1}, {maxSide, maxSide}, {math.MaxInt, math.MaxInt}} {
+	for _, size := range [][2]int{{-1, 2}, {2, 0}, {0, 2}, {maxSide + 1, 1}, {maxSide, maxSide},
+		{math.MaxInt, math.MaxInt}} {
 		var e *tensorflow.Error
-		if _, err := d.Run(t.Context(), p, size[0], size[1]); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+		if _, err := d.Run(t.Context(), p, size[0], size[1]); !errors.As(err, &e) ||
+			e.Code != tensorflow.InvalidArgument {
 			t.Errorf("%v: %v, want InvalidArgument", size, err)
 		}
 		if bytes := d.Bytes(p, size[0], size[1]); bytes != 0 {
@@ -447,14 +460,16 @@ func TestScans(t *testing.T) {
 
 // TestWorking refuses what a single picture would need, and no ordinary large one.
 func TestWorking(t *testing.T) {
-	thin := tensor.Picture{Data: make([]byte, 100_000*2), Height: 2, Width: 100_000, Channels: 1, DType: savedmodel.Uint8}
+	thin := tensor.Picture{Data: make([]byte, 100_000*2), Height: 2, Width: 100_000, Channels: 1,
+		DType: savedmodel.Uint8}
 	antialias := square
 	antialias.Height, antialias.Width, antialias.Fit, antialias.Antialias = 2000, 1, "stretch", true
 	g := newGraph(t, antialias, NewBudget(limits))
 	defer g.Close()
 	err := g.Run(t.Context(), thin, make([]byte, antialias.Bytes()))
 	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "MiB of memory; the maximum is 2048") {
+	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(),
+		"MiB of memory; the maximum is 2048") {
 		t.Errorf("got %v", err)
 	}
 	for _, h := range []header{
@@ -475,14 +490,18 @@ func TestWorking(t *testing.T) {
 // end of a session.
 func TestExplain(t *testing.T) {
 	h := header{format: "PNG", width: 3, height: 2}
-	for _, code := range []tensorflow.Code{tensorflow.InvalidArgument, tensorflow.ResourceExhausted, tensorflow.Internal} {
-		err := explain(h, &tensorflow.Error{Code: code, Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
+	for _, code := range []tensorflow.Code{tensorflow.InvalidArgument, tensorflow.ResourceExhausted,
+		tensorflow.Internal} {
+		err := explain(h, &tensorflow.Error{Code: code,
+			Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
 		var e *tensorflow.Error
-		if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || e.Message != "a PNG picture of 3x2 cannot be decoded: OOM when allocating" {
+		if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument ||
+			e.Message != "a PNG picture of 3x2 cannot be decoded: OOM when allocating" {
 			t.Errorf("%v: %v", code, err)
 		}
 	}
-	for _, err := range []error{context.Canceled, &tensorflow.Error{Code: tensorflow.Cancelled}, &tensorflow.Error{Code: tensorflow.FailedPrecondition}} {
+	for _, err := range []error{context.Canceled, &tensorflow.Error{Code: tensorflow.Cancelled},
+		&tensorflow.Error{Code: tensorflow.FailedPrecondition}} {
 		if explain(h, err) != err {
 			t.Errorf("%v became %v", err, explain(h, err))
 		}
@@ -565,7 +584,8 @@ func TestOrientation(t *testing.T) {
 		want       int
 	}{
 		{"little-endian", little + "\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00", 6},
-		{"big-endian", "Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08\x00\x00", 8},
+		{"big-endian", "Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x08\x00\x00",
+			8},
 		{"no EXIF", "http://ns.adobe.com/xap/1.0/\x00", 0},
 		{"empty", "", 0},
 		{"signature only", "Exif\x00\x00", 1},
@@ -603,13 +623,16 @@ func TestGeometry(t *testing.T) {
 				for _, h := range sides {
 					for _, w := range sides {
 						g := Spec{Height: h, Width: w, Fit: fit}.geometry(height, width)
-						if g.y < 0 || g.x < 0 || g.height < 1 || g.width < 1 || g.y+g.height > height || g.x+g.width > width {
+						if g.y < 0 || g.x < 0 || g.height < 1 || g.width < 1 || g.y+g.height > height ||
+							g.x+g.width > width {
 							t.Fatalf("%s %dx%d to %dx%d: a box of %+v", fit, width, height, w, h, g)
 						}
-						if g.top < 0 || g.left < 0 || g.rows < 1 || g.columns < 1 || g.top+g.rows > h || g.left+g.columns > w {
+						if g.top < 0 || g.left < 0 || g.rows < 1 || g.columns < 1 || g.top+g.rows > h ||
+							g.left+g.columns > w {
 							t.Fatalf("%s %dx%d to %dx%d: resized to %+v", fit, width, height, w, h, g)
 						}
-						if fit != "pad" && (g.rows != h || g.columns != w) || fit != "crop" && (g.height != height || g.width != width) {
+						if fit != "pad" && (g.rows != h || g.columns != w) || fit != "crop" &&
+							(g.height != height || g.width != width) {
 							t.Fatalf("%s %dx%d to %dx%d: %+v", fit, width, height, w, h, g)
 						}
 						if fit == "pad" && g.rows < h-1 && g.columns < w-1 {
@@ -691,7 +714,8 @@ func TestConcurrent(t *testing.T) {
 				if p != 2 && !bytes.Equal(dst, want[p]) {
 					t.Errorf("picture %d differs", p)
 				}
-				if made, err := d.Run(t.Context(), tensor.Picture{Data: pictures[p]}, 50, 60); (err != nil) != (p == 2) || p != 2 && made.Height != 50 {
+				if made, err := d.Run(t.Context(), tensor.Picture{Data: pictures[p]}, 50,
+					60); (err != nil) != (p == 2) || p != 2 && made.Height != 50 {
 					t.Errorf("picture %d: %v", p, err)
 				}
 			}
@@ -711,7 +735,8 @@ func TestConcurrent(t *testing.T) {
 func FuzzHeader(f *testing.F) {
 	var asPNG, asJPEG, asGIF, asBMP bytes.Buffer
 	picture := image.NewRGBA(image.Rect(0, 0, 9, 5))
-	err := errors.Join(png.Encode(&asPNG, picture), jpeg.Encode(&asJPEG, picture, nil), gif.Encode(&asGIF, picture, nil), bmp.Encode(&asBMP, picture))
+	err := errors.Join(png.Encode(&asPNG, picture), jpeg.Encode(&asJPEG, picture, nil),
+		gif.Encode(&asGIF, picture, nil), bmp.Encode(&asBMP, picture))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -720,7 +745,9 @@ func FuzzHeader(f *testing.F) {
 	}
 	f.Add(pngOf(3, 4))
 	f.Add(jpegOf(5, 6))
-	f.Add([]byte("\xff\xd8\xff\xe1\x00\x22Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00" + string(asJPEG.Bytes()[2:])))
+	exif := "\xff\xd8\xff\xe1\x00\x22Exif\x00\x00" +
+		"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
+	f.Add(append([]byte(exif), asJPEG.Bytes()[2:]...))
 	f.Fuzz(func(t *testing.T, encoded []byte) {
 		fuzztest.Bounded(t, 64<<20, func() {
 			h, ok := readHeader(encoded)
@@ -751,7 +778,8 @@ func FuzzFrame(f *testing.F) {
 	f.Add(asGIF.Bytes())
 	f.Add(asBMP.Bytes())
 	f.Fuzz(func(t *testing.T, encoded []byte) {
-		h, err := check(Spec{}, tensor.Picture{Data: encoded}, Limits{Pixels: 1 << 16, Bytes: 1 << 20, Working: 1 << 20})
+		h, err := check(Spec{}, tensor.Picture{Data: encoded}, Limits{Pixels: 1 << 16, Bytes: 1 << 20,
+			Working: 1 << 20})
 		if err != nil || h.format != "GIF" && h.format != "BMP" {
 			return
 		}

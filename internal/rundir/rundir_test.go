@@ -1,3 +1,5 @@
+// Tests of folders, their owners and their locks, and of processes.
+
 package rundir
 
 import (
@@ -194,7 +196,8 @@ func TestEnsureChecksParents(t *testing.T) {
 		"to-open/mine":       "other users may replace what is in " + open,
 		"loop/mine":          "file exists",
 	} {
-		if err := Ensure(filepath.Join(root, path)); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+		if err := Ensure(filepath.Join(root, path)); (err == nil) != (want == "") || err != nil &&
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", path, err, want)
 		}
 	}
@@ -207,11 +210,13 @@ func TestEnsureChecksParents(t *testing.T) {
 	folder(0o700, others, "mine")
 	link(root, filepath.Join(sticky, "of-another"))
 	volume := folder(0o755, root, "volume")
-	if err := errors.Join(os.Chown(others, nobody, nobody), os.Lchown(filepath.Join(sticky, "of-another"), nobody, nobody)); err != nil {
+	if err := errors.Join(os.Chown(others, nobody, nobody), os.Lchown(filepath.Join(sticky, "of-another"), nobody,
+		nobody)); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"others/mine", "sticky/of-another/mine"} {
-		if err := Ensure(filepath.Join(root, path)); err == nil || !strings.Contains(err.Error(), "belongs to user 65534") {
+		if err := Ensure(filepath.Join(root, path)); err == nil || !strings.Contains(err.Error(),
+			"belongs to user 65534") {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
@@ -293,7 +298,8 @@ func TestClaimTakesOverFromTheDead(t *testing.T) {
 	if got := list(t, path); got != "front front.sock" {
 		t.Errorf("the other front has %s left", got)
 	}
-	if _, err := Claim(root, path); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("serves in %s already (process %d)", path, other.PID)) {
+	if _, err := Claim(root, path); err == nil || !strings.Contains(err.Error(),
+		fmt.Sprintf("serves in %s already (process %d)", path, other.PID)) {
 		t.Errorf("claiming from a live front: %v", err)
 	}
 	if got := list(t, path); got != "front front.sock" {
@@ -393,7 +399,8 @@ func TestSharedFolderKeepsWhatIsNotOurs(t *testing.T) {
 	}
 
 	put(t, filepath.Join(shared, frontFile), "a file of somebody else")
-	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(), "does not belong to a flightsvc front") {
+	if _, err := Claim(root, shared); err == nil ||
+		!strings.Contains(err.Error(), "does not belong to a flightsvc front") {
 		t.Errorf("claiming over a foreign file: %v", err)
 	}
 	if data, err := os.ReadFile(filepath.Join(shared, frontFile)); string(data) != "a file of somebody else" {
@@ -441,7 +448,8 @@ func TestSweep(t *testing.T) {
 	if got := list(t, root); got != "deadplus file.log foreign link live locked" {
 		t.Errorf("after the sweep there are %s", got)
 	}
-	for dir, want := range map[string]string{"deadplus": "notes.txt", "foreign": "notes.txt", "live": "front", "locked": "front front.sock"} {
+	for dir, want := range map[string]string{"deadplus": "notes.txt", "foreign": "notes.txt", "live": "front",
+		"locked": "front front.sock"} {
 		if got := list(t, at(dir)); got != want {
 			t.Errorf("%s holds %s, want %s", dir, got, want)
 		}
@@ -458,14 +466,16 @@ func TestFoldersFollowTheEnvironment(t *testing.T) {
 	t.Setenv("XDG_RUNTIME_DIR", "/run/user/7")
 	t.Setenv("XDG_STATE_HOME", "/state")
 	t.Setenv("XDG_CACHE_HOME", "/cache")
-	if got := Default() + " " + LogDir("/r") + " " + CacheDir("/r"); got != "/run/user/7/flightsvc /state/flightsvc/log /cache/flightsvc" {
+	if got := Default() + " " + LogDir("/r") + " " +
+		CacheDir("/r"); got != "/run/user/7/flightsvc /state/flightsvc/log /cache/flightsvc" {
 		t.Error(got)
 	}
 	t.Setenv("XDG_RUNTIME_DIR", "")
 	t.Setenv("XDG_STATE_HOME", "")
 	t.Setenv("XDG_CACHE_HOME", "")
 	t.Setenv("HOME", "/home/me")
-	if got, want := Default()+" "+LogDir("/r")+" "+CacheDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d /home/me/.local/state/flightsvc/log /home/me/.cache/flightsvc", os.Geteuid()); got != want {
+	if got, want := Default()+" "+LogDir("/r")+" "+CacheDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d "+
+		"/home/me/.local/state/flightsvc/log /home/me/.cache/flightsvc", os.Geteuid()); got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	t.Setenv("HOME", "")
