@@ -154,11 +154,11 @@ func TestRandomWork(t *testing.T) {
 						continue
 					}
 					for _, line := range []string{"open ", "", "close "} {
+						if !runner.Alive() {
+							t.Error("a runner with a lease or a stream has ended")
+						}
 						if line != "" {
 							report(runner, line+id)
-							if !runner.Alive() {
-								t.Error("a runner with a lease or a stream has ended")
-							}
 						}
 						time.Sleep(time.Duration(random.IntN(5)) * time.Millisecond) // the work
 					}

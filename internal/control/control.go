@@ -103,7 +103,7 @@ type Batching struct {
 	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
 }
 
-// UpTo returns the same with no more rows of a run than most, but for the smallest of the allowed batch sizes.
+// UpTo limits the rows of a run to most, never below the smallest of the allowed batch sizes.
 func (b Batching) UpTo(most int) Batching {
 	if sizes := b.AllowedBatchSizes; len(sizes) > 0 {
 		n, _ := slices.BinarySearch(sizes, most+1)

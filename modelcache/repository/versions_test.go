@@ -83,7 +83,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 					if err := os.Rename(path+".tmp", path); err != nil {
 						t.Error(err)
 					}
-				} else { // as cp: in pieces
+				} else { // as cp, in two writes
 					half := len(text) / 2
 					expect.Write(t, path, text[:half])
 					time.Sleep(time.Duration(random.IntN(120)) * time.Millisecond)
