@@ -17,10 +17,12 @@ func TestDocs(t *testing.T) {
 	}
 	defined := map[string]bool{}
 	functions := regexp.MustCompile(`(?m)^(?:func |def )([Tt]est\w+)\(`)
-	for _, folder := range []string{".", "../cmd", "../handlers", "../internal", "../modelcache", "../pyspark-shim/tests"} {
+	for _, folder := range []string{".", "../cmd", "../handlers", "../internal", "../modelcache",
+		"../pyspark-shim/tests"} {
 		err := filepath.WalkDir(folder, func(path string, entry fs.DirEntry, err error) error {
 			name := entry.Name()
-			if err != nil || entry.IsDir() || !strings.HasSuffix(name, "_test.go") && !(strings.HasPrefix(name, "test_") && strings.HasSuffix(name, ".py")) {
+			if err != nil || entry.IsDir() || !strings.HasSuffix(name, "_test.go") &&
+				!(strings.HasPrefix(name, "test_") && strings.HasSuffix(name, ".py")) {
 				return err
 			}
 			source, err := os.ReadFile(path)

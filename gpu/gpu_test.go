@@ -58,15 +58,43 @@ func TestNoDriver(t *testing.T) {
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })
 }
 
+// newFront returns a host with so many GPUs in MIG mode, and its only front.
+func newFront(t *testing.T, mig int) (*host, *Inventory) {
+	h := newHost(t, mig)
+	return h, h.front(t.TempDir())
+}
+
+// noRoom holds that a device has no room for need bytes, since so many are free.
+func noRoom(t *testing.T, i *Inventory, want string, need, free int64) *NoRoom {
+	t.Helper()
+	var full *NoRoom
+	if _, err := i.Place(t.Context(), choose(t, i, want), need); !errors.As(err, &full) || full.Free != free {
+		t.Fatalf("%s has room for %d, or not %d bytes free: %v", want, need, free, err)
+	}
+	return full
+}
+
 func TestNoDevices(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*host)
 		why    string
 	}{
-		"driver not loaded": {func(h *host) { h.InitFunc = func() nvml.Return { return nvml.ERROR_DRIVER_NOT_LOADED } }, "NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
-		"no count":          {func(h *host) { h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.ERROR_UNKNOWN } }, "does not say how many"},
-		"none":              {func(h *host) { h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.SUCCESS } }, "has no GPU"},
-		"unreadable":        {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) }, "GPU 7: its memory cannot be read"},
+		"driver not loaded": {func(h *host) { h.InitFunc = func() nvml.Return { return nvml.ERROR_DRIVER_NOT_LOADED } },
+			"NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
+		"no count": {func(h *host) {
+			h.DeviceGetCountFunc = func() (int, nvml.Return) {
+				return 0,
+					nvml.ERROR_UNKNOWN
+			}
+		}, "does not say how many"},
+		"none": {func(h *host) {
+			h.DeviceGetCountFunc = func() (int, nvml.Return) {
+				return 0,
+					nvml.SUCCESS
+			}
+		}, "has no GPU"},
+		"unreadable": {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) },
+			"GPU 7: its memory cannot be read"},
 		"MIG, no instance": {func(h *host) {
 			for _, d := range h.Devices {
 				d.(*dgxa100.Device).MigMode = nvml.DEVICE_MIG_ENABLE
@@ -100,7 +128,8 @@ func TestDiscovery(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB","index":"3","memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
+	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB",` +
+		`"index":"3","memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
 	if string(text) != want {
 		t.Errorf("got  %s\nwant %s", text, want)
 	}
@@ -142,14 +171,16 @@ func TestIdentity(t *testing.T) {
 		expect.Fault(t, err, fault.BadRequest, part)
 	}
 	p := place(t, i, "GPU-7", gib)
-	if got, want := p.Env(), []string{"CUDA_VISIBLE_DEVICES=GPU-77770000-aaaa-bbbb-cccc-000000000000", "CUDA_DEVICE_ORDER=PCI_BUS_ID"}; !slices.Equal(got, want) {
+	if got, want := p.Env(), []string{"CUDA_VISIBLE_DEVICES=GPU-77770000-aaaa-bbbb-cccc-000000000000",
+		"CUDA_DEVICE_ORDER=PCI_BUS_ID"}; !slices.Equal(got, want) {
 		t.Errorf("environment %q, not %q", got, want)
 	}
 }
 
 func TestSparkAddresses(t *testing.T) {
 	i := newHost(t, 1).front(t.TempDir()) // GPU 0 is in MIG mode
-	for want, index := range map[string]string{"1": "1 ", "3,1": "3 1 ", "0:2": "0:2 ", "MIG-00000003": "0:3 ", "0": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "GPU-0000": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "0:1,7": "0:1 7 "} {
+	for want, index := range map[string]string{"1": "1 ", "3,1": "3 1 ", "0:2": "0:2 ", "MIG-00000003": "0:3 ",
+		"0": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "GPU-0000": "0:0 0:1 0:2 0:3 0:4 0:5 0:6 ", "0:1,7": "0:1 7 "} {
 		if got := indexes(choose(t, i, want)); got != index {
 			t.Errorf("%q chooses %q, not %q", want, got, index)
 		}
@@ -185,14 +216,16 @@ func TestVisibleDevices(t *testing.T) {
 }
 
 func TestMIG(t *testing.T) {
-	h := newHost(t, 2)
-	i := h.front(t.TempDir())
+	_, i := newFront(t, 2)
 	devices := i.Devices()
-	if got, want := indexes(devices), "0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "; got != want {
+	if got, want := indexes(devices),
+		"0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "; got != want {
 		t.Fatalf("devices %q, not %q", got, want)
 	}
 	first := devices[0]
-	if first.Parent != devices[1].Parent || first.Parent != "GPU-00000000-aaaa-bbbb-cccc-000000000000" || first.Memory != 5*gib || first.Compute != "8.0" || first.Utilisation != -1 || !strings.HasSuffix(first.Name, "MIG 1g.5gb") {
+	if first.Parent != devices[1].Parent || first.Parent != "GPU-00000000-aaaa-bbbb-cccc-000000000000" ||
+		first.Memory != 5*gib || first.Compute != "8.0" || first.Utilisation != -1 ||
+		!strings.HasSuffix(first.Name, "MIG 1g.5gb") {
 		t.Errorf("instance %+v", first)
 	}
 	if got := indexes(choose(t, i, "1:5,1:6")); got != "1:5 1:6 " {
@@ -203,20 +236,14 @@ func TestMIG(t *testing.T) {
 		t.Errorf("environment %q", got)
 	}
 	p.Settle(0)
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "1:3"), 3*gib); !errors.As(err, &full) || full.Free != 2*gib {
-		t.Errorf("second process: %v", err)
-	}
-	place(t, i, "1:2", 5*gib) // another instance has memory of its own
+	noRoom(t, i, "1:3", 3*gib, 2*gib) // second process
+	place(t, i, "1:2", 5*gib)         // another instance has memory of its own
 	place(t, i, "1:5", 4*gib).Settle(0)
-	if _, err := i.Place(t.Context(), choose(t, i, "1:6"), 2*gib); !errors.As(err, &full) || full.Free != gib {
-		t.Errorf("compute instances of one GPU instance share its memory: %v", err)
-	}
+	noRoom(t, i, "1:6", 2*gib, gib) // compute instances of one GPU instance share its memory
 }
 
 func TestPlacementPinned(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	h.use(i.Devices()[2].UUID, 1, 30*gib)
 	if got := place(t, i, "2", 10*gib).Device().Index; got != "2" {
 		t.Errorf("placed on %s, not on the fullest, which was asked for", got)
@@ -227,8 +254,7 @@ func TestPlacementPinned(t *testing.T) {
 }
 
 func TestPlacementMostFree(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	for n, d := range i.Devices() {
 		h.use(d.UUID, 1, int64(10-n)*gib) // 7 has most
 	}
@@ -244,8 +270,7 @@ func TestPlacementMostFree(t *testing.T) {
 }
 
 func TestAdmission(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	device := i.Devices()[0].UUID
 	p := place(t, i, "0", 30*gib)
 	h.use(device, 7, 12*gib)
@@ -253,9 +278,9 @@ func TestAdmission(t *testing.T) {
 		t.Errorf("process has %d bytes", got)
 	}
 	p.Settle(25 * gib)
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 16*gib); !errors.As(err, &full) || full.Need != 16*gib || full.Free != 15*gib || full.Device.Index != "0" {
-		t.Fatalf("28 GiB are free and 13 of them promised: %v", err)
+	full := noRoom(t, i, "0", 16*gib, 15*gib) // 28 GiB are free and 13 of them promised
+	if full.Need != 16*gib || full.Device.Index != "0" {
+		t.Errorf("%+v", full)
 	}
 	for _, part := range []string{device, "index 0", "15360 MiB free of 40960 MiB", "16384 MiB are needed"} {
 		if !strings.Contains(full.Error(), part) {
@@ -273,15 +298,12 @@ func TestAdmission(t *testing.T) {
 		t.Error(err)
 	}
 	place(t, i, "0", 40*gib)
-	if _, err := i.Place(t.Context(), choose(t, i, "1,2"), 41*gib); !errors.As(err, &full) || full.Free != 40*gib {
-		t.Errorf("more than there is: %v", err)
-	}
+	noRoom(t, i, "1,2", 41*gib, 40*gib) // more than there is
 }
 
 // A failed load gives all back, though nobody measured or settled it.
 func TestLoadThatFails(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	p := place(t, i, "0", 30*gib)
 	h.use(p.Device().UUID, 7, 20*gib)
 	h.end(p.Device().UUID, 7, 20*time.Millisecond)
@@ -296,8 +318,7 @@ func TestLoadThatFails(t *testing.T) {
 }
 
 func TestMemoryComesBackLate(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	i.patience = 5 * time.Second
 	device := i.Devices()[0].UUID
 	p := place(t, i, "0", 30*gib)
@@ -322,13 +343,11 @@ func TestMemoryComesBackLate(t *testing.T) {
 	next.Settle(0)
 	i.patience = 20 * time.Millisecond
 	h.end(device, 8, time.Hour)
-	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "35840 of 35840 MiB are not free again") {
+	if err := next.Release(t.Context()); err == nil || !strings.Contains(err.Error(),
+		"35840 of 35840 MiB are not free again") {
 		t.Errorf("memory that never comes back: %v", err)
 	}
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 10*gib); !errors.As(err, &full) || full.Free != 5*gib {
-		t.Errorf("it was counted as free: %v", err)
-	}
+	noRoom(t, i, "0", 10*gib, 5*gib) // it was counted as free
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	again := place(t, i, "1", gib)
@@ -469,10 +488,7 @@ func TestMeasureWithoutProcesses(t *testing.T) {
 	if got := p.Measure(7); got != 6*gib {
 		t.Errorf("%d bytes after loading, when nobody knows", got)
 	}
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 40*gib); !errors.As(err, &full) || full.Free != 28*gib {
-		t.Errorf("32 GiB are free, 4 may be promised still: %v", err)
-	}
+	noRoom(t, i, "0", 40*gib, 28*gib) // 32 GiB are free, 4 may be promised still
 }
 
 func TestTwoFronts(t *testing.T) {
@@ -491,10 +507,7 @@ func TestTwoFronts(t *testing.T) {
 	p.Settle(0)
 	second := <-waited
 	second.Settle(0)
-	var full *NoRoom
-	if _, err := one.Place(t.Context(), choose(t, one, "0"), gib); !errors.As(err, &full) || full.Free != 0 {
-		t.Errorf("the promises of both fill it: %v", err)
-	}
+	noRoom(t, one, "0", gib, 0) // the promises of both fill it
 
 	// A front that dies leaves its file and no lock on it.
 	m := two.devices[0].memory
@@ -552,7 +565,6 @@ func TestLockFolder(t *testing.T) {
 	expect.Fault(t, err, fault.Precondition, `holds "much"`, "remove the file")
 }
 
-// watch starts Watch and returns the devices that it drains.
 // TestLockFolderOfOthers has what other users may put into a folder of all users.
 func TestLockFolderOfOthers(t *testing.T) {
 	h := newHost(t, 0)
@@ -598,6 +610,7 @@ func TestLockFolderOfOthers(t *testing.T) {
 	}
 }
 
+// watch starts Watch and returns the devices that it drains.
 func watch(t *testing.T, i *Inventory) chan string {
 	drained := make(chan string, 100)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -608,11 +621,11 @@ func watch(t *testing.T, i *Inventory) chan string {
 }
 
 func TestXIDDrains(t *testing.T) {
-	h := newHost(t, 1)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 1)
 	drained := watch(t, i)
 	send := func(gpu int, xid uint64, gi, ci uint32) {
-		h.events <- nvml.EventData{Device: h.Devices[gpu], EventType: nvml.EventTypeXidCriticalError, EventData: xid, GpuInstanceId: gi, ComputeInstanceId: ci}
+		h.events <- nvml.EventData{Device: h.Devices[gpu], EventType: nvml.EventTypeXidCriticalError, EventData: xid,
+			GpuInstanceId: gi, ComputeInstanceId: ci}
 	}
 	for xid := range applicationXIDs {
 		send(2, xid, none, none)
@@ -650,8 +663,7 @@ func TestXIDDrains(t *testing.T) {
 }
 
 func TestMetricsGone(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	drained := watch(t, i)
 	p := place(t, i, "0", 10*gib)
 	p.Settle(0)
@@ -680,8 +692,7 @@ func TestMetricsGone(t *testing.T) {
 }
 
 func TestLostDevice(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	drained := watch(t, i)
 	h.perDevice.Store(i.Devices()[5].UUID, nvml.ERROR_GPU_IS_LOST)
 	if got := len(choose(t, i, "auto")); got != 8 {
@@ -696,8 +707,7 @@ func TestLostDevice(t *testing.T) {
 }
 
 func TestSilentDriver(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	p := place(t, i, "1", gib)
 	wait := make(chan string)
 	h.ask.Store(&wait)
@@ -741,7 +751,8 @@ func TestDriverThatWakesUp(t *testing.T) {
 func TestProcessor(t *testing.T) {
 	i := newHost(t, 0).front(t.TempDir())
 	p := place(t, i, "cpu", gib)
-	if p != nil || p.Measure(1) != 0 || p.Device() != (Device{}) || p.Release(t.Context()) != nil || !slices.Equal(p.Env(), []string{"CUDA_VISIBLE_DEVICES=-1"}) {
+	if p != nil || p.Measure(1) != 0 || p.Device() != (Device{}) || p.Release(t.Context()) != nil ||
+		!slices.Equal(p.Env(), []string{"CUDA_VISIBLE_DEVICES=-1"}) {
 		t.Errorf("%+v", p)
 	}
 	p.Settle(1)

@@ -42,7 +42,8 @@ type simulated struct {
 // newHost simulates 8 GPUs of 40 GiB, the first of which are in MIG mode, each with 7 instances of 5 GiB of which the
 // last two are compute instances of one GPU instance.
 func newHost(t testing.TB, inMIGMode int) *host {
-	h := &host{Server: dgxa100.New(), t: t, memories: map[string]*simulated{}, instances: map[string][]string{}, events: make(chan nvml.EventData, 16)}
+	h := &host{Server: dgxa100.New(), t: t, memories: map[string]*simulated{}, instances: map[string][]string{},
+		events: make(chan nvml.EventData, 16)}
 	h.ShutdownFunc = func() nvml.Return { h.shut.Add(1); return nvml.SUCCESS }
 	h.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) {
 		return &mock.EventSet{
@@ -85,7 +86,10 @@ func newHost(t testing.TB, inMIGMode int) *host {
 			}
 			instance.GetUUIDFunc = func() (string, nvml.Return) { return uuid, nvml.SUCCESS }
 			instance.GetNameFunc = func() (string, nvml.Return) { return gpu.Name + " MIG 1g.5gb", nvml.SUCCESS }
-			instance.GetCudaComputeCapabilityFunc = func() (int, int, nvml.Return) { return 0, 0, nvml.ERROR_NOT_SUPPORTED }
+			instance.GetCudaComputeCapabilityFunc = func() (int, int, nvml.Return) {
+				return 0, 0,
+					nvml.ERROR_NOT_SUPPORTED
+			}
 			instance.GetGpuInstanceIdFunc = func() (int, nvml.Return) { return min(m, 5) + 1, nvml.SUCCESS }
 			instance.GetComputeInstanceIdFunc = func() (int, nvml.Return) { return max(m, 5) - 5, nvml.SUCCESS }
 			instances = append(instances, instance)

@@ -42,10 +42,12 @@ func TestInLibrary(t *testing.T) {
 	h := &fakenvml.Host{Library: library, State: os.Getenv("FAKENVML_STATE")}
 	i := Open(Options{LockDir: t.TempDir()})
 	defer i.Close()
-	if got, want := fmt.Sprint(i.Devices()), "[GPU-aaaa (NVIDIA A100-SXM4-40GB, index 0) MIG-cccc (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:0) MIG-dddd (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:1)]"; got != want {
+	if got, want := fmt.Sprint(i.Devices()), "[GPU-aaaa (NVIDIA A100-SXM4-40GB, index 0) MIG-cccc (NVIDIA H100 80GB "+
+		"HBM3 MIG 1g.10gb, index 1:0) MIG-dddd (NVIDIA H100 80GB HBM3 MIG 1g.10gb, index 1:1)]"; got != want {
 		t.Fatalf("devices %s, why %q", got, i.Why())
 	}
-	if d := i.Devices()[2]; d.Compute != "9.0" || d.Memory != 10*gib || d.Free != 10*gib || d.Parent != "GPU-bbbb" || d.Utilisation != -1 {
+	if d := i.Devices()[2]; d.Compute != "9.0" || d.Memory != 10*gib || d.Free != 10*gib || d.Parent != "GPU-bbbb" ||
+		d.Utilisation != -1 {
 		t.Errorf("%+v", d)
 	}
 
