@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from figures import PROVE
 
@@ -102,7 +103,9 @@ def client(surroundings: Path) -> Iterator[flightsvc.Client]:
     with flightsvc.connect() as client:
         yield client
         with contextlib.suppress(flightsvc.FlightsvcError):
+            front = psutil.Process(client.status()["pid"])
             client.shutdown()
+            front.wait(20)  # its folder goes next
 
 
 @pytest.fixture
