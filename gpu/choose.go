@@ -1,3 +1,5 @@
+// Which devices a word such as "gpu" or "0,1" allows.
+
 package gpu
 
 import (
@@ -60,7 +62,9 @@ func (i *Inventory) Choose(want string) ([]Device, error) {
 		}
 	}
 	if len(healthy) == 0 {
-		return nil, fault.New(fault.Unavailable, "device %q: all are drained: %s; reset the GPU and start the server again, or use another device", want, strings.Join(reasons, "; "))
+		return nil, fault.New(fault.Unavailable,
+			"device %q: all are drained: %s; reset the GPU and start the server again, or use another "+
+				"device", want, strings.Join(reasons, "; "))
 	}
 	return healthy, nil
 }

@@ -1,3 +1,5 @@
+// The devices of this host, and the questions to NVIDIA's library about them.
+
 package gpu
 
 import (
@@ -24,7 +26,7 @@ type Device struct {
 	Memory      int64  `json:"memory"`           // bytes
 	Free        int64  `json:"free"`             // bytes that no process had when they were last read
 	Compute     string `json:"compute"`          // compute capability, such as 8.0
-	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1: not known
 	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
 	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
 }
@@ -33,7 +35,7 @@ func (d Device) String() string { return fmt.Sprintf("%s (%s, index %s)", d.UUID
 
 // Options say how to look for devices.
 type Options struct {
-	Visible string         // indexes or UUIDs, with commas between, in place of CUDA_VISIBLE_DEVICES; "" is that variable
+	Visible string         // indexes or UUIDs, separated by commas; "" is CUDA_VISIBLE_DEVICES
 	LockDir string         // where the fronts of a host lock devices; "" is DefaultLockDir
 	Log     *zap.Logger    // nil for none
 	NVML    nvml.Interface // nil for NVIDIA's library
@@ -56,7 +58,7 @@ type Inventory struct {
 	lockDir string
 	visible string // see Options
 	why     string
-	devices []*device     // in the order of the indexes, or of CUDA_VISIBLE_DEVICES; fixed, like why, once found is closed
+	devices []*device     // ordered by index, or as CUDA_VISIBLE_DEVICES says; fixed, like why, once found is closed
 	found   chan struct{} // nil for the zero Inventory
 
 	limit    time.Duration // of one question to NVML
@@ -83,14 +85,14 @@ type device struct {
 // none is the id of the instance of an event that concerns a whole GPU, see nvmlEventData_t.
 const none = 0xFFFFFFFF
 
-// Open begins to look for NVIDIA's library and its devices, and does not wait: a driver takes seconds to wake up. Methods
-// that need the devices wait, 30 s at most. Where there is none the Inventory has no device;
-// Why says why, and the log says so once. CUDA_VISIBLE_DEVICES limits and orders what there is, as it does for a
-// program that uses CUDA. Close frees it.
+// Open looks for NVIDIA's library and its devices in the background, since a driver takes seconds to wake up. Methods
+// that need the devices wait at most 30 s. Without devices, Why says why, and the log says so once.
+// CUDA_VISIBLE_DEVICES limits and orders the devices, as it does for a program that uses CUDA. Close frees the library.
 func Open(options Options) *Inventory {
 	i := &Inventory{
-		nvml: options.NVML, visible: options.Visible, log: options.Log, lockDir: options.LockDir, asking: make(chan struct{}, 1),
-		limit: callLimit, retry: 50 * time.Millisecond, poll: recoveryPoll, patience: recoveryLimit,
+		nvml: options.NVML, visible: options.Visible, log: options.Log, lockDir: options.LockDir,
+		asking: make(chan struct{}, 1),
+		limit:  callLimit, retry: 50 * time.Millisecond, poll: recoveryPoll, patience: recoveryLimit,
 	}
 	if i.nvml == nil {
 		i.nvml = nvml.New()
@@ -127,7 +129,8 @@ func (i *Inventory) look() {
 		i.log.Info("models run on the CPU", zap.String("reason", i.why))
 	}
 	for _, d := range found {
-		i.log.Info("device", zap.Stringer("device", d.Device), zap.Int64("memory", d.Memory), zap.String("compute", d.Compute))
+		i.log.Info("device", zap.Stringer("device", d.Device), zap.Int64("memory", d.Memory),
+			zap.String("compute", d.Compute))
 	}
 }
 
@@ -322,7 +325,8 @@ func describe(handle nvml.Device, index string) (*device, error) {
 	if ret != nvml.SUCCESS || uuid == "" || strings.ContainsAny(uuid, "/\x00") {
 		return nil, fmt.Errorf("its UUID cannot be read: %w", ret)
 	}
-	d := &device{Device: Device{UUID: uuid, Index: index, Healthy: true, Utilisation: -1}, handle: handle, gpu: handle, gi: none, ci: none, memory: newMemory(uuid)}
+	d := &device{Device: Device{UUID: uuid, Index: index, Healthy: true, Utilisation: -1}, handle: handle, gpu: handle,
+		gi: none, ci: none, memory: newMemory(uuid)}
 	if d.Name, ret = handle.GetName(); ret != nvml.SUCCESS {
 		d.Name = "unknown"
 	}

@@ -1,3 +1,5 @@
+// Tests on simulated hosts: devices, placement, promises, recovery and errors.
+
 package gpu
 
 import (

@@ -1,3 +1,5 @@
+// A simulated host with GPUs, whose memory and errors a test sets.
+
 package gpu
 
 import (

@@ -1,3 +1,5 @@
+// What all fronts of a host have promised of a device's memory, in a folder that they share.
+
 package gpu
 
 import (
@@ -46,7 +48,9 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 	}()
 	file, err := i.folder(m)
 	if err != nil {
-		return nil, false, fault.New(fault.Precondition, "lock of device %s: %w; all users of this host's devices must be able to write to %s", m.name, err, i.lockDir)
+		return nil, false, fault.New(fault.Precondition,
+			"lock of device %s: %w; all users of this host's devices must be able to write to "+
+				"%s", m.name, err, i.lockDir)
 	}
 	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		_ = file.Close()
@@ -142,7 +146,9 @@ func readHeld(path string) (int64, error) {
 	n, _ := file.ReadAt(text, 0)
 	bytes, err := strconv.ParseInt(strings.TrimSpace(string(text[:n])), 10, 64)
 	if err != nil || bytes < 0 {
-		return 0, fault.New(fault.Precondition, "another front's reservation of a device: %s holds %q; want a number of bytes; remove the file if no flightsvc runs", path, text[:n])
+		return 0, fault.New(fault.Precondition,
+			"another front's reservation of a device: %s holds %q; want a number of bytes; remove the file if no "+
+				"flightsvc runs", path, text[:n])
 	}
 	return bytes, nil
 }

@@ -1,3 +1,5 @@
+// Tests on a library that NVML loads as it loads NVIDIA's.
+
 package gpu
 
 import (
@@ -125,7 +127,7 @@ func TestInLibrary(t *testing.T) {
 	group.Go(func() { i.Watch(ctx, func(d Device, reason string) { drained <- d.UUID + " " + reason }) })
 	stop := func() { cancel(); group.Wait() }
 	defer stop()
-	heard := func(xid int, uuid string) string { // again until the set of events is there
+	drainedBy := func(xid int, uuid string) string { // again until the set of events is there
 		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
 			h.XID(t, uuid, 31)
 			h.XID(t, uuid, xid)
@@ -137,7 +139,7 @@ func TestInLibrary(t *testing.T) {
 		}
 		return "nothing"
 	}
-	if got := heard(48, "MIG-cccc"); got != "MIG-cccc XID 48, see NVIDIA's catalogue of XID errors" {
+	if got := drainedBy(48, "MIG-cccc"); got != "MIG-cccc XID 48, see NVIDIA's catalogue of XID errors" {
 		t.Errorf("drained: %s", got)
 	}
 
@@ -147,7 +149,7 @@ func TestInLibrary(t *testing.T) {
 	if got := <-drained; !strings.HasPrefix(got, "MIG-dddd NVIDIA's driver lost it") {
 		t.Errorf("drained: %s", got)
 	}
-	if got := heard(79, "GPU-aaaa"); !strings.HasPrefix(got, "GPU-aaaa XID 79") {
+	if got := drainedBy(79, "GPU-aaaa"); !strings.HasPrefix(got, "GPU-aaaa XID 79") {
 		t.Errorf("drained: %s", got)
 	}
 	_, err = i.Choose("auto")

@@ -1,3 +1,5 @@
+// Placement: a load gets the device with the most free memory, and the memory comes back afterwards.
+
 package gpu
 
 import (
@@ -29,7 +31,8 @@ type NoRoom struct {
 }
 
 func (e *NoRoom) Error() string {
-	return fmt.Sprintf("device %s has %d MiB free of %d MiB, and %d MiB are needed", e.Device, e.Free>>20, e.Device.Memory>>20, e.Need>>20)
+	return fmt.Sprintf("device %s has %d MiB free of %d MiB, and %d MiB are needed", e.Device, e.Free>>20,
+		e.Device.Memory>>20, e.Need>>20)
 }
 
 // Placement is one process on one device. Nil stands for the processor: its methods are all there, and do nothing.
@@ -87,7 +90,9 @@ func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Plac
 		candidates = busy
 		select {
 		case <-ctx.Done():
-			return nil, fault.New(fault.Unavailable, "device %s: another model is being loaded there, here or by another front of this host; ask again: %w", busy[0].UUID, ctx.Err())
+			return nil, fault.New(fault.Unavailable,
+				"device %s: another model is being loaded there, here or by another front of this host; ask again: "+
+					"%w", busy[0].UUID, ctx.Err())
 		case <-time.After(i.retry):
 		}
 	}
@@ -156,7 +161,8 @@ func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error)
 	if room := now.free - promises; room < need {
 		return nil, &NoRoom{Device: d.Device, Need: need, Free: max(0, room)}, nil
 	}
-	p := &Placement{inventory: i, device: d, before: now.free, promises: promises, unlock: unlock, cost: need, rest: now.rest}
+	p := &Placement{inventory: i, device: d, before: now.free, promises: promises, unlock: unlock, cost: need,
+		rest: now.rest}
 	d.memory.placed[p] = struct{}{}
 	if err := i.publish(d.memory); err != nil {
 		delete(d.memory.placed, p)
@@ -324,7 +330,8 @@ func (p *Placement) Release(ctx context.Context) error {
 			return nil
 		}
 		if !time.Now().Before(deadline) {
-			return fmt.Errorf("device %s: after %v, %d of %d MiB are not free again", p.device.UUID, i.patience, missing>>20, had>>20)
+			return fmt.Errorf("device %s: after %v, %d of %d MiB are not free again", p.device.UUID, i.patience,
+				missing>>20, had>>20)
 		}
 		select {
 		case <-ctx.Done():

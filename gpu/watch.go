@@ -1,3 +1,5 @@
+// The health of devices: XID errors and lost devices drain what they concern.
+
 package gpu
 
 import (
@@ -55,7 +57,7 @@ func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reaso
 			i.refresh()
 			continue
 		}
-		if events == nil || !i.hear(&events) {
+		if events == nil || !i.handleEvent(&events) {
 			select {
 			case <-ctx.Done():
 			case <-time.After(eventWait):
@@ -90,16 +92,16 @@ func (i *Inventory) register() (nvml.EventSet, error) {
 	return events, nil
 }
 
-// hear waits for an event and takes it to heart. It returns false if it could not wait. A driver that does not come
-// back from the wait is not asked again.
-func (i *Inventory) hear(set *nvml.EventSet) bool {
+// handleEvent waits for one event and handles it. It returns false if it could not wait. A driver that does not return
+// from the wait is not asked again.
+func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	type event struct {
 		xid    uint64
 		gpu    string
 		gi, ci uint32
 		ret    nvml.Return
 	}
-	heard := make(chan event, 1)
+	received := make(chan event, 1)
 	events := *set
 	go func() { // not through ask, which others need meanwhile
 		data, ret := events.Wait(uint32(eventWait.Milliseconds()))
@@ -109,13 +111,13 @@ func (i *Inventory) hear(set *nvml.EventSet) bool {
 		} else if ret == nvml.SUCCESS {
 			e.gpu, e.ret = data.Device.GetUUID()
 		}
-		heard <- e
+		received <- e
 	}()
 	timer := time.NewTimer(eventWait + i.limit)
 	defer timer.Stop()
 	var e event
 	select {
-	case e = <-heard:
+	case e = <-received:
 	case <-timer.C:
 		*set = nil // its owner is the call that is still there
 		i.log.Warn("XID errors of devices are no longer watched: NVIDIA's driver does not answer")
@@ -129,7 +131,8 @@ func (i *Inventory) hear(set *nvml.EventSet) bool {
 		return false
 	}
 	if name, ok := applicationXIDs[e.xid]; ok {
-		i.log.Warn("a program's error on a device", zap.String("device", e.gpu), zap.Uint64("xid", e.xid), zap.String("meaning", name))
+		i.log.Warn("a program's error on a device", zap.String("device", e.gpu), zap.Uint64("xid", e.xid),
+			zap.String("meaning", name))
 		return true
 	}
 	i.mu.Lock()

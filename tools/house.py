@@ -26,12 +26,10 @@ LARGE_FILES = ("internal/batch/scheduler.go",)
 """Files that may have more than FILE_LINES."""
 
 PENDING = {
-    "columns": r"^(gpu|modelcache)/"
-    r"|^internal/(build|config|control|preprocess|rundir|savedmodel)/",
-    "opens": r"^(gpu|modelcache|pyspark-shim/tests)/"
-    r"|^internal/(control|preprocess|rundir|savedmodel)/",
+    "columns": r"^modelcache/|^internal/control/",
+    "opens": r"^(modelcache|pyspark-shim/tests)/|^internal/control/",
     "sizes": r"/graph\.py$",
-    "words": r"^(ARCHITECTURE|gpu|modelcache|pyspark-shim|internal/control)",
+    "words": r"^(ARCHITECTURE|modelcache|pyspark-shim|internal/control)",
 }
 """For each rule the paths in which it does not hold yet, as a regular expression."""
 
@@ -43,10 +41,10 @@ Files = dict[str, str]
 
 
 def columns(files: Files) -> Iterator[Finding]:
-    """Find lines of Go that are too long."""
+    """Find lines of Go that are too long; the tag of a struct's field cannot be wrapped."""
     for path, text in files.items():
         for number, line in enumerate(text.splitlines() if path.endswith(".go") else (), 1):
-            if (width := len(line.expandtabs(TAB))) > COLUMNS:
+            if (width := len(line.expandtabs(TAB))) > COLUMNS and not line.endswith('"`'):
                 yield path, number, f"{width} columns; wrap the line at {COLUMNS} (a tab has {TAB})"
 
 

@@ -37,7 +37,8 @@ func New(t testing.TB, devices ...string) *Host {
 	if err := os.WriteFile(file, source, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	out, err := exec.Command(compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", filepath.Join(h.Library, "libnvidia-ml.so.1"), file).CombinedOutput()
+	library := filepath.Join(h.Library, "libnvidia-ml.so.1")
+	out, err := exec.Command(compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", library, file).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Fatalf("cc: %v\n%s", err, out)
 	}

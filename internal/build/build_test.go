@@ -73,7 +73,8 @@ var walls = map[string][]string{
 	"flightsvc/handlers":        {"flightsvc/modelcache", "flightsvc/gpu", "flightsvc/handlers/front"},
 	"flightsvc/internal/client": {"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu"},
 	"flightsvc/internal/protocol": {
-		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow", "google.golang.org/grpc",
+		"flightsvc/handlers", "flightsvc/modelcache", "flightsvc/gpu", "github.com/apache/arrow",
+		"google.golang.org/grpc",
 	},
 	"flightsvc/modelcache":            {"flightsvc/handlers"},
 	"flightsvc/modelcache/repository": {"flightsvc/handlers", "flightsvc/gpu", "flightsvc/modelcache/tuning"},
@@ -81,7 +82,8 @@ var walls = map[string][]string{
 }
 
 // arrowUsers are the packages that read and make record batches; others name an allocator or a Flight client at most.
-var arrowUsers = []string{"flightsvc/handlers", "flightsvc/handlers/front", "flightsvc/internal/tensor", "flightsvc/internal/offheap"}
+var arrowUsers = []string{"flightsvc/handlers", "flightsvc/handlers/front", "flightsvc/internal/tensor",
+	"flightsvc/internal/offheap"}
 
 // within reports whether a package is one of those below path.
 func within(dep, path string) bool { return dep == path || strings.HasPrefix(dep, path+"/") }
@@ -93,21 +95,24 @@ func TestDependencies(t *testing.T) {
 			t.Errorf("%s has no package comment", p.ImportPath)
 		}
 		native := func(dep string) bool {
-			return dep == tensorflow || dep == preprocess || dep == binding || strings.HasPrefix(dep, binding+"/op") || strings.HasPrefix(dep, tfgo)
+			return dep == tensorflow || dep == preprocess || dep == binding || strings.HasPrefix(dep, binding+"/op") ||
+				strings.HasPrefix(dep, tfgo)
 		}
 		linked := slices.DeleteFunc(slices.Clone(p.Deps), func(dep string) bool { return !native(dep) })
 		switch p.ImportPath {
 		case runner, tensorflow, preprocess, pictures, session:
 		case front:
 			if len(linked) > 0 {
-				t.Errorf("%s links %v, but the front must start without libtensorflow, to say that it is missing", p.ImportPath, linked)
+				t.Errorf("%s links %v, but the front must start without libtensorflow, to say that it is missing",
+					p.ImportPath, linked)
 			}
 		default:
 			if len(linked) > 0 {
 				t.Errorf("%s links %v; TensorFlow's only users are the runner and preprocess", p.ImportPath, linked)
 			}
 		}
-		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess && p.ImportPath != session {
+		if slices.Contains(p.Imports, tensorflow) && p.ImportPath != runner && p.ImportPath != preprocess &&
+			p.ImportPath != session {
 			t.Errorf("%s imports %s", p.ImportPath, tensorflow)
 		}
 		for _, wall := range walls[p.ImportPath] {

@@ -8,7 +8,8 @@ import (
 )
 
 func valid() Serve {
-	return Serve{IdleTimeout: time.Minute, LoadTimeout: time.Minute, DrainTimeout: time.Second, MaxImagePixels: 1, MaxImageBytes: 1}
+	return Serve{IdleTimeout: time.Minute, LoadTimeout: time.Minute, DrainTimeout: time.Second, MaxImagePixels: 1,
+		MaxImageBytes: 1}
 }
 
 func TestValidate(t *testing.T) {
@@ -38,13 +39,15 @@ max-image-bytes is 0; want 1 or more`
 }
 
 func TestBytes(t *testing.T) {
-	for text, want := range map[string]Bytes{"512MiB": 512 << 20, "2g": 2 << 30, "1.5 GiB": 3 << 29, "100": 100, "1kB": 1000} {
+	for text, want := range map[string]Bytes{"512MiB": 512 << 20, "2g": 2 << 30, "1.5 GiB": 3 << 29, "100": 100,
+		"1kB": 1000} {
 		var got Bytes
 		if err := got.UnmarshalText([]byte(text)); err != nil || got != want {
 			t.Errorf("%s is %d, %v", text, got, err)
 		}
 	}
-	for bytes, want := range map[Bytes]string{0: "0 B", 999: "999 B", 512 << 20: "512 MiB", 1536 << 20: "1.5 GiB", -1: "0 B"} {
+	for bytes, want := range map[Bytes]string{0: "0 B", 999: "999 B", 512 << 20: "512 MiB", 1536 << 20: "1.5 GiB",
+		-1: "0 B"} {
 		if got := bytes.String(); got != want {
 			t.Errorf("%d bytes are %q, want %q", int64(bytes), got, want)
 		}

@@ -1,3 +1,5 @@
+// From a picture's file to pixels, as they are shown.
+
 package preprocess
 
 import (

@@ -1,3 +1,5 @@
+// The TensorFlow graph that turns pixels into a tensor.
+
 package preprocess
 
 import (
@@ -204,7 +206,8 @@ func (b *builder) cast(x tf.Output, to tf.DataType) tf.Output {
 	}
 	switch {
 	case from == tf.Float && to == tf.Uint8:
-		x = op.ClipByValue(b.scope(), op.Round(b.scope(), x), tg.Const(b.root, float32(0)), tg.Const(b.root, float32(255)))
+		x = op.ClipByValue(b.scope(), op.Round(b.scope(), x), tg.Const(b.root, float32(0)),
+			tg.Const(b.root, float32(255)))
 	case from == tf.Float && to == tf.Int32:
 		wide := op.Cast(b.scope(), op.Round(b.scope(), x), tf.Double) // float32 has no 2^31-1
 		x = op.ClipByValue(b.scope(), wide, tg.Const(b.root, float64(-1<<31)), tg.Const(b.root, float64(1<<31-1)))

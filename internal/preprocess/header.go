@@ -1,4 +1,4 @@
-// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and know nothing of EXIF or scans.
+// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and do not know EXIF or scans.
 
 package preprocess
 
@@ -154,9 +154,9 @@ func readJPEG(encoded []byte) header {
 	return h
 }
 
-// leastOfJPEG returns the bytes that the scans of a JPEG with this frame header have at least, or 0 where that is not
-// known. Huffman codes have one bit or more: a block of 8x8 values takes two, of a progressive picture one. libjpeg makes
-// grey of what is missing before the end marker, so a file of 600 bytes could be a picture of 13,000x13,000.
+// leastOfJPEG returns the fewest bytes that the scans of a JPEG with this frame header can have, or 0 where that is not
+// known. A Huffman code has at least one bit; a block of 8x8 values takes two codes, in a progressive picture one.
+// libjpeg fills with grey what is missing before the end marker, so it makes 13,000x13,000 pixels of 600 bytes.
 func leastOfJPEG(kind byte, frame []byte) int64 {
 	bits := map[byte]int64{0xc0: 2, 0xc1: 2, 0xc2: 1}[kind]
 	height, width, components := int64(frame[3])<<8|int64(frame[4]), int64(frame[5])<<8|int64(frame[6]), int(frame[7])
@@ -172,7 +172,8 @@ func leastOfJPEG(kind byte, frame []byte) int64 {
 	for i := range components {
 		sampling := int64(frame[8+3*i+1])
 		if most[0]*most[1] > 0 {
-			blocks += (width*(sampling>>4) + 8*most[0] - 1) / (8 * most[0]) * ((height*(sampling&15) + 8*most[1] - 1) / (8 * most[1]))
+			blocks += (width*(sampling>>4) + 8*most[0] - 1) / (8 * most[0]) * ((height*(sampling&15) +
+				8*most[1] - 1) / (8 * most[1]))
 		}
 	}
 	return blocks * bits / 8

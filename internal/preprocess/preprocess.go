@@ -118,7 +118,8 @@ func New(spec Spec, budget *Budget) (*Graph, error) {
 // format and size. dst is left as it was by any error.
 func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
 	if want := g.spec.Bytes(); int64(len(dst)) != want {
-		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d", g.spec.Width, g.spec.Height, want, len(dst))
+		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d", g.spec.Width, g.spec.Height, want,
+			len(dst))
 	}
 	return g.run(ctx, g.spec, p, func(result *tensorflow.Tensor) error {
 		if got := result.Bytes(); result.DType() != g.spec.DType || len(got) != len(dst) {
@@ -235,7 +236,8 @@ func newConverter(spec Spec, budget *Budget) (*converter, error) {
 			return nil, invalid("a picture cannot be fitted by %q; crop, stretch and pad are known", spec.Fit)
 		}
 		if !slices.Contains([]string{"bilinear", "nearest", "bicubic", "area"}, spec.Resize) {
-			return nil, invalid("a picture cannot be resized by %q; bilinear, nearest, bicubic and area are known", spec.Resize)
+			return nil, invalid("a picture cannot be resized by %q; bilinear, nearest, bicubic and area are known",
+				spec.Resize)
 		}
 		if spec.Antialias && spec.Resize != "bilinear" && spec.Resize != "bicubic" {
 			return nil, invalid("there is no antialias with %s; only bilinear and bicubic have it", spec.Resize)
@@ -293,13 +295,15 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 		}
 		var ok bool
 		if h, ok = readHeader(p.Data); !ok {
-			return h, invalid("%d bytes that are no JPEG, PNG or GIF picture, and no BMP without compression", len(p.Data))
+			return h, invalid("%d bytes that are no JPEG, PNG or GIF picture, and no BMP without compression",
+				len(p.Data))
 		}
 	} else {
 		h = header{format: "decoded", width: p.Width, height: p.Height, channels: p.Channels, orientation: 1}
 		if p.Width <= 0 || p.Height <= 0 || !slices.Contains([]int{1, 3, 4}, p.Channels) ||
 			p.DType != savedmodel.Uint8 && p.DType != savedmodel.Float32 {
-			return h, invalid("%v with %d channels of %v; it needs pixels, of 1, 3 or 4 channels of uint8 or float32", h, p.Channels, p.DType)
+			return h, invalid("%v with %d channels of %v; it needs pixels, of 1, 3 or 4 channels of uint8 or float32",
+				h, p.Channels, p.DType)
 		}
 	}
 	if int64(h.width) > limits.Pixels/int64(h.height) {
@@ -310,7 +314,8 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	}
 	want := int64(h.width) * int64(h.height) * int64(h.channels) * int64(p.DType.Size())
 	if !p.Encoded() && int64(len(p.Data)) != want {
-		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want, len(p.Data))
+		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want,
+			len(p.Data))
 	}
 	if h.scans > maxScans {
 		return h, invalid("%v has %d scans; the maximum is %d", h, h.scans, maxScans)

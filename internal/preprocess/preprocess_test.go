@@ -1,3 +1,5 @@
+// Tests against tf.image, with damaged and malicious pictures, and of memory.
+
 package preprocess
 
 import (

@@ -81,7 +81,8 @@ func checkParent(path string) error {
 	open := about.Mode&unix.S_IWOTH != 0 || about.Mode&unix.S_IWGRP != 0 && int(about.Gid) != os.Getegid()
 	volume := about.Uid == 0 && about.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 	if about.Mode&unix.S_IFMT == unix.S_IFDIR && open && about.Mode&unix.S_ISVTX == 0 && !volume {
-		return fmt.Errorf("other users may replace what is in %s (mode %04o); run chmod o-w,g-w on it, or set another folder",
+		return fmt.Errorf("other users may replace what is in %s (mode %04o); run chmod o-w,g-w on it, or set "+
+			"another folder",
 			path, about.Mode&0o7777)
 	}
 	return nil

@@ -4,9 +4,9 @@
 //	<run-dir>/            0700, ours, never a link
 //	  <8 hex> or user/    one front: its sockets, and the file "front" that names its process
 //
-// A folder's lock is flock(2) on the folder itself, so there is no lock file to leave behind; libraries lock files alone. A
-// starter (the shim) holds it while it looks for a front and starts one; a front holds it while
-// it removes its folder.
+// A folder's lock is flock(2) on the folder itself, so no lock file is left behind; libraries lock only files. A
+// starter (the shim) holds the lock while it looks for a front and starts one; a front holds it while it removes its
+// folder.
 //
 // What may enter: files of running processes. Caches and logs live longer and elsewhere.
 package rundir
@@ -96,7 +96,8 @@ func Claim(runDir, path string) (*Folder, error) {
 	case named && other.Alive():
 		return nil, fmt.Errorf("a flightsvc front serves in %s already (process %d)", path, other.PID)
 	case f.shared && !named && !os.IsNotExist(statErr):
-		return nil, fmt.Errorf("%s exists and does not belong to a flightsvc front; choose an endpoint in another folder", name)
+		return nil, fmt.Errorf("%s exists and does not belong to a flightsvc front; choose an endpoint in another "+
+			"folder", name)
 	case !f.shared:
 		removeSockets(path)
 	}
@@ -209,8 +210,8 @@ func locked(path string, how int, f func() error) error {
 	return f()
 }
 
-// Starting holds the lock of a front's folder below runDir while f looks for that front, and starts it if there is none. The
-// folder is made when it is not there, and goes again if f leaves it empty. The shim does the same.
+// Starting holds the lock of a front's folder below runDir while f looks for that front, and starts it if there is
+// none. The folder is made if it is not there, and removed if f leaves it empty. The shim does the same.
 func Starting(runDir, name string, f func(folder string) error) error {
 	if err := Ensure(runDir); err != nil {
 		return err

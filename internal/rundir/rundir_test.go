@@ -1,3 +1,5 @@
+// Tests of folders, their owners and their locks, and of processes.
+
 package rundir
 
 import (

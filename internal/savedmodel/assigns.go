@@ -52,7 +52,8 @@ const (
 const none = -1
 
 func newGraph(reserve func(bytes int64) error) *graph {
-	return &graph{nodes: map[string]int32{}, functions: map[string]int32{}, meter: meter{reserve: reserve, left: meterStep}}
+	return &graph{nodes: map[string]int32{}, functions: map[string]int32{}, meter: meter{reserve: reserve,
+		left: meterStep}}
 }
 
 // add returns a new vertex.

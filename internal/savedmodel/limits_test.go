@@ -1,3 +1,5 @@
+// Tests of files that are too long, too deep, never end, or are no files.
+
 package savedmodel
 
 import (
@@ -90,12 +92,14 @@ func TestReadDoesNotRecurse(t *testing.T) {
 func TestReadReserves(t *testing.T) {
 	var nodes []byte
 	for i := range 200_000 {
-		nodes = append(nodes, nest(nodeOf(fmt.Sprintf("n%d", i), "Identity", fmt.Sprintf("n%d", i-1), ""), fieldGraphNode)...)
+		nodes = append(nodes, nest(nodeOf(fmt.Sprintf("n%d", i), "Identity", fmt.Sprintf("n%d", i-1), ""),
+			fieldGraphNode)...)
 	}
 	dir := writeFile(t, modelOf(t, nodes))
 	var reserved uint64
 	taken := allocated(func() {
-		if _, err := Read(t.Context(), dir, func(bytes int64) error { reserved += uint64(bytes); return nil }); err != nil {
+		if _, err := Read(t.Context(), dir,
+			func(bytes int64) error { reserved += uint64(bytes); return nil }); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -170,11 +174,14 @@ func TestReadTakesOnlyWholeFiles(t *testing.T) {
 		kind fault.Kind
 		part string
 	}{
-		"a pipe":      {func(path string) error { return unix.Mkfifo(path, 0o600) }, fault.Precondition, "not a regular file"},
-		"a device":    {func(path string) error { return os.Symlink("/dev/zero", path) }, fault.Precondition, "not a regular file"},
-		"3 GiB":       {func(path string) error { return sparse(path, 3<<30) }, fault.BadRequest, "3221225472 bytes"},
-		"zeros":       {func(path string) error { return sparse(path, 1<<30) }, fault.BadRequest, "damaged"},
-		"a long name": {func(path string) error { return os.WriteFile(path, longName(), 0o600) }, fault.BadRequest, "a name of 65537 bytes"},
+		"a pipe": {func(path string) error { return unix.Mkfifo(path, 0o600) }, fault.Precondition,
+			"not a regular file"},
+		"a device": {func(path string) error { return os.Symlink("/dev/zero", path) }, fault.Precondition,
+			"not a regular file"},
+		"3 GiB": {func(path string) error { return sparse(path, 3<<30) }, fault.BadRequest, "3221225472 bytes"},
+		"zeros": {func(path string) error { return sparse(path, 1<<30) }, fault.BadRequest, "damaged"},
+		"a long name": {func(path string) error { return os.WriteFile(path, longName(), 0o600) }, fault.BadRequest,
+			"a name of 65537 bytes"},
 		"groups": {func(path string) error {
 			return os.WriteFile(path, protowire.AppendTag(nil, 1, protowire.StartGroupType), 0o600)
 		}, fault.BadRequest, "damaged"},

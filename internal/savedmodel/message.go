@@ -1,3 +1,5 @@
+// Protocol buffers read field by field, so that memory does not grow with the file.
+
 package savedmodel
 
 import (

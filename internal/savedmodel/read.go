@@ -102,7 +102,8 @@ func Read(ctx context.Context, dir string, reserve func(bytes int64) error) (*Mo
 		return nil, fault.New(fault.Precondition, "read SavedModel: %w", err)
 	}
 	if info.Size() > maxGraph {
-		return nil, fault.New(fault.BadRequest, "%s has %d bytes; the maximum is %d", path, info.Size(), int64(maxGraph))
+		return nil, fault.New(fault.BadRequest, "%s has %d bytes; the maximum is %d", path, info.Size(),
+			int64(maxGraph))
 	}
 	in := struct {
 		io.Reader

@@ -1,3 +1,5 @@
+// Tests of what is read from saved_model.pb.
+
 package savedmodel
 
 import (
@@ -50,11 +52,15 @@ func sample() map[string]*corepb.SignatureDef {
 	bare.TensorShape = nil
 	return map[string]*corepb.SignatureDef{
 		DefaultSignature: {
-			Inputs:  map[string]*corepb.TensorInfo{"b": info("b:0", types_go_proto.DataType_DT_INT64, -1, 3), "a": info("a:0", types_go_proto.DataType_DT_FLOAT, -7)},
-			Outputs: map[string]*corepb.TensorInfo{"u": unknown, "s": info("s:1", types_go_proto.DataType_DT_BOOL), "n": bare},
+			Inputs: map[string]*corepb.TensorInfo{"b": info("b:0", types_go_proto.DataType_DT_INT64, -1, 3),
+				"a": info("a:0", types_go_proto.DataType_DT_FLOAT, -7)},
+			Outputs: map[string]*corepb.TensorInfo{"u": unknown, "s": info("s:1", types_go_proto.DataType_DT_BOOL),
+				"n": bare},
 		},
-		"__saved_model_init_op": {Outputs: map[string]*corepb.TensorInfo{"x": info("x:0", types_go_proto.DataType_DT_INVALID)}},
-		"other":                 {Inputs: map[string]*corepb.TensorInfo{"q": info("q:0", types_go_proto.DataType_DT_QINT8, -1)}},
+		"__saved_model_init_op": {Outputs: map[string]*corepb.TensorInfo{"x": info("x:0",
+			types_go_proto.DataType_DT_INVALID)}},
+		"other": {Inputs: map[string]*corepb.TensorInfo{"q": info("q:0",
+			types_go_proto.DataType_DT_QINT8, -1)}},
 	}
 }
 
@@ -72,7 +78,8 @@ func TestRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Signature{
-		Inputs: []Spec{{Name: "a", Tensor: "a:0", DType: Float32, Shape: []int64{-1}}, {Name: "b", Tensor: "b:0", DType: Int64, Shape: []int64{-1, 3}}},
+		Inputs: []Spec{{Name: "a", Tensor: "a:0", DType: Float32, Shape: []int64{-1}},
+			{Name: "b", Tensor: "b:0", DType: Int64, Shape: []int64{-1, 3}}},
 		Outputs: []Spec{
 			{Name: "n", Tensor: "n:0", DType: Float16, UnknownRank: true},
 			{Name: "s", Tensor: "s:1", DType: Bool, Shape: []int64{}},
@@ -86,7 +93,8 @@ func TestRead(t *testing.T) {
 		t.Errorf("a quantised type is called %s", got)
 	}
 	_, err = model.Signature("nope")
-	if kind, _ := fault.KindOf(err); kind != fault.NotFound || err.Error() != `no signature "nope"; this model has other, serving_default` {
+	if kind, _ := fault.KindOf(err); kind != fault.NotFound ||
+		err.Error() != `no signature "nope"; this model has other, serving_default` {
 		t.Errorf("an unknown signature gives %v", err)
 	}
 }
@@ -105,13 +113,15 @@ func TestReadRefuses(t *testing.T) {
 		kind fault.Kind
 		part string
 	}{
-		"no such folder": {filepath.Join(broken, "nope"), fault.NotFound, "is not a SavedModel: it has no saved_model.pb"},
-		"no SavedModel":  {t.TempDir(), fault.NotFound, "is not a SavedModel: it has no saved_model.pb"},
-		"broken file":    {broken, fault.BadRequest, filepath.Join(broken, File)},
-		"a folder":       {unreadable, fault.Precondition, "read SavedModel"},
-		"empty file":     {write(t), fault.BadRequest, `no meta graph has the tag "serve"`},
-		"other tags":     {write(t, metaGraph(sample(), "train")), fault.BadRequest, `no meta graph has the tag "serve"`},
-		"no signature":   {write(t, metaGraph(nil, ServeTag)), fault.BadRequest, "export the model with signatures"},
+		"no such folder": {filepath.Join(broken, "nope"), fault.NotFound,
+			"is not a SavedModel: it has no saved_model.pb"},
+		"no SavedModel": {t.TempDir(), fault.NotFound, "is not a SavedModel: it has no saved_model.pb"},
+		"broken file":   {broken, fault.BadRequest, filepath.Join(broken, File)},
+		"a folder":      {unreadable, fault.Precondition, "read SavedModel"},
+		"empty file":    {write(t), fault.BadRequest, `no meta graph has the tag "serve"`},
+		"other tags": {write(t, metaGraph(sample(), "train")), fault.BadRequest,
+			`no meta graph has the tag "serve"`},
+		"no signature": {write(t, metaGraph(nil, ServeTag)), fault.BadRequest, "export the model with signatures"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Read(t.Context(), c.dir, nil)

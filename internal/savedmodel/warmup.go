@@ -1,3 +1,5 @@
+// TF Serving's warm-up requests: the records of a TFRecord file, and the tensors in them.
+
 package savedmodel
 
 import (
@@ -59,8 +61,8 @@ var logTypes = map[protowire.Number]string{
 }
 
 // ReadWarmups reads the records of a WarmupFile: a TFRecord file of PredictionLog. It ends with the first error, which
-// comes with the number of its record: a checksum that does not fit, a file that was cut, a message or tensor that cannot
-// be, or more than MaxWarmups records. It keeps one record at a time in memory.
+// comes with the number of its record: a wrong checksum, a truncated file, an invalid message or tensor, or more than
+// MaxWarmups records. It keeps one record at a time in memory.
 func ReadWarmups(file io.Reader) iter.Seq2[Warmup, error] { return readWarmups(file, maxWarmupBytes) }
 
 func readWarmups(file io.Reader, most int64) iter.Seq2[Warmup, error] {
@@ -253,7 +255,8 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 	}
 	if len(raw) > 0 {
 		if int64(len(raw)) != n*size {
-			return c, fmt.Errorf("it has %d bytes of tensor_content; a %v tensor of shape %v has %d", len(raw), c.DType, c.Shape, n*size)
+			return c, fmt.Errorf("it has %d bytes of tensor_content; a %v tensor of shape %v has %d", len(raw), c.DType,
+				c.Shape, n*size)
 		}
 		c.Data = raw
 		return c, nil

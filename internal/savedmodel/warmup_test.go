@@ -1,3 +1,5 @@
+// Tests of warm-up requests, against tensors that TensorFlow made.
+
 package savedmodel
 
 import (
@@ -57,8 +59,10 @@ func TestReadWarmups(t *testing.T) {
 		t.Fatalf("%d records, %v", len(records), err)
 	}
 	first := records[0]
-	if first.Number != 1 || first.Signature != "other" || !slices.Equal(first.Outputs, []string{"y", "z"}) || first.Skipped != "" || len(first.Inputs) != len(want) {
-		t.Errorf("the first has signature %q, outputs %q and %d inputs of %d", first.Signature, first.Outputs, len(first.Inputs), len(want))
+	if first.Number != 1 || first.Signature != "other" || !slices.Equal(first.Outputs, []string{"y", "z"}) ||
+		first.Skipped != "" || len(first.Inputs) != len(want) {
+		t.Errorf("the first has signature %q, outputs %q and %d inputs of %d", first.Signature, first.Outputs,
+			len(first.Inputs), len(want))
 	}
 	for name, w := range want {
 		got := first.Inputs[name]
@@ -66,7 +70,8 @@ func TestReadWarmups(t *testing.T) {
 		for _, s := range got.Strings {
 			texts = append(texts, hex.EncodeToString(s))
 		}
-		if got.DType.String() != w.DType || !slices.Equal(got.Shape, w.Shape) || hex.EncodeToString(got.Data) != w.Data || !slices.Equal(texts, w.Strings) {
+		if got.DType.String() != w.DType || !slices.Equal(got.Shape, w.Shape) ||
+			hex.EncodeToString(got.Data) != w.Data || !slices.Equal(texts, w.Strings) {
 			t.Errorf("%s is %v %v %x %q, want %+v", name, got.DType, got.Shape, got.Data, texts, w)
 		}
 	}
@@ -133,23 +138,32 @@ func TestReadWarmupsRefuses(t *testing.T) {
 		data []byte
 		want string
 	}{
-		"another file":       {[]byte("this is not a TFRecord file"), "the checksum of its length is wrong"},
-		"a damaged length":   {flipped(0), "the checksum of its length is wrong"},
-		"damaged data":       {flipped(20), "the checksum of its data is wrong"},
-		"a cut head":         {good[:5], "ends in the middle"},
-		"cut data":           {good[:20], "ends in the middle"},
-		"a cut checksum":     {good[:len(good)-1], "ends in the middle"},
-		"a huge length":      {long, "has 1099511627776 bytes"},
-		"an empty record":    {frame(nil), "no predict_log.request"},
-		"no message":         {frame([]byte("no message")), "proto"},
-		"a quantised type":   {frame(predict(t, types_go_proto.DataType_DT_QINT8, nil, 2)), `input "x": a tensor of dtype(11) cannot be fed`},
-		"an unknown size":    {frame(predict(t, float, nil, 2, -1)), "its shape is [2 -1]"},
-		"an unknown rank":    {frame(predict(t, float, func(c *tensorpb.TensorProto) { c.TensorShape.UnknownRank = true })), "unknown"},
-		"a huge tensor":      {frame(predict(t, float, nil, 1<<40, 1<<40)), "more than 256 MiB"},
-		"too many dims":      {frame(predict(t, float, nil, many...)), "300 dimensions"},
-		"too few bytes":      {frame(predict(t, float, content("1234"), 2)), "it has 4 bytes of tensor_content; a float32 tensor of shape [2] has 8"},
-		"too many values":    {frame(predict(t, float, func(c *tensorpb.TensorProto) { c.FloatVal = []float32{1, 2, 3} }, 2)), "3 values for the shape [2]"},
-		"too many strings":   {frame(predict(t, text, func(c *tensorpb.TensorProto) { c.StringVal = [][]byte{nil, nil} }, 1)), "2 values for the shape [1]"},
+		"another file":     {[]byte("this is not a TFRecord file"), "the checksum of its length is wrong"},
+		"a damaged length": {flipped(0), "the checksum of its length is wrong"},
+		"damaged data":     {flipped(20), "the checksum of its data is wrong"},
+		"a cut head":       {good[:5], "ends in the middle"},
+		"cut data":         {good[:20], "ends in the middle"},
+		"a cut checksum":   {good[:len(good)-1], "ends in the middle"},
+		"a huge length":    {long, "has 1099511627776 bytes"},
+		"an empty record":  {frame(nil), "no predict_log.request"},
+		"no message":       {frame([]byte("no message")), "proto"},
+		"a quantised type": {frame(predict(t, types_go_proto.DataType_DT_QINT8, nil, 2)),
+			`input "x": a tensor of dtype(11) cannot be fed`},
+		"an unknown size": {frame(predict(t, float, nil, 2, -1)), "its shape is [2 -1]"},
+		"an unknown rank": {frame(predict(t, float,
+			func(c *tensorpb.TensorProto) { c.TensorShape.UnknownRank = true })), "unknown"},
+		"a huge tensor": {frame(predict(t, float, nil, 1<<40, 1<<40)), "more than 256 MiB"},
+		"too many dims": {frame(predict(t, float, nil, many...)), "300 dimensions"},
+		"too few bytes": {frame(predict(t, float, content("1234"), 2)),
+			"it has 4 bytes of tensor_content; a float32 tensor of shape [2] has 8"},
+		"too many values": {frame(predict(t, float, func(c *tensorpb.TensorProto) {
+			c.FloatVal = []float32{1, 2,
+				3}
+		}, 2)), "3 values for the shape [2]"},
+		"too many strings": {frame(predict(t, text, func(c *tensorpb.TensorProto) {
+			c.StringVal = [][]byte{nil,
+				nil}
+		}, 1)), "2 values for the shape [1]"},
 		"strings cut":        {frame(predict(t, text, content("\x01\x05ab"), 2)), "ends too soon"},
 		"strings' lengths":   {frame(predict(t, text, content("\x01"), 2)), "ends too soon"},
 		"strings left over":  {frame(predict(t, text, content("\x01\x01abc"), 2)), "too long"},
@@ -160,7 +174,8 @@ func TestReadWarmupsRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
-	if records, err := readAll(frame(predict(t, text, content("\x01\x02abc"), 2))); err != nil || string(records[0].Inputs["x"].Strings[1]) != "bc" {
+	if records, err := readAll(frame(predict(t, text, content("\x01\x02abc"), 2))); err != nil ||
+		string(records[0].Inputs["x"].Strings[1]) != "bc" {
 		t.Errorf("strings in tensor_content: %v", err)
 	}
 	lying := frame(predict(t, text, func(c *tensorpb.TensorProto) { c.StringVal = [][]byte{make([]byte, 1000)} }, 100))
@@ -178,9 +193,12 @@ func TestReadWarmupsRefuses(t *testing.T) {
 // FuzzWarmup feeds the reader damaged records, behind a checksum that fits: each must be an error or a record whose
 // tensors are whole.
 func FuzzWarmup(f *testing.F) {
-	f.Add(predict(f, types_go_proto.DataType_DT_FLOAT, func(c *tensorpb.TensorProto) { c.FloatVal = []float32{1} }, 2, 3))
-	f.Add(predict(f, types_go_proto.DataType_DT_STRING, func(c *tensorpb.TensorProto) { c.TensorContent = []byte("\x01\x02abc") }, 2))
-	f.Add(predict(f, types_go_proto.DataType_DT_HALF, func(c *tensorpb.TensorProto) { c.TensorContent = []byte("1234") }, 2))
+	f.Add(predict(f, types_go_proto.DataType_DT_FLOAT, func(c *tensorpb.TensorProto) { c.FloatVal = []float32{1} }, 2,
+		3))
+	f.Add(predict(f, types_go_proto.DataType_DT_STRING,
+		func(c *tensorpb.TensorProto) { c.TensorContent = []byte("\x01\x02abc") }, 2))
+	f.Add(predict(f, types_go_proto.DataType_DT_HALF,
+		func(c *tensorpb.TensorProto) { c.TensorContent = []byte("1234") }, 2))
 	f.Add(nest(nil, 2))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -197,8 +215,10 @@ func FuzzWarmup(f *testing.F) {
 					for _, d := range c.Shape {
 						n *= int(d)
 					}
-					if c.DType == String && len(c.Strings) != n || c.DType != String && len(c.Data) != n*c.DType.Size() {
-						t.Errorf("%q is %v of shape %v with %d bytes and %d strings", name, c.DType, c.Shape, len(c.Data), len(c.Strings))
+					if c.DType == String && len(c.Strings) != n || c.DType != String &&
+						len(c.Data) != n*c.DType.Size() {
+						t.Errorf("%q is %v of shape %v with %d bytes and %d strings", name, c.DType, c.Shape,
+							len(c.Data), len(c.Strings))
 					}
 				}
 			}
