@@ -1,3 +1,5 @@
+// Admission: which loads may begin, and which runners are ended to make room for them.
+
 package modelcache
 
 import (
@@ -30,10 +32,12 @@ const headroom = 8
 
 // claim is memory of the host that a runner has, or waits for. The Cache's mu guards it.
 type claim struct {
-	model  repository.Model
-	bytes  int64
-	least  int64 // bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an estimate
-	ending bool  // the process is ending, and the memory comes back
+	model repository.Model
+	bytes int64
+	// bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an
+	// estimate
+	least  int64
+	ending bool // the process is ending, and the memory comes back
 
 	target      target
 	need        int64          // bytes of a device that it is placed with, and may take
@@ -53,7 +57,8 @@ func newClaim(model repository.Model, known tuning.Profile) *claim {
 	return c
 }
 
-// ofDevice returns the bytes of a device that come back with the process: those that it has, and those that it may take.
+// ofDevice returns the bytes of a device that come back with the process: those that it has, and those that it may
+// take.
 func (c *claim) ofDevice() int64 { return max(c.need, c.deviceBytes) }
 
 // measure sets the claim to the most that was seen, with some headroom, or to what the settings say.
@@ -101,7 +106,8 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	defer c.mu.Unlock()
 	c.memory.capLocked(want)
 	if total := c.memory.total; total > 0 && want.bytes > total {
-		return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all models; raise the setting memory", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
+		return fault.New(fault.Exhausted, "model %s: it needs %s of this host's memory, and there are %s for all "+
+			"models; raise the setting memory", want.model.Ref, config.Bytes(want.bytes), config.Bytes(total))
 	}
 	c.memory.waiting = append(c.memory.waiting, want)
 	defer func() {
@@ -165,9 +171,9 @@ func (c *Cache) reserve(ctx context.Context, bytes int64) error {
 			return nil
 		}
 		if ctx.Err() != nil || c.memory.reading+bytes > c.memory.total {
-			return fault.New(fault.Exhausted, "reading its %s needs %s of this host's memory, and of %s for all models %s are taken; "+
-				"end some streams, or set memory to more", savedmodel.File, config.Bytes(c.memory.reading+bytes),
-				config.Bytes(c.memory.total), config.Bytes(c.memory.held()))
+			return fault.New(fault.Exhausted, "reading its %s needs %s of this host's memory, and of %s for all "+
+				"models %s are taken; end some streams, or raise the setting memory", savedmodel.File,
+				config.Bytes(c.memory.reading+bytes), config.Bytes(c.memory.total), config.Bytes(c.memory.held()))
 		}
 		c.evictLocked(short, time.Now())
 		changed := c.memory.changed
@@ -255,8 +261,10 @@ func (c *Cache) fullLocked(want *claim) error {
 		holders = append(holders, c.holderLocked(s, s.claim.bytes))
 	}
 	slices.Sort(holders)
-	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for it; of %s for all models %s are used by %s; end some of their streams, or raise the setting memory",
-		want.model.Ref, want.model.Version, config.Bytes(want.bytes), c.options.LoadTimeout, config.Bytes(c.memory.total), config.Bytes(c.memory.held()),
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of this host's memory and has waited %s for "+
+		"it; of %s for all models %s are used by %s; end some of their streams, or raise the setting memory",
+		want.model.Ref, want.model.Version, config.Bytes(want.bytes), c.options.LoadTimeout,
+		config.Bytes(c.memory.total), config.Bytes(c.memory.held()),
 		cmp.Or(strings.Join(holders, ", "), "models that are ending"))
 }
 

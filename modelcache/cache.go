@@ -1,3 +1,5 @@
+// The pool: one load of a model for all who ask, from a queued slot to a runner that is ready.
+
 package modelcache
 
 import (
@@ -35,8 +37,9 @@ type Options struct {
 	MaxImagePixels, MaxImageBytes int64
 	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
 	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
-	LoadTimeout                   time.Duration // bound on waiting for memory, and on starting a runner and loading its model
-	Log                           *zap.Logger
+	// bound on waiting for memory, and on starting a runner and loading its model
+	LoadTimeout time.Duration
+	Log         *zap.Logger
 }
 
 // Cache keeps runners: at most one for each model version on each device.
@@ -159,7 +162,8 @@ func (c *Cache) load(s *slot) {
 	case c.ctx.Err() != nil:
 		err = repository.ErrClosing
 	case errors.Is(err, context.DeadlineExceeded):
-		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref, c.options.LoadTimeout)
+		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref,
+			c.options.LoadTimeout)
 	}
 	if err != nil {
 		var refused *loadError
@@ -167,9 +171,11 @@ func (c *Cache) load(s *slot) {
 			err = refused.error
 		}
 		if errors.Is(err, context.Canceled) {
-			c.options.Log.Info("model not loaded", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.String("why", "nobody waits for it any more"))
+			c.options.Log.Info("model not loaded", zap.String("model", s.model.Ref),
+				zap.String("version", s.model.Version), zap.String("why", "nobody waits for it any more"))
 		} else {
-			c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version), zap.Error(err))
+			c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
+				zap.Error(err))
 		}
 	}
 	c.mu.Lock()
@@ -238,7 +244,8 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
 		var hold func() // before the files are read, until the process is gone
-		if hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref, Dir: setup.Dir}); err == nil {
+		if hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref,
+			Dir: setup.Dir}); err == nil {
 			release = hold
 		}
 	}
@@ -268,7 +275,8 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	}
 	c.measureDevice(s, runner.PID())
 	c.mu.Lock()
-	want.need = cmp.Or(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name], int64(s.model.Settings.DeviceMemory)), want.need)
+	want.need = cmp.Or(max(want.deviceBytes, s.profile.DeviceBytes[want.placement.Device().Name],
+		int64(s.model.Settings.DeviceMemory)), want.need)
 	c.mu.Unlock()
 	want.placement.Settle(want.need)
 	c.healthOf(s.model, (*health).loaded)
@@ -277,7 +285,9 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 
 // setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
 // with the defaults. It returns what goes into the runner's environment besides.
-func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement *gpu.Placement) (control.Setup, []string, error) {
+func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement *gpu.Placement) (
+	control.Setup, []string, error,
+) {
 	libraries, err := c.options.Repository.AllowedLibraries(model)
 	if err != nil {
 		return control.Setup{}, nil, err
@@ -288,7 +298,8 @@ func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement 
 	}
 	setup := control.Setup{
 		Model: model.Ref, Dir: model.Dir, Server: c.options.Server, LogLevel: c.options.LogLevel,
-		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries, WarmUp: model.Settings.WarmUp != repository.WarmUpOff,
+		Cores: cores, Batching: model.Settings.Batching, OpLibraries: libraries,
+		WarmUp:         model.Settings.WarmUp != repository.WarmUpOff,
 		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
 		Device: placement.Device().UUID, DeviceBytes: int64(model.Settings.DeviceMemory),
 	}

@@ -1,3 +1,5 @@
+// Devices: where a model may run, and which runners are ended to make room there.
+
 package modelcache
 
 import (
@@ -43,7 +45,8 @@ func (c *Cache) targetOf(model repository.Model, device string) (target, error) 
 		if kind, _ := fault.KindOf(err); !c.options.CPUFallback || kind == fault.BadRequest {
 			return t, fault.New(kind, "model %s: %w", model.Ref, err)
 		}
-		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", model.Ref), zap.Error(err))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)",
+			zap.String("model", model.Ref), zap.Error(err))
 	}
 	return t, nil
 }
@@ -81,7 +84,8 @@ func deviceNeed(model repository.Model, known tuning.Profile, devices []gpu.Devi
 }
 
 // placeLocked finds room on a device for a claim, whose host memory is granted, and evicts others that nobody uses
-// to make some. It reports false if the claim has to wait; for what no device can hold that is no use, an Exhausted. The mu is not held meanwhile.
+// to make some. It reports false if the claim has to wait; for what no device can hold that is no use, an Exhausted.
+// The mu is not held meanwhile.
 func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	if len(want.target.devices) == 0 {
 		return true, nil
@@ -104,19 +108,21 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	}
 	evicted := want.need <= largest && c.evictFromLocked(uuids, want.noRoom.Need-want.noRoom.Free)
 	if !evicted && c.options.CPUFallback {
-		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)", zap.String("model", want.model.Ref), zap.Error(want.noRoom))
+		c.options.Log.Warn("a model runs on the CPU in place of a device (allow-cpu-fallback)",
+			zap.String("model", want.model.Ref), zap.Error(want.noRoom))
 		want.fellBack = true
 		return true, nil
 	}
 	if want.need > largest {
-		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory; %w; use another device, or set allow-cpu-fallback",
+		return false, fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory; %w; use "+
+			"another device, or set allow-cpu-fallback",
 			want.model.Ref, want.model.Version, config.Bytes(want.need), want.noRoom)
 	}
 	return false, nil
 }
 
-// evictFromLocked ends runners that nobody uses on one of the devices, so that it has so much more free memory. It reports
-// whether memory is on its way.
+// evictFromLocked ends runners that nobody uses on one of the devices, so that it has so much more free memory. It
+// reports whether memory is on its way.
 func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 	for _, uuid := range uuids {
 		var idle []*slot
@@ -167,7 +173,8 @@ func (c *Cache) pressed(s *slot) {
 // shrunk remembers the most rows of a run that fit into the device's memory.
 func (c *Cache) shrunk(s *slot, rows int) {
 	name := s.claim.placement.Device().Name
-	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref), zap.String("device", s.uuid), zap.Int("max_batch_size", rows))
+	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref),
+		zap.String("device", s.uuid), zap.Int("max_batch_size", rows))
 	c.learn(s, func(p *tuning.Profile) {
 		if p.DeviceBatch == nil {
 			p.DeviceBatch = map[string]int{}
@@ -238,6 +245,8 @@ func (c *Cache) deviceFullLocked(want *claim) error {
 		}
 	}
 	slices.Sort(holders)
-	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory and has waited %s for it; %w; used by %s; end some of their streams, use another device, or set allow-cpu-fallback",
-		want.model.Ref, want.model.Version, config.Bytes(want.need), c.options.LoadTimeout, want.noRoom, cmp.Or(strings.Join(holders, ", "), "other programs"))
+	return fault.New(fault.Exhausted, "model %s, version %s: it needs %s of device memory and has waited %s for it; "+
+		"%w; used by %s; end some of their streams, use another device, or set allow-cpu-fallback",
+		want.model.Ref, want.model.Version, config.Bytes(want.need), c.options.LoadTimeout, want.noRoom,
+		cmp.Or(strings.Join(holders, ", "), "other programs"))
 }

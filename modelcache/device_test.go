@@ -1,3 +1,5 @@
+// Tests of placing models on simulated GPUs, with runners that are no processes.
+
 package modelcache
 
 import (
@@ -34,7 +36,9 @@ func losing(t *testing.T, lost *atomic.Bool) *gpu.Inventory {
 			}
 			return device.MemoryInfo, nvml.SUCCESS
 		}
-		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) { return nvml.Utilization{}, nvml.SUCCESS }
+		device.GetUtilizationRatesFunc = func() (nvml.Utilization, nvml.Return) {
+			return nvml.Utilization{}, nvml.SUCCESS
+		}
 		device.GetComputeRunningProcessesFunc = func() ([]nvml.ProcessInfo, nvml.Return) { return nil, nvml.SUCCESS }
 	}
 	host.EventSetCreateFunc = func() (nvml.EventSet, nvml.Return) { return nil, nvml.ERROR_NOT_SUPPORTED }
@@ -106,13 +110,15 @@ func TestBatchSizeIsRemembered(t *testing.T) {
 		cache.slots[0].digest = digest
 		cache.mu.Unlock()
 		tell(t, runner, "fits 24")
-		expect.Eventually(t, "the size is in the profile", func() bool { return cache.options.Profiles.Read(digest).DeviceBatch[device.Name] == 24 })
+		expect.Eventually(t, "the size is in the profile",
+			func() bool { return cache.options.Profiles.Read(digest).DeviceBatch[device.Name] == 24 })
 		placement, err := devices.Place(t.Context(), []gpu.Device{device}, 1)
 		if err != nil {
 			t.Fatal(err)
 		}
 		setup, tuned, err := cache.setupOf(models[0], cache.options.Profiles.Read(digest), placement)
-		if env := strings.Join(placement.Env(), " "); err != nil || setup.Batching.MaxBatchSize != 24 || setup.Device != device.UUID || tuned != nil || !strings.Contains(env, "CUDA_VISIBLE_DEVICES="+device.UUID) {
+		if env := strings.Join(placement.Env(), " "); err != nil || setup.Batching.MaxBatchSize != 24 ||
+			setup.Device != device.UUID || tuned != nil || !strings.Contains(env, "CUDA_VISIBLE_DEVICES="+device.UUID) {
 			t.Errorf("the next runner gets %+v, %q, %v", setup, env, err)
 		}
 		if err := placement.Release(t.Context()); err != nil {
@@ -232,7 +238,8 @@ func TestWhatFitsOnNoDeviceHoldsNobodyUp(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // load-timeout is a minute
 		defer cancel()
 		_, err := cache.Ready(ctx, large, "3")
-		expect.Fault(t, err, fault.Exhausted, "model large, version 1: it needs 41 GiB of device memory", "40960 MiB", "use another device, or set allow-cpu-fallback")
+		expect.Fault(t, err, fault.Exhausted, "model large, version 1: it needs 41 GiB of device memory", "40960 MiB",
+			"use another device, or set allow-cpu-fallback")
 	})
 }
 
@@ -254,7 +261,8 @@ func TestADeviceThatOthersLoadOn(t *testing.T) {
 	})
 }
 
-// TestPressedWhileClosing has a runner short of memory when the pool has closed: nobody waits for what it ends any more.
+// TestPressedWhileClosing has a runner short of memory when the pool has closed: nobody waits for what it ends any
+// more.
 func TestPressedWhileClosing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -1,3 +1,5 @@
+// Runners for tests of policy: they are no processes, and report what the test says.
+
 package modelcache
 
 import (
@@ -33,7 +35,8 @@ type fakeRunners struct {
 func (f *fakeRunners) Start(_ context.Context, setup control.Setup, _, _ []string) (Process, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	p := &fakeProcess{pid: len(f.all) + 1, setup: setup, reports: make(chan control.Report, 100), ended: make(chan struct{})}
+	p := &fakeProcess{pid: len(f.all) + 1, setup: setup, reports: make(chan control.Report, 100),
+		ended: make(chan struct{})}
 	f.all = append(f.all, p)
 	switch f.mode {
 	case "gated": // until the test calls ready
@@ -44,7 +47,8 @@ func (f *fakeRunners) Start(_ context.Context, setup control.Setup, _, _ []strin
 		p.end("exit status 1")
 	case "no memory": // at the first start
 		if len(f.all) == 1 {
-			p.say(control.Report{Build: testBuild, Error: "the device has no memory for it", Kind: fault.Exhausted, NoMemory: true})
+			p.say(control.Report{Build: testBuild, Error: "the device has no memory for it", Kind: fault.Exhausted,
+				NoMemory: true})
 			p.end("exit status 1")
 			break
 		}
@@ -129,8 +133,10 @@ func newPool(t *testing.T, mode string, change func(*Options)) (*Cache, reposito
 	root := t.TempDir()
 	expect.Write(t, filepath.Join(root, "m", savedmodel.File), expect.SavedModel())
 	options := Options{
-		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1, Log: zap.NewNop()}),
-		Profiles:   tuning.NewProfiles(t.TempDir()), Folder: t.TempDir(), Runners: &fakeRunners{mode: mode}, Build: testBuild,
+		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1,
+			Log: zap.NewNop()}),
+		Profiles: tuning.NewProfiles(t.TempDir()), Folder: t.TempDir(), Runners: &fakeRunners{mode: mode},
+		Build:       testBuild,
 		LoadTimeout: time.Minute, LogLevel: "info", Log: zap.NewNop(),
 	}
 	if change != nil {

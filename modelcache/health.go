@@ -1,3 +1,5 @@
+// Crashes: when a model is started again, and when it is quarantined.
+
 package modelcache
 
 import (
@@ -10,12 +12,13 @@ import (
 
 // Bounds on starting runners that crash.
 const (
-	crashesToQuarantine = 2                      // in a row, without an answered record batch in between
-	quarantineTime      = 5 * time.Minute        // also how long a version that could not be loaded is passed over
-	crashMemory         = time.Minute            // how long a crash slows the next start
-	strikeMemory        = time.Hour              // how long one counts of a model that is not in memory
-	firstBackOff        = 200 * time.Millisecond // after the second crash within crashMemory; doubles with each further one
-	longestBackOff      = 10 * time.Second
+	crashesToQuarantine = 2               // in a row, without an answered record batch in between
+	quarantineTime      = 5 * time.Minute // also how long a version that could not be loaded is passed over
+	crashMemory         = time.Minute     // how long a crash slows the next start
+	strikeMemory        = time.Hour       // how long one counts of a model that is not in memory
+	// after the second crash within crashMemory; doubles with each further one
+	firstBackOff   = 200 * time.Millisecond
+	longestBackOff = 10 * time.Second
 )
 
 // health is what is known against a model version. The Cache's mu guards it. Its zero value is a model
@@ -64,7 +67,9 @@ func (h *health) refuses(model repository.Model, now time.Time) error {
 	if !now.Before(h.quarantinedUntil) {
 		return nil
 	}
-	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; to try at once load it explicitly (flightsvc load, model.load), or add another version", model.Ref, model.Version, h.quarantinedUntil.Sub(now).Round(time.Second), h.reason)
+	return fault.New(fault.Precondition, "model %s, version %s is in quarantine for another %s: %s; to try at once "+
+		"load it explicitly (flightsvc load, model.load), or add another version", model.Ref, model.Version,
+		h.quarantinedUntil.Sub(now).Round(time.Second), h.reason)
 }
 
 func (h *health) answered() { h.strikes, h.suspect = 0, "" }
@@ -106,7 +111,8 @@ func (h *health) crashed(now time.Time, loading bool, requests []string, how str
 	if h.strikes >= crashesToQuarantine {
 		h.quarantinedUntil = now.Add(quarantineTime)
 		h.strikes = crashesToQuarantine - 1 // afterwards one more is enough
-		h.reason = fmt.Sprintf("%d runners in a row ended by themselves, the last %s (%s)", crashesToQuarantine, when, how)
+		h.reason = fmt.Sprintf("%d runners in a row ended by themselves, the last %s (%s)", crashesToQuarantine, when,
+			how)
 	}
 }
 

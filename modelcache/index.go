@@ -31,7 +31,8 @@ func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 	for _, s := range c.slots {
 		state := s.state
 		i := slices.IndexFunc(list, func(e Entry) bool {
-			gone := e.Dir == "" && e.Ref == s.model.Ref && (e.Version == "" || e.Version == s.model.Version) // since it was loaded
+			// since it was loaded
+			gone := e.Dir == "" && e.Ref == s.model.Ref && (e.Version == "" || e.Version == s.model.Version)
 			return gone || e.Dir == s.model.Dir
 		})
 		if i < 0 {
@@ -40,7 +41,8 @@ func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 		list[i].State = state
 	}
 	slices.SortStableFunc(list, func(a, b Entry) int {
-		return cmp.Or(strings.Compare(a.Ref, b.Ref), cmp.Compare(len(a.Version), len(b.Version)), strings.Compare(a.Version, b.Version))
+		return cmp.Or(strings.Compare(a.Ref, b.Ref), cmp.Compare(len(a.Version), len(b.Version)),
+			strings.Compare(a.Version, b.Version))
 	})
 	return list, nil
 }

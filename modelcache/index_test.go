@@ -42,7 +42,8 @@ func TestIndex(t *testing.T) {
 			}
 			return strings.Join(words, " ")
 		}
-		const rest = "broken/:unloaded:false empty/:unloaded:false image/1:unloaded:true m/1:%s:true many/2:unloaded:true many/10:unloaded:true"
+		const rest = "broken/:unloaded:false empty/:unloaded:false image/1:unloaded:true m/1:%s:true " +
+			"many/2:unloaded:true many/10:unloaded:true"
 		list()
 		time.Sleep(2 * time.Second) // the versions settle
 		if got := list(); got != fmt.Sprintf(rest, "unloaded") {
@@ -64,7 +65,8 @@ func TestIndex(t *testing.T) {
 		if got := list(); !strings.Contains(got, " m/:ready:false ") || strings.Count(got, "m/") != 1 {
 			t.Errorf("the index is %s", got)
 		}
-		nowhere := New(Options{Repository: repository.New(repository.Options{ModelRoot: filepath.Join(root, "nope"), Log: zap.NewNop()}), Log: zap.NewNop()})
+		nowhere := New(Options{Repository: repository.New(repository.Options{ModelRoot: filepath.Join(root, "nope"),
+			Log: zap.NewNop()}), Log: zap.NewNop()})
 		defer nowhere.Close()
 		_, err = nowhere.Index(t.Context())
 		expect.Fault(t, err, fault.Precondition, "model-root: ", "nope")

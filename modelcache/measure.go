@@ -14,7 +14,8 @@ import (
 
 // Measure runs one more runner of a model, which measures what it is asked to with a choice in place of the model's
 // own, and ends. It waits for memory, as a load does. The process is gone when it returns.
-func (c *Cache) Measure(ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error) {
+func (c *Cache) Measure(ctx context.Context, model repository.Model, choice protocol.Choice,
+	what control.Measurement) (control.Report, error) {
 	digest, err := c.options.Repository.Digest(ctx, model)
 	if err != nil {
 		return control.Report{}, err
@@ -73,9 +74,11 @@ func (c *Cache) runToEnd(ctx context.Context, setup control.Setup, fixed []strin
 	case last.Error != "":
 		return last, fault.New(last.Kind, "%s", last.Error)
 	case last.Measured == nil:
-		return last, fault.New(fault.Internal, "model %s: its runner ended while it was measured (%s); the log has what it said", setup.Model, how)
+		return last, fault.New(fault.Internal, "model %s: its runner ended while it was measured (%s); the log has "+
+			"what it said", setup.Model, how)
 	case last.Build != c.options.Build:
-		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", last.Build, c.options.Build)
+		return last, fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install "+
+			"both from one release", last.Build, c.options.Build)
 	}
 	return last, nil
 }

@@ -1,3 +1,5 @@
+// Tests of policy (admission, eviction, versions, quarantine), on a fake clock.
+
 package modelcache
 
 import (
@@ -87,7 +89,8 @@ func TestWhatDoesNotFitWaitsItsTurn(t *testing.T) {
 			expect.Eventually(t, model.Ref+" waits", func() bool {
 				cache.mu.Lock()
 				defer cache.mu.Unlock()
-				return slices.ContainsFunc(cache.memory.waiting, func(c *claim) bool { return c.model.Dir == model.Dir })
+				return slices.ContainsFunc(cache.memory.waiting,
+					func(c *claim) bool { return c.model.Dir == model.Dir })
 			})
 		}
 		if !runner.Alive() {
@@ -110,13 +113,15 @@ func TestWhoHasTheMemory(t *testing.T) {
 		runner := leaseOf(t, cache, models[0], "s")
 		tell(t, runner, "open s")
 		_, err := cache.Ready(t.Context(), models[1], "")
-		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s", "a version 1 (1.0 GiB, 1 streams, 0 leases)", "raise the setting memory")
+		expect.Fault(t, err, fault.Exhausted, "model b, version 1: it needs 1.0 GiB", "waited 2s",
+			"a version 1 (1.0 GiB, 1 streams, 0 leases)", "raise the setting memory")
 		if !runner.Alive() {
 			t.Error("a stream was open")
 		}
 		huge := add(t, cache, "huge", `{"memory":"2GiB"}`)
 		_, err = cache.Ready(t.Context(), huge, "")
-		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models", "raise the setting memory")
+		expect.Fault(t, err, fault.Exhausted, "model huge: it needs 2.0 GiB", "1.0 GiB for all models",
+			"raise the setting memory")
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
 		if _, err := cache.Ready(ctx, models[1], ""); err != context.DeadlineExceeded {
@@ -149,11 +154,11 @@ func TestRandomWork(t *testing.T) {
 						continue
 					}
 					for _, line := range []string{"open ", "", "close "} {
+						if !runner.Alive() {
+							t.Error("a runner with a lease or a stream has ended")
+						}
 						if line != "" {
 							report(runner, line+id)
-							if !runner.Alive() {
-								t.Error("a runner with a lease or a stream has ended")
-							}
 						}
 						time.Sleep(time.Duration(random.IntN(5)) * time.Millisecond) // the work
 					}
@@ -231,8 +236,10 @@ func TestQuarantine(t *testing.T) {
 			crash(t, open(t, cache, models[0], "x", "y"))
 			crash(t, open(t, cache, models[0], "x", "y"))
 			_, err := cache.Ready(t.Context(), models[0], "")
-			expect.Fault(t, err, fault.Precondition, "model a, version 1 is in quarantine", "2 runners in a row", "signal: killed", "model.load")
-			if status := cache.Status(); len(status) != 1 || status[0].State != StateQuarantined || status[0].Reason == "" {
+			expect.Fault(t, err, fault.Precondition, "model a, version 1 is in quarantine", "2 runners in a row",
+				"signal: killed", "model.load")
+			if status := cache.Status(); len(status) != 1 || status[0].State != StateQuarantined ||
+				status[0].Reason == "" {
 				t.Errorf("the status is %+v", status)
 			}
 			cache.Pardon(models[0])
@@ -289,9 +296,10 @@ func TestNobodyIsKilledForTheDevice(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		core, log := observer.New(zap.WarnLevel)
-		runner, err := start(t.Context(), Options{Runners: &fakeRunners{}, Build: testBuild, Log: zap.New(core)}, control.Setup{}, nil, nil, events{
-			counted: func(control.Counts) {}, moved: func() {}, ended: func(end) { time.Sleep(2 * runnerGrace) },
-		})
+		runner, err := start(t.Context(), Options{Runners: &fakeRunners{}, Build: testBuild, Log: zap.New(core)},
+			control.Setup{}, nil, nil, events{
+				counted: func(control.Counts) {}, moved: func() {}, ended: func(end) { time.Sleep(2 * runnerGrace) },
+			})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -308,7 +316,8 @@ func TestAClosedPoolAdmitsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cache, models := poolOf(t, 1, 1, nil)
 		cache.Close()
-		expect.Fault(t, cache.admit(newClaim(models[0], tuning.Profile{}), func() bool { return true }), fault.Unavailable, "this server is ending")
+		expect.Fault(t, cache.admit(newClaim(models[0], tuning.Profile{}), func() bool { return true }),
+			fault.Unavailable, "this server is ending")
 		if held := cache.Memory().Reserved; held != 0 {
 			t.Errorf("%d bytes are reserved", held)
 		}
@@ -401,7 +410,7 @@ func TestLabelsAndSignatures(t *testing.T) {
 		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
 		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
 		`{"batching":{"max_batch_size":8,"allowed_batch_sizes":[4]}}`: "must be the same",
-		`{"signatures":["nope"]}`:                                     `the signature "nope", which the model does not have`,
+		`{"signatures":["nope"]}`:                                     `the signature "nope", which the model`,
 	} {
 		set(text)
 		_, err := cache.Resolve(t.Context(), "many", "1")
@@ -432,7 +441,9 @@ func TestSwap(t *testing.T) {
 		behave(cache, "refuses")
 		expect.Write(t, filepath.Join(filepath.Join(base, "2"), savedmodel.File), expect.SavedModel())
 		expect.Eventually(t, "version 2 has failed", func() bool {
-			return slices.ContainsFunc(cache.Status(), func(m protocol.ModelStatus) bool { return m.Version == "2" && m.State == StateFailed })
+			return slices.ContainsFunc(cache.Status(), func(m protocol.ModelStatus) bool {
+				return m.Version == "2" && m.State == StateFailed
+			})
 		})
 		if got := resolve(); got.Version != "1" || !old.Alive() {
 			t.Errorf("after a version that fails %s serves", got.Version)
@@ -452,7 +463,8 @@ func TestSwap(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(base, "3")); err != nil {
 			t.Fatal(err)
 		}
-		expect.Eventually(t, "a lower version serves when the highest is deleted", func() bool { return resolve().Version != "3" })
+		expect.Eventually(t, "a lower version serves when the highest is deleted",
+			func() bool { return resolve().Version != "3" })
 	})
 }
 
@@ -467,7 +479,8 @@ func TestTheHeadroomAloneRefusesNothing(t *testing.T) {
 		}
 		measured := func(bytes int64) {
 			t.Helper()
-			if err := cache.options.Profiles.Change(digest, func(p *tuning.Profile) { p.HostBytes = bytes }); err != nil {
+			if err := cache.options.Profiles.Change(digest,
+				func(p *tuning.Profile) { p.HostBytes = bytes }); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -532,7 +545,8 @@ func TestASwapWithoutMemoryStepsAside(t *testing.T) {
 		expect.Eventually(t, "the newer version rests", func() bool {
 			cache.mu.Lock()
 			defer cache.mu.Unlock()
-			return !cache.serving["a"].retryAfter.IsZero() && !cache.serving["a"].moving && len(cache.memory.waiting) == 0 && len(cache.slots) == 1
+			return !cache.serving["a"].retryAfter.IsZero() && !cache.serving["a"].moving &&
+				len(cache.memory.waiting) == 0 && len(cache.slots) == 1
 		})
 		if got, err := cache.Resolve(t.Context(), "a", ""); err != nil || got.Version != "1" || !runner.Alive() {
 			t.Errorf("version %s serves, %v", got.Version, err)
@@ -655,14 +669,21 @@ func TestUnload(t *testing.T) {
 		runner.Leased("a", "", time.Now().Add(time.Hour))
 		expect.Fault(t, unload(), fault.Precondition, "model m, version 1", "0 open streams and 1 leases")
 		tell(t, runner, "open a")
-		expect.Eventually(t, "a stream is open", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 1 })
+		expect.Eventually(t, "a stream is open", func() bool {
+			streams, _ := runner.Pins(time.Now())
+			return streams == 1
+		})
 		expect.Fault(t, unload(), fault.Precondition, "1 open streams and 0 leases", "when they have ended")
 		tell(t, runner, "close a")
-		expect.Eventually(t, "the stream is closed", func() bool { streams, _ := runner.Pins(time.Now()); return streams == 0 })
+		expect.Eventually(t, "the stream is closed", func() bool {
+			streams, _ := runner.Pins(time.Now())
+			return streams == 0
+		})
 		if s := cache.Status()[0]; s.Runs != 7 || s.JoinedRuns != 3 {
 			t.Errorf("the runner reported 7 runs, 3 of them joined; the status is %+v", s)
 		}
-		if total := cache.Totals(); total.Rows != 70 || total.Batches != 7 || total.Queued != 5 || total.Models != 1 || total.Memory == 0 {
+		if total := cache.Totals(); total.Rows != 70 || total.Batches != 7 || total.Queued != 5 || total.Models != 1 ||
+			total.Memory == 0 {
 			t.Errorf("the runner reported 70 rows, 7 runs and 5 rows that wait; the totals are %+v", total)
 		}
 		if err := unload(); err != nil || runner.Alive() || len(cache.Status()) != 0 {
@@ -753,7 +774,8 @@ func TestHashingIsPartOfALoad(t *testing.T) {
 			kind, _ := fault.KindOf(err)
 			return kind == fault.Deadline && strings.Contains(err.Error(), "not loaded within 50ms (load-timeout)")
 		}},
-		"its caller leaves": {time.Minute, 50 * time.Millisecond, func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }},
+		"its caller leaves": {time.Minute, 50 * time.Millisecond,
+			func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cache, model := newPool(t, "good", func(o *Options) { o.LoadTimeout = c.timeout })
@@ -771,7 +793,10 @@ func TestHashingIsPartOfALoad(t *testing.T) {
 			if _, err := cache.Ready(ctx, model, ""); !c.ends(err) {
 				t.Error(err)
 			}
-			expect.Eventually(t, "nothing is loaded any more", func() bool { return !cache.Busy() && len(started(cache)) == 0 })
+			expect.Eventually(t, "nothing is loaded any more", func() bool {
+				return !cache.Busy() &&
+					len(started(cache)) == 0
+			})
 		})
 	}
 }
@@ -785,8 +810,10 @@ func TestReadingTakesMemory(t *testing.T) {
 		for i := range 20_000 { // GraphDef.node, NodeDef.name
 			nodes += fmt.Sprintf("\x0a\x08\x0a\x06%06d", i)
 		}
-		graph := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte(nodes)) // MetaGraphDef.graph_def
-		meta := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), graph)          // SavedModel.meta_graphs
+		// MetaGraphDef.graph_def
+		graph := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte(nodes))
+		// SavedModel.meta_graphs
+		meta := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), graph)
 		path := filepath.Join(rootOf(t, cache), "large", savedmodel.File)
 		expect.Write(t, path, string(meta)+expect.SavedModel())
 
@@ -802,6 +829,6 @@ func TestReadingTakesMemory(t *testing.T) {
 		leaseOf(t, cache, models[1], "lease")
 		expect.Write(t, path, string(meta)+string(meta)+expect.SavedModel()) // another one
 		_, err := cache.Resolve(t.Context(), "large", "")
-		expect.Fault(t, err, fault.Exhausted, "reading its saved_model.pb needs 1 MiB", "set memory to more")
+		expect.Fault(t, err, fault.Exhausted, "reading its saved_model.pb needs 1.0 MiB", "raise the setting memory")
 	})
 }

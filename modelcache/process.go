@@ -1,3 +1,5 @@
+// Processes: how flightsvc-runner is started, heard and ended.
+
 package modelcache
 
 import (
@@ -134,7 +136,8 @@ func runnerEnv(environ []string, library string, defaults, fixed []string) []str
 	env = append(append(env, environ...), fixed...)
 	// A model is a program: it does not see the credentials for stores.
 	env = slices.DeleteFunc(env, func(entry string) bool {
-		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") || strings.HasPrefix(entry, "AZURE_")
+		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") ||
+			strings.HasPrefix(entry, "AZURE_")
 	})
 	search := libraryFolders(library)
 	for _, entry := range environ {

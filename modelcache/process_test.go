@@ -1,3 +1,5 @@
+// Tests with real processes: start, handshake, crash, kill.
+
 package modelcache
 
 import (
@@ -30,7 +32,8 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// behaveAs makes a name of this test's own binary a runner that behaves as mode says from its next start; see fakeRunner.
+// behaveAs makes a name of this test's own binary a runner that behaves as mode says from its next start; see
+// fakeRunner.
 func behaveAs(t *testing.T, binary, mode string) {
 	t.Helper()
 	expect.Write(t, binary+modeSuffix, mode)
@@ -66,7 +69,8 @@ func fakeRunner(mode string) {
 	ready := control.Report{Build: testBuild, TensorFlow: "none", Ready: true}
 	switch mode {
 	case "measures":
-		say(control.Report{Build: testBuild, Measured: []control.Measured{{BatchSize: setup.Measure.BatchSizes[0], Median: float64(setup.Cores)}}})
+		say(control.Report{Build: testBuild, Measured: []control.Measured{{BatchSize: setup.Measure.BatchSizes[0],
+			Median: float64(setup.Cores)}}})
 		return
 	case "dies":
 		os.Exit(3)
@@ -80,7 +84,8 @@ func fakeRunner(mode string) {
 		say(control.Report{Build: testBuild, Error: "model m cannot be loaded: truncated", Kind: fault.BadRequest})
 		os.Exit(1)
 	case "explains": // at more length than bufio.Scanner takes
-		say(control.Report{Build: testBuild, Error: "model m cannot be loaded: " + strings.Repeat("why", 100_000), Kind: fault.BadRequest})
+		say(control.Report{Build: testBuild, Error: "model m cannot be loaded: " + strings.Repeat("why", 100_000),
+			Kind: fault.BadRequest})
 		os.Exit(1)
 	case "other build":
 		ready.Build = "build-2"
@@ -117,9 +122,12 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, reposit
 	root := t.TempDir()
 	expect.Write(t, filepath.Join(root, "m", savedmodel.File), expect.SavedModel())
 	options := Options{
-		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1, Log: zap.NewNop()}),
-		Profiles:   tuning.NewProfiles(t.TempDir()), Folder: folder, Build: testBuild, LoadTimeout: time.Minute, LogLevel: "info",
-		Runners: &Programs{Binary: binary, Library: func(context.Context) (string, error) { return "/lib", nil }, Log: zap.NewNop()}, Log: zap.NewNop(),
+		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1,
+			Log: zap.NewNop()}),
+		Profiles: tuning.NewProfiles(t.TempDir()), Folder: folder, Build: testBuild, LoadTimeout: time.Minute,
+		LogLevel: "info",
+		Runners: &Programs{Binary: binary, Library: func(context.Context) (string, error) { return "/lib", nil },
+			Log: zap.NewNop()}, Log: zap.NewNop(),
 	}
 	if change != nil {
 		change(&options)
@@ -171,7 +179,8 @@ func TestDeadRunnerIsReplaced(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if info, err := os.Stat(strings.TrimPrefix(runner.Endpoint(), "grpc+unix://")); err != nil || info.Mode().Type() != os.ModeSocket {
+		if info, err := os.Stat(strings.TrimPrefix(runner.Endpoint(), "grpc+unix://")); err != nil ||
+			info.Mode().Type() != os.ModeSocket {
 			t.Errorf("the endpoint %s: %v", runner.Endpoint(), err)
 		}
 		if _, err := runner.Client(); err != nil {
@@ -199,23 +208,31 @@ func TestLoadFails(t *testing.T) {
 		kind   fault.Kind
 		parts  []string
 	}{
-		"dies":        {nil, fault.Internal, []string{"model m", "its runner ended while loading (exit status 3)", "log"}},
-		"mute":        {nil, fault.Internal, []string{"model m", "its runner ended while loading (signal: killed)"}},
-		"explains":    {nil, fault.BadRequest, []string{"model m cannot be loaded: whywhy"}},
-		"refuses":     {nil, fault.BadRequest, []string{"model m cannot be loaded: truncated"}},
-		"other build": {nil, fault.Precondition, []string{"flightsvc-runner is build build-2, flightsvc is build build-1", "one release"}},
-		"hangs":       {func(o *Options) { o.LoadTimeout = 200 * time.Millisecond }, fault.Deadline, []string{"model m: not loaded within 200ms (load-timeout)"}},
+		"dies": {nil, fault.Internal, []string{"model m", "its runner ended while loading (exit status 3)",
+			"log"}},
+		"mute":     {nil, fault.Internal, []string{"model m", "its runner ended while loading (signal: killed)"}},
+		"explains": {nil, fault.BadRequest, []string{"model m cannot be loaded: whywhy"}},
+		"refuses":  {nil, fault.BadRequest, []string{"model m cannot be loaded: truncated"}},
+		"other build": {nil, fault.Precondition, []string{"flightsvc-runner is build build-2, flightsvc is build " +
+			"build-1", "one release"}},
+		"hangs": {func(o *Options) { o.LoadTimeout = 200 * time.Millisecond }, fault.Deadline,
+			[]string{"model m: not loaded within 200ms (load-timeout)"}},
 		"no library": {func(o *Options) {
-			o.Runners.(*Programs).Library = func(context.Context) (string, error) { return "", errors.New("run pip install") }
+			o.Runners.(*Programs).Library = func(context.Context) (string, error) {
+				return "",
+					errors.New("run pip install")
+			}
 		}, fault.Precondition, []string{"model m: run pip install"}},
-		"no binary": {func(o *Options) { o.Runners.(*Programs).Binary = "/nope/flightsvc-runner" }, fault.Precondition, []string{"model m: start /nope/flightsvc-runner"}},
+		"no binary": {func(o *Options) { o.Runners.(*Programs).Binary = "/nope/flightsvc-runner" }, fault.Precondition,
+			[]string{"model m: start /nope/flightsvc-runner"}},
 	} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			cache, model := newCache(t, mode, c.change)
 			_, err := cache.Ready(context.Background(), model, "")
 			expect.Fault(t, err, c.kind, c.parts...)
-			if status := cache.Status(); cache.Busy() || len(status) > 1 || len(status) == 1 && status[0].State != StateFailed {
+			if status := cache.Status(); cache.Busy() || len(status) > 1 || len(status) == 1 &&
+				status[0].State != StateFailed {
 				t.Errorf("after a failure the status is %+v", status)
 			}
 			for _, pid := range pids(t, model) {
@@ -237,11 +254,13 @@ func TestLoadFails(t *testing.T) {
 func TestMeasureAProcess(t *testing.T) {
 	t.Parallel()
 	cache, model := newCache(t, "measures", nil)
-	report, err := cache.Measure(t.Context(), model, protocol.Choice{Cores: 3}, control.Measurement{BatchSizes: []int{4}})
+	report, err := cache.Measure(t.Context(), model, protocol.Choice{Cores: 3},
+		control.Measurement{BatchSizes: []int{4}})
 	if want := []control.Measured{{BatchSize: 4, Median: 3}}; err != nil || !slices.Equal(report.Measured, want) {
 		t.Errorf("measured %v, %v", report.Measured, err)
 	}
-	for mode, part := range map[string]string{"dies": "ended while it was measured (exit status 3)", "explains": "cannot be loaded: why", "hangs": ""} {
+	for mode, part := range map[string]string{"dies": "ended while it was measured (exit status 3)",
+		"explains": "cannot be loaded: why", "hangs": ""} {
 		behaveAs(t, cache.options.Runners.(*Programs).Binary, mode)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		if mode == "hangs" {
@@ -282,9 +301,11 @@ func TestCloseEndsWhatLoads(t *testing.T) {
 }
 
 func TestRunnerEnvironment(t *testing.T) {
-	got := strings.Join(runnerEnv([]string{"A=1", "AWS_SECRET_ACCESS_KEY=s", "AZURE_STORAGE_KEY=s", "GOOGLE_APPLICATION_CREDENTIALS=s", "CUDA_VISIBLE_DEVICES=0,1", "LD_LIBRARY_PATH=/old:/older", "B=x=y"},
+	got := strings.Join(runnerEnv([]string{"A=1", "AWS_SECRET_ACCESS_KEY=s", "AZURE_STORAGE_KEY=s",
+		"GOOGLE_APPLICATION_CREDENTIALS=s", "CUDA_VISIBLE_DEVICES=0,1", "LD_LIBRARY_PATH=/old:/older", "B=x=y"},
 		"/lib", []string{"TF_ENABLE_ONEDNN_OPTS=0"}, []string{"CUDA_VISIBLE_DEVICES=-1"}), " ")
-	if got != "TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 TF_ENABLE_ONEDNN_OPTS=0 A=1 CUDA_VISIBLE_DEVICES=0,1 LD_LIBRARY_PATH=/old:/older B=x=y CUDA_VISIBLE_DEVICES=-1 LD_LIBRARY_PATH=/lib:/old:/older" {
+	if got != "TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 TF_ENABLE_ONEDNN_OPTS=0 A=1 CUDA_VISIBLE_DEVICES=0,1 "+
+		"LD_LIBRARY_PATH=/old:/older B=x=y CUDA_VISIBLE_DEVICES=-1 LD_LIBRARY_PATH=/lib:/old:/older" {
 		t.Error(got)
 	}
 	// The last of two entries is the one that counts.

@@ -1,3 +1,5 @@
+// The front's view of a runner: its handshake, its leases and streams, its end.
+
 package modelcache
 
 import (
@@ -73,9 +75,11 @@ type loadError struct {
 
 // start starts a runner and waits until its model is ready. ctx bounds the wait. defaults and fixed are for its
 // environment, see Starter. events.ended is called in any case, and last.
-func start(ctx context.Context, options Options, setup control.Setup, defaults, fixed []string, events events) (*Runner, error) {
-	setup.Key = []byte(rand.Text() + rand.Text())                             // 260 bits
-	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock") // as long as front.sock: both fit or neither
+func start(ctx context.Context, options Options, setup control.Setup, defaults, fixed []string, events events) (*Runner,
+	error) {
+	setup.Key = []byte(rand.Text() + rand.Text()) // 260 bits
+	// as long as front.sock: both fit or neither
+	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock")
 	process, err := options.Runners.Start(ctx, setup, defaults, fixed)
 	if err != nil {
 		events.ended(end{asked: true})
@@ -113,9 +117,11 @@ func (r *Runner) greet(report control.Report, build string) error {
 		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
 	case !report.Ready:
 		r.Close() // it reports nothing any more, and has ended or will now
-		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); see its messages in the log", r.setup.Model, r.how)
+		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); see its messages in the log",
+			r.setup.Model, r.how)
 	case report.Build != build:
-		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from one release", report.Build, build)
+		return fault.New(fault.Precondition, "flightsvc-runner is build %s, flightsvc is build %s; install both from "+
+			"one release", report.Build, build)
 	}
 	r.log.Debug("runner ready", zap.String("tensorflow", report.TensorFlow))
 	return nil

@@ -1,3 +1,5 @@
+// Versions: which one a reference means, and how a newer one takes over.
+
 package modelcache
 
 import (
@@ -62,7 +64,9 @@ func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Mo
 	labels := model.Settings.VersionLabels
 	number, ok := labels[version]
 	if !ok {
-		return repository.Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a number, latest, or a label in its %s, which has %q", ref, version, control.SettingsFile, slices.Sorted(maps.Keys(labels)))
+		return repository.Model{}, fault.New(fault.NotFound, "model %s: there is no version %s; a version is a "+
+			"number, latest, or a label in its %s, which has %q", ref, version, control.SettingsFile,
+			slices.Sorted(maps.Keys(labels)))
 	}
 	return c.options.Repository.Find(ctx, ref, strconv.FormatUint(number, 10))
 }
@@ -112,7 +116,8 @@ func (c *Cache) poll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for ref, s := range c.serving {
-		if s.moving || time.Now().Before(s.retryAfter) || !c.inMemoryLocked(s.model) || strings.HasPrefix(ref, "sha256:") {
+		if s.moving || time.Now().Before(s.retryAfter) || !c.inMemoryLocked(s.model) ||
+			strings.HasPrefix(ref, "sha256:") {
 			continue
 		}
 		s.moving = true
@@ -162,14 +167,19 @@ func (c *Cache) advance(ref string, s *serving) {
 		if err != nil && ctx.Err() != nil { // a load that has begun goes on, and the next poll finds it
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			if !slices.ContainsFunc(c.slots, func(slot *slot) bool { return slot.model.Dir == newer.Dir && slot.state != StateQueued }) {
+			if !slices.ContainsFunc(c.slots, func(slot *slot) bool {
+				return slot.model.Dir == newer.Dir &&
+					slot.state != StateQueued
+			}) {
 				s.retryAfter = time.Now().Add(swapRest)
-				c.options.Log.Warn("there is no memory for a newer version beside the old one", zap.String("model", ref), zap.String("version", newer.Version), zap.String("serving", old.Version))
+				c.options.Log.Warn("there is no memory for a newer version beside the old one",
+					zap.String("model", ref), zap.String("version", newer.Version), zap.String("serving", old.Version))
 			}
 			return
 		}
 		if err != nil {
-			c.options.Log.Warn("a newer version cannot be loaded, the old one goes on serving", zap.String("model", ref),
+			c.options.Log.Warn("a newer version cannot be loaded, the old one goes on serving",
+				zap.String("model", ref),
 				zap.String("version", newer.Version), zap.String("serving", old.Version), zap.Error(err))
 			return
 		}
@@ -180,5 +190,6 @@ func (c *Cache) advance(ref string, s *serving) {
 	for _, slot := range c.slots {
 		slot.superseded = slot.superseded || slot.model.Dir == old.Dir
 	}
-	c.options.Log.Info("a newer version serves", zap.String("model", ref), zap.String("version", newer.Version), zap.String("before", old.Version))
+	c.options.Log.Info("a newer version serves", zap.String("model", ref), zap.String("version", newer.Version),
+		zap.String("before", old.Version))
 }

@@ -1,3 +1,5 @@
+// Slots: the states of a model version on a device, and what ends its runner.
+
 package modelcache
 
 import (
@@ -186,7 +188,8 @@ func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error)
 			break
 		}
 		if s.runner == nil {
-			err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready", ref, model.Version)
+			err = fault.New(fault.Precondition, "model %s, version %s: it is being loaded; unload it when it is ready",
+				ref, model.Version)
 		} else if streams, leases := s.runner.Pins(time.Now()); streams+leases > 0 {
 			err = inUse(ref, model.Version, streams, leases)
 		}
@@ -208,7 +211,8 @@ func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error)
 }
 
 func inUse(ref, version string, streams, leases int) error {
-	return fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for streams that may open; unload it when they have ended", ref, version, streams, leases)
+	return fault.New(fault.Precondition, "model %s, version %s: it is in use by %d open streams and %d leases for "+
+		"streams that may open; unload it when they have ended", ref, version, streams, leases)
 }
 
 func (c *Cache) loadedAsLocked(is func(*slot) bool) (found []*slot) {

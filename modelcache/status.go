@@ -28,7 +28,8 @@ func (c *Cache) Status() []protocol.ModelStatus {
 		if now.Before(h.quarantinedUntil) {
 			state = StateQuarantined
 		}
-		list = append(list, protocol.ModelStatus{Model: h.ref, Version: h.version, Dir: dir, State: state, Reason: h.reason})
+		list = append(list, protocol.ModelStatus{Model: h.ref, Version: h.version, Dir: dir, State: state,
+			Reason: h.reason})
 	}
 	slices.SortFunc(list, func(a, b protocol.ModelStatus) int {
 		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Device, b.Device))
@@ -65,7 +66,8 @@ func (c *Cache) counted(more control.Counts) {
 }
 
 func (c *Cache) statusLocked(s *slot, now time.Time) protocol.ModelStatus {
-	status := protocol.ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, Digest: s.digest, State: s.state, Device: s.uuid, Memory: s.bytes, DeviceMemory: s.deviceBytes, Superseded: s.superseded}
+	status := protocol.ModelStatus{Model: s.model.Ref, Version: s.model.Version, Dir: s.model.Dir, Digest: s.digest,
+		State: s.state, Device: s.uuid, Memory: s.bytes, DeviceMemory: s.deviceBytes, Superseded: s.superseded}
 	if h, ok := c.healths[s.model.Dir]; ok {
 		status.Reason = h.reason
 	}

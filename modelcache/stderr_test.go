@@ -15,7 +15,8 @@ import (
 // TestRunnerLogIsJSON has a runner write what libjpeg says of 20,001 pictures between two lines of its own log.
 func TestRunnerLogIsJSON(t *testing.T) {
 	var out bytes.Buffer
-	log := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&out), zap.InfoLevel))
+	log := zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()), zapcore.AddSync(&out),
+		zap.InfoLevel))
 	written := &runnerLog{out: &out, log: log}
 	own := `{"level":"info","msg":"its own"}`
 	text := own + "\n"

@@ -1,3 +1,5 @@
+// The lines that front and runner write to each other: Setup one way, Reports the other.
+
 package control
 
 import (
@@ -90,16 +92,18 @@ func (c Counts) Sub(other Counts) Counts {
 
 // Batching is how a model is batched, in TF Serving's words. Zero leaves a number at its default.
 type Batching struct {
-	MaxBatchSize       int   `json:"max_batch_size,omitempty"`       // rows of one run, 1,024
-	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"` // the longest that a stream may ask to wait for others' rows, 10,000
-	MaxEnqueuedBatches int   `json:"max_enqueued_batches,omitempty"` // waiting record batches at which a runner takes no further stream, 128
-	NumBatchThreads    int   `json:"num_batch_threads,omitempty"`    // runs at once, as many as cores
+	MaxBatchSize int `json:"max_batch_size,omitempty"` // rows of one run, 1,024
+	// the longest that a stream may ask to wait for others' rows, 10,000
+	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"`
+	// waiting record batches at which a runner takes no further stream, 128
+	MaxEnqueuedBatches int `json:"max_enqueued_batches,omitempty"`
+	NumBatchThreads    int `json:"num_batch_threads,omitempty"` // runs at once, as many as cores
 	// AllowedBatchSizes are the only numbers of rows that TensorFlow sees, ascending: a smaller batch is padded
 	// with copies of its first row. The last one is MaxBatchSize. None allows all.
 	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
 }
 
-// UpTo returns the same with no more rows of a run than most, but for the smallest of the allowed batch sizes.
+// UpTo limits the rows of a run to most, never below the smallest of the allowed batch sizes.
 func (b Batching) UpTo(most int) Batching {
 	if sizes := b.AllowedBatchSizes; len(sizes) > 0 {
 		n, _ := slices.BinarySearch(sizes, most+1)

@@ -15,11 +15,13 @@ import (
 // Rows are made from a seed: floats are uniform in [0, 1), whole numbers and bools 0 or 1. A signature with a
 // string input, or with an unknown dimension besides that of the rows, cannot be measured so.
 type Measurement struct {
-	Signature  string        `json:"signature"`
-	BatchSizes []int         `json:"batch_sizes"` // rows of one run, ascending; what does not fit into one run is left out
-	Window     time.Duration `json:"window"`      // of one measurement, and two runs of each caller at least
-	Windows    int           `json:"windows"`     // for each batch size, the sizes in turns
-	LongestRun time.Duration `json:"longest_run"` // batches whose run would take longer, by the one before, are left out; 0 is no bound
+	Signature string `json:"signature"`
+	// rows of one run, ascending; what does not fit into one run is left out
+	BatchSizes []int         `json:"batch_sizes"`
+	Window     time.Duration `json:"window"`  // of one measurement, and two runs of each caller at least
+	Windows    int           `json:"windows"` // for each batch size, the sizes in turns
+	// batches whose run would take longer, by the one before, are left out; 0 is no bound
+	LongestRun time.Duration `json:"longest_run"`
 	Seed       uint64        `json:"seed"`
 	Folder     string        `json:"folder"` // gets the outputs of one batch; see ReadAnswers
 }

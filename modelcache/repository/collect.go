@@ -1,3 +1,5 @@
+// Collection: which models of the cache-dir go when they are too many, and what keeps one there.
+
 package repository
 
 import (
@@ -54,7 +56,8 @@ func (r *Repository) Hold(ctx context.Context, model Model) (release func(), err
 }
 
 func errGone(model Model) error {
-	return fault.New(fault.Unavailable, "model %s: its files have just been removed from the cache-dir; ask again", model.Ref)
+	return fault.New(fault.Unavailable, "model %s: its files have just been removed from the cache-dir; ask again",
+		model.Ref)
 }
 
 // isStill reports whether a path names the open folder.
@@ -119,7 +122,10 @@ func (r *Repository) collect(now time.Time) {
 		list = append(list, cached{name: entry.Name(), bytes: files.size(), used: info.ModTime()})
 		total += files.size()
 	}
-	slices.SortFunc(list, func(a, b cached) int { return cmp.Or(a.used.Compare(b.used), strings.Compare(a.name, b.name)) })
+	slices.SortFunc(list, func(a, b cached) int {
+		return cmp.Or(a.used.Compare(b.used),
+			strings.Compare(a.name, b.name))
+	})
 	for _, one := range list {
 		if total <= r.options.CacheBytes || r.ctx.Err() != nil || now.Sub(one.used) < justUsed {
 			break
@@ -130,7 +136,8 @@ func (r *Repository) collect(now time.Time) {
 			r.options.Log.Warn("cached model not removed", zap.String("model", "sha256:"+one.name), zap.Error(err))
 		case removed:
 			total -= one.bytes
-			r.options.Log.Info("cached model removed for space (cache-size)", zap.String("model", "sha256:"+one.name), zap.Stringer("size", config.Bytes(one.bytes)), zap.Time("last_used", one.used))
+			r.options.Log.Info("cached model removed for space (cache-size)", zap.String("model", "sha256:"+one.name),
+				zap.Stringer("size", config.Bytes(one.bytes)), zap.Time("last_used", one.used))
 		}
 	}
 	r.forgetOrigins()
@@ -169,7 +176,8 @@ func (r *Repository) forgetOrigins() {
 		name := filepath.Join(folder, entry.Name())
 		var known origin
 		text, err := regular.Read(r.ctx, name, maxNote)
-		if err != nil || !strings.HasSuffix(name, ".json") || json.Unmarshal(text, &known) == nil && r.known(known.Digest) {
+		if err != nil || !strings.HasSuffix(name, ".json") || json.Unmarshal(text, &known) == nil &&
+			r.known(known.Digest) {
 			continue
 		}
 		_ = os.Remove(name) // a fetch that ends just now is noted in memory

@@ -1,3 +1,5 @@
+// Tests of collection, with several repositories on one cache-dir.
+
 package repository
 
 import (
@@ -20,7 +22,9 @@ import (
 // pushSome pushes a model of some bytes that was used last so long ago.
 func pushSome(t *testing.T, c *Repository, name string, size int, ago time.Duration) Model {
 	t.Helper()
-	digest, _, err := c.Push(t.Context(), bytes.NewReader(archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
+	digest, _, err := c.Push(t.Context(), bytes.NewReader(archived(t,
+		entry{name: "saved_model.pb", text: expect.SavedModel()},
+		entry{name: "assets/" + name, text: strings.Repeat("x", size)})), "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +108,8 @@ func TestNothingHeldGoes(t *testing.T) {
 	}
 	archives := map[string][]byte{}
 	for i := range 12 {
-		archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/x", text: strings.Repeat(fmt.Sprint(i%10), 20_000+i)})
+		archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()},
+			entry{name: "assets/x", text: strings.Repeat(fmt.Sprint(i%10), 20_000+i)})
 		digest, _, err := fronts[0].Push(t.Context(), bytes.NewReader(archive), "")
 		if err != nil {
 			t.Fatal(err)

@@ -1,3 +1,5 @@
+// Digests: one hash over a model's files, by which it is named, pushed and profiled.
+
 package repository
 
 import (
@@ -24,7 +26,8 @@ var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 // CheckDigest refuses text that is not sha256: and 64 hexadecimal digits.
 func CheckDigest(digest string) error {
 	if !digestForm.MatchString(digest) {
-		return fault.New(fault.BadRequest, "%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits", digest)
+		return fault.New(fault.BadRequest, "%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits",
+			digest)
 	}
 	return nil
 }
@@ -50,8 +53,8 @@ func (l contents) digest() string {
 }
 
 // Digest returns the digest of a model's files, which it reads, once for each stamp. It is "" for the model that is
-// built in and for a folder with links in it, which has none. Its faults are Unavailable for files that change meanwhile, and
-// Precondition for files that cannot be read.
+// built in and for a folder with links in it, which has none. Its faults are Unavailable for files that change
+// meanwhile, and Precondition for files that cannot be read.
 func (r *Repository) Digest(ctx context.Context, model Model) (string, error) {
 	if model.Digest != "" || model.Dir == "" {
 		return model.Digest, nil
@@ -100,7 +103,8 @@ func digestOf(ctx context.Context, model Model) (string, error) {
 }
 
 func errChanging(model Model) error {
-	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again", model.Ref, model.Version, model.Dir)
+	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again", model.Ref,
+		model.Version, model.Dir)
 }
 
 // hashFile adds a file's bytes to a hash and returns how many they are.

@@ -1,3 +1,5 @@
+// Fetching: a version in a store is brought to this host, once for all who ask.
+
 package repository
 
 import (
@@ -179,9 +181,11 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 	case err != nil:
 		return "", storeFault(ref, at, err)
 	case again.plain == nil || again.plain.stamp != now.stamp:
-		return "", fault.New(fault.Unavailable, "model %s: version %s at %s changed while it was fetched; ask again", ref, number, at.name)
+		return "", fault.New(fault.Unavailable, "model %s: version %s at %s changed while it was fetched; ask again",
+			ref, number, at.name)
 	}
-	err = r.checkGraph(ctx, dir, "model %s: %s of version %s at %s cannot be read", ref, savedmodel.File, number, at.name)
+	err = r.checkGraph(ctx, dir, "model %s: %s of version %s at %s cannot be read", ref, savedmodel.File, number,
+		at.name)
 	if err != nil {
 		return "", err
 	}
@@ -192,7 +196,8 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 	if err := r.remember(at.uri, now.stamp, digest); err != nil {
 		log.Warn("origin of a fetched model not written; another front may fetch it again", zap.Error(err))
 	}
-	log.Info("model fetched", zap.String("digest", digest), zap.Stringer("size", config.Bytes(now.size())), zap.Duration("fetch_time", time.Since(started)))
+	log.Info("model fetched", zap.String("digest", digest), zap.Stringer("size", config.Bytes(now.size())),
+		zap.Duration("fetch_time", time.Since(started)))
 	r.collectSoon()
 	return digest, nil
 }
@@ -258,7 +263,8 @@ func (t *transfer) run(ctx context.Context, now snapshot, log *zap.Logger) (cont
 			case <-ctx.Done():
 				return nil
 			case <-tick.C:
-				log.Info("model being fetched", zap.Stringer("done", config.Bytes(t.done.Load())), zap.Stringer("size", config.Bytes(now.size())))
+				log.Info("model being fetched", zap.Stringer("done", config.Bytes(t.done.Load())),
+					zap.Stringer("size", config.Bytes(now.size())))
 			}
 		}
 	})
@@ -283,7 +289,8 @@ func (e errDisk) Unwrap() error { return e.error }
 
 // file transfers one object.
 func (t *transfer) file(ctx context.Context, about file) (listed, error) {
-	name, err := checkEntry(&tar.Header{Typeflag: tar.TypeReg, Name: about.path, Size: about.size}) // what an archive may not hold, a store may not either
+	// what an archive may not hold, a store may not either
+	name, err := checkEntry(&tar.Header{Typeflag: tar.TypeReg, Name: about.path, Size: about.size})
 	if err == nil && name != about.path {
 		err = refused("the name %q is not plain", about.path)
 	}
@@ -319,7 +326,8 @@ func (t *transfer) otherTags() bool {
 	return s.otherTag[t.at.bucket]
 }
 
-// second reads an object again whose MD5 is not what the store says: when it is the same twice, the store's word is none.
+// second reads an object again whose MD5 is not what the store says: when it is the same twice, the store's word is
+// none.
 func (t *transfer) second(ctx context.Context, about file, first []byte) error {
 	sum := sha256.New()
 	if err := t.read(ctx, about, io.Discard, sum, md5.New()); err != nil { //nolint:gosec // see the import
@@ -358,11 +366,15 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case gcerrors.Code(err) == gcerrors.NotFound:
-			return fault.New(fault.Unavailable, "%s has disappeared, so the version is being changed; ask again", about.path)
+			return fault.New(fault.Unavailable, "%s has disappeared, so the version is being changed; ask again",
+				about.path)
 		case offset > about.size || err == nil:
-			return fault.New(fault.Unavailable, "%s has %d bytes, and the store said %d; ask again", about.path, offset, about.size)
+			return fault.New(fault.Unavailable, "%s has %d bytes, and the store said %d; ask again", about.path, offset,
+				about.size)
 		case attempt >= readAttempts:
-			return fault.New(fault.Unavailable, "the transfer of %s broke off after %d of %d bytes (%w), %d times; ask again, and check the network if it happens again", about.path, offset, about.size, rootOf(err), attempt)
+			return fault.New(fault.Unavailable, "the transfer of %s broke off after %d of %d bytes (%w), %d times; "+
+				"ask again, and check the network if it happens again", about.path, offset, about.size, rootOf(err),
+				attempt)
 		}
 		select {
 		case <-ctx.Done():
@@ -373,7 +385,8 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 }
 
 // part copies what follows an offset, as far as it comes.
-func (t *transfer) part(ctx context.Context, about file, offset int64, out io.Writer, hashes io.Writer, buffer []byte) (n int64, err error) {
+func (t *transfer) part(ctx context.Context, about file, offset int64, out io.Writer, hashes io.Writer,
+	buffer []byte) (n int64, err error) {
 	in, err := t.bucket.NewRangeReader(ctx, t.at.prefix+about.path, offset, -1, nil)
 	if err != nil {
 		return 0, err

@@ -1,3 +1,5 @@
+// The index: all models that this host knows.
+
 package repository
 
 import (
@@ -15,11 +17,14 @@ import (
 
 // Entry is one version of a model that this host knows.
 type Entry struct {
-	Model       // Version and Saved may be empty where Err is set; Saved and Dir are, for a model in a store that was not fetched yet
-	Err   error // why it cannot be read
+	// Version and Saved may be empty where Err is set; Saved and Dir are, for a model in a store that was not fetched
+	// yet
+	Model
+	Err error // why it cannot be read
 }
 
-// Index lists the built-in model, the models below the model-root, and those that were pushed, each version once. It loads nothing. Its fault is Precondition where the model-root cannot be read.
+// Index lists the built-in model, the models below the model-root, and those that were pushed, each version once. It
+// loads nothing. Its fault is Precondition where the model-root cannot be read.
 func (r *Repository) Index(ctx context.Context) ([]Entry, error) {
 	image, _ := resolveImage(Latest)
 	list := []Entry{{Model: image}}
@@ -69,8 +74,8 @@ func (r *Repository) entry(ctx context.Context, ref, version string) Entry {
 	return Entry{Model: model, Err: err}
 }
 
-// indexRemote lists the models below a model-root in a store, some at once. It fetches none: what a model says of itself is
-// known of those that are here.
+// indexRemote lists the models below a model-root in a store, some at once. It fetches none: what a model says of
+// itself is known of those that are here.
 func (r *Repository) indexRemote(ctx context.Context, root string) ([]Entry, error) {
 	at, err := parseLocation(root)
 	if err != nil {

@@ -18,10 +18,12 @@ func (r *Repository) AllowedLibraries(model Model) ([]string, error) {
 	for _, path := range model.Settings.OpLibraries {
 		real, err := filepath.EvalSymlinks(path)
 		if err != nil {
-			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s: %w", model.Ref, control.SettingsFile, path, err)
+			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s: %w", model.Ref,
+				control.SettingsFile, path, err)
 		}
 		if !r.allowed(real) {
-			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s, which this server does not allow; it allows %s (op-libraries, FLIGHTSVC_OP_LIBRARIES)",
+			return nil, fault.New(fault.Precondition, "model %s: its op_libraries (%s) name %s, which this server "+
+				"does not allow; it allows %s (op-libraries, FLIGHTSVC_OP_LIBRARIES)",
 				model.Ref, control.SettingsFile, real, cmp.Or(strings.Join(r.options.OpLibraries, ", "), "none"))
 		}
 		list = append(list, real)
@@ -39,7 +41,8 @@ func (r *Repository) allowed(path string) bool {
 			continue // what is not there allows nothing
 		}
 		info, err := os.Stat(allowed)
-		if path == allowed || err == nil && info.IsDir() && strings.HasPrefix(path, allowed+string(filepath.Separator)) {
+		if path == allowed || err == nil && info.IsDir() && strings.HasPrefix(path,
+			allowed+string(filepath.Separator)) {
 			return true
 		}
 	}

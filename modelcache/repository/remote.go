@@ -1,3 +1,5 @@
+// Stores: what lies at a URI of S3, Google Cloud Storage or Azure.
+
 package repository
 
 import (
@@ -31,9 +33,12 @@ import (
 var (
 	schemes     = []string{"s3", "gs", "azblob"}
 	credentials = map[string]string{
-		"s3":     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the server's environment, or give its host a role; the region is AWS_REGION or ?region= in the URI",
-		"gs":     "set GOOGLE_APPLICATION_CREDENTIALS in the server's environment to the file of a service account, or give its host one",
-		"azblob": "set AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN in the server's environment",
+		"s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the server's environment, or " +
+			"give its host a role; the region is AWS_REGION or ?region= in the URI",
+		"gs": "set GOOGLE_APPLICATION_CREDENTIALS in the server's environment to the file of a service account, " +
+			"or give its host one",
+		"azblob": "set AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN in the server's " +
+			"environment",
 	}
 )
 
@@ -75,7 +80,8 @@ func parseLocation(uri string) (location, error) {
 	case parsed.Host == "":
 		return location{}, fmt.Errorf("it names no bucket; want %s://bucket/path", parsed.Scheme)
 	case parsed.User != nil || parsed.Fragment != "":
-		return location{}, fmt.Errorf("it has a user or a fragment; credentials do not belong in a URI: %s", credentials[parsed.Scheme])
+		return location{}, fmt.Errorf("it has a user or a fragment; credentials do not belong in a URI: %s",
+			credentials[parsed.Scheme])
 	case parsed.Query().Has("private_key_path"):
 		return location{}, fmt.Errorf("private_key_path is not supported; %s", credentials[parsed.Scheme])
 	}
@@ -158,8 +164,8 @@ func (s *stores) close() {
 	s.buckets = nil
 }
 
-// listed returns what lies at a location, as it was at most age ago; 0 is any age. Where the store does not answer, an older
-// listing goes on to serve.
+// listed returns what lies at a location, as it was at most age ago; 0 is any age. Where the store does not answer, an
+// older listing goes on to serve.
 func (r *Repository) listed(ctx context.Context, ref string, at location, age time.Duration) (listing, error) {
 	s := &r.stores
 	last, ok := s.listings.get(at.uri)
@@ -182,7 +188,8 @@ func (r *Repository) listed(ctx context.Context, ref string, at location, age ti
 	case ctx.Err() != nil:
 		return listing{}, ctx.Err()
 	case ok && gcerrors.Code(err) != gcerrors.NotFound && gcerrors.Code(err) != gcerrors.PermissionDenied:
-		r.options.Log.Warn("store does not answer; what it held before goes on to count", zap.String("model", ref), zap.String("uri", at.uri), zap.Error(err))
+		r.options.Log.Warn("store does not answer; what it held before goes on to count", zap.String("model", ref),
+			zap.String("uri", at.uri), zap.Error(err))
 		return last, nil
 	}
 	return listing{}, storeFault(ref, at, err)
@@ -206,7 +213,8 @@ func (r *Repository) list(ctx context.Context, at location) (listing, error) {
 			return found, err
 		}
 		if count == maxObjects {
-			return found, fault.New(fault.BadRequest, "%s has more than %d objects; name the folder of one model", at.name, maxObjects)
+			return found, fault.New(fault.BadRequest, "%s has more than %d objects; name the folder of one model",
+				at.name, maxObjects)
 		}
 		name := strings.TrimPrefix(object.Key, at.prefix)
 		if name == "" || strings.HasSuffix(name, "/") {
@@ -274,9 +282,11 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	case err != nil:
 		return Model{}, err
 	case number == "" && found.plain != nil:
-		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, at.name)
+		return Model{}, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref,
+			version, at.name)
 	case number == "" && len(found.versions) == 0:
-		return Model{}, fault.New(fault.NotFound, "model %s: there is no %s at %s, nor numbered folders with one; check the path, and that the server's credentials may list it", ref, savedmodel.File, at.name)
+		return Model{}, fault.New(fault.NotFound, "model %s: there is no %s at %s, nor numbered folders with one; "+
+			"check the path, and that the server's credentials may list it", ref, savedmodel.File, at.name)
 	case number == "":
 		return Model{}, fault.New(fault.NotFound, "model %s: %s holds no complete version %s", ref, at.name, version)
 	}
@@ -304,7 +314,9 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 func (r *Repository) storedSettings(ctx context.Context, ref string, at location, about file) (Settings, error) {
 	s := &r.stores
 	known, ok := s.settings.get(at.uri)
-	if of := known.of; ok && of.changed.Equal(about.changed) && of.size == about.size && bytes.Equal(of.md5, about.md5) { // times are whole seconds
+	// times are whole seconds
+	if of := known.of; ok && of.changed.Equal(about.changed) && of.size == about.size &&
+		bytes.Equal(of.md5, about.md5) {
 		return known.settings, nil
 	}
 	bucket, err := s.open(ctx, at)
@@ -312,7 +324,8 @@ func (r *Repository) storedSettings(ctx context.Context, ref string, at location
 		return Settings{}, storeFault(ref, at, err)
 	}
 	if about.size > maxSettings {
-		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref, control.SettingsFile, at.name, about.size, maxSettings)
+		return Settings{}, fault.New(fault.BadRequest, "model %s: %s at %s has %d bytes, more than %d", ref,
+			control.SettingsFile, at.name, about.size, maxSettings)
 	}
 	text, err := bucket.ReadAll(ctx, at.prefix+control.SettingsFile)
 	if err != nil {
@@ -323,7 +336,8 @@ func (r *Repository) storedSettings(ctx context.Context, ref string, at location
 		return Settings{}, fault.New(fault.BadRequest, "model %s: settings in the store: %w", ref, err)
 	}
 	if slices.ContainsFunc(settings.OpLibraries, func(library string) bool { return !path.IsAbs(library) }) {
-		return Settings{}, fault.New(fault.BadRequest, "model %s: op_libraries in %s beside versions in a store must be absolute paths of the server's host", ref, control.SettingsFile)
+		return Settings{}, fault.New(fault.BadRequest, "model %s: op_libraries in %s beside versions in a store must "+
+			"be absolute paths of the server's host", ref, control.SettingsFile)
 	}
 	s.settings.put(at.uri, storedSettings{of: about, settings: settings})
 	return settings, nil
@@ -344,7 +358,8 @@ func (r *Repository) names(ctx context.Context, at location) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" && !strings.HasPrefix(name, ".") && name != protocol.Image {
+		if name := strings.Trim(strings.TrimPrefix(object.Key, at.prefix), "/"); object.IsDir && name != "" &&
+			!strings.HasPrefix(name, ".") && name != protocol.Image {
 			names = append(names, name)
 		}
 	}
@@ -366,29 +381,43 @@ func storeFault(ref string, at location, err error) error {
 		words = strings.TrimSuffix(strings.TrimSpace(code+": "+answer.ErrorMessage()), ":")
 	}
 	has := func(parts ...string) bool {
-		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(code+" "+err.Error(), part) })
+		return slices.ContainsFunc(parts, func(part string) bool {
+			return strings.Contains(code+" "+err.Error(),
+				part)
+		})
 	}
 	scheme := at.scheme()
 	bucket, _, _ := strings.Cut(at.bucket, "?")
 	switch kind := gcerrors.Code(err); {
-	case kind == gcerrors.NotFound && has("NoSuchBucket", "bucket doesn't exist", "bucket does not exist", "ContainerNotFound"):
-		return fault.New(fault.NotFound, "model %s: there is no bucket %s (%s); check its name, and ?endpoint= and ?region= in the URI", ref, bucket, words)
+	case kind == gcerrors.NotFound && has("NoSuchBucket", "bucket doesn't exist", "bucket does not exist",
+		"ContainerNotFound"):
+		return fault.New(fault.NotFound, "model %s: there is no bucket %s (%s); check its name, and ?endpoint= and "+
+			"?region= in the URI", ref, bucket, words)
 	case kind == gcerrors.NotFound:
 		return fault.New(fault.NotFound, "model %s: %s is not there (%s)", ref, at.name, words)
 	case has("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed"):
-		return fault.New(fault.Precondition, "model %s: %s rejects the server's credentials (%s); %s", ref, bucket, words, credentials[scheme])
-	case kind == gcerrors.PermissionDenied || has("AccessDenied", "Forbidden", "AuthorizationFailure", "StatusCode: 403"):
-		return fault.New(fault.Precondition, "model %s: the server's credentials may not read %s (%s); let them list and get its objects, or %s", ref, at.name, words, credentials[scheme])
-	case has("get credentials", "refresh cached credentials", "could not find default credentials", "AccountName is required", "DefaultAzureCredential", "no EC2 IMDS role", "shared config profile", "private key should be a PEM"):
-		return fault.New(fault.Precondition, "model %s: this server has no credentials for %s (%s); %s", ref, bucket, words, credentials[scheme])
+		return fault.New(fault.Precondition, "model %s: %s rejects the server's credentials (%s); %s", ref, bucket,
+			words, credentials[scheme])
+	case kind == gcerrors.PermissionDenied || has("AccessDenied", "Forbidden", "AuthorizationFailure",
+		"StatusCode: 403"):
+		return fault.New(fault.Precondition, "model %s: the server's credentials may not read %s (%s); let them list "+
+			"and get its objects, or %s", ref, at.name, words, credentials[scheme])
+	case has("get credentials", "refresh cached credentials", "could not find default credentials",
+		"AccountName is required", "DefaultAzureCredential", "no EC2 IMDS role", "shared config profile",
+		"private key should be a PEM"):
+		return fault.New(fault.Precondition, "model %s: this server has no credentials for %s (%s); %s", ref, bucket,
+			words, credentials[scheme])
 	case has("region"):
-		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s", ref, bucket, words, credentials[scheme])
+		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s", ref, bucket, words,
+			credentials[scheme])
 	case has("query parameter", "invalid value", "open bucket"):
-		return fault.New(fault.BadRequest, "model %s: %s cannot be used (%s); see docs/models.md", ref, at.bucket, words)
+		return fault.New(fault.BadRequest, "model %s: %s cannot be used (%s); see docs/models.md", ref, at.bucket,
+			words)
 	case errors.Is(err, context.DeadlineExceeded):
 		return fault.New(fault.Unavailable, "model %s: %s does not answer within %s", ref, at.name, listTimeout)
 	}
-	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the network if it happens again", ref, at.name, words)
+	return fault.New(fault.Unavailable, "model %s: %s cannot be read (%s); ask again, and check ?endpoint= and the "+
+		"network if it happens again", ref, at.name, words)
 }
 
 // rootOf returns the innermost error that still says something.

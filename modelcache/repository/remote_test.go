@@ -1,3 +1,5 @@
+// Tests of stores, against an S3 server of this machine.
+
 package repository
 
 import (
@@ -60,7 +62,9 @@ func newS3(t *testing.T) *s3 {
 	address := listener.Addr().String()
 	_ = listener.Close()
 	root, aside := t.TempDir(), t.TempDir()
-	server := exec.Command(binary, "--access", "test", "--secret", "testtest", "--port", address, "--quiet", "posix", "--sidecar", aside, root) //nolint:gosec // see above
+	// nolint:gosec // see above
+	server := exec.Command(binary, "--access", "test", "--secret", "testtest", "--port", address, "--quiet", "posix",
+		"--sidecar", aside, root)
 	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
@@ -71,7 +75,8 @@ func newS3(t *testing.T) *s3 {
 	proxy := httputil.NewSingleHostReverseProxy(target) // keeps the host, which is part of the signature
 	proxy.ErrorLog, _ = zap.NewStdLogAt(zap.NewNop(), zap.InfoLevel)
 	proxy.ModifyResponse = s.answer
-	front := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { //nolint:gosec // of a test
+	// nolint:gosec // of a test
+	front := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if s.down.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			return
@@ -86,7 +91,8 @@ func newS3(t *testing.T) *s3 {
 	go func() { defer close(served); _ = front.Serve(listener) }()
 	t.Cleanup(func() { _ = front.Close(); <-served })
 	s.uri = func(path string) string {
-		return "s3://models/" + path + "?endpoint=http://" + listener.Addr().String() + "&use_path_style=true&region=us-east-1"
+		return fmt.Sprintf("s3://models/%s?endpoint=http://%s&use_path_style=true&region=us-east-1",
+			path, listener.Addr())
 	}
 	expect.Eventually(t, "the S3 server answers", func() bool {
 		connection, err := net.Dial("tcp", address)
@@ -217,7 +223,8 @@ func TestS3(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if model.Version != "1" || model.Saved == nil || model.Settings.WarmUp != WarmUpOff || model.Base != canonical(t, store.uri("repository/m")) || CheckDigest(model.Digest) != nil || model.Stamp == "" {
+	if model.Version != "1" || model.Saved == nil || model.Settings.WarmUp != WarmUpOff ||
+		model.Base != canonical(t, store.uri("repository/m")) || CheckDigest(model.Digest) != nil || model.Stamp == "" {
 		t.Errorf("found %+v", model)
 	}
 	if err := wholeOf(t, model.Dir, largeModel(t, 1)); err != nil {
@@ -239,14 +246,16 @@ func TestS3(t *testing.T) {
 	}
 	reads := store.reads.Load()
 	other := remoteCache(t, c.options.CacheDir, "")
-	if again, err := other.Find(t.Context(), store.uri("repository/m/1"), ""); err != nil || again.Dir != model.Dir || again.Version != "1" {
+	if again, err := other.Find(t.Context(), store.uri("repository/m/1"), ""); err != nil || again.Dir != model.Dir ||
+		again.Version != "1" {
 		t.Errorf("another front finds %+v, %v", again, err)
 	}
 	if n := store.reads.Load() - reads; n != 0 {
 		t.Errorf("another front read %d objects", n)
 	}
 	entries, err = c.Index(t.Context())
-	if err != nil || len(entries) != 3 || entries[1].Ref != "m" || entries[1].Saved == nil || entries[2].Ref != model.Digest {
+	if err != nil || len(entries) != 3 || entries[1].Ref != "m" || entries[1].Saved == nil ||
+		entries[2].Ref != model.Digest {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 
@@ -303,7 +312,8 @@ func TestSettingsOfOneSecond(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if settings, err := c.storedSettings(t.Context(), "m", at, *found.settings); err != nil || settings.Cores != cores {
+		if settings, err := c.storedSettings(t.Context(), "m", at, *found.settings); err != nil ||
+			settings.Cores != cores {
 			t.Errorf("the settings are %+v, %v; want %d cores", settings, err, cores)
 		}
 	}
@@ -330,7 +340,8 @@ func TestOneFetch(t *testing.T) {
 		c := remoteCache(t, dir, "")
 		for range callers {
 			asked.Go(func() {
-				if model, err := c.Find(t.Context(), store.uri("m"), ""); err != nil || wholeOf(t, model.Dir, files) != nil {
+				if model, err := c.Find(t.Context(), store.uri("m"), ""); err != nil ||
+					wholeOf(t, model.Dir, files) != nil {
 					t.Errorf("found %+v, %v", model, err)
 				}
 			})
@@ -503,7 +514,8 @@ func TestKilledFetch(t *testing.T) {
 		defer c.fetches.mu.Unlock()
 		return len(c.fetches.calls) == 1
 	})
-	if got := tree(t, c.models()); strings.Count(got, ".fetch") != strings.Count(got, ".fetch-"+fmt.Sprint(fetcher.Process.Pid)) {
+	if got := tree(t, c.models()); strings.Count(got, ".fetch") != strings.Count(got,
+		".fetch-"+fmt.Sprint(fetcher.Process.Pid)) {
 		t.Errorf("two fetch at once: %s", got)
 	}
 	if err := fetcher.Process.Kill(); err != nil {
@@ -554,19 +566,28 @@ func TestStoreFaults(t *testing.T) {
 		kind  fault.Kind
 		parts []string
 	}{
-		"empty":              {store.uri("m"), fault.NotFound, []string{"no saved_model.pb at s3://models/m", "credentials may list"}},
-		"no bucket":          {elsewhere, fault.NotFound, []string{"there is no bucket s3://nope", "?endpoint="}},
-		"no bucket named":    {"s3:///m", fault.BadRequest, []string{"names no bucket", "s3://bucket/path"}},
-		"unknown scheme":     {"hdfs://name/m", fault.BadRequest, []string{`no source "hdfs"`, "file:, s3:, gs: and azblob:"}},
-		"unknown parameter":  {"s3://models/m?colour=red", fault.BadRequest, []string{"colour", "docs/models.md"}},
-		"parent":             {"s3://models/a/../b", fault.BadRequest, []string{"must not contain"}},
-		"password":           {"s3://me:hidden@models/m", fault.BadRequest, []string{"do not belong in a URI", "AWS_ACCESS_KEY_ID"}},
-		"nobody there":       {"s3://models/m?endpoint=http://127.0.0.1:1&use_path_style=true&region=us-east-1", fault.Unavailable, []string{"cannot be read", "refused", "?endpoint="}},
-		"gs parameter":       {"gs://models/m?anonymous=true&colour=red", fault.BadRequest, []string{"gs://models", "colour"}},
-		"gs key file":        {"gs://models/m?private_key_path=/etc/passwd", fault.BadRequest, []string{"private_key_path is not supported", "GOOGLE_APPLICATION_CREDENTIALS"}},
-		"azblob parameter":   {"azblob://models/m?colour=red&storage_account=a", fault.BadRequest, []string{"azblob://models", "colour"}},
-		"azblob, no account": {"azblob://models/m", fault.Precondition, []string{"no credentials for azblob://models", "AZURE_STORAGE_ACCOUNT"}},
-		"gs, no credentials": {"gs://models/m", fault.Precondition, []string{"no credentials for gs://models", "GOOGLE_APPLICATION_CREDENTIALS"}},
+		"empty": {store.uri("m"), fault.NotFound, []string{"no saved_model.pb at s3://models/m",
+			"credentials may list"}},
+		"no bucket":       {elsewhere, fault.NotFound, []string{"there is no bucket s3://nope", "?endpoint="}},
+		"no bucket named": {"s3:///m", fault.BadRequest, []string{"names no bucket", "s3://bucket/path"}},
+		"unknown scheme": {"hdfs://name/m", fault.BadRequest,
+			[]string{`no source "hdfs"`, "file:, s3:, gs: and azblob:"}},
+		"unknown parameter": {"s3://models/m?colour=red", fault.BadRequest, []string{"colour", "docs/models.md"}},
+		"parent":            {"s3://models/a/../b", fault.BadRequest, []string{"must not contain"}},
+		"password": {"s3://me:hidden@models/m", fault.BadRequest,
+			[]string{"do not belong in a URI", "AWS_ACCESS_KEY_ID"}},
+		"nobody there": {"s3://models/m?endpoint=http://127.0.0.1:1&use_path_style=true&region=us-east-1",
+			fault.Unavailable, []string{"cannot be read", "refused", "?endpoint="}},
+		"gs parameter": {"gs://models/m?anonymous=true&colour=red", fault.BadRequest,
+			[]string{"gs://models", "colour"}},
+		"gs key file": {"gs://models/m?private_key_path=/etc/passwd", fault.BadRequest,
+			[]string{"private_key_path is not supported", "GOOGLE_APPLICATION_CREDENTIALS"}},
+		"azblob parameter": {"azblob://models/m?colour=red&storage_account=a", fault.BadRequest,
+			[]string{"azblob://models", "colour"}},
+		"azblob, no account": {"azblob://models/m", fault.Precondition,
+			[]string{"no credentials for azblob://models", "AZURE_STORAGE_ACCOUNT"}},
+		"gs, no credentials": {"gs://models/m", fault.Precondition,
+			[]string{"no credentials for gs://models", "GOOGLE_APPLICATION_CREDENTIALS"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := c.Find(t.Context(), one.ref, "")

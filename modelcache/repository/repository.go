@@ -1,3 +1,5 @@
+// Finding a model: from a reference to a folder, its version, settings and signatures.
+
 package repository
 
 import (
@@ -94,9 +96,10 @@ type Model struct {
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
 	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
 	Base    string // what the reference names: an absolute folder or a URI, "" for the one that is built in
-	Stamp   string // fingerprint of the version's files: another one when any of them changes; "" for the one that is built in
-	Digest  string // of the files, "" until it is known
-	Saved   *savedmodel.Model
+	// fingerprint of the version's files: another one when any of them changes; "" for the one that is built in
+	Stamp  string
+	Digest string // of the files, "" until it is known
+	Saved  *savedmodel.Model
 	// Settings are the owner's.
 	Settings Settings
 }
@@ -105,7 +108,8 @@ type Model struct {
 const Latest = "latest"
 
 // Find returns what a reference names now. The highest version is the highest that has settled; where there is none
-// yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is fetched.
+// yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is
+// fetched.
 func (r *Repository) Find(ctx context.Context, ref, version string) (Model, error) {
 	return r.lookUp(ctx, ref, version, true)
 }
@@ -116,7 +120,8 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	if ref == protocol.Image {
 		model, ok := resolveImage(version)
 		if !ok {
-			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref, version, model.Version)
+			return Model{}, fault.New(fault.NotFound, "model %s: no version %s; it is built in and has version %s", ref,
+				version, model.Version)
 		}
 		return model, nil
 	}
@@ -172,9 +177,11 @@ func (r *Repository) locate(ref string) (string, *location, error) {
 		}
 		return at.uri, &at, nil
 	case hasScheme:
-		return "", nil, fault.New(fault.BadRequest, "model %q: this server reads %s, absolute paths, sha256: digests of pushed models and names below its model-root", ref, knownSchemes)
+		return "", nil, fault.New(fault.BadRequest, "model %q: this server reads %s, absolute paths, sha256: digests "+
+			"of pushed models and names below its model-root", ref, knownSchemes)
 	case root == "":
-		return "", nil, fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set --model-root or give a path", ref)
+		return "", nil, fault.New(fault.NotFound, "model %q: this server has no model-root to look up names in; set "+
+			"--model-root or give a path", ref)
 	case ref == "." || !filepath.IsLocal(ref) || strings.ContainsRune(ref, filepath.Separator):
 		return "", nil, fault.New(fault.BadRequest, "model %q: a name is one folder below the model-root", ref)
 	}
@@ -189,14 +196,16 @@ func (r *Repository) locate(ref string) (string, *location, error) {
 	return at.uri, &at, nil
 }
 
-func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot, err error) {
+func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot,
+	err error) {
 	if info, err := os.Stat(base); err != nil || !info.IsDir() {
 		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
 	}
 	model = Model{Ref: ref, Version: "1", Dir: base, Base: base}
 	if _, err := os.Stat(filepath.Join(base, savedmodel.File)); err == nil {
 		if version != Latest && version != model.Version {
-			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions", ref, version, base)
+			return model, now, fault.New(fault.NotFound, "model %s: no version %s; %s is a SavedModel without versions",
+				ref, version, base)
 		}
 		if now, err = scan(base); err != nil {
 			return model, now, fault.New(fault.BadRequest, "model %s: %w", ref, err)
@@ -208,7 +217,8 @@ func (r *Repository) findLocal(ctx context.Context, ref, version, base string, w
 	switch {
 	case err != nil:
 	case number == "":
-		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base, savedmodel.File, version)
+		err = fault.New(fault.NotFound, "model %s: %s holds no %s and no folder of version %s with one", ref, base,
+			savedmodel.File, version)
 	default:
 		model.Version, model.Dir, model.Stamp = number, filepath.Join(base, number), now.stamp
 	}
@@ -237,7 +247,8 @@ func choose(list []candidate, version string) (found candidate, now snapshot, bu
 
 // await is choose, again and again for some seconds while the only version settles. list is called with the number
 // of the attempt. number is "" where there is none to be had.
-func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate, error)) (number string, now snapshot, err error) {
+func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate,
+	error)) (number string, now snapshot, err error) {
 	started := time.Now()
 	for attempt := 0; ; attempt++ {
 		candidates, err := list(attempt)
@@ -249,7 +260,8 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 		case found.number != "" || busy == "":
 			return found.number, now, nil
 		case !wait || time.Since(started) > settleWait:
-			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed in the last second; ask again when it has been copied", ref, busy)
+			return "", snapshot{}, fault.New(fault.Unavailable, "model %s: version %s is incomplete, or has changed "+
+				"in the last second; ask again when it has been copied", ref, busy)
 		}
 		select {
 		case <-ctx.Done():

@@ -1,3 +1,5 @@
+// Tests of references, versions in folders and allowed libraries.
+
 package repository
 
 import (
@@ -22,13 +24,16 @@ func TestMain(m *testing.M) {
 	}
 	_ = flag.Set("test.parallel", "8") // they wait more than they work
 	for name, value := range map[string]string{
-		"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_EC2_METADATA_DISABLED": "true", "AWS_PROFILE": "", "AWS_REGION": "us-east-1",
+		"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest", "AWS_EC2_METADATA_DISABLED": "true",
+		"AWS_PROFILE": "", "AWS_REGION": "us-east-1",
 	} {
 		_ = os.Setenv(name, value)
 	}
 	goleak.VerifyTestMain(m, // connections to stores stay open for a while
-		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"), goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
-		goleak.IgnoreTopFunction("internal/poll.runtime_pollWait"), goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
+		goleak.IgnoreTopFunction("net/http.(*persistConn).readLoop"),
+		goleak.IgnoreTopFunction("net/http.(*persistConn).writeLoop"),
+		goleak.IgnoreTopFunction("internal/poll.runtime_pollWait"),
+		goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start"))
 }
 
 func TestFind(t *testing.T) {
@@ -64,7 +69,8 @@ func TestFind(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			for range 2 { // read, and remembered
 				got, err := cache.Find(t.Context(), c.ref, c.version)
-				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref || len(got.Saved.Signatures) != 1 {
+				if err != nil || got.Dir != c.dir || got.Version != c.number || got.Ref != c.ref ||
+					len(got.Saved.Signatures) != 1 {
 					t.Errorf("resolved to %+v, %v", got, err)
 				}
 			}
@@ -76,22 +82,27 @@ func TestFind(t *testing.T) {
 		kind         fault.Kind
 		parts        []string
 	}{
-		"unknown name":         {cache, "nope", Latest, fault.NotFound, []string{"model nope", at("nope"), "no folder"}},
-		"unknown path":         {cache, "/nope/m", Latest, fault.NotFound, []string{"/nope/m", "on this host"}},
-		"a file":               {cache, "file", Latest, fault.NotFound, []string{"no folder"}},
-		"not a SavedModel":     {cache, "empty", Latest, fault.NotFound, []string{"holds no saved_model.pb"}},
-		"broken":               {cache, "broken", Latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
-		"unknown version":      {cache, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
-		"version without one":  {cache, "many", "11", fault.NotFound, []string{"version 11"}},
-		"label":                {cache, "many", "draft", fault.NotFound, []string{"version draft"}},
-		"traversing version":   {cache, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
-		"version of a plain":   {cache, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
-		"no root":              {rootless, "plain", Latest, fault.NotFound, []string{"no model-root", "--model-root"}},
-		"traversal":            {cache, "../" + filepath.Base(root) + "/plain", Latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"dots":                 {cache, "..", Latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"nested":               {cache, "many/9", Latest, fault.BadRequest, []string{"one folder below the model-root"}},
-		"other scheme":         {cache, "ftp://host/m", Latest, fault.BadRequest, []string{"ftp://host/m", "no source \"ftp\"", "file:, s3:, gs: and azblob:"}},
-		"no scheme":            {cache, "m:2", Latest, fault.BadRequest, []string{"m:2", "file:, s3:, gs: and azblob:", "sha256:"}},
+		"unknown name": {cache, "nope", Latest, fault.NotFound,
+			[]string{"model nope", at("nope"), "no folder"}},
+		"unknown path":        {cache, "/nope/m", Latest, fault.NotFound, []string{"/nope/m", "on this host"}},
+		"a file":              {cache, "file", Latest, fault.NotFound, []string{"no folder"}},
+		"not a SavedModel":    {cache, "empty", Latest, fault.NotFound, []string{"holds no saved_model.pb"}},
+		"broken":              {cache, "broken", Latest, fault.BadRequest, []string{at("broken", savedmodel.File)}},
+		"unknown version":     {cache, "many", "7", fault.NotFound, []string{"model many", "version 7"}},
+		"version without one": {cache, "many", "11", fault.NotFound, []string{"version 11"}},
+		"label":               {cache, "many", "draft", fault.NotFound, []string{"version draft"}},
+		"traversing version":  {cache, "many", "../plain", fault.NotFound, []string{"version ../plain"}},
+		"version of a plain":  {cache, "plain", "2", fault.NotFound, []string{"no version 2", "without versions"}},
+		"no root":             {rootless, "plain", Latest, fault.NotFound, []string{"no model-root", "--model-root"}},
+		"traversal": {cache, "../" + filepath.Base(root) + "/plain", Latest, fault.BadRequest,
+			[]string{"one folder below the model-root"}},
+		"dots": {cache, "..", Latest, fault.BadRequest, []string{"one folder below the model-root"}},
+		"nested": {cache, "many/9", Latest, fault.BadRequest,
+			[]string{"one folder below the model-root"}},
+		"other scheme": {cache, "ftp://host/m", Latest, fault.BadRequest,
+			[]string{"ftp://host/m", "no source \"ftp\"", "file:, s3:, gs: and azblob:"}},
+		"no scheme": {cache, "m:2", Latest, fault.BadRequest,
+			[]string{"m:2", "file:, s3:, gs: and azblob:", "sha256:"}},
 		"URI of another host":  {cache, "file://host/m", Latest, fault.BadRequest, []string{"file:///absolute/path"}},
 		"URI of relative path": {cache, "file:m", Latest, fault.BadRequest, []string{"file:///absolute/path"}},
 		"URI with bad escape":  {cache, "file:///%zz", Latest, fault.BadRequest, []string{"file:///absolute/path"}},
@@ -121,7 +132,8 @@ func TestAllowedLibraries(t *testing.T) {
 	if err := os.Symlink(filepath.Join(folder, "other.so"), filepath.Join(folder, "ops", "link.so")); err != nil {
 		t.Fatal(err)
 	}
-	models := New(Options{OpLibraries: []string{filepath.Join(folder, "ops"), filepath.Join(folder, "nope")}, Log: zap.NewNop()})
+	models := New(Options{OpLibraries: []string{filepath.Join(folder, "ops"), filepath.Join(folder, "nope")},
+		Log: zap.NewNop()})
 	t.Cleanup(models.Close)
 	ask := func(path string) ([]string, error) {
 		return models.AllowedLibraries(Model{Ref: "m", Settings: Settings{OpLibraries: []string{path}}})
@@ -131,7 +143,8 @@ func TestAllowedLibraries(t *testing.T) {
 	}
 	for _, path := range []string{"other.so", "ops/link.so", "ops/../other.so"} {
 		_, err := ask(filepath.Join(folder, path))
-		expect.Fault(t, err, fault.Precondition, "model m", "other.so, which this server does not allow", "op-libraries")
+		expect.Fault(t, err, fault.Precondition, "model m", "other.so, which this server does not allow",
+			"op-libraries")
 	}
 	_, err := ask(filepath.Join(folder, "gone.so"))
 	expect.Fault(t, err, fault.Precondition, "gone.so")

@@ -1,3 +1,5 @@
+// Settings: the file flightsvc.json, in which a model's owner says how it is served.
+
 package repository
 
 import (
@@ -20,16 +22,21 @@ import (
 
 // Settings are what the owner of a model says about serving it. The zero value is the default of each.
 type Settings struct {
-	Batching      control.Batching  `json:"batching,omitzero"`
-	Signatures    []string          `json:"signatures,omitempty"`     // those that are served; none means all
-	OpLibraries   []string          `json:"op_libraries,omitempty"`   // files with custom operations, relative to the settings' folder
+	Batching   control.Batching `json:"batching,omitzero"`
+	Signatures []string         `json:"signatures,omitempty"` // those that are served; none means all
+	// files with custom operations, relative to the settings' folder
+	OpLibraries   []string          `json:"op_libraries,omitempty"`
 	VersionLabels map[string]uint64 `json:"version_labels,omitempty"` // names of versions
-	Memory        config.Bytes      `json:"memory,omitzero"`          // of the host that a runner of this model is counted with, at least
-	DeviceMemory  config.Bytes      `json:"device_memory,omitzero"`   // of a GPU that TensorFlow may take; also what the model is placed with
-	Cores         int               `json:"cores,omitempty"`          // threads; never more than the server's
-	KeepAlive     config.Duration   `json:"keep_alive,omitzero"`      // how long a runner stays without a stream; negative is for ever
-	WarmUp        string            `json:"warm_up,omitempty"`        // WarmUpAuto or WarmUpOff
-	Device        string            `json:"device,omitempty"`         // as in a descriptor; goes before "auto" of a request
+	// of the host that a runner of this model is counted with, at least
+	Memory config.Bytes `json:"memory,omitzero"`
+	// of a GPU that TensorFlow may take; also what the model is placed with
+	DeviceMemory config.Bytes `json:"device_memory,omitzero"`
+	Cores        int          `json:"cores,omitempty"` // threads; never more than the server's
+	// how long a runner stays without a stream; negative is for ever
+	KeepAlive config.Duration `json:"keep_alive,omitzero"`
+	WarmUp    string          `json:"warm_up,omitempty"` // WarmUpAuto or WarmUpOff
+	// as in a descriptor; goes before "auto" of a request
+	Device string `json:"device,omitempty"`
 }
 
 // Whether a runner runs a model before it counts as ready.
@@ -96,7 +103,8 @@ func (s *Settings) check() error {
 	if last := sizes[len(sizes)-1]; b.MaxBatchSize == 0 {
 		b.MaxBatchSize = last
 	} else if last != b.MaxBatchSize {
-		return fmt.Errorf("the last of allowed_batch_sizes is %d and max_batch_size is %d; they must be the same", last, b.MaxBatchSize)
+		return fmt.Errorf("the last of allowed_batch_sizes is %d and max_batch_size is %d; they must be the same", last,
+			b.MaxBatchSize)
 	}
 	return nil
 }
@@ -110,7 +118,8 @@ func (s *Settings) served(saved *savedmodel.Model) (*savedmodel.Model, error) {
 	for _, name := range s.Signatures {
 		signature, ok := saved.Signatures[name]
 		if !ok {
-			return nil, fault.New(fault.BadRequest, "%s serves the signature %q, which the model does not have; it has %q", control.SettingsFile, name, saved.Names())
+			return nil, fault.New(fault.BadRequest, "%s serves the signature %q, which the model does not have; it "+
+				"has %q", control.SettingsFile, name, saved.Names())
 		}
 		left.Signatures[name] = signature
 	}

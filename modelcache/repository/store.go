@@ -1,3 +1,5 @@
+// The cache-dir: models that were pushed, under their digests.
+
 package repository
 
 import (
@@ -32,7 +34,8 @@ func (r *Repository) pushed(digest string) (string, error) {
 		return "", err
 	}
 	if !r.known(digest) {
-		return "", fault.New(fault.NotFound, "model %s: it has not been pushed to this host; push its folder with DoPut (Client.push in Python)", digest)
+		return "", fault.New(fault.NotFound, "model %s: it has not been pushed to this host; push its folder with "+
+			"DoPut (Client.push in Python)", digest)
 	}
 	return r.Place(digest), nil
 }
@@ -79,7 +82,8 @@ func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (
 		return "", false, r.diskFault(err)
 	}
 	if want != "" && digest != want {
-		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it was sent, or was cut", digest, want)
+		return "", false, fault.New(fault.BadRequest, "the archive has the digest %s, not %s; it changed while it "+
+			"was sent, or was cut", digest, want)
 	}
 	if err := r.checkGraph(ctx, dir, "the archive's %s cannot be read", savedmodel.File); err != nil {
 		return "", false, err
@@ -167,7 +171,8 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 			_, removeErr := r.discard(filepath.Base(dir))
 			r.options.Log.Error("a model in the cache-dir was changed and is not used", zap.String("model", digest),
 				zap.String("digest of its files", found), zap.NamedError("not removed", removeErr))
-			err = fault.New(fault.Unavailable, "model %s: its files in the cache-dir were changed, so they were removed; ask "+
+			err = fault.New(fault.Unavailable, "model %s: its files in the cache-dir were changed, so they were "+
+				"removed; ask "+
 				"again, and push its folder again if it was pushed", digest)
 		}
 		if err == nil {
@@ -185,10 +190,12 @@ func (r *Repository) diskFault(err error) error {
 	case !errors.As(err, &number):
 		return err
 	case number == syscall.ENOSPC || number == syscall.EDQUOT:
-		return fault.New(fault.Exhausted, "cache-dir %s has no space left for this model; free some, or set cache-dir to a larger file system", r.options.CacheDir)
+		return fault.New(fault.Exhausted, "cache-dir %s has no space left for this model; free some, or set "+
+			"cache-dir to a larger file system", r.options.CacheDir)
 	}
 	if _, ok := fault.KindOf(err); ok {
 		return err
 	}
-	return fault.New(fault.Precondition, "cache-dir %s cannot be written (%w); set cache-dir to another place", r.options.CacheDir, number)
+	return fault.New(fault.Precondition, "cache-dir %s cannot be written (%w); set cache-dir to another place",
+		r.options.CacheDir, number)
 }

@@ -1,3 +1,5 @@
+// Tests of pushed archives: what they may hold, and what is left of those that are refused.
+
 package repository
 
 import (
@@ -98,16 +100,21 @@ func tree(t testing.TB, dir string) string {
 // TestDigest fixes the digest of a small folder; pyspark-shim/tests/test_verbs.py has the same one.
 func TestDigest(t *testing.T) {
 	const want = "sha256:b859b76bdc3d55cfa86abd9b0b3e7861198ac925c0a9e95f14ee80cfc2f60860"
-	files := []entry{{name: "variables/variables.index", text: "index"}, {name: "saved_model.pb", text: "graph"}, {name: "a b", text: ""}, {name: "a", text: "1"}, {name: "assets/grün.txt", text: "x\n"}}
+	files := []entry{{name: "variables/variables.index", text: "index"}, {name: "saved_model.pb", text: "graph"},
+		{name: "a b", text: ""}, {name: "a", text: "1"}, {name: "assets/grün.txt", text: "x\n"}}
 	for name, archive := range map[string][]byte{
-		"files":            archived(t, files...),
-		"another order":    archived(t, files[4], files[3], files[2], files[1], files[0]),
-		"folders as well":  archived(t, append([]entry{{name: "./", header: tar.Header{Typeflag: tar.TypeDir}}, {name: "variables/", header: tar.Header{Typeflag: tar.TypeDir}}, {name: "empty", header: tar.Header{Typeflag: tar.TypeDir}}}, files...)...),
-		"dots before":      archived(t, files[0], entry{name: "./" + files[1].name, text: files[1].text}, files[2], files[3], files[4]),
+		"files":         archived(t, files...),
+		"another order": archived(t, files[4], files[3], files[2], files[1], files[0]),
+		"folders as well": archived(t, append([]entry{{name: "./", header: tar.Header{Typeflag: tar.TypeDir}},
+			{name: "variables/", header: tar.Header{Typeflag: tar.TypeDir}},
+			{name: "empty", header: tar.Header{Typeflag: tar.TypeDir}}}, files...)...),
+		"dots before": archived(t, files[0], entry{name: "./" + files[1].name, text: files[1].text}, files[2],
+			files[3], files[4]),
 		"zeros at the end": append(archived(t, files...), make([]byte, 10240)...),
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, r := range []io.Reader{bytes.NewReader(archive), iotest.DataErrReader(iotest.HalfReader(bytes.NewReader(archive)))} {
+			for _, r := range []io.Reader{bytes.NewReader(archive),
+				iotest.DataErrReader(iotest.HalfReader(bytes.NewReader(archive)))} {
 				if got, err := unpack(t.TempDir(), r); got != want || err != nil {
 					t.Errorf("%s, %v; want %s", got, err, want)
 				}
@@ -127,12 +134,14 @@ func TestPush(t *testing.T) {
 		t.Fatalf("pushed as %s, %t, %v", digest, known, err)
 	}
 	hex := strings.TrimPrefix(digest, "sha256:")
-	want := fmt.Sprintf("models models/%s models/%[1]s/saved_model.pb:%d models/%[1]s/variables models/%[1]s/variables/v:7", hex, len(pb))
+	want := fmt.Sprintf("models models/%s models/%[1]s/saved_model.pb:%d models/%[1]s/variables "+
+		"models/%[1]s/variables/v:7", hex, len(pb))
 	if got := tree(t, c.options.CacheDir); got != want {
 		t.Errorf("the cache-dir holds %s, want %s", got, want)
 	}
 	for _, wanted := range []string{"", digest} {
-		if again, known, err := c.Push(t.Context(), bytes.NewReader(archive), wanted); again != digest || !known || err != nil {
+		if again, known, err := c.Push(t.Context(), bytes.NewReader(archive), wanted); again != digest || !known ||
+			err != nil {
 			t.Errorf("pushed again as %s, %t, %v", again, known, err)
 		}
 	}
@@ -140,16 +149,19 @@ func TestPush(t *testing.T) {
 		t.Errorf("after another push it holds %s", got)
 	}
 	model, err := c.Find(t.Context(), digest, "")
-	if err != nil || model.Ref != digest || model.Version != "1" || len(model.Saved.Signatures) != 1 || model.Dir != filepath.Join(c.models(), hex) {
+	if err != nil || model.Ref != digest || model.Version != "1" || len(model.Saved.Signatures) != 1 ||
+		model.Dir != filepath.Join(c.models(), hex) {
 		t.Errorf("resolved to %+v, %v", model, err)
 	}
 	entries, err := c.Index(t.Context())
-	if err != nil || len(entries) != 2 || entries[0].Ref != protocol.Image || entries[1].Ref != digest || entries[1].Err != nil {
+	if err != nil || len(entries) != 2 || entries[0].Ref != protocol.Image || entries[1].Ref != digest ||
+		entries[1].Err != nil {
 		t.Errorf("the index is %+v, %v", entries, err)
 	}
 	_, err = c.Find(t.Context(), "sha256:"+strings.Repeat("0", 64), "")
 	expect.Fault(t, err, fault.NotFound, "has not been pushed to this host", "DoPut")
-	for _, ref := range []string{"sha256:", "sha256:" + strings.Repeat("A", 64), "sha256:../../x", digest + "0", digest + "\n"} {
+	for _, ref := range []string{"sha256:", "sha256:" + strings.Repeat("A", 64), "sha256:../../x", digest + "0",
+		digest + "\n"} {
 		_, err = c.Find(t.Context(), ref, "")
 		expect.Fault(t, err, fault.BadRequest, "64 lower-case hexadecimal digits")
 	}
@@ -166,7 +178,8 @@ func TestPushesOfOneModelAtOnce(t *testing.T) {
 	for range callers {
 		pushed.Go(func() {
 			// All have all but the last byte unpacked before any goes on.
-			r := io.MultiReader(bytes.NewReader(archive[:len(archive)-1]), &gate{reached: read.Done, open: all}, bytes.NewReader(archive[len(archive)-1:]))
+			r := io.MultiReader(bytes.NewReader(archive[:len(archive)-1]), &gate{reached: read.Done, open: all},
+				bytes.NewReader(archive[len(archive)-1:]))
 			_, known, err := c.Push(t.Context(), r, "")
 			if err != nil {
 				t.Error(err)
@@ -183,7 +196,8 @@ func TestPushesOfOneModelAtOnce(t *testing.T) {
 			first++
 		}
 	}
-	if got := tree(t, c.models()); first != 1 || strings.Count(got, "saved_model.pb") != 1 || strings.Contains(got, "push") {
+	if got := tree(t, c.models()); first != 1 || strings.Count(got, "saved_model.pb") != 1 ||
+		strings.Contains(got, "push") {
 		t.Errorf("%d were the first; there is %s", first, got)
 	}
 }
@@ -216,38 +230,48 @@ func TestPushRefuses(t *testing.T) {
 		want    string
 		part    string
 	}{
-		"absolute":            {archived(t, model, entry{name: "/etc/passwd"}), "", `"/etc/passwd" is absolute`},
-		"dots":                {archived(t, model, entry{name: "../out"}), "", `"../out" holds ".."`},
-		"dots that stay":      {archived(t, model, entry{name: "a/../b"}), "", `"a/../b" holds ".."`},
-		"link":                {archived(t, model, special(tar.TypeSymlink, "/etc/passwd")), "", `"odd" is a link`},
-		"hard link":           {archived(t, model, special(tar.TypeLink, "saved_model.pb")), "", `"odd" is a link`},
-		"fifo":                {archived(t, model, special(tar.TypeFifo, "")), "", `"odd" is of type '6'`},
-		"device":              {archived(t, model, special(tar.TypeChar, "")), "", `"odd" is of type '3'`},
-		"block device":        {archived(t, model, special(tar.TypeBlock, "")), "", `"odd" is of type '4'`},
-		"sparse":              {sparse(t), "", `is a sparse file`},
-		"duplicate":           {archived(t, model, model), "", `"saved_model.pb" occurs twice`},
-		"duplicate by dots":   {archived(t, model, entry{name: ".//saved_model.pb", text: pb}), "", `"saved_model.pb" occurs twice`},
-		"below a file":        {archived(t, model, entry{name: "saved_model.pb/x"}), "", "is a folder, and it or one above it is a file"},
-		"folder for file":     {archived(t, model, entry{name: "saved_model.pb", header: tar.Header{Typeflag: tar.TypeDir}}), "", "is a folder, and it or one above it is a file"},
-		"file for folder":     {archived(t, model, entry{name: "a/b"}, entry{name: "a"}), "", `"a" occurs twice`},
-		"control character":   {archived(t, model, entry{name: "a 1 x\nb"}), "", "holds control characters"},
-		"no UTF-8":            {archived(t, model, entry{name: "a\xff\xfe", header: tar.Header{Format: tar.FormatGNU}}), "", "is not UTF-8"},
-		"long name":           {archived(t, model, entry{name: strings.Repeat("a/", 3000) + "x"}), "", "a name has 6001 bytes, more than 4096"},
-		"long part":           {archived(t, model, entry{name: strings.Repeat("a", 256)}), "", "more than 255 bytes between two slashes"},
-		"deep":                {archived(t, model, entry{name: strings.Repeat("a/", 64) + "x"}), "", "more than 64 folders"},
-		"nothing":             {nil, "", "it ends before its first entry"},
-		"an empty archive":    {archived(t), "", "no saved_model.pb at its top"},
-		"in a folder":         {archived(t, entry{name: "m/saved_model.pb", text: pb}), "", "no saved_model.pb at its top"},
-		"broken graph":        {archived(t, entry{name: "saved_model.pb", text: "this is no protocol buffer"}), "", "saved_model.pb cannot be read"},
-		"empty graph":         {archived(t, entry{name: "saved_model.pb"}), "", `no meta graph has the tag "serve"`},
-		"cut in a file":       {good[:len(good)-2048], "", "it ends early"},
-		"cut before a file":   {good[:1024], "", "it ends early"},
-		"cut before its end":  {good[:len(good)-1024], "", "it ends early"},
-		"more after its end":  {append(bytes.Clone(good), "more"...), "", "data after its end"},
-		"zeros after its end": {append(bytes.Clone(good), make([]byte, 2<<20)...), "", "more than 1048576 bytes follow its end"},
-		"gzip":                {zipped.Bytes(), "", "send a plain POSIX tar, not compressed"},
-		"text":                {[]byte(strings.Repeat("hello ", 1000)), "", "not a plain POSIX tar"},
-		"another digest":      {good, "sha256:" + strings.Repeat("0", 64), "not sha256:0000"},
+		"absolute":       {archived(t, model, entry{name: "/etc/passwd"}), "", `"/etc/passwd" is absolute`},
+		"dots":           {archived(t, model, entry{name: "../out"}), "", `"../out" holds ".."`},
+		"dots that stay": {archived(t, model, entry{name: "a/../b"}), "", `"a/../b" holds ".."`},
+		"link":           {archived(t, model, special(tar.TypeSymlink, "/etc/passwd")), "", `"odd" is a link`},
+		"hard link":      {archived(t, model, special(tar.TypeLink, "saved_model.pb")), "", `"odd" is a link`},
+		"fifo":           {archived(t, model, special(tar.TypeFifo, "")), "", `"odd" is of type '6'`},
+		"device":         {archived(t, model, special(tar.TypeChar, "")), "", `"odd" is of type '3'`},
+		"block device":   {archived(t, model, special(tar.TypeBlock, "")), "", `"odd" is of type '4'`},
+		"sparse":         {sparse(t), "", `is a sparse file`},
+		"duplicate":      {archived(t, model, model), "", `"saved_model.pb" occurs twice`},
+		"duplicate by dots": {archived(t, model, entry{name: ".//saved_model.pb", text: pb}), "",
+			`"saved_model.pb" occurs twice`},
+		"below a file": {archived(t, model, entry{name: "saved_model.pb/x"}), "",
+			"is a folder, and it or one above it is a file"},
+		"folder for file": {archived(t, model, entry{name: "saved_model.pb",
+			header: tar.Header{Typeflag: tar.TypeDir}}), "", "is a folder, and it or one above it is a file"},
+		"file for folder":   {archived(t, model, entry{name: "a/b"}, entry{name: "a"}), "", `"a" occurs twice`},
+		"control character": {archived(t, model, entry{name: "a 1 x\nb"}), "", "holds control characters"},
+		"no UTF-8": {archived(t, model, entry{name: "a\xff\xfe", header: tar.Header{Format: tar.FormatGNU}}),
+			"", "is not UTF-8"},
+		"long name": {archived(t, model, entry{name: strings.Repeat("a/", 3000) + "x"}), "",
+			"a name has 6001 bytes, more than 4096"},
+		"long part": {archived(t, model, entry{name: strings.Repeat("a", 256)}), "",
+			"more than 255 bytes between two slashes"},
+		"deep": {archived(t, model, entry{name: strings.Repeat("a/", 64) + "x"}), "",
+			"more than 64 folders"},
+		"nothing":          {nil, "", "it ends before its first entry"},
+		"an empty archive": {archived(t), "", "no saved_model.pb at its top"},
+		"in a folder": {archived(t, entry{name: "m/saved_model.pb", text: pb}), "",
+			"no saved_model.pb at its top"},
+		"broken graph": {archived(t, entry{name: "saved_model.pb", text: "this is no protocol buffer"}), "",
+			"saved_model.pb cannot be read"},
+		"empty graph":        {archived(t, entry{name: "saved_model.pb"}), "", `no meta graph has the tag "serve"`},
+		"cut in a file":      {good[:len(good)-2048], "", "it ends early"},
+		"cut before a file":  {good[:1024], "", "it ends early"},
+		"cut before its end": {good[:len(good)-1024], "", "it ends early"},
+		"more after its end": {append(bytes.Clone(good), "more"...), "", "data after its end"},
+		"zeros after its end": {append(bytes.Clone(good), make([]byte, 2<<20)...), "",
+			"more than 1048576 bytes follow its end"},
+		"gzip":           {zipped.Bytes(), "", "send a plain POSIX tar, not compressed"},
+		"text":           {[]byte(strings.Repeat("hello ", 1000)), "", "not a plain POSIX tar"},
+		"another digest": {good, "sha256:" + strings.Repeat("0", 64), "not sha256:0000"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			store := newStore(t)
@@ -268,8 +292,10 @@ func sparse(t *testing.T) []byte {
 	t.Helper()
 	out := archived(t, entry{name: "saved_model.pb", text: "x"})
 	out = out[:len(out)-1024]
-	hole := archived(t, entry{name: "hole", text: "1\n1099511627776\n0\n" + strings.Repeat("\x00", 512-18), header: tar.Header{}})
-	records := map[string]string{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "hole", "GNU.sparse.realsize": "1099511627776"}
+	hole := archived(t, entry{name: "hole", text: "1\n1099511627776\n0\n" + strings.Repeat("\x00", 512-18),
+		header: tar.Header{}})
+	records := map[string]string{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "hole",
+		"GNU.sparse.realsize": "1099511627776"}
 	var body strings.Builder
 	for key, value := range records {
 		for n := len(key) + len(value) + 3; ; n++ {
@@ -320,7 +346,8 @@ func TestDiskFaults(t *testing.T) {
 	c := newStore(t)
 	full := &fs.PathError{Op: "write", Path: "/x", Err: syscall.ENOSPC}
 	expect.Fault(t, c.diskFault(full), fault.Exhausted, "no space left", c.options.CacheDir, "set cache-dir")
-	expect.Fault(t, c.diskFault(&fs.PathError{Op: "write", Path: "/x", Err: syscall.EIO}), fault.Precondition, "cannot be written (input/output error)")
+	expect.Fault(t, c.diskFault(&fs.PathError{Op: "write", Path: "/x", Err: syscall.EIO}), fault.Precondition,
+		"cannot be written (input/output error)")
 }
 
 // TestCacheDirIsPrivate opens each folder of the cache in turn to other users.
@@ -347,7 +374,8 @@ func TestCacheDirIsPrivate(t *testing.T) {
 
 // TestChangedModelIsNotUsed changes a pushed model behind the back of a front that has yet to use it.
 func TestChangedModelIsNotUsed(t *testing.T) {
-	archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()}, entry{name: "assets/a", text: "good"})
+	archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()},
+		entry{name: "assets/a", text: "good"})
 	c := newStore(t)
 	digest, _, err := c.Push(t.Context(), bytes.NewReader(archive), "")
 	if err != nil {
@@ -438,7 +466,8 @@ func TestSweepsPushesOfTheDead(t *testing.T) {
 	if err := gone.Run(); err != nil {
 		t.Fatal(err)
 	}
-	dead, live := fmt.Sprintf(".push-%d-%d-1", gone.Process.Pid, self.Start), fmt.Sprintf(".push-%d-%d-1", self.PID, self.Start)
+	dead, live := fmt.Sprintf(".push-%d-%d-1", gone.Process.Pid, self.Start),
+		fmt.Sprintf(".push-%d-%d-1", self.PID, self.Start)
 	for _, name := range []string{dead, live, ".push-x", "notes"} {
 		expect.Write(t, filepath.Join(c.models(), name, "f"), "")
 	}
@@ -466,8 +495,10 @@ func FuzzUnpack(f *testing.F) {
 	pb := expect.SavedModel()
 	f.Add(archived(f, entry{name: "saved_model.pb", text: pb}, entry{name: "variables/v", text: "w"}))
 	f.Add(archived(f, entry{name: "../x", text: "1"}, entry{name: "/x", text: "1"}))
-	f.Add(archived(f, entry{name: "a", header: tar.Header{Typeflag: tar.TypeSymlink, Linkname: ".."}}, entry{name: "a/x", text: "1"}))
-	f.Add(archived(f, entry{name: "saved_model.pb", text: pb}, entry{name: strings.Repeat("n", 150) + "/ü", text: "pax"}))
+	f.Add(archived(f, entry{name: "a", header: tar.Header{Typeflag: tar.TypeSymlink, Linkname: ".."}},
+		entry{name: "a/x", text: "1"}))
+	f.Add(archived(f, entry{name: "saved_model.pb", text: pb}, entry{name: strings.Repeat("n", 150) + "/ü",
+		text: "pax"}))
 	f.Add([]byte{})
 	around, err := os.MkdirTemp(memoryFolder(), "flightsvc-fuzz-")
 	if err != nil {
@@ -483,7 +514,8 @@ func FuzzUnpack(f *testing.F) {
 			switch {
 			case err != nil && got != "cache cache/models":
 				t.Errorf("after %v there is %s", err, got)
-			case err == nil && (known || !c.Known(digest) || !strings.HasPrefix(got, "cache cache/models cache/models/"+strings.TrimPrefix(digest, "sha256:"))):
+			case err == nil && (known || !c.Known(digest) || !strings.HasPrefix(got,
+				"cache cache/models cache/models/"+strings.TrimPrefix(digest, "sha256:"))):
 				t.Errorf("%s, known %t, has left %s", digest, known, got)
 			}
 			if kind, ok := fault.KindOf(err); err != nil && (!ok || kind != fault.BadRequest) {

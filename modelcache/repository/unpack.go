@@ -1,3 +1,5 @@
+// Unpacking: an archive becomes a folder, within bounds.
+
 package repository
 
 import (
@@ -63,7 +65,8 @@ func unpack(dir string, archive io.Reader) (string, error) {
 		return "", err
 	}
 	if !slices.ContainsFunc(u.files, func(file listed) bool { return file.path == savedmodel.File }) {
-		return "", refused("there is no %s at its top; send the folder of one SavedModel, its files without a folder around them", savedmodel.File)
+		return "", refused("there is no %s at its top; send the folder of one SavedModel, its files without a folder "+
+			"around them", savedmodel.File)
 	}
 	return u.files.digest(), nil
 }
@@ -138,7 +141,8 @@ func (u *unpacking) next() error {
 	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
 	u.names += len(header.Name)
 	if u.count > maxEntries || u.names > maxNamesBytes {
-		return refused("it has more than %d files and folders, or names of more than %d bytes together", maxEntries, maxNamesBytes)
+		return refused("it has more than %d files and folders, or names of more than %d bytes together", maxEntries,
+			maxNamesBytes)
 	}
 	name, err := checkEntry(header)
 	if err != nil {
@@ -195,8 +199,10 @@ func checkEntry(header *tar.Header) (string, error) {
 		return "", refused("the name %q is absolute", name)
 	case slices.Contains(parts, ".."):
 		return "", refused("the name %q holds \"..\"", name)
-	case len(parts) > maxDepth || slices.ContainsFunc(parts, func(part string) bool { return len(part) > maxPartBytes }):
-		return "", refused("the name %q has more than %d folders, or more than %d bytes between two slashes", name, maxDepth, maxPartBytes)
+	case len(parts) > maxDepth || slices.ContainsFunc(parts,
+		func(part string) bool { return len(part) > maxPartBytes }):
+		return "", refused("the name %q has more than %d folders, or more than %d bytes between two slashes", name,
+			maxDepth, maxPartBytes)
 	}
 	switch header.Typeflag {
 	case tar.TypeReg, tar.TypeDir:

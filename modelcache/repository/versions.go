@@ -1,3 +1,5 @@
+// Versions in a repository: what their files look like, and whether they have settled.
+
 package repository
 
 import (
@@ -66,7 +68,10 @@ func (s *snapshot) seal() {
 
 // find returns one of the files.
 func (s *snapshot) find(name string) (file, bool) {
-	i, ok := slices.BinarySearchFunc(s.files, name, func(f file, name string) int { return strings.Compare(f.path, name) })
+	i, ok := slices.BinarySearchFunc(s.files, name, func(f file, name string) int {
+		return strings.Compare(f.path,
+			name)
+	})
 	if !ok {
 		return file{}, false
 	}
@@ -103,8 +108,8 @@ func (s *snapshot) size() (bytes int64) {
 	return bytes
 }
 
-// scan looks at the files of a folder. Links are followed. Its error is a sentence. It is done for each stream, hence the plain
-// system calls.
+// scan looks at the files of a folder. Links are followed. Its error is a sentence. It is done for each stream, hence
+// the plain system calls.
 func scan(dir string) (snapshot, error) {
 	s := snapshot{at: time.Now(), files: make([]file, 0, 16)}
 	err := s.folder(unix.AT_FDCWD, dir, "", 0)
@@ -151,7 +156,8 @@ func (s *snapshot) folder(in int, name, below string, depth int) error {
 			s.vanished(err)
 			continue
 		case len(s.files) >= maxEntries || depth > maxDepth:
-			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d", folder.Name(), maxEntries, maxDepth)
+			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d", folder.Name(), maxEntries,
+				maxDepth)
 		case kind == unix.S_IFDIR:
 			if err := s.folder(fd, name, path, depth+1); err != nil {
 				return err

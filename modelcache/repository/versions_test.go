@@ -1,3 +1,5 @@
+// Tests of versions that are copied while they are asked for.
+
 package repository
 
 import (
@@ -22,7 +24,8 @@ import (
 // modelFiles are those of a SavedModel with two data files; their texts tell of the version.
 func modelFiles(t testing.TB, number int) map[string]string {
 	files := map[string]string{savedmodel.File: expect.SavedModel()}
-	for _, name := range []string{"fingerprint.pb", "variables/variables.index", "variables/variables.data-00000-of-00002", "variables/variables.data-00001-of-00002", "assets/words.txt"} {
+	for _, name := range []string{"fingerprint.pb", "variables/variables.index",
+		"variables/variables.data-00000-of-00002", "variables/variables.data-00001-of-00002", "assets/words.txt"} {
 		files[name] = fmt.Sprintf("%s of %d", name, number)
 	}
 	return files
@@ -42,8 +45,8 @@ func wholeOf(t testing.TB, dir string, files map[string]string) error {
 	return nil
 }
 
-// TestNeverHalfAVersion copies versions in the ways in which people do, file by file with pauses, while readers ask for the
-// latest: whatever they are given must be whole.
+// TestNeverHalfAVersion copies versions in the ways in which people do, file by file with pauses, while readers ask for
+// the latest: whatever they are given must be whole.
 func TestNeverHalfAVersion(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -80,7 +83,7 @@ func TestNeverHalfAVersion(t *testing.T) {
 					if err := os.Rename(path+".tmp", path); err != nil {
 						t.Error(err)
 					}
-				} else { // as cp: in pieces
+				} else { // as cp, in two writes
 					half := len(text) / 2
 					expect.Write(t, path, text[:half])
 					time.Sleep(time.Duration(random.IntN(120)) * time.Millisecond)
@@ -142,7 +145,8 @@ func TestVersions(t *testing.T) {
 	}
 	started := time.Now()
 	model, err := c.Find(t.Context(), "m", Latest)
-	if err != nil || model.Version != "1" || time.Since(started) < quiet/2 || model.Stamp == "" || model.Base != filepath.Join(root, "m") {
+	if err != nil || model.Version != "1" || time.Since(started) < quiet/2 || model.Stamp == "" ||
+		model.Base != filepath.Join(root, "m") {
 		t.Errorf("the first is %+v, %v after %s", model, err, time.Since(started))
 	}
 	for _, number := range []string{"3", "4", "9", "label"} {

@@ -11,17 +11,17 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an output. They are
-// ten times what docs/numerics.md demands of one configuration with varying batch sizes, or measured of oneDNN
-// (5.9e-6 of the greatest value); half precision has 11 and 8 bits. All else must be equal.
+// Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an
+// output. They are ten times what docs/numerics.md demands of one configuration with varying batch sizes, or measured
+// of oneDNN (5.9e-6 of the greatest value); half precision has 11 and 8 bits. All else must be equal.
 const (
 	toleranceRelative = 1e-3
 	toleranceAbsolute = 1e-4
 	toleranceHalf     = 2e-2
 )
 
-// differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do not
-// agree, +Inf where they cannot be compared or must be equal and are not.
+// differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do
+// not agree, +Inf where they cannot be compared or must be equal and are not.
 func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
 	if len(ours) != len(theirs) {
 		return math.MaxFloat64

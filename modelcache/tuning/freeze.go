@@ -28,7 +28,10 @@ func (s *search) freeze(ctx context.Context) (digest string, err error) {
 	if err != nil {
 		return "", err
 	}
-	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error { return s.freezeInto(ctx, python, folder) })
+	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error {
+		return s.freezeInto(ctx, python,
+			folder)
+	})
 }
 
 func (s *search) freezeInto(ctx context.Context, python, folder string) error {

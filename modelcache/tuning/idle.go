@@ -1,3 +1,5 @@
+// Tuning while the server is idle: when a search begins, and when it gives way.
+
 package tuning
 
 import (
@@ -77,8 +79,8 @@ func (t *idleTuning) stop() {
 	}
 }
 
-// tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of ctx ends
-// the search under way, which then starts anew another time.
+// tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of
+// ctx ends the search under way, which then starts anew another time.
 func (t *Tuner) tuneIdle(ctx context.Context) {
 	for _, model := range t.options.Pool.InMemory() {
 		if ctx.Err() != nil {
@@ -105,7 +107,8 @@ func (t *Tuner) tuneIdle(ctx context.Context) {
 			t.untunable.Store(digest, true)
 			t.options.Log.Info("model cannot be tuned", zap.String("model", model.Ref), zap.Error(err))
 		default:
-			t.options.Log.Info("model tuned", zap.String("model", model.Ref), zap.Any("choice", about.Chosen.Choice), zap.Float64("relative", about.Chosen.Relative))
+			t.options.Log.Info("model tuned", zap.String("model", model.Ref), zap.Any("choice", about.Chosen.Choice),
+				zap.Float64("relative", about.Chosen.Relative))
 		}
 	}
 }

@@ -20,11 +20,14 @@ import (
 // Profile is what this host has learned of a model, by its digest. It lies in <cache-dir>/profiles and
 // outlives the front.
 type Profile struct {
-	HostBytes   int64                      `json:"host_bytes,omitempty"`   // the most that a runner's process had for itself
-	DeviceBytes map[string]int64           `json:"device_bytes,omitempty"` // the same of a device, by the device's name
-	DeviceBatch map[string]int             `json:"device_batch,omitempty"` // the most rows of a run that fit, by the device's name; only where larger ones did not
-	Tuned       map[string]protocol.Choice `json:"tuned,omitempty"`        // by Machine
-	NotFrozen   string                     `json:"not_frozen,omitempty"`   // why its variables cannot be made constants; "" where they can, or nobody tried
+	// the most that a runner's process had for itself
+	HostBytes   int64            `json:"host_bytes,omitempty"`
+	DeviceBytes map[string]int64 `json:"device_bytes,omitempty"` // the same of a device, by the device's name
+	// the most rows of a run that fit, by the device's name; only where larger ones did not
+	DeviceBatch map[string]int             `json:"device_batch,omitempty"`
+	Tuned       map[string]protocol.Choice `json:"tuned,omitempty"` // by Machine
+	// why its variables cannot be made constants; "" where they can, or nobody tried
+	NotFrozen string `json:"not_frozen,omitempty"`
 }
 
 // Machine names what a measurement depends on besides the model: the processor, its number of cores here and

@@ -1,3 +1,5 @@
+// The search for the fastest configuration of a model.
+
 package tuning
 
 import (
@@ -19,8 +21,8 @@ import (
 	"flightsvc/modelcache/repository"
 )
 
-// oneDNN is the variable with which TensorFlow's oneDNN kernels are switched. TensorFlow reads it once, so each value needs
-// a process of its own.
+// oneDNN is the variable with which TensorFlow's oneDNN kernels are switched. TensorFlow reads it once, so each value
+// needs a process of its own.
 const oneDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 // How a search goes. A speed is the median of a few windows; of those within tie of the fastest the simplest is chosen,
@@ -44,7 +46,8 @@ var tuneSizes = []int{4, 16, 64, 256, 1024}
 type Pool interface {
 	// Measure runs one more runner of a model, beside those that serve, with a choice in place of the model's own. It
 	// waits for memory, as a load does, and the process is gone when it returns.
-	Measure(ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error)
+	Measure(ctx context.Context, model repository.Model, choice protocol.Choice,
+		what control.Measurement) (control.Report, error)
 	// Busy reports whether anybody uses a model.
 	Busy() bool
 	// InMemory returns the models that are ready.
@@ -92,34 +95,40 @@ type search struct {
 	notFrozen string // what is wrong with the model itself
 }
 
-// Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one whose
-// answers agree with the reference, which is the model as it is without oneDNN. The next load of the model uses it.
-// progress is called with each candidate, in the goroutine of the caller. The end of ctx ends the search at once and stores nothing.
+// Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one
+// whose answers agree with the reference, which is the model as it is without oneDNN. The next load of the model uses
+// it. progress is called with each candidate, in the goroutine of the caller. The end of ctx ends the search at once
+// and stores nothing.
 //
-// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance); Unavailable
-// while another search runs; those of a load.
-func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature string, progress func(protocol.Candidate)) (protocol.Tuning, error) {
+// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance);
+// Unavailable while another search runs; those of a load.
+func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature string,
+	progress func(protocol.Candidate)) (protocol.Tuning, error) {
 	if !t.searching.TryLock() {
-		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; parallel measurements would distort each other, so try again later")
+		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; parallel measurements "+
+			"would distort each other, so try again later")
 	}
 	defer t.searching.Unlock()
 	signature = cmp.Or(signature, savedmodel.DefaultSignature)
 	if model.Dir == "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune", model.Ref)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune",
+			model.Ref)
 	}
 	spec, err := model.Saved.Signature(signature)
 	if err != nil {
 		return protocol.Tuning{}, fault.New(fault.NotFound, "model %s: %w", model.Ref, err)
 	}
 	if spec.Assigns != "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so running it changes it; it cannot be tuned", model.Ref, signature, spec.Assigns)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s, signature %s: it assigns variables (%s), so "+
+			"running it changes it; it cannot be tuned", model.Ref, signature, spec.Assigns)
 	}
 	digest, err := t.options.Repository.Digest(ctx, model)
 	if err != nil {
 		return protocol.Tuning{}, err
 	}
 	if digest == "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no digest to store a result under; copy it without links", model.Ref, model.Dir)
+		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s: its folder %s holds links, so it has no "+
+			"digest to store a result under; copy it without links", model.Ref, model.Dir)
 	}
 	library, err := t.options.Library(ctx)
 	if err != nil {
@@ -130,13 +139,15 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature stri
 	if model.Settings.Cores > 0 {
 		s.cores = min(s.cores, model.Settings.Cores)
 	}
-	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores, BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
+	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores,
+		BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
 	s.onednn = []bool{true, false}
 	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
 		s.onednn = []bool{s.standard.OneDNN}
 	}
 	s.sizes = sizesFor(model.Settings.Batching)
-	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: signature, Digest: digest, Machine: Machine()}
+	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: signature, Digest: digest,
+		Machine: Machine()}
 	if err := s.run(ctx, &about); err != nil {
 		return protocol.Tuning{}, err
 	}
@@ -219,7 +230,8 @@ func (s *search) narrow(ctx context.Context, graphs []string) error {
 	return nil
 }
 
-// sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it has none.
+// sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it
+// has none.
 func (s *search) sizesOf(choice protocol.Choice) (sizes []int) {
 	var own []protocol.Candidate
 	fastest := 0.0
@@ -245,8 +257,8 @@ func process(c protocol.Choice) protocol.Choice {
 	return c
 }
 
-// threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large run at a
-// time, as many small ones as cores, and what lies between.
+// threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large
+// run at a time, as many small ones as cores, and what lies between.
 func (s *search) threads() [][2]int {
 	n := s.cores
 	list := [][2]int{{n, n}, {n, 1}, {1, n}}
@@ -275,7 +287,8 @@ func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) e
 	difference := differenceOf(answers, s.reference)
 	for _, m := range found {
 		choice.BatchSize = m.BatchSize
-		s.note(protocol.Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference})
+		s.note(protocol.Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1,
+			Difference: difference})
 	}
 	return nil
 }
@@ -287,22 +300,30 @@ func (s *search) note(candidate protocol.Candidate) {
 
 // best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
 func (s *search) best() ([]protocol.Candidate, error) {
-	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool { return !c.Agrees || c.Reason != "" })
+	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool {
+		return !c.Agrees ||
+			c.Reason != ""
+	})
 	if len(list) == 0 {
-		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there chance in it?")
-		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref, s.signature, why)
+		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there "+
+			"chance in it?")
+		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref,
+			s.signature, why)
 	}
 	bySpeed(list)
 	return list, nil
 }
 
 func bySpeed(list []protocol.Candidate) {
-	slices.SortStableFunc(list, func(a, b protocol.Candidate) int { return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond) })
+	slices.SortStableFunc(list, func(a, b protocol.Candidate) int {
+		return -cmp.Compare(a.RowsPerSecond,
+			b.RowsPerSecond)
+	})
 }
 
-// finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were fast, and
-// returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a candidate
-// counts by its part of the fastest of the same round, the median of the rounds.
+// finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were
+// fast, and returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a
+// candidate counts by its part of the fastest of the same round, the median of the rounds.
 func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	list, err := s.best()
 	if err != nil {
@@ -310,11 +331,13 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	}
 	again := []protocol.Choice{}
 	for _, c := range list {
-		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < finalists && !slices.Contains(again, one) {
+		if one := process(c.Choice); c.RowsPerSecond >= (1-reach)*list[0].RowsPerSecond && len(again) < finalists &&
+			!slices.Contains(again, one) {
 			again = append(again, one)
 		}
 	}
-	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list, func(c protocol.Candidate) bool { return process(c.Choice) == s.standard }) {
+	if !slices.Contains(again, s.standard) && slices.ContainsFunc(list,
+		func(c protocol.Candidate) bool { return process(c.Choice) == s.standard }) {
 		again = append(again, s.standard)
 	}
 	parts, fastest := map[protocol.Choice][]float64{}, []float64{}
@@ -346,7 +369,8 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 		}
 	}
 	if len(list) == 0 {
-		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; see the runners' messages in the log", s.model.Ref)
+		return nil, fault.New(fault.Unavailable, "model %s: no configuration could be measured a second time; see "+
+			"the runners' messages in the log", s.model.Ref)
 	}
 	bySpeed(list)
 	return list, nil
@@ -361,7 +385,8 @@ func median(list []float64) float64 {
 // deviation counts in how many ways a configuration is not the default.
 func (s *search) deviation(c protocol.Choice) int {
 	n := 0
-	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores || c.BatchThreads != s.standard.BatchThreads} {
+	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores ||
+		c.BatchThreads != s.standard.BatchThreads} {
 		if differs {
 			n++
 		}
@@ -376,7 +401,8 @@ func (s *search) conclude(about *protocol.Tuning, list []protocol.Candidate) {
 		if s.deviation(c.Choice) == 0 && about.Default.BatchSize == 0 {
 			about.Default = c
 		}
-		simpler := cmp.Or(cmp.Compare(s.deviation(about.Chosen.Choice), s.deviation(c.Choice)), cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
+		simpler := cmp.Or(cmp.Compare(s.deviation(about.Chosen.Choice), s.deviation(c.Choice)),
+			cmp.Compare(c.BatchSize, about.Chosen.BatchSize))
 		if c.RowsPerSecond >= (1-tie)*list[0].RowsPerSecond && simpler > 0 {
 			about.Chosen = c
 		}
@@ -406,14 +432,16 @@ func Environment(c protocol.Choice) []string {
 }
 
 // measure measures one configuration in a process of its own.
-func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []int, windows int) ([]control.Measured, []control.MeasuredOutput, error) {
+func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []int, windows int) ([]control.Measured,
+	[]control.MeasuredOutput, error) {
 	folder, err := os.MkdirTemp("", "flightsvc-tune-")
 	if err != nil {
 		return nil, nil, err
 	}
 	defer func() { _ = os.RemoveAll(folder) }()
 	report, err := s.t.options.Pool.Measure(ctx, s.model, choice, control.Measurement{
-		Signature: s.signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun, Seed: tuneSeed, Folder: folder,
+		Signature: s.signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun,
+		Seed: tuneSeed, Folder: folder,
 	})
 	if err != nil {
 		return nil, nil, err

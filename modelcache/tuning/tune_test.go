@@ -1,3 +1,5 @@
+// Tests of the search, against a pool whose speeds follow a law.
+
 package tuning
 
 import (
@@ -35,12 +37,14 @@ type fakePool struct {
 func (p *fakePool) Busy() bool                   { return false }
 func (p *fakePool) InMemory() []repository.Model { return p.inMemory }
 
-func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice, what control.Measurement) (control.Report, error) {
+func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice,
+	what control.Measurement) (control.Report, error) {
 	frozen := choice.Frozen != ""
 	count := p.measures.Add(1)
 	speed := 1000.0
 	if p.mode != "nothing" {
-		for factor, on := range map[float64]bool{1.3: frozen, 1.5: choice.OneDNN, 1.2: choice.BatchThreads == 1, 0.7: choice.Cores == 1} {
+		for factor, on := range map[float64]bool{1.3: frozen, 1.5: choice.OneDNN, 1.2: choice.BatchThreads == 1,
+			0.7: choice.Cores == 1} {
 			if on {
 				speed *= factor
 			}
@@ -59,7 +63,8 @@ func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice proto
 		<-ctx.Done()
 		return control.Report{}, ctx.Err()
 	case p.mode == "strings":
-		return control.Report{}, fault.New(fault.BadRequest, "model m, signature serving_default: input \"x\" takes strings")
+		return control.Report{}, fault.New(fault.BadRequest, "model m, signature serving_default: input \"x\" takes "+
+			"strings")
 	case p.mode == "frozen wrongly" && frozen:
 		value = 0.51
 	}
@@ -75,7 +80,8 @@ func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice proto
 		}
 		measured = append(measured, control.Measured{BatchSize: size, Best: of, Median: of})
 	}
-	return control.Report{Measured: measured}, control.WriteAnswers(what.Folder, []control.MeasuredOutput{floats("y", value)})
+	return control.Report{Measured: measured}, control.WriteAnswers(what.Folder,
+		[]control.MeasuredOutput{floats("y", value)})
 }
 
 func floats(name string, values ...float32) control.MeasuredOutput {
@@ -86,7 +92,8 @@ func floats(name string, values ...float32) control.MeasuredOutput {
 	return o
 }
 
-// newTuned returns a tuner of two cores, its model, and a Python that freezes what it is given, or says what it is told.
+// newTuned returns a tuner of two cores, its model, and a Python that freezes what it is given, or says what it is
+// told.
 func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 	t.Helper()
 	python, root, cacheDir := filepath.Join(t.TempDir(), "python"), t.TempDir(), filepath.Join(t.TempDir(), "cache")
@@ -103,7 +110,8 @@ func newTuned(t *testing.T, mode, says string) (*Tuner, repository.Model) {
 		t.Fatal(err)
 	}
 	return New(Options{
-		Pool: &fakePool{mode: mode, inMemory: []repository.Model{model}}, Repository: models, Profiles: NewProfiles(cacheDir), Cores: 2,
+		Pool: &fakePool{mode: mode, inMemory: []repository.Model{model}}, Repository: models,
+		Profiles: NewProfiles(cacheDir), Cores: 2,
 		Library: func(context.Context) (string, error) { return "/lib", nil },
 		Python:  func(context.Context, string) (string, error) { return python, nil },
 		Log:     zap.NewNop(),
@@ -145,7 +153,8 @@ func TestTuneKeepsTheDefaultWithinNoise(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := (protocol.Choice{OneDNN: true, Cores: 2, BatchThreads: 2, BatchSize: 1024}); about.Chosen.Choice != want {
+	if want := (protocol.Choice{OneDNN: true, Cores: 2, BatchThreads: 2,
+		BatchSize: 1024}); about.Chosen.Choice != want {
 		t.Errorf("chosen %+v", about.Chosen.Choice)
 	}
 }
@@ -159,7 +168,8 @@ func TestTuneMeasuresAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := about.Chosen.Choice
-	if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2, BatchThreads: 1}) || got.BatchSize != 1024 {
+	if got.Frozen == "" || process(got) != (protocol.Choice{Frozen: got.Frozen, OneDNN: true, Cores: 2,
+		BatchThreads: 1}) || got.BatchSize != 1024 {
 		t.Errorf("chosen %+v", got)
 	}
 }
@@ -238,7 +248,8 @@ func TestTuneSaysWhyNot(t *testing.T) {
 	if _, err := c.Tune(t.Context(), model, "x", nothing); err == nil {
 		t.Error("a signature that is not there")
 	}
-	if _, err := c.Tune(t.Context(), repository.Model{Ref: protocol.Image, Saved: protocol.ImageModel}, "", nothing); err == nil {
+	if _, err := c.Tune(t.Context(), repository.Model{Ref: protocol.Image, Saved: protocol.ImageModel}, "",
+		nothing); err == nil {
 		t.Error("the built-in model")
 	}
 }
@@ -266,7 +277,8 @@ func TestTuneEndsAtOnce(t *testing.T) {
 	}
 }
 
-// TestTuneIdleTriesAgain after a search that another one was in the way of, and not after one that the model cannot have.
+// TestTuneIdleTriesAgain after a search that another one was in the way of, and not after one that the model cannot
+// have.
 func TestTuneIdleTriesAgain(t *testing.T) {
 	t.Parallel()
 	c, _ := newTuned(t, "strings", "")
@@ -301,8 +313,9 @@ func TestDifference(t *testing.T) {
 		ours   []control.MeasuredOutput
 		agrees bool
 	}{
-		"itself":             {theirs, true},
-		"a last digit":       {[]control.MeasuredOutput{floats("y", 1.00001, -100.0001, 1e-4, float32(math.NaN()))}, true},
+		"itself": {theirs, true},
+		"a last digit": {[]control.MeasuredOutput{floats("y", 1.00001, -100.0001, 1e-4, float32(math.NaN()))},
+			true},
 		"another value":      {[]control.MeasuredOutput{floats("y", 1.02, -100, 0, float32(math.NaN()))}, false},
 		"a number for a NaN": {[]control.MeasuredOutput{floats("y", 1, -100, 0, 1)}, false},
 		"another name":       {[]control.MeasuredOutput{floats("z", 1, -100, 0, 0)}, false},
@@ -319,7 +332,8 @@ func TestDifference(t *testing.T) {
 	if differenceOf(ints(1), ints(1)) != 0 || differenceOf(ints(1), ints(2)) <= 1 {
 		t.Error("whole numbers must be equal")
 	}
-	for bits, want := range map[uint16]float64{0: 0, 0x3c00: 1, 0xc000: -2, 0x3555: 0.333251953125, 1: math.Ldexp(1, -24), 0x7c00: math.Inf(1)} {
+	for bits, want := range map[uint16]float64{0: 0, 0x3c00: 1, 0xc000: -2, 0x3555: 0.333251953125,
+		1: math.Ldexp(1, -24), 0x7c00: math.Inf(1)} {
 		if got := float64(tensor.FromHalf(bits)); got != want {
 			t.Errorf("%#x is %g, want %g", bits, got, want)
 		}

@@ -1,3 +1,5 @@
+"""The client without Spark: tables, models, bad input, and what it says."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Finding, starting and sharing a front, by many processes at once and after a kill."""
+
 from __future__ import annotations
 
 import concurrent.futures

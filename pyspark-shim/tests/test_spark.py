@@ -1,3 +1,5 @@
+"""``transform``, ``mapper`` and their checks, with real Spark."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Models as functions of SQL and of DataFrames."""
+
 from __future__ import annotations
 
 import dataclasses

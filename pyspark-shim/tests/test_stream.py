@@ -1,3 +1,5 @@
+"""One stream: the window, replay after a lost server, and how it ends."""
+
 from __future__ import annotations
 
 import itertools
