@@ -60,6 +60,22 @@ func TestNoDriver(t *testing.T) {
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })
 }
 
+// newFront returns a host with so many GPUs in MIG mode, and its only front.
+func newFront(t *testing.T, mig int) (*host, *Inventory) {
+	h := newHost(t, mig)
+	return h, h.front(t.TempDir())
+}
+
+// noRoom holds that a device has no room for need bytes, since so many are free.
+func noRoom(t *testing.T, i *Inventory, want string, need, free int64) *NoRoom {
+	t.Helper()
+	var full *NoRoom
+	if _, err := i.Place(t.Context(), choose(t, i, want), need); !errors.As(err, &full) || full.Free != free {
+		t.Fatalf("%s has room for %d, or not %d bytes free: %v", want, need, free, err)
+	}
+	return full
+}
+
 func TestNoDevices(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*host)
@@ -69,12 +85,14 @@ func TestNoDevices(t *testing.T) {
 			"NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
 		"no count": {func(h *host) {
 			h.DeviceGetCountFunc = func() (int, nvml.Return) {
-				return 0, nvml.ERROR_UNKNOWN
+				return 0,
+					nvml.ERROR_UNKNOWN
 			}
 		}, "does not say how many"},
 		"none": {func(h *host) {
 			h.DeviceGetCountFunc = func() (int, nvml.Return) {
-				return 0, nvml.SUCCESS
+				return 0,
+					nvml.SUCCESS
 			}
 		}, "has no GPU"},
 		"unreadable": {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) },
@@ -112,8 +130,8 @@ func TestDiscovery(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB","index":"3",` +
-		`"memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
+	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB",` +
+		`"index":"3","memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
 	if string(text) != want {
 		t.Errorf("got  %s\nwant %s", text, want)
 	}
@@ -200,11 +218,10 @@ func TestVisibleDevices(t *testing.T) {
 }
 
 func TestMIG(t *testing.T) {
-	h := newHost(t, 2)
-	i := h.front(t.TempDir())
+	_, i := newFront(t, 2)
 	devices := i.Devices()
-	const all = "0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "
-	if got, want := indexes(devices), all; got != want {
+	if got, want := indexes(devices),
+		"0:0 0:1 0:2 0:3 0:4 0:5 0:6 1:0 1:1 1:2 1:3 1:4 1:5 1:6 2 3 4 5 6 7 "; got != want {
 		t.Fatalf("devices %q, not %q", got, want)
 	}
 	first := devices[0]
@@ -221,20 +238,14 @@ func TestMIG(t *testing.T) {
 		t.Errorf("environment %q", got)
 	}
 	p.Settle(0)
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "1:3"), 3*gib); !errors.As(err, &full) || full.Free != 2*gib {
-		t.Errorf("second process: %v", err)
-	}
-	place(t, i, "1:2", 5*gib) // another instance has memory of its own
+	noRoom(t, i, "1:3", 3*gib, 2*gib) // second process
+	place(t, i, "1:2", 5*gib)         // another instance has memory of its own
 	place(t, i, "1:5", 4*gib).Settle(0)
-	if _, err := i.Place(t.Context(), choose(t, i, "1:6"), 2*gib); !errors.As(err, &full) || full.Free != gib {
-		t.Errorf("compute instances of one GPU instance share its memory: %v", err)
-	}
+	noRoom(t, i, "1:6", 2*gib, gib) // compute instances of one GPU instance share its memory
 }
 
 func TestPlacementPinned(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	h.use(i.Devices()[2].UUID, 1, 30*gib)
 	if got := place(t, i, "2", 10*gib).Device().Index; got != "2" {
 		t.Errorf("placed on %s, not on the fullest, which was asked for", got)
@@ -245,8 +256,7 @@ func TestPlacementPinned(t *testing.T) {
 }
 
 func TestPlacementMostFree(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	for n, d := range i.Devices() {
 		h.use(d.UUID, 1, int64(10-n)*gib) // 7 has most
 	}
@@ -262,8 +272,7 @@ func TestPlacementMostFree(t *testing.T) {
 }
 
 func TestAdmission(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	device := i.Devices()[0].UUID
 	p := place(t, i, "0", 30*gib)
 	h.use(device, 7, 12*gib)
@@ -271,10 +280,9 @@ func TestAdmission(t *testing.T) {
 		t.Errorf("process has %d bytes", got)
 	}
 	p.Settle(25 * gib)
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 16*gib); !errors.As(err, &full) || full.Need != 16*gib ||
-		full.Free != 15*gib || full.Device.Index != "0" {
-		t.Fatalf("28 GiB are free and 13 of them promised: %v", err)
+	full := noRoom(t, i, "0", 16*gib, 15*gib) // 28 GiB are free and 13 of them promised
+	if full.Need != 16*gib || full.Device.Index != "0" {
+		t.Errorf("%+v", full)
 	}
 	for _, part := range []string{device, "index 0", "15360 MiB free of 40960 MiB", "16384 MiB are needed"} {
 		if !strings.Contains(full.Error(), part) {
@@ -292,15 +300,12 @@ func TestAdmission(t *testing.T) {
 		t.Error(err)
 	}
 	place(t, i, "0", 40*gib)
-	if _, err := i.Place(t.Context(), choose(t, i, "1,2"), 41*gib); !errors.As(err, &full) || full.Free != 40*gib {
-		t.Errorf("more than there is: %v", err)
-	}
+	noRoom(t, i, "1,2", 41*gib, 40*gib) // more than there is
 }
 
 // A failed load gives all back, though nobody measured or settled it.
 func TestLoadThatFails(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	p := place(t, i, "0", 30*gib)
 	h.use(p.Device().UUID, 7, 20*gib)
 	h.end(p.Device().UUID, 7, 20*time.Millisecond)
@@ -315,8 +320,7 @@ func TestLoadThatFails(t *testing.T) {
 }
 
 func TestMemoryComesBackLate(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	i.patience = 5 * time.Second
 	device := i.Devices()[0].UUID
 	p := place(t, i, "0", 30*gib)
@@ -345,10 +349,7 @@ func TestMemoryComesBackLate(t *testing.T) {
 		"35840 of 35840 MiB are not free again") {
 		t.Errorf("memory that never comes back: %v", err)
 	}
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 10*gib); !errors.As(err, &full) || full.Free != 5*gib {
-		t.Errorf("it was counted as free: %v", err)
-	}
+	noRoom(t, i, "0", 10*gib, 5*gib) // it was counted as free
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	again := place(t, i, "1", gib)
@@ -489,10 +490,7 @@ func TestMeasureWithoutProcesses(t *testing.T) {
 	if got := p.Measure(7); got != 6*gib {
 		t.Errorf("%d bytes after loading, when nobody knows", got)
 	}
-	var full *NoRoom
-	if _, err := i.Place(t.Context(), choose(t, i, "0"), 40*gib); !errors.As(err, &full) || full.Free != 28*gib {
-		t.Errorf("32 GiB are free, 4 may be promised still: %v", err)
-	}
+	noRoom(t, i, "0", 40*gib, 28*gib) // 32 GiB are free, 4 may be promised still
 }
 
 func TestTwoFronts(t *testing.T) {
@@ -511,10 +509,7 @@ func TestTwoFronts(t *testing.T) {
 	p.Settle(0)
 	second := <-waited
 	second.Settle(0)
-	var full *NoRoom
-	if _, err := one.Place(t.Context(), choose(t, one, "0"), gib); !errors.As(err, &full) || full.Free != 0 {
-		t.Errorf("the promises of both fill it: %v", err)
-	}
+	noRoom(t, one, "0", gib, 0) // the promises of both fill it
 
 	// A front that dies leaves its file and no lock on it.
 	m := two.devices[0].memory
@@ -572,7 +567,6 @@ func TestLockFolder(t *testing.T) {
 	expect.Fault(t, err, fault.Precondition, `holds "much"`, "remove the file")
 }
 
-// watch starts Watch and returns the devices that it drains.
 // TestLockFolderOfOthers has what other users may put into a folder of all users.
 func TestLockFolderOfOthers(t *testing.T) {
 	h := newHost(t, 0)
@@ -618,6 +612,7 @@ func TestLockFolderOfOthers(t *testing.T) {
 	}
 }
 
+// watch starts Watch and returns the devices that it drains.
 func watch(t *testing.T, i *Inventory) chan string {
 	drained := make(chan string, 100)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -628,8 +623,7 @@ func watch(t *testing.T, i *Inventory) chan string {
 }
 
 func TestXIDDrains(t *testing.T) {
-	h := newHost(t, 1)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 1)
 	drained := watch(t, i)
 	send := func(gpu int, xid uint64, gi, ci uint32) {
 		h.events <- nvml.EventData{Device: h.Devices[gpu], EventType: nvml.EventTypeXidCriticalError, EventData: xid,
@@ -671,8 +665,7 @@ func TestXIDDrains(t *testing.T) {
 }
 
 func TestMetricsGone(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	drained := watch(t, i)
 	p := place(t, i, "0", 10*gib)
 	p.Settle(0)
@@ -701,8 +694,7 @@ func TestMetricsGone(t *testing.T) {
 }
 
 func TestLostDevice(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	drained := watch(t, i)
 	h.perDevice.Store(i.Devices()[5].UUID, nvml.ERROR_GPU_IS_LOST)
 	if got := len(choose(t, i, "auto")); got != 8 {
@@ -717,8 +709,7 @@ func TestLostDevice(t *testing.T) {
 }
 
 func TestSilentDriver(t *testing.T) {
-	h := newHost(t, 0)
-	i := h.front(t.TempDir())
+	h, i := newFront(t, 0)
 	p := place(t, i, "1", gib)
 	wait := make(chan string)
 	h.ask.Store(&wait)

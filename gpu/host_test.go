@@ -89,7 +89,8 @@ func newHost(t testing.TB, inMIGMode int) *host {
 			instance.GetUUIDFunc = func() (string, nvml.Return) { return uuid, nvml.SUCCESS }
 			instance.GetNameFunc = func() (string, nvml.Return) { return gpu.Name + " MIG 1g.5gb", nvml.SUCCESS }
 			instance.GetCudaComputeCapabilityFunc = func() (int, int, nvml.Return) {
-				return 0, 0, nvml.ERROR_NOT_SUPPORTED
+				return 0, 0,
+					nvml.ERROR_NOT_SUPPORTED
 			}
 			instance.GetGpuInstanceIdFunc = func() (int, nvml.Return) { return min(m, 5) + 1, nvml.SUCCESS }
 			instance.GetComputeInstanceIdFunc = func() (int, nvml.Return) { return max(m, 5) - 5, nvml.SUCCESS }

@@ -127,6 +127,17 @@ func call(limits Limits) Call {
 	}}
 }
 
+// answer runs a record batch of rows of one number; the answer is closed at the end of the test.
+func answer(t *testing.T, s *Scheduler, m *machine, limits Limits, x ...int64) *Answer {
+	t.Helper()
+	a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, x...), len(x), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(a.Close)
+	return a
+}
+
 func (s *Scheduler) queued() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -242,52 +253,12 @@ func TestAllowedBatchSizes(t *testing.T) {
 func TestPadding(t *testing.T) {
 	s, m := newScheduler(t, func(o *Options) { o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 8}, 8 })
 	x := []int64{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}
-	a, err := s.Stream(call(Limits{Off: true})).Run(t.Context(), feed(m, 1, x...), 11, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer a.Close()
+	a := answer(t, s, m, Limits{Off: true}, x...)
 	if got := numbers(a.Values[0]); len(got) != 11 || got[10] != 12 || a.TFRows != 11 {
 		t.Errorf("%v of %d rows", got, a.TFRows)
 	}
 	slices.SortFunc(m.runs, func(a, b []int64) int { return int(a[0] - b[0]) })
 	if got := fmt.Sprint(m.runs); got != "[[1 2 3 4 5 6 7 8] [9 10 11 9 9 9 9 9]]" {
-		t.Errorf("the runs were %s", got)
-	}
-}
-
-// TestPaddingKeepsToTheBytes has rows of 8 bytes, of which 4 are a run's, and sizes of which the largest has more.
-func TestPaddingKeepsToTheBytes(t *testing.T) {
-	s, m := newScheduler(t, func(o *Options) {
-		o.NumBatchThreads, o.MaxBatchBytes, o.AllowedBatchSizes, o.MaxBatchSize = 1, 32, []int{1, 3, 100}, 100
-	})
-	release := busy(t, s, m)
-	var working sync.WaitGroup
-	start(t, s, m, &working, Limits{}, 1)
-	start(t, s, m, &working, Limits{}, 2)
-	start(t, s, m, &working, Limits{}, 3)
-	start(t, s, m, &working, Limits{}, 4) // would be padded to 100
-	start(t, s, m, &working, Limits{Off: true}, 5, 6, 7, 8)
-	release()
-	working.Wait()
-	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 3] [5 6 7] [4] [8]]" && got != "[[1 2 3] [4] [5 6 7] [8]]" {
-		t.Errorf("the runs were %s", got)
-	}
-}
-
-// TestPaddingIsFilled joins what fits into the padding that a row larger than all bounds has anyway.
-func TestPaddingIsFilled(t *testing.T) {
-	s, m := newScheduler(t, func(o *Options) {
-		o.NumBatchThreads, o.MaxBatchBytes, o.AllowedBatchSizes, o.MaxBatchSize = 1, 8, []int{2, 4}, 4
-	})
-	release := busy(t, s, m)
-	var working sync.WaitGroup
-	start(t, s, m, &working, Limits{}, 1)
-	start(t, s, m, &working, Limits{}, 2)
-	start(t, s, m, &working, Limits{}, 3)
-	release()
-	working.Wait()
-	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2] [3 3]]" {
 		t.Errorf("the runs were %s", got)
 	}
 }
@@ -305,16 +276,11 @@ func TestTooLargeForTheDevice(t *testing.T) {
 		x[i] = int64(i)
 	}
 	for _, limits := range []Limits{{}, {Off: true}, {}} {
-		a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, x...), 100, false)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i, n := range numbers(a.Values[0]) {
+		for i, n := range numbers(answer(t, s, m, limits, x...).Values[0]) {
 			if n != int64(i)+1 {
 				t.Fatalf("row %d became %d", i, n)
 			}
 		}
-		a.Close()
 	}
 	if got := fmt.Sprint(m.rows); got != "[100 50 25 25 25 25 25 25 25 25 25 25 25 25]" {
 		t.Errorf("runs of %s rows", got)
@@ -435,40 +401,46 @@ func start(t *testing.T, s *Scheduler, m *machine, working *sync.WaitGroup, limi
 	expect.Eventually(t, "it is queued", func() bool { return s.queued() > before })
 }
 
+// TestWaitingStreamsAreJoined has record batches that all wait for the only thread.
 func TestWaitingStreamsAreJoined(t *testing.T) {
-	s, m := newScheduler(t, one)
-	release := busy(t, s, m)
-	var working sync.WaitGroup
-	start(t, s, m, &working, Limits{}, 1, 2)
-	start(t, s, m, &working, Limits{Off: true}, 3)
-	start(t, s, m, &working, Limits{}, 4, 5, 6)
-	start(t, s, m, &working, Limits{}, 7, 8, 9, 10) // one row too many for the first batch
-	start(t, s, m, &working, Limits{}, 11)
-	release()
-	working.Wait()
-	if got := fmt.Sprint(m.runs[1:]); got != "[[1 2 4 5 6 11] [3] [7 8 9 10]]" {
-		t.Errorf("the runs were %s", got)
-	}
-	if c := s.Counts(); c.Runs != 4 || c.JoinedRuns != 1 {
-		t.Errorf("counted %+v", c)
-	}
-}
-
-// TestStreamsTakeTurns lets a bulk of several batches wait beside a row that came later.
-func TestStreamsTakeTurns(t *testing.T) {
-	s, m := newScheduler(t, one)
-	release := busy(t, s, m)
-	var working sync.WaitGroup
 	bulk := make([]int64, 24)
 	for i := range bulk {
 		bulk[i] = int64(i)
 	}
-	start(t, s, m, &working, Limits{}, bulk...)
-	start(t, s, m, &working, Limits{}, 100)
-	release()
-	working.Wait()
-	if len(m.runs) != 5 || len(m.runs[1]) != 8 || m.runs[2][0] != 100 {
-		t.Errorf("the runs were %v", m.runs[1:])
+	for name, c := range map[string]struct {
+		bytes   int64
+		sizes   []int
+		batches [][]int64
+		alone   int // the batch that is not joined with others
+		want    string
+	}{
+		"a row too many for the first batch": {1 << 20, nil, [][]int64{{1, 2}, {3}, {4, 5, 6}, {7, 8, 9, 10}, {11}}, 1,
+			"[[1 2 4 5 6 11] [3] [7 8 9 10]]"},
+		"a bulk beside a row that came later": {1 << 20, nil, [][]int64{bulk, {100}}, -1,
+			"[[0 1 2 3 4 5 6 7] [100] [8 9 10 11 12 13 14 15] [16 17 18 19 20 21 22 23]]"},
+		"padded to more bytes than a run has": {32, []int{1, 3, 100}, [][]int64{{1}, {2}, {3}, {4}, {5, 6, 7, 8}}, 4,
+			"[[1 2 3] [5 6 7] [4] [8]] or [[1 2 3] [4] [5 6 7] [8]]"},
+		"a row larger than all bounds is padded anyway": {8, []int{2, 4}, [][]int64{{1}, {2}, {3}}, -1,
+			"[[1 2] [3 3]]"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, m := newScheduler(t, func(o *Options) {
+				if o.NumBatchThreads, o.MaxBatchBytes = 1, c.bytes; c.sizes != nil {
+					o.AllowedBatchSizes, o.MaxBatchSize = c.sizes, c.sizes[len(c.sizes)-1]
+				}
+			})
+			release := busy(t, s, m)
+			var working sync.WaitGroup
+			for i, x := range c.batches {
+				start(t, s, m, &working, Limits{Off: i == c.alone}, x...)
+			}
+			release()
+			working.Wait()
+			got := fmt.Sprint(m.runs[1:])
+			if !slices.Contains(strings.Split(c.want, " or "), got) || s.Counts().Runs != int64(len(m.runs)) {
+				t.Errorf("the runs were %s", got)
+			}
+		})
 	}
 }
 
@@ -523,11 +495,9 @@ func TestBatchTimeout(t *testing.T) {
 		t.Errorf("runs of %v after %s: a full batch does not wait", m.runs, time.Since(started))
 	}
 	limits.BatchTimeout = 20 * time.Millisecond
-	a, err := s.Stream(call(limits)).Run(t.Context(), feed(m, 1, 4), 1, false)
-	if err != nil || a.Queue < 20*time.Millisecond {
-		t.Fatalf("alone it waited %v, %v", a.Queue, err)
+	if a := answer(t, s, m, limits, 4); a.Queue < 20*time.Millisecond {
+		t.Errorf("alone it waited %v", a.Queue)
 	}
-	a.Close()
 }
 
 func TestRefusedRowsAreFound(t *testing.T) {
@@ -578,11 +548,7 @@ func TestRefusedRowsAreFound(t *testing.T) {
 // TestOutputsWhoseSizeDependsOnTheRun has outputs as wide as the largest number of the run.
 func TestOutputsWhoseSizeDependsOnTheRun(t *testing.T) {
 	s, m := newScheduler(t, asWideAsTheRun)
-	a, err := s.Stream(call(Limits{Off: true})).Run(t.Context(), feed(m, 1, 1, 2, -1, 3), 4, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer a.Close()
+	a := answer(t, s, m, Limits{Off: true}, 1, 2, -1, 3)
 	if len(a.Refused) != 1 || !slices.Equal(a.Values[0].Shape, []int64{3, 3}) ||
 		fmt.Sprint(m.runs[len(m.runs)-1]) != "[1 2 3]" {
 		t.Errorf("%v of runs %v", a.Values[0].Shape, m.runs)
@@ -595,15 +561,11 @@ func TestSuchOutputsWithAllowedBatchSizes(t *testing.T) {
 		o.AllowedBatchSizes, o.MaxBatchSize = []int{2, 4}, 4
 		asWideAsTheRun(o)
 	})
-	b, err := s.Stream(call(Limits{Alone: true})).Run(t.Context(), feed(m, 1, 1, -2, 3), 3, false)
-	if err != nil {
-		t.Fatal(err)
-	}
+	b := answer(t, s, m, Limits{Alone: true}, 1, -2, 3)
 	if len(b.Refused) != 1 || !slices.Equal(b.Values[0].Shape, []int64{2, 3}) {
 		t.Errorf("%v of runs %v", b.Values[0].Shape, m.runs)
 	}
-	b.Close()
-	_, err = s.Stream(call(Limits{Alone: true})).Run(t.Context(), feed(m, 1, 1, 1, 1, 1, 5), 5, false)
+	_, err := s.Stream(call(Limits{Alone: true})).Run(t.Context(), feed(m, 1, 1, 1, 1, 1, 5), 5, false)
 	expect.Fault(t, err, fault.Exhausted, "more rows than one run may have; send fewer rows in a record batch")
 }
 
@@ -763,11 +725,7 @@ func TestCallersLeave(t *testing.T) {
 	if _, err := s.Stream(call(Limits{})).Run(ctx, feed(m, 1, 5), 1, false); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	a, err := s.Stream(call(Limits{})).Run(t.Context(), feed(m, 1, 6), 1, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a.Close()
+	answer(t, s, m, Limits{}, 6)
 	close(hold)
 }
 

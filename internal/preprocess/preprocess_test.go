@@ -119,6 +119,7 @@ func TestAnswers(t *testing.T) {
 	budget := NewBudget(limits)
 	graphs, decoders := map[Spec]*Graph{}, map[Spec]*Decoder{}
 	worst := map[string]float64{}
+	all := t // closes graphs and decoders
 	for _, c := range cases {
 		t.Run(c.String(), func(t *testing.T) {
 			c.Spec.DType = dtypes[c.DType]
@@ -127,7 +128,7 @@ func TestAnswers(t *testing.T) {
 				of := c.Spec // one decoder makes all sizes
 				of.Height, of.Width, of.DType = 0, 0, 0
 				if decoders[of] == nil {
-					decoders[of] = newDecoder(t, of, budget)
+					decoders[of] = newDecoder(all, of, budget)
 				}
 				made, err := decoders[of].Run(t.Context(), c.cell(t), c.Spec.Height, c.Spec.Width)
 				if err != nil {
@@ -140,7 +141,7 @@ func TestAnswers(t *testing.T) {
 				got = made.Data
 			} else {
 				if graphs[c.Spec] == nil {
-					graphs[c.Spec] = newGraph(t, c.Spec, budget)
+					graphs[c.Spec] = newGraph(all, c.Spec, budget)
 				}
 				got = make([]byte, c.Spec.Bytes())
 				if err := graphs[c.Spec].Run(t.Context(), c.cell(t), got); err != nil {
@@ -166,24 +167,12 @@ func TestAnswers(t *testing.T) {
 			}
 		})
 	}
-	for _, g := range graphs {
-		if err := g.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	for _, d := range decoders {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
-	}
 	t.Logf("%d cases, %d graphs, %d decoders, largest differences %v", len(cases), len(graphs), len(decoders), worst)
 }
 
 func TestBadPictures(t *testing.T) {
 	g := newGraph(t, square, NewBudget(limits))
-	defer g.Close()
 	d := newDecoder(t, Spec{}, NewBudget(limits))
-	defer d.Close()
 	rocket, chelsea := read(t, "rocket.jpg"), read(t, "chelsea.png")
 	crc := bytes.Clone(chelsea)
 	crc[len(crc)/2] ^= 0xff
@@ -251,8 +240,7 @@ func TestBadPictures(t *testing.T) {
 			dst := bytes.Repeat([]byte{7}, 224*224*3*4)
 			start := time.Now()
 			err := g.Run(t.Context(), tensor.Picture{Data: c.encoded}, dst)
-			var e *tensorflow.Error
-			if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+			if !isInvalid(err) {
 				t.Fatalf("got %v, want InvalidArgument", err)
 			}
 			if strings.Contains(err.Error(), secret) || strings.ContainsAny(err.Error(), "\n") {
@@ -264,8 +252,7 @@ func TestBadPictures(t *testing.T) {
 			if strings.Contains(c.name, "scans") && !strings.Contains(err.Error(), "scans") {
 				t.Errorf("it was not refused for its scans: %v", err)
 			}
-			if _, err := d.Run(t.Context(), tensor.Picture{Data: c.encoded}, 0, 0); !errors.As(err, &e) ||
-				e.Code != tensorflow.InvalidArgument {
+			if _, err := d.Run(t.Context(), tensor.Picture{Data: c.encoded}, 0, 0); !isInvalid(err) {
 				t.Errorf("the decoder: %v, want InvalidArgument", err)
 			}
 			if bytes.ContainsFunc(dst, func(r rune) bool { return r != 7 }) {
@@ -285,8 +272,6 @@ func TestBadPictures(t *testing.T) {
 // TestBadStructs gives image structs whose numbers do not agree, or are too large.
 func TestBadStructs(t *testing.T) {
 	g, d := newGraph(t, square, NewBudget(limits)), newDecoder(t, Spec{}, NewBudget(limits))
-	defer g.Close()
-	defer d.Close()
 	for name, p := range map[string]tensor.Picture{
 		"too few bytes":   {Data: make([]byte, 11), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
 		"too many bytes":  {Data: make([]byte, 13), Height: 2, Width: 2, Channels: 3, DType: savedmodel.Uint8},
@@ -302,12 +287,10 @@ func TestBadStructs(t *testing.T) {
 		"pixels over 2^63": {Data: make([]byte, 4), Height: math.MaxInt64, Width: math.MaxInt64, Channels: 4,
 			DType: savedmodel.Float32},
 	} {
-		var e *tensorflow.Error
-		if err := g.Run(t.Context(), p, make([]byte, square.Bytes())); !errors.As(err, &e) ||
-			e.Code != tensorflow.InvalidArgument {
+		if err := g.Run(t.Context(), p, make([]byte, square.Bytes())); !isInvalid(err) {
 			t.Errorf("%s: %v, want InvalidArgument", name, err)
 		}
-		if _, err := d.Run(t.Context(), p, 0, 0); !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+		if _, err := d.Run(t.Context(), p, 0, 0); !isInvalid(err) {
 			t.Errorf("%s: the decoder: %v, want InvalidArgument", name, err)
 		}
 		if bytes := d.Bytes(p, 0, 0); bytes != 0 {
@@ -323,17 +306,13 @@ func TestDecoderBytes(t *testing.T) {
 		spec    Spec
 		picture tensor.Picture
 	}{
-		{Spec{}, tensor.Picture{Data: read(t, "chelsea.png")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_alpha.png")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_palette.png")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_palette_alpha.png")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_cmyk.jpg")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_grey.jpg")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_turned_6.jpg")}},
-		{Spec{}, tensor.Picture{Data: read(t, "made_palette.bmp")}},
+		{Spec{}, picture(t, "chelsea.png")}, {Spec{}, picture(t, "made_alpha.png")},
+		{Spec{}, picture(t, "made_palette.png")}, {Spec{}, picture(t, "made_palette_alpha.png")},
+		{Spec{}, picture(t, "made_cmyk.jpg")}, {Spec{}, picture(t, "made_grey.jpg")},
+		{Spec{}, picture(t, "made_turned_6.jpg")}, {Spec{}, picture(t, "made_palette.bmp")},
 		{Spec{}, grey},
-		{Spec{Channels: "BGR"}, tensor.Picture{Data: read(t, "made_grey.jpg")}},
-		{Spec{Channels: "L"}, tensor.Picture{Data: read(t, "made_420.jpg")}},
+		{Spec{Channels: "BGR"}, picture(t, "made_grey.jpg")},
+		{Spec{Channels: "L"}, picture(t, "made_420.jpg")},
 		{Spec{Height: 3, Width: 4, Resize: "area", Fit: "pad"}, grey},
 	} {
 		d := newDecoder(t, c.spec, NewBudget(limits))
@@ -344,9 +323,6 @@ func TestDecoderBytes(t *testing.T) {
 		}
 		if room := cap(made.Data) - len(made.Data); room < 16 {
 			t.Errorf("%+v: room for %d bytes", c.spec, room)
-		}
-		if err := d.Close(); err != nil {
-			t.Error(err)
 		}
 	}
 }
@@ -373,24 +349,17 @@ func TestWholeNumbers(t *testing.T) {
 		if !slices.Equal(values(got, dt), want) {
 			t.Errorf("%v: %v, want %v", dt, values(got, dt), want)
 		}
-		if err := g.Close(); err != nil {
-			t.Error(err)
-		}
 	}
 }
 
 // TestDecoderSizes refuses sizes that a decoder cannot make.
 func TestDecoderSizes(t *testing.T) {
-	d, own := newDecoder(t, Spec{Resize: "area", Fit: "pad"}, NewBudget(limits)), newDecoder(t, Spec{},
-		NewBudget(limits))
-	defer d.Close()
-	defer own.Close()
-	p := tensor.Picture{Data: read(t, "made_3x2.png")}
+	d, own := newDecoder(t, Spec{Resize: "area", Fit: "pad"}, NewBudget(limits)),
+		newDecoder(t, Spec{}, NewBudget(limits))
+	p := picture(t, "made_3x2.png")
 	for _, size := range [][2]int{{-1, 2}, {2, 0}, {0, 2}, {maxSide + 1, 1}, {maxSide, maxSide},
 		{math.MaxInt, math.MaxInt}} {
-		var e *tensorflow.Error
-		if _, err := d.Run(t.Context(), p, size[0], size[1]); !errors.As(err, &e) ||
-			e.Code != tensorflow.InvalidArgument {
+		if _, err := d.Run(t.Context(), p, size[0], size[1]); !isInvalid(err) {
 			t.Errorf("%v: %v, want InvalidArgument", size, err)
 		}
 		if bytes := d.Bytes(p, size[0], size[1]); bytes != 0 {
@@ -429,7 +398,6 @@ func TestPNGText(t *testing.T) {
 		t.Error("a PNG of nothing else was copied")
 	}
 	d := newDecoder(t, Spec{}, NewBudget(limits))
-	defer d.Close()
 	want, err := d.Run(t.Context(), tensor.Picture{Data: plain}, 0, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -465,11 +433,8 @@ func TestWorking(t *testing.T) {
 	antialias := square
 	antialias.Height, antialias.Width, antialias.Fit, antialias.Antialias = 2000, 1, "stretch", true
 	g := newGraph(t, antialias, NewBudget(limits))
-	defer g.Close()
 	err := g.Run(t.Context(), thin, make([]byte, antialias.Bytes()))
-	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(),
-		"MiB of memory; the maximum is 2048") {
+	if !isInvalid(err) || !strings.Contains(err.Error(), "MiB of memory; the maximum is 2048") {
 		t.Errorf("got %v", err)
 	}
 	for _, h := range []header{
@@ -492,11 +457,11 @@ func TestExplain(t *testing.T) {
 	h := header{format: "PNG", width: 3, height: 2}
 	for _, code := range []tensorflow.Code{tensorflow.InvalidArgument, tensorflow.ResourceExhausted,
 		tensorflow.Internal} {
-		err := explain(h, &tensorflow.Error{Code: code,
-			Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
-		var e *tensorflow.Error
-		if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument ||
-			e.Message != "a PNG picture of 3x2 cannot be decoded: OOM when allocating" {
+		err := explain(h,
+			&tensorflow.Error{Code: code,
+				Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
+		if !isInvalid(err) ||
+			err.(*tensorflow.Error).Message != "a PNG picture of 3x2 cannot be decoded: OOM when allocating" {
 			t.Errorf("%v: %v", code, err)
 		}
 	}
@@ -512,10 +477,8 @@ func TestExplain(t *testing.T) {
 func TestBytesLimit(t *testing.T) {
 	rocket := read(t, "rocket.jpg")
 	g := newGraph(t, square, NewBudget(Limits{Pixels: limits.Pixels, Bytes: int64(len(rocket)) - 1, Working: 1 << 30}))
-	defer g.Close()
 	err := g.Run(t.Context(), tensor.Picture{Data: rocket}, make([]byte, square.Bytes()))
-	var e *tensorflow.Error
-	if !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument || !strings.Contains(err.Error(), "the maximum is") {
+	if !isInvalid(err) || !strings.Contains(err.Error(), "the maximum is") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -525,8 +488,7 @@ func TestBytesLimit(t *testing.T) {
 func TestBudget(t *testing.T) {
 	budget := NewBudget(limits)
 	g := newGraph(t, square, budget)
-	defer g.Close()
-	large, small := tensor.Picture{Data: read(t, "made_progressive.jpg")}, tensor.Picture{Data: read(t, "made_3x2.png")}
+	large, small := picture(t, "made_progressive.jpg"), picture(t, "made_3x2.png")
 	h, err := check(g.spec, large, limits)
 	if err != nil {
 		t.Fatal(err)
@@ -631,8 +593,8 @@ func TestGeometry(t *testing.T) {
 							g.left+g.columns > w {
 							t.Fatalf("%s %dx%d to %dx%d: resized to %+v", fit, width, height, w, h, g)
 						}
-						if fit != "pad" && (g.rows != h || g.columns != w) || fit != "crop" &&
-							(g.height != height || g.width != width) {
+						if fit != "pad" && (g.rows != h || g.columns != w) ||
+							fit != "crop" && (g.height != height || g.width != width) {
 							t.Fatalf("%s %dx%d to %dx%d: %+v", fit, width, height, w, h, g)
 						}
 						if fit == "pad" && g.rows < h-1 && g.columns < w-1 {
@@ -670,8 +632,7 @@ func TestBadSpecs(t *testing.T) {
 		with(func(s *Spec) { s.DType = 0 }),
 	} {
 		g, err := New(s, NewBudget(limits))
-		var e *tensorflow.Error
-		if g != nil || !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+		if g != nil || !isInvalid(err) {
 			t.Errorf("New(%+v): %v", s, err)
 		}
 		if s.Resize == square.Resize && s.Fit == square.Fit && !s.Antialias || s == (Spec{}) {
@@ -679,7 +640,7 @@ func TestBadSpecs(t *testing.T) {
 		}
 		s.Channels = strings.Replace(s.Channels, "RGB", "BGR", 1)
 		d, err := NewDecoder(s, NewBudget(limits))
-		if d != nil || !errors.As(err, &e) || e.Code != tensorflow.InvalidArgument {
+		if d != nil || !isInvalid(err) {
 			t.Errorf("NewDecoder(%+v): %v", s, err)
 		}
 	}
@@ -701,7 +662,6 @@ func TestConcurrent(t *testing.T) {
 		}
 	}
 	d := newDecoder(t, Spec{Resize: "area", Fit: "pad"}, g.budget)
-	defer d.Close()
 	var wg sync.WaitGroup
 	for worker := range 8 {
 		wg.Go(func() {
@@ -745,9 +705,9 @@ func FuzzHeader(f *testing.F) {
 	}
 	f.Add(pngOf(3, 4))
 	f.Add(jpegOf(5, 6))
-	exif := "\xff\xd8\xff\xe1\x00\x22Exif\x00\x00" +
-		"II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
-	f.Add(append([]byte(exif), asJPEG.Bytes()[2:]...))
+	exif := "\xff\xd8\xff\xe1\x00\x22Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00" +
+		"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
+	f.Add([]byte(exif + string(asJPEG.Bytes()[2:])))
 	f.Fuzz(func(t *testing.T, encoded []byte) {
 		fuzztest.Bounded(t, 64<<20, func() {
 			h, ok := readHeader(encoded)
@@ -778,8 +738,8 @@ func FuzzFrame(f *testing.F) {
 	f.Add(asGIF.Bytes())
 	f.Add(asBMP.Bytes())
 	f.Fuzz(func(t *testing.T, encoded []byte) {
-		h, err := check(Spec{}, tensor.Picture{Data: encoded}, Limits{Pixels: 1 << 16, Bytes: 1 << 20,
-			Working: 1 << 20})
+		h, err := check(Spec{}, tensor.Picture{Data: encoded},
+			Limits{Pixels: 1 << 16, Bytes: 1 << 20, Working: 1 << 20})
 		if err != nil || h.format != "GIF" && h.format != "BMP" {
 			return
 		}
@@ -807,7 +767,6 @@ func BenchmarkRun(b *testing.B) {
 		b.Fatal(err)
 	}
 	g := newGraph(b, square, NewBudget(limits))
-	defer g.Close()
 	for _, goroutines := range []int{1, 2} {
 		b.Run(fmt.Sprintf("JPEG=451x300/goroutines=%d", goroutines), func(b *testing.B) {
 			var left atomic.Int64
@@ -836,6 +795,11 @@ func newGraph(t testing.TB, spec Spec, budget *Budget) *Graph {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return g
 }
 
@@ -845,8 +809,22 @@ func newDecoder(t testing.TB, spec Spec, budget *Budget) *Decoder {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return d
 }
+
+// isInvalid reports whether an error is one of a picture or a Spec.
+func isInvalid(err error) bool {
+	var e *tensorflow.Error
+	return errors.As(err, &e) && e.Code == tensorflow.InvalidArgument
+}
+
+// picture reads a file of the oracle's as a picture.
+func picture(t testing.TB, name string) tensor.Picture { return tensor.Picture{Data: read(t, name)} }
 
 // read reads a file of the oracle's.
 func read(t testing.TB, name string) []byte {

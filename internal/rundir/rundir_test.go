@@ -118,6 +118,30 @@ func list(t *testing.T, dir string) string {
 	return strings.Join(names, " ")
 }
 
+// holds compares the names in a folder, joined.
+func holds(t *testing.T, dir, want string) {
+	t.Helper()
+	if got := list(t, dir); got != want {
+		t.Errorf("%s holds %q, want %q", dir, got, want)
+	}
+}
+
+func claim(t *testing.T, root, path string) *Folder {
+	t.Helper()
+	folder, err := Claim(root, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return folder
+}
+
+func release(t *testing.T, folder *Folder) {
+	t.Helper()
+	if err := folder.Release(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestEnsure(t *testing.T) {
 	root := runDir(t)
 	made := filepath.Join(root, "a", "b")
@@ -196,8 +220,8 @@ func TestEnsureChecksParents(t *testing.T) {
 		"to-open/mine":       "other users may replace what is in " + open,
 		"loop/mine":          "file exists",
 	} {
-		if err := Ensure(filepath.Join(root, path)); (err == nil) != (want == "") || err != nil &&
-			!strings.Contains(err.Error(), want) {
+		if err := Ensure(filepath.Join(root, path)); (err == nil) != (want == "") ||
+			err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", path, err, want)
 		}
 	}
@@ -210,13 +234,13 @@ func TestEnsureChecksParents(t *testing.T) {
 	folder(0o700, others, "mine")
 	link(root, filepath.Join(sticky, "of-another"))
 	volume := folder(0o755, root, "volume")
-	if err := errors.Join(os.Chown(others, nobody, nobody), os.Lchown(filepath.Join(sticky, "of-another"), nobody,
-		nobody)); err != nil {
+	if err := errors.Join(os.Chown(others, nobody, nobody),
+		os.Lchown(filepath.Join(sticky, "of-another"), nobody, nobody)); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"others/mine", "sticky/of-another/mine"} {
-		if err := Ensure(filepath.Join(root, path)); err == nil || !strings.Contains(err.Error(),
-			"belongs to user 65534") {
+		if err := Ensure(filepath.Join(root, path)); err == nil ||
+			!strings.Contains(err.Error(), "belongs to user 65534") {
 			t.Errorf("%s: %v", path, err)
 		}
 	}
@@ -240,28 +264,19 @@ func TestClaimLeavesNothingOnAFullDisk(t *testing.T) {
 	if _, err := Claim(root, filepath.Join(root, "0123abcd")); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("on a full disk: %v", err)
 	}
-	if got := list(t, root); got != "filler" {
-		t.Errorf("there is %s", got)
-	}
+	holds(t, root, "filler")
 }
 
 func TestClaimAndRelease(t *testing.T) {
 	root := runDir(t)
 	path := filepath.Join(root, "0123abcd")
-	folder, err := Claim(root, path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	folder := claim(t, root, path)
 	if owner, ok := front(path); !ok || owner != self(t) {
 		t.Errorf("the folder belongs to %v, %t", owner, ok)
 	}
 	socket(t, filepath.Join(path, "front.sock"))
-	if err := folder.Release(); err != nil {
-		t.Error(err)
-	}
-	if got := list(t, root); got != "" {
-		t.Errorf("left behind: %s", got)
-	}
+	release(t, folder)
+	holds(t, root, "")
 }
 
 func TestClaimTakesOverFromTheDead(t *testing.T) {
@@ -273,47 +288,32 @@ func TestClaimTakesOverFromTheDead(t *testing.T) {
 	socket(t, filepath.Join(path, "front.sock"))
 	for _, text := range []string{"", "{", "null"} { // cut off while it was written
 		put(t, filepath.Join(path, frontFile), text)
-		folder, err := Claim(root, path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		folder := claim(t, root, path)
 		if got := list(t, path); got != frontFile || folder == nil {
 			t.Errorf("the folder holds %s", got)
 		}
 	}
 	name(t, path, dead(t))
-	folder, err := Claim(root, path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	folder := claim(t, root, path)
 
 	// Another front took over: what it has stays.
 	other := sleeper(t)
 	defer end(t, other)
 	name(t, path, other)
 	socket(t, filepath.Join(path, "front.sock"))
-	if err := folder.Release(); err != nil {
-		t.Error(err)
-	}
-	if got := list(t, path); got != "front front.sock" {
-		t.Errorf("the other front has %s left", got)
-	}
+	release(t, folder)
+	holds(t, path, "front front.sock")
 	if _, err := Claim(root, path); err == nil || !strings.Contains(err.Error(),
 		fmt.Sprintf("serves in %s already (process %d)", path, other.PID)) {
 		t.Errorf("claiming from a live front: %v", err)
 	}
-	if got := list(t, path); got != "front front.sock" {
-		t.Errorf("the live front has %s left", got)
-	}
+	holds(t, path, "front front.sock")
 }
 
 func TestReleaseWaitsForAStarter(t *testing.T) {
 	root := runDir(t)
 	path := filepath.Join(root, "user")
-	folder, err := Claim(root, path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	folder := claim(t, root, path)
 	starter, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -338,9 +338,7 @@ func TestReleaseWaitsForAStarter(t *testing.T) {
 	if err := <-released; err != nil {
 		t.Error(err)
 	}
-	if got := list(t, path); got != frontFile {
-		t.Errorf("the new front has %s left", got)
-	}
+	holds(t, path, frontFile)
 }
 
 // TestSharedFolderKeepsWhatIsNotOurs holds for a folder that others use, such as /run: nothing in it goes but our file.
@@ -352,45 +350,26 @@ func TestSharedFolderKeepsWhatIsNotOurs(t *testing.T) {
 	socket(t, filepath.Join(shared, "docker.sock"))
 	put(t, filepath.Join(shared, "notes.txt"), "precious")
 	for range 2 {
-		folder, err := Claim(root, shared)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := list(t, shared); got != "docker.sock front notes.txt" {
-			t.Errorf("while serving it holds %s", got)
-		}
-		if err := folder.Release(); err != nil {
-			t.Error(err)
-		}
-		if got := list(t, shared); got != "docker.sock notes.txt" {
-			t.Errorf("afterwards it holds %s", got)
-		}
+		folder := claim(t, root, shared)
+		holds(t, shared, "docker.sock front notes.txt")
+		release(t, folder)
+		holds(t, shared, "docker.sock notes.txt")
 	}
 	// A folder of several levels below the run-dir, or the run-dir itself, is shared too.
 	for _, path := range []string{filepath.Join(root, "a", "b"), root} {
-		folder, err := Claim(root, path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := folder.Release(); err != nil {
-			t.Error(err)
-		}
+		folder := claim(t, root, path)
+		release(t, folder)
 		if got := list(t, path); path != root && got != "" || path == root && got != "a" {
 			t.Errorf("%s holds %s", path, got)
 		}
 	}
 
 	name(t, shared, dead(t))
-	folder, err := Claim(root, shared)
-	if err != nil {
-		t.Fatalf("taking over from a dead front: %v", err)
-	}
+	folder := claim(t, root, shared)
 	other := sleeper(t)
 	defer end(t, other)
 	name(t, shared, other)
-	if err := folder.Release(); err != nil {
-		t.Error(err)
-	}
+	release(t, folder)
 	if _, ok := front(shared); !ok {
 		t.Error("the file of another front was removed")
 	}
@@ -399,8 +378,8 @@ func TestSharedFolderKeepsWhatIsNotOurs(t *testing.T) {
 	}
 
 	put(t, filepath.Join(shared, frontFile), "a file of somebody else")
-	if _, err := Claim(root, shared); err == nil ||
-		!strings.Contains(err.Error(), "does not belong to a flightsvc front") {
+	if _, err := Claim(root, shared); err == nil || !strings.Contains(err.Error(),
+		"does not belong to a flightsvc front") {
 		t.Errorf("claiming over a foreign file: %v", err)
 	}
 	if data, err := os.ReadFile(filepath.Join(shared, frontFile)); string(data) != "a file of somebody else" {
@@ -445,18 +424,12 @@ func TestSweep(t *testing.T) {
 	if err := Sweep(root); err != nil {
 		t.Fatal(err)
 	}
-	if got := list(t, root); got != "deadplus file.log foreign link live locked" {
-		t.Errorf("after the sweep there are %s", got)
-	}
+	holds(t, root, "deadplus file.log foreign link live locked")
 	for dir, want := range map[string]string{"deadplus": "notes.txt", "foreign": "notes.txt", "live": "front",
 		"locked": "front front.sock"} {
-		if got := list(t, at(dir)); got != want {
-			t.Errorf("%s holds %s, want %s", dir, got, want)
-		}
+		holds(t, at(dir), want)
 	}
-	if got := list(t, outside); got != "front" {
-		t.Errorf("behind the link there is %q", got)
-	}
+	holds(t, outside, "front")
 	if err := Sweep(at("nope")); err == nil {
 		t.Error("a folder that is not there was swept")
 	}
@@ -474,8 +447,9 @@ func TestFoldersFollowTheEnvironment(t *testing.T) {
 	t.Setenv("XDG_STATE_HOME", "")
 	t.Setenv("XDG_CACHE_HOME", "")
 	t.Setenv("HOME", "/home/me")
-	if got, want := Default()+" "+LogDir("/r")+" "+CacheDir("/r"), fmt.Sprintf("/tmp/flightsvc-%d "+
-		"/home/me/.local/state/flightsvc/log /home/me/.cache/flightsvc", os.Geteuid()); got != want {
+	if got, want := Default()+" "+LogDir("/r")+" "+CacheDir("/r"),
+		fmt.Sprintf("/tmp/flightsvc-%d /home/me/.local/state/flightsvc/log /home/me/.cache/flightsvc",
+			os.Geteuid()); got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
 	t.Setenv("HOME", "")
