@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from figures import PROVE
 import flightsvc
 
 ROOT = Path(__file__).resolve().parents[2]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
