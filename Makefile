@@ -61,6 +61,7 @@ demo: ## Spark labels photographs through flightsvc; ends with a table and build
 show: build
 	@$(CLOCK) $@ '$(PY) examples/demo.py'
 
+check: export SKIPPED := or slow
 check: ## before every commit: lint, types, Go, Python without Java; 4 minutes
 	@$(SUITES) lint-go lint-python test-go test-python
 
@@ -90,7 +91,7 @@ test-fuzz: build
 	@$(CLOCK) $@ '$(PY) tools/fuzz.py --executions 20000 --parallel 1 --unguided'
 
 test-python: build build/models/.done
-	@$(CLOCK) $@ '$(PYTEST) -m "not (spark or java or wheel)"'
+	@$(CLOCK) $@ '$(PYTEST) -m "not (spark or java or wheel $(SKIPPED))"'
 
 test-spark: build build/models/.done $(PLUGIN) $(JAVA_CLIENT) $(WHEEL)
 	@$(CLOCK) $@ '$(PYTEST) -m "spark or java or wheel"'

@@ -151,6 +151,7 @@ def test_gather_in_a_branch(tmp_path: Path) -> None:
         same(answers(tmp_path / "out", i=i), {"y": module.serve(tf.constant(i))["y"].numpy()})
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(models: Path, tmp_path: Path) -> None:
     started = [
         subprocess.Popen(

@@ -131,6 +131,7 @@ def test_a_saved_model_of_tensorflow_2(client: flightsvc.Client, models: Path, o
     np.testing.assert_allclose(got[y], oracle("mlp", **{name: rows})[output], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_the_behaviour_of_tensorflow_2(client: flightsvc.Client, tmp_path: Path) -> None:
     script = """
 import shutil, sys

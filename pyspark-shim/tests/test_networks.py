@@ -229,6 +229,7 @@ def compare(name: str, weights: Path, batch: int = 2) -> None:
         assert want[0].std() > 1e-4 and np.abs(want[0] - want[1]).max() > 1e-4  # they say something
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileNetV3Small"])
 def test_a_network_answers_as_keras_does(client, small, name):
     compare(name, small)

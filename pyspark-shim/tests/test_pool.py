@@ -156,6 +156,7 @@ class Work:
         writer.close()
 
 
+@pytest.mark.slow
 def test_a_random_workload_in_little_memory(scaled: list[Path], tmp_path: Path):
     cache = tmp_path / "cache"
     sizes = sorted(measured(scaled, cache))
