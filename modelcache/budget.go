@@ -143,15 +143,20 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 				c.evictLocked(short, time.Now())
 			}
 		}
-		changed := c.memory.changed
-		c.mu.Unlock()
-		select {
-		case <-changed:
-		case <-recheck.C:
-		case <-ctx.Done():
-		}
-		c.mu.Lock()
+		c.waitLocked(ctx, recheck)
 	}
+}
+
+// waitLocked waits, with mu unlocked, until memory or what holds it has changed, recheck ticks, or ctx ends.
+func (c *Cache) waitLocked(ctx context.Context, recheck *time.Ticker) {
+	changed := c.memory.changed
+	c.mu.Unlock()
+	select {
+	case <-changed:
+	case <-recheck.C:
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
 }
 
 // reserve waits until the host's memory has room for reading the graph of a model, as admit does for a runner. Fewer
@@ -176,14 +181,7 @@ func (c *Cache) reserve(ctx context.Context, bytes int64) error {
 				config.Bytes(c.memory.reading+bytes), config.Bytes(c.memory.total), config.Bytes(c.memory.held()))
 		}
 		c.evictLocked(short, time.Now())
-		changed := c.memory.changed
-		c.mu.Unlock()
-		select {
-		case <-changed:
-		case <-recheck.C:
-		case <-ctx.Done():
-		}
-		c.mu.Lock()
+		c.waitLocked(ctx, recheck)
 	}
 }
 
