@@ -3,14 +3,12 @@
 package handlers
 
 import (
-	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -28,34 +26,6 @@ import (
 // golden is the folder of the files that testdata/make_golden.py has written.
 const golden = "../testdata/golden"
 
-// readGolden decodes one of the JSON files strictly.
-func readGolden(t *testing.T, name string, v any) {
-	t.Helper()
-	data, err := os.ReadFile(filepath.Join(golden, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-}
-
-// sameJSON compares two JSON texts by what they say; the order of fields does not matter.
-func sameJSON(t *testing.T, got, want []byte) {
-	t.Helper()
-	var values [2]any
-	for i, text := range [][]byte{got, want} {
-		if err := json.Unmarshal(text, &values[i]); err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-	}
-	if !reflect.DeepEqual(values[0], values[1]) {
-		t.Errorf("got  %s\nwant %s", got, want)
-	}
-}
-
 func TestGoldenUnfitDescriptors(t *testing.T) {
 	var file struct {
 		Taken, Refused json.RawMessage
@@ -64,7 +34,7 @@ func TestGoldenUnfitDescriptors(t *testing.T) {
 			Says       []string
 		}
 	}
-	readGolden(t, "descriptors.json", &file)
+	expect.Golden(t, golden, "descriptors.json", &file)
 	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +57,7 @@ func TestGoldenUnfitDescriptors(t *testing.T) {
 
 func TestGoldenSchemaMetadata(t *testing.T) {
 	var file map[string]json.RawMessage
-	readGolden(t, "schema_metadata.json", &file)
+	expect.Golden(t, golden, "schema_metadata.json", &file)
 	model, err := savedmodel.Read(t.Context(), filepath.Join(golden, "model"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +78,7 @@ func TestGoldenSchemaMetadata(t *testing.T) {
 	if got := about["flightsvc.v"]; got != "1" {
 		t.Errorf("flightsvc.v is %q", got)
 	}
-	sameJSON(t, []byte(about["flightsvc.inputs"]), file["flightsvc.inputs"])
+	expect.SameJSON(t, []byte(about["flightsvc.inputs"]), file["flightsvc.inputs"])
 }
 
 // goldenAsk is a column of columns.arrows, the input that it feeds, and what then becomes of parts
@@ -128,7 +98,7 @@ type goldenAsk struct {
 
 func TestGoldenColumns(t *testing.T) {
 	var asks []goldenAsk
-	readGolden(t, "columns.json", &asks)
+	expect.Golden(t, golden, "columns.json", &asks)
 	mem := &offheap.Allocator{}
 	file, err := os.Open(filepath.Join(golden, "columns.arrows"))
 	if err != nil {
@@ -192,7 +162,7 @@ func TestGoldenColumns(t *testing.T) {
 					if !slices.Equal(x.Shape, view.Shape) || x.DType.String() != ask.DType {
 						t.Errorf("%s: %s %v, want %s %v", place, x.DType, x.Shape, ask.DType, view.Shape)
 					}
-					sameJSON(t, got, view.Elements)
+					expect.SameJSON(t, got, view.Elements)
 					if lengths, ok := feeds["len:0"]; ok != (view.Lengths != "") ||
 						hex.EncodeToString(lengths.Data) != view.Lengths {
 						t.Errorf("%s: the lengths are %x, want %s", place, lengths.Data, view.Lengths)

@@ -1,15 +1,14 @@
 package front
 
 import (
-	"bytes"
 	"encoding/json"
 	"os"
 	"path/filepath"
-	"reflect"
 	"testing"
 
 	"go.uber.org/zap"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/protocol"
 	"flightsvc/modelcache/repository"
 )
@@ -17,37 +16,9 @@ import (
 // golden is the folder of the files that testdata/make_golden.py has written.
 const golden = "../../testdata/golden"
 
-// readGolden decodes one of the JSON files strictly.
-func readGolden(t *testing.T, name string, v any) {
-	t.Helper()
-	data, err := os.ReadFile(filepath.Join(golden, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-}
-
-// sameJSON compares two JSON texts by what they say; the order of fields does not matter.
-func sameJSON(t *testing.T, got, want []byte) {
-	t.Helper()
-	var values [2]any
-	for i, text := range [][]byte{got, want} {
-		if err := json.Unmarshal(text, &values[i]); err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-	}
-	if !reflect.DeepEqual(values[0], values[1]) {
-		t.Errorf("got  %s\nwant %s", got, want)
-	}
-}
-
 func TestGoldenStatus(t *testing.T) {
 	var got protocol.Status
-	readGolden(t, "status.json", &got)
+	expect.Golden(t, golden, "status.json", &got)
 	if got.V != protocol.Version {
 		t.Errorf("the golden answer says version %d", got.V)
 	}
@@ -59,7 +30,7 @@ func TestGoldenStatus(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sameJSON(t, text, want)
+	expect.SameJSON(t, text, want)
 }
 
 func TestGoldenDigest(t *testing.T) {
@@ -67,7 +38,7 @@ func TestGoldenDigest(t *testing.T) {
 		Lines  []string
 		Digest string
 	}
-	readGolden(t, "digest.json", &file)
+	expect.Golden(t, golden, "digest.json", &file)
 	cache := repository.New(repository.Options{CacheDir: filepath.Join(t.TempDir(), "cache"), Log: zap.NewNop()})
 	defer cache.Close()
 	for _, wantKnown := range []bool{false, true} {

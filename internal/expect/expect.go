@@ -2,6 +2,11 @@
 package expect
 
 import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -33,5 +38,33 @@ func Eventually(t *testing.T, what string, holds func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within 10 s: %s", what)
 		}
+	}
+}
+
+// Golden decodes one of the JSON files that testdata/make_golden.py has written, strictly.
+func Golden(t *testing.T, folder, name string, v any) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(folder, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+}
+
+// SameJSON compares two JSON texts by what they say; the order of fields does not matter.
+func SameJSON(t *testing.T, got, want []byte) {
+	t.Helper()
+	var values [2]any
+	for i, text := range [][]byte{got, want} {
+		if err := json.Unmarshal(text, &values[i]); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+	}
+	if !reflect.DeepEqual(values[0], values[1]) {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }

@@ -5,8 +5,6 @@ package protocol
 import (
 	"bytes"
 	"encoding/json"
-	"os"
-	"path/filepath"
 	"reflect"
 	"slices"
 	"testing"
@@ -17,34 +15,6 @@ import (
 
 // golden is the folder of the files that testdata/make_golden.py has written.
 const golden = "../../testdata/golden"
-
-// readGolden decodes one of the JSON files strictly.
-func readGolden(t *testing.T, name string, v any) {
-	t.Helper()
-	data, err := os.ReadFile(filepath.Join(golden, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-}
-
-// sameJSON compares two JSON texts by what they say; the order of fields does not matter.
-func sameJSON(t *testing.T, got, want []byte) {
-	t.Helper()
-	var values [2]any
-	for i, text := range [][]byte{got, want} {
-		if err := json.Unmarshal(text, &values[i]); err != nil {
-			t.Fatalf("%s: %v", text, err)
-		}
-	}
-	if !reflect.DeepEqual(values[0], values[1]) {
-		t.Errorf("got  %s\nwant %s", got, want)
-	}
-}
 
 // keys returns the names in a JSON object, in order.
 func keys(t *testing.T, object json.RawMessage) (names []string) {
@@ -81,7 +51,7 @@ func TestGoldenDescriptors(t *testing.T) {
 			Says       []string
 		}
 	}
-	readGolden(t, "descriptors.json", &file)
+	expect.Golden(t, golden, "descriptors.json", &file)
 	for _, c := range file.Taken {
 		t.Run(c.Name, func(t *testing.T) {
 			d, err := ParseDescriptor([]byte(c.Text))
@@ -92,7 +62,7 @@ func TestGoldenDescriptors(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			sameJSON(t, got, c.Means)
+			expect.SameJSON(t, got, c.Means)
 			var mappings [2]struct{ Inputs, Outputs json.RawMessage }
 			for i, text := range [][]byte{got, c.Means} {
 				if err := json.Unmarshal(text, &mappings[i]); err != nil {
@@ -124,8 +94,8 @@ func TestGoldenAppMetadata(t *testing.T) {
 		Text string
 		Says AnswerMetadata
 	}
-	readGolden(t, "app_metadata.json", &file)
+	expect.Golden(t, golden, "app_metadata.json", &file)
 	for _, c := range file {
-		sameJSON(t, c.Says.Encode(), []byte(c.Text))
+		expect.SameJSON(t, c.Says.Encode(), []byte(c.Text))
 	}
 }
