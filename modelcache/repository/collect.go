@@ -157,15 +157,23 @@ func (r *Repository) discard(name string) (bool, error) {
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil || !isStill(folder, path) {
 		return false, nil
 	}
+	if err := r.remove(name); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// remove removes a model, even one that somebody holds: what has loaded it goes on.
+func (r *Repository) remove(name string) error {
 	aside, err := r.beside(gonePattern)
 	if err != nil {
-		return false, err
+		return err
 	}
-	if err := os.Rename(path, filepath.Join(aside, name)); err != nil { // from now on nobody finds it
-		_ = os.Remove(aside)
-		return false, err
+	err = os.Rename(filepath.Join(r.models(), name), filepath.Join(aside, name)) // from now on nobody finds it
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil // another front was first
 	}
-	return true, os.RemoveAll(aside)
+	return errors.Join(err, os.RemoveAll(aside))
 }
 
 // forgetOrigins removes the notes about models that are not here any more.

@@ -168,12 +168,15 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 		found, err := digestOf(ctx, Model{Ref: digest, Version: "1", Dir: dir, Stamp: files.stamp})
 		if err == nil && found != digest {
 			r.readings.drop(dir)
-			_, removeErr := r.discard(filepath.Base(dir))
+			removeErr := r.remove(filepath.Base(dir)) // whoever holds it keeps what it has loaded
 			r.options.Log.Error("a model in the cache-dir was changed and is not used", zap.String("model", digest),
 				zap.String("digest of its files", found), zap.NamedError("not removed", removeErr))
+			if removeErr != nil {
+				return "", fault.New(fault.Precondition, "model %s: its files in the cache-dir were changed and cannot "+
+					"be removed: %w; remove %s", digest, removeErr, dir)
+			}
 			err = fault.New(fault.Unavailable, "model %s: its files in the cache-dir were changed, so they were "+
-				"removed; ask "+
-				"again, and push its folder again if it was pushed", digest)
+				"removed; ask again, and push its folder again if it was pushed", digest)
 		}
 		if err == nil {
 			r.verified.put(digest, true)

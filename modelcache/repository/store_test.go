@@ -372,7 +372,8 @@ func TestCacheDirIsPrivate(t *testing.T) {
 	}
 }
 
-// TestChangedModelIsNotUsed changes a pushed model behind the back of a front that has yet to use it.
+// TestChangedModelIsNotUsed changes a pushed model behind the back of a front that has yet to use it, while another
+// holds it.
 func TestChangedModelIsNotUsed(t *testing.T) {
 	archive := archived(t, entry{name: "saved_model.pb", text: expect.SavedModel()},
 		entry{name: "assets/a", text: "good"})
@@ -381,13 +382,24 @@ func TestChangedModelIsNotUsed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(c.Place(digest), "assets", "a"), []byte("evil"), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	for name, use := range map[string]func(*Repository) error{
 		"Find": func(r *Repository) error { _, err := r.Find(t.Context(), digest, ""); return err },
-		"Hold": func(r *Repository) error { _, err := r.Hold(t.Context(), Model{Dir: r.Place(digest)}); return err },
+		"Hold": func(r *Repository) error {
+			release, err := r.Hold(t.Context(), Model{Dir: r.Place(digest)})
+			if err == nil {
+				release()
+			}
+			return err
+		},
 	} {
+		release, err := c.Hold(t.Context(), Model{Dir: c.Place(digest)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer release()
+		if err := os.WriteFile(filepath.Join(c.Place(digest), "assets", "a"), []byte("evil"), 0o600); err != nil {
+			t.Fatal(err)
+		}
 		other := New(Options{CacheDir: c.options.CacheDir, Log: zap.NewNop()})
 		defer other.Close()
 		expect.Fault(t, use(other), fault.Unavailable, digest, "were changed")
@@ -399,9 +411,6 @@ func TestChangedModelIsNotUsed(t *testing.T) {
 		}
 		if err := use(other); err != nil {
 			t.Errorf("%s of the model that was pushed again: %v", name, err)
-		}
-		if err := os.WriteFile(filepath.Join(c.Place(digest), "assets", "a"), []byte("evil"), 0o600); err != nil {
-			t.Fatal(err)
 		}
 	}
 }
