@@ -12,15 +12,14 @@ import (
 
 // Choose returns the devices that a word allows:
 //
-//   - "auto", "": all that are healthy; none where there is none
-//   - "gpu": the same, but it is an error that there is none
+//   - "auto", "": all healthy devices; none if this host has none
+//   - "gpu": the same, but it is an error if this host has none
 //   - "cpu": none
-//   - addresses with commas between, as Spark has them in TaskContext.resources()["gpu"].addresses: indexes as
-//     nvidia-smi prints them, or UUIDs, of which the beginning is enough while it is the only such one. A GPU in
-//     MIG mode stands for its instances.
+//   - addresses separated by commas, as in Spark's TaskContext.resources()["gpu"].addresses: indexes as nvidia-smi
+//     prints them, or UUIDs, of which an unambiguous beginning is enough. A GPU in MIG mode stands for its instances.
 //
-// Its faults are BadRequest for an address that is not there, Precondition where there is no device, and
-// Unavailable where all that it may choose from are drained.
+// Faults are BadRequest for an unknown address, Precondition if this host has no device, and Unavailable if all the
+// allowed devices are drained.
 func (i *Inventory) Choose(want string) ([]Device, error) {
 	var chosen []*device
 	if want = strings.TrimSpace(want); want == "cpu" {
@@ -62,9 +61,8 @@ func (i *Inventory) Choose(want string) ([]Device, error) {
 		}
 	}
 	if len(healthy) == 0 {
-		return nil, fault.New(fault.Unavailable,
-			"device %q: all are drained: %s; reset the GPU and start the server again, or use another "+
-				"device", want, strings.Join(reasons, "; "))
+		return nil, fault.New(fault.Unavailable, "device %q: all are drained: %s; "+
+			"reset the GPU and start the server again, or use another device", want, strings.Join(reasons, "; "))
 	}
 	return healthy, nil
 }
@@ -73,7 +71,7 @@ func (i *Inventory) Choose(want string) ([]Device, error) {
 func match(devices []*device, address string) ([]*device, error) {
 	var found []*device
 	isUUID := strings.HasPrefix(address, "GPU-") || strings.HasPrefix(address, "MIG-")
-	names := map[string]bool{} // UUIDs that the address begins
+	names := map[string]bool{} // UUIDs that begin with the address
 	for _, d := range devices {
 		parent, _, _ := strings.Cut(d.Index, ":")
 		switch {
@@ -100,8 +98,9 @@ func match(devices []*device, address string) ([]*device, error) {
 	return found, nil
 }
 
-// visible returns what CUDA_VISIBLE_DEVICES leaves, in its order. As in CUDA, the first entry that is no device ends
-// the list. Indexes are those of nvidia-smi, which are CUDA's with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+// visible returns the devices that spec names, in its order. spec has the form of CUDA_VISIBLE_DEVICES: as in CUDA, the
+// first entry that is no device ends the list. Indexes are those of nvidia-smi, which are CUDA's with
+// CUDA_DEVICE_ORDER=PCI_BUS_ID.
 func visible(devices []*device, spec string) []*device {
 	var left []*device
 	for entry := range strings.SplitSeq(spec, ",") {

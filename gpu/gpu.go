@@ -17,7 +17,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// Device is a GPU, or an instance of one that is in MIG mode. The JSON is what callers see.
+// Device is a GPU, or an instance of one that is in MIG mode. Callers see it as protocol.Device, which has the same
+// fields.
 type Device struct {
 	UUID        string `json:"uuid"`             // GPU-..., or MIG-... of an instance
 	Name        string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
@@ -41,7 +42,8 @@ type Options struct {
 	NVML    nvml.Interface // nil for NVIDIA's library
 }
 
-// DefaultLockDir is the same for all users of a host. Containers share it only if they share the folder.
+// DefaultLockDir returns the folder flightsvc-devices below TMPDIR, else below /tmp. Fronts with another TMPDIR, or in
+// a container that does not share this folder, do not see each other's promises.
 func DefaultLockDir() string { return filepath.Join(os.TempDir(), "flightsvc-devices") }
 
 // NVML may take seconds to wake up a GPU, and a broken driver may never answer.
@@ -62,9 +64,9 @@ type Inventory struct {
 	found   chan struct{} // nil for the zero Inventory
 
 	limit    time.Duration // of one question to NVML
-	retry    time.Duration // between two looks at a lock that somebody has
-	poll     time.Duration // between two looks at memory that comes back
-	patience time.Duration // for memory that comes back
+	retry    time.Duration // between two tries of a lock that somebody holds
+	poll     time.Duration // between two readings while Release waits for memory
+	patience time.Duration // how long Release waits for memory
 
 	asking chan struct{} // held while NVML is asked
 	stuck  atomic.Bool   // a question has no answer yet, and its limit is over
@@ -76,13 +78,13 @@ type Inventory struct {
 type device struct {
 	Device
 	handle nvml.Device
-	gpu    nvml.Device // of the parent, or handle itself: events come from there
+	gpu    nvml.Device // sends the events: the parent's handle, or handle itself
 	gi, ci uint32      // of an instance
 	memory *memory
-	told   bool // Watch has told that it is drained
+	told   bool // Watch has reported that it is drained
 }
 
-// none is the id of the instance of an event that concerns a whole GPU, see nvmlEventData_t.
+// none is the id of a GPU or compute instance in an event that concerns a whole GPU, see nvmlEventData_t.
 const none = 0xFFFFFFFF
 
 // Open looks for NVIDIA's library and its devices in the background, since a driver takes seconds to wake up. Methods
@@ -108,7 +110,7 @@ func Open(options Options) *Inventory {
 	return i
 }
 
-// look finds the devices.
+// look finds the devices and closes found.
 func (i *Inventory) look() {
 	defer close(i.found)
 	found, err := ask(i, openLimit, i.discover)
@@ -150,8 +152,8 @@ func (i *Inventory) Why() string {
 	return i.why
 }
 
-// Close lets go of the library and of what this process has in the lock folder. Placements must not be used
-// afterwards, and Watch must have returned. It does not wait for devices that were not found yet.
+// Close frees NVIDIA's library and removes this process's files in the lock folder. Placements must not be used
+// afterwards, and Watch must have returned. Close does not wait for devices that have not been found yet.
 func (i *Inventory) Close() {
 	select {
 	case <-i.found:
@@ -169,8 +171,8 @@ func (i *Inventory) Close() {
 	}
 }
 
-// ask puts one question to NVML, and waits for the answer no longer than limit. Questions go one after the other.
-// After one without an answer all others fail at once, until it has come.
+// ask calls question, which asks NVML, and waits at most limit for its answer. Questions are asked one after the other.
+// While one is unanswered after its limit, all others fail at once.
 func ask[T any](i *Inventory, limit time.Duration, question func() (T, error)) (T, error) {
 	type answer struct {
 		value T
@@ -193,22 +195,25 @@ func ask[T any](i *Inventory, limit time.Duration, question func() (T, error)) (
 		}
 	}
 	answers := make(chan answer, 1)
-	go func() { // ends with the question; a call into a library cannot be broken off
+	go func() { // ends with the question, since a call of the library cannot be cancelled
 		value, err := question()
+		answers <- answer{value, err}
 		i.stuck.Store(false)
 		<-i.asking
-		answers <- answer{value, err}
 	}()
 	select {
 	case got := <-answers:
 		return got.value, got.err
 	case <-timer.C:
-		i.stuck.Store(len(i.asking) > 0)
+		i.stuck.Store(true)
+		if len(answers) > 0 { // the answer came just now, and perhaps said so before
+			i.stuck.Store(false)
+		}
 		return none, silent
 	}
 }
 
-// failed makes an error of what NVML returned, nil of success.
+// failed returns an error for NVML's return code, or nil for success.
 func failed(ret nvml.Return) error {
 	if ret == nvml.SUCCESS {
 		return nil
@@ -216,14 +221,14 @@ func failed(ret nvml.Return) error {
 	return ret
 }
 
-// lost reports whether NVML says that the device itself is gone. Any other failure says only that its numbers
-// are: after a change of the container's cgroup all calls fail with "Unknown Error" while processes on the
-// device go on (NVIDIA/nvidia-container-toolkit#115).
+// lost reports whether NVML says that the device itself is gone. After any other failure only its numbers are unknown:
+// after a change of the container's cgroup all calls fail with "Unknown Error" while processes on the device continue
+// (NVIDIA/nvidia-container-toolkit#115).
 func lost(err error) bool {
 	return errors.Is(err, nvml.ERROR_GPU_IS_LOST) || errors.Is(err, nvml.ERROR_RESET_REQUIRED)
 }
 
-// discover wakes up NVML and lists all devices.
+// discover initialises NVML and lists all devices.
 func (i *Inventory) discover() ([]*device, error) {
 	switch ret := i.nvml.Init(); ret {
 	case nvml.SUCCESS:
@@ -244,7 +249,7 @@ func (i *Inventory) list() ([]*device, error) {
 	if ret != nvml.SUCCESS {
 		return nil, fmt.Errorf("NVIDIA's driver does not say how many GPUs there are: %w", ret)
 	}
-	// A driver from before MIG lacks these functions, and a call of one that is not there ends the process.
+	// A driver older than MIG lacks these functions, and go-nvml ends the process if a missing one is called.
 	mig := i.nvml.Extensions().LookupSymbol("nvmlDeviceGetMigDeviceHandleByIndex") == nil
 	var found []*device
 	why := errors.New("NVIDIA's driver is installed, but this host has no GPU")
@@ -292,7 +297,7 @@ func (i *Inventory) instances(gpu *device) []*device {
 	for n := range most {
 		handle, ret := gpu.handle.GetMigDeviceHandleByIndex(n)
 		if ret != nvml.SUCCESS {
-			continue // there are fewer than there could be
+			continue // the GPU has fewer instances than it could have
 		}
 		instance, err := describe(handle, gpu.Index+":"+strconv.Itoa(n))
 		if err != nil {
@@ -319,7 +324,7 @@ func (i *Inventory) instances(gpu *device) []*device {
 	return found
 }
 
-// describe reads what does not change of a device, and its memory.
+// describe makes a device: it reads what never changes, and the memory.
 func describe(handle nvml.Device, index string) (*device, error) {
 	uuid, ret := handle.GetUUID()
 	if ret != nvml.SUCCESS || uuid == "" || strings.ContainsAny(uuid, "/\x00") {
@@ -341,7 +346,8 @@ func describe(handle nvml.Device, index string) (*device, error) {
 	return d, nil
 }
 
-// Devices reads the devices and returns them. Where numbers cannot be read the last ones stay, and Reason says so.
+// Devices reads all devices and returns them. If numbers of a device cannot be read it keeps the last ones, and Reason
+// says so.
 func (i *Inventory) Devices() []Device {
 	i.wait()
 	i.refresh()
@@ -354,7 +360,7 @@ func (i *Inventory) Devices() []Device {
 	return list
 }
 
-// refresh reads the numbers of all devices. Its errors are those of each device, in their order.
+// refresh reads the numbers of all devices. It returns one error, or nil, for each device, in their order.
 func (i *Inventory) refresh() []error {
 	type reading struct {
 		free        int64
@@ -393,7 +399,7 @@ func (i *Inventory) refresh() []error {
 	return errs
 }
 
-// noteError keeps what reading a device said; i.mu is held.
+// noteError sets d.Reason to why the device could not be read, nil for read, and drains a lost device; i.mu is held.
 func (i *Inventory) noteError(d *device, err error) {
 	switch {
 	case !d.Healthy:
@@ -410,7 +416,7 @@ func (i *Inventory) noteError(d *device, err error) {
 	}
 }
 
-// drain takes a device out of service; i.mu is held. Watch tells about it.
+// drain takes a device out of service; i.mu is held. Watch then reports the device to its caller.
 func (i *Inventory) drain(d *device, reason string) {
 	if d.Healthy {
 		d.Healthy, d.Reason = false, reason

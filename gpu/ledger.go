@@ -1,4 +1,4 @@
-// What all fronts of a host have promised of a device's memory, in a folder that they share.
+// The ledger: what all fronts of a host have promised of each device's memory, in a folder that they share.
 
 package gpu
 
@@ -16,13 +16,13 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// memory is the memory of one device, or of the compute instances of one GPU instance, and who was promised what of
-// it. In the lock folder it has a folder of its name, with flock(2) on which one may plan with this memory. There each
-// front has a file with the bytes that its processes may still take. The front holds flock(2) on that file, so
-// one whose lock is free belongs to a front that has ended.
+// memory is the memory of one device, or of the compute instances of one GPU instance, and the placements that were
+// promised some of it. It has a folder in the lock folder. A front plans with this memory while it holds flock(2) on
+// that folder, and keeps a file there with the bytes that its processes may still take. The front also holds flock(2)
+// on this file for as long as it lives, so an unlocked file belongs to a front that has ended.
 type memory struct {
 	name   string
-	turn   chan struct{}           // held with the lock: flock(2) alone would do, but this is cheap to ask
+	turn   chan struct{}           // held with the lock, and tried first, because that is cheaper than flock(2)
 	placed map[*Placement]struct{} // guarded by the Inventory's mu, as all below
 	held   *os.File                // our file, nil before the first placement
 }
@@ -31,10 +31,10 @@ func newMemory(name string) *memory {
 	return &memory{name: name, turn: make(chan struct{}, 1), placed: map[*Placement]struct{}{}}
 }
 
-// widest is the width of a number in such a file: always the same, so that one write replaces it.
+// widest is the width of the number in a front's file; it never changes, so that one write replaces the number.
 const widest = 20
 
-// tryLock locks a memory for planning, or says that somebody else has it.
+// tryLock locks a memory for planning; it is not ok if somebody else has the lock.
 func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 	select {
 	case m.turn <- struct{}{}:
@@ -48,9 +48,8 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 	}()
 	file, err := i.folder(m)
 	if err != nil {
-		return nil, false, fault.New(fault.Precondition,
-			"lock of device %s: %w; all users of this host's devices must be able to write to "+
-				"%s", m.name, err, i.lockDir)
+		return nil, false, fault.New(fault.Precondition, "lock of device %s: %w; "+
+			"all users of this host's devices must be able to write to %s", m.name, err, i.lockDir)
 	}
 	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		_ = file.Close()
@@ -65,8 +64,8 @@ func (i *Inventory) tryLock(m *memory) (unlock func(), ok bool, err error) {
 	}, true, nil
 }
 
-// folder opens the folder of a memory. It and the lock folder are made for all users, as /tmp is; one that
-// is there stays as it is, but is never a link.
+// folder opens the folder of a memory. It makes that and the lock folder for all users, with the mode of /tmp. An
+// existing folder stays as it is, but must not be a link.
 func (i *Inventory) folder(m *memory) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(i.lockDir), 0o755); err != nil { //nolint:gosec // other users pass through it
 		return nil, err
@@ -79,8 +78,9 @@ func (i *Inventory) folder(m *memory) (*os.File, error) {
 	return openFolder(int(locks.Fd()), m.name)
 }
 
-// openFolder opens a folder by its name in another, and makes it for all users if it is not there. What it changes is
-// what it has opened: names below a folder of all users may be others' a moment later.
+// openFolder opens a folder by its name in another, and makes it for all users if it does not exist. The mode is set on
+// what was opened, not by name: in a folder that all users may write to, a name may belong to another user a moment
+// later.
 func openFolder(at int, name string) (*os.File, error) {
 	made := unix.Mkdirat(at, name, 0o700)
 	if made != nil && made != unix.EEXIST {
@@ -100,7 +100,7 @@ func openFolder(at int, name string) (*os.File, error) {
 	return file, nil
 }
 
-// promised returns the bytes of a memory that placed processes may still take: ours and those of other fronts. The
+// promised returns the bytes of a memory that placed processes, our own and those of other fronts, may still take. The
 // lock is held.
 func (i *Inventory) promised(m *memory) (int64, error) {
 	i.mu.Lock()
@@ -116,7 +116,7 @@ func (i *Inventory) promised(m *memory) (int64, error) {
 	}
 	for _, entry := range entries {
 		path := filepath.Join(i.lockDir, m.name, entry.Name())
-		if path == own || !entry.Type().IsRegular() { // a front makes files; what else is there could not be waited for
+		if path == own || !entry.Type().IsRegular() { // fronts make regular files; opening anything else may block
 			continue
 		}
 		others, err := readHeld(path)
@@ -139,21 +139,20 @@ func readHeld(path string) (int64, error) {
 	}
 	defer func() { _ = file.Close() }()
 	if unix.Flock(int(file.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil {
-		_ = os.Remove(path) // only its user can; whoever else comes by sees the same and counts nothing
+		_ = os.Remove(path) // fails for another user's file, which counts nothing as long as it is unlocked
 		return 0, nil
 	}
 	text := make([]byte, widest)
 	n, _ := file.ReadAt(text, 0)
 	bytes, err := strconv.ParseInt(strings.TrimSpace(string(text[:n])), 10, 64)
 	if err != nil || bytes < 0 {
-		return 0, fault.New(fault.Precondition,
-			"another front's reservation of a device: %s holds %q; want a number of bytes; remove the file if no "+
-				"flightsvc runs", path, text[:n])
+		return 0, fault.New(fault.Precondition, "another front's reservation of a device: %s holds %q; "+
+			"want a number of bytes; remove the file if no flightsvc runs", path, text[:n])
 	}
 	return bytes, nil
 }
 
-// ours is the sum of what our own processes may still take; the Inventory's mu is held.
+// ours returns what our own processes may still take, in bytes; the Inventory's mu is held.
 func (m *memory) ours() int64 {
 	var sum int64
 	for p := range m.placed {
@@ -162,8 +161,8 @@ func (m *memory) ours() int64 {
 	return sum
 }
 
-// publish tells the other fronts what ours may still take; i.mu is held. To add a promise the memory's lock is held
-// too, to take one back it need not be.
+// publish writes what our processes may still take into our file, for the other fronts; i.mu is held. To add a promise
+// the memory's lock must be held too; to lower one it need not be.
 func (i *Inventory) publish(m *memory) error {
 	if m.held == nil {
 		file, err := os.CreateTemp(filepath.Join(i.lockDir, m.name), "front-")
@@ -182,7 +181,7 @@ func (i *Inventory) publish(m *memory) error {
 	return nil
 }
 
-// forget takes back all promises; the Inventory's mu is held.
+// forget removes our file, and with it all promises; the Inventory's mu is held.
 func (m *memory) forget() {
 	if m.held != nil {
 		_ = os.Remove(m.held.Name())

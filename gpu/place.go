@@ -1,4 +1,4 @@
-// Placement: a load gets the device with the most free memory, and the memory comes back afterwards.
+// Placement: a load gets the device with the most free memory, and Release waits until the driver has freed it again.
 
 package gpu
 
@@ -15,19 +15,19 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// The driver gives the memory of a process back a while after the process has gone. These are the figures of
-// Ollama's scheduler (server/sched.go, waitForVRAMRecovery), which reports that it takes 0.5 to 1.5 s.
+// The driver frees the memory of a process some time after the process has ended. The limits are those of Ollama's
+// scheduler (server/sched.go, waitForVRAMRecovery), which reports 0.5 to 1.5 s.
 const (
 	recoveryPoll  = 250 * time.Millisecond
 	recoveryLimit = 5 * time.Second
-	recoveryShare = 4 // all but a fourth
+	recoveryShare = 4 // a fourth of the memory may still be missing
 )
 
-// NoRoom says that a load does not fit on any device that it may use. Another process must end first.
+// NoRoom means that a load does not fit on any device that it may use until another process has ended.
 type NoRoom struct {
 	Device Device // the one with the most room
 	Need   int64  // bytes
-	Free   int64  // bytes of it that nobody has and nobody was promised
+	Free   int64  // bytes of it that are neither in use nor promised
 }
 
 func (e *NoRoom) Error() string {
@@ -35,30 +35,30 @@ func (e *NoRoom) Error() string {
 		e.Device.Memory>>20, e.Need>>20)
 }
 
-// Placement is one process on one device. Nil stands for the processor: its methods are all there, and do nothing.
-// Release must be called when the process is gone.
+// Placement is one process on one device. All methods may be called on nil, which stands for the CPU. Release must be
+// called when the process has ended.
 type Placement struct {
 	inventory *Inventory
 	device    *device
 	before    int64  // bytes that were free when it was placed
 	promises  int64  // bytes that others had been promised then
 	unlock    func() // of the device's lock, nil once the load has settled
-	// What is below is guarded by the inventory's mu.
+	// The inventory's mu guards the fields below.
 	cost     int64 // bytes that the process takes, or will take
-	used     int64 // bytes that it has, as far as is certain
-	said     int64 // bytes that it has, as Measure last said
-	rest     int64 // bytes that neither it nor a listed process had when it was last measured
+	used     int64 // bytes that it certainly has
+	said     int64 // bytes that it has by the last Measure
+	rest     int64 // reading.rest of the last Measure, without what the process had
 	measured bool
 	released bool
 }
 
-// outstanding is what the process may still take.
+// outstanding returns the bytes that the process may still take: its promise.
 func (p *Placement) outstanding() int64 { return max(0, p.cost-p.used) }
 
-// Place finds room for a load that needs so many bytes, among the devices of want, that with most room first, and
-// keeps it. It returns nil, the processor, if want is empty. The device stays locked for all fronts of the
-// host until Settle or Release. It waits while others load where there may be room; its errors are *NoRoom,
-// and faults: Unavailable when ctx ends or no device can be read, Precondition for a lock folder that cannot be used.
+// Place reserves need bytes on one of the devices of want, trying those with the most room first. It returns nil, for
+// the CPU, if want is empty. The device stays locked for all fronts of the host until Settle or Release. While another
+// load holds the lock of a device, Place waits, unless there is room on another one. Errors are *NoRoom, and the faults
+// Unavailable when ctx ends or no device can be read, and Precondition for a lock folder that cannot be used.
 func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Placement, error) {
 	if len(want) == 0 {
 		return nil, nil
@@ -90,18 +90,17 @@ func (i *Inventory) Place(ctx context.Context, want []Device, need int64) (*Plac
 		candidates = busy
 		select {
 		case <-ctx.Done():
-			return nil, fault.New(fault.Unavailable,
-				"device %s: another model is being loaded there, here or by another front of this host; ask again: "+
-					"%w", busy[0].UUID, ctx.Err())
+			return nil, fault.New(fault.Unavailable, "device %s: another model is being loaded there, "+
+				"here or by another front of this host; ask again: %w", busy[0].UUID, ctx.Err())
 		case <-time.After(i.retry):
 		}
 	}
 }
 
-// errBusy says that somebody else has the lock of a device.
+// errBusy means that somebody else has the lock of a device.
 var errBusy = errors.New("busy")
 
-// candidates returns the wanted devices that are healthy and have answered, that with most room first.
+// candidates returns the wanted devices that are healthy and have answered, those with the most room first.
 func (i *Inventory) candidates(want []Device) ([]*device, error) {
 	errs := i.refresh()
 	i.mu.Lock()
@@ -130,7 +129,8 @@ func (i *Inventory) candidates(want []Device) ([]*device, error) {
 	return found, nil
 }
 
-// tryPlace places a load on one device, or says how much room there is, or returns errBusy.
+// tryPlace places a load on one device. If it does not fit, NoRoom says how much room there is; if the device is
+// locked, the error is errBusy.
 func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error) {
 	unlock, ok, err := i.tryLock(d.memory)
 	if err != nil {
@@ -144,7 +144,8 @@ func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error)
 			unlock()
 		}
 	}()
-	// The promises first: what a process takes after that counts twice for a moment, never not at all.
+	// Promises are read before free memory: what a process takes in between counts twice for a moment. The other way
+	// round it would not count at all.
 	promises, err := i.promised(d.memory)
 	if err != nil {
 		return nil, nil, err
@@ -172,14 +173,15 @@ func (i *Inventory) tryPlace(d *device, need int64) (*Placement, *NoRoom, error)
 	return p, nil, nil
 }
 
-// reading is what NVML says of a device's memory. It lists processes by their ids outside of containers.
+// reading is what NVML says about a device's memory. NVML lists processes by their ids on the host, which are other ids
+// in a container.
 type reading struct {
 	free int64 // bytes that nobody has
-	used int64 // bytes that one process has, -1 where it is not listed
-	rest int64 // bytes that somebody has who is not listed: the driver, processes on their way out
+	used int64 // bytes that the process asked about has, -1 if it is not listed
+	rest int64 // bytes in use, but not by a listed process: the driver's, those of processes that end
 }
 
-// measure reads the memory of a device, and what a process has of it.
+// measure reads the memory of a device, and what the process pid has of it.
 func (i *Inventory) measure(d *device, pid int) (reading, error) {
 	now, err := ask(i, i.limit, func() (reading, error) {
 		now := reading{used: -1}
@@ -196,7 +198,8 @@ func (i *Inventory) measure(d *device, pid int) (reading, error) {
 			}
 			return sum
 		}
-		// The list and the memory are not of one moment; between two lists rest is never too low.
+		// The list and the memory are read at different moments. With the smaller of two lists, one before and one
+		// after, rest is never too low.
 		listed := list()
 		info, ret := d.handle.GetMemoryInfo()
 		listed = min(listed, list())
@@ -216,7 +219,7 @@ func (i *Inventory) measure(d *device, pid int) (reading, error) {
 // nvmlNotAvailable is NVML_VALUE_NOT_AVAILABLE.
 const nvmlNotAvailable = ^uint64(0)
 
-// Device returns the device, the zero Device for the processor.
+// Device returns the device, the zero Device for the CPU.
 func (p *Placement) Device() Device {
 	if p == nil {
 		return Device{}
@@ -226,7 +229,7 @@ func (p *Placement) Device() Device {
 	return p.device.Device
 }
 
-// Env returns what the process must have in its environment to use this device and no other.
+// Env returns the variables with which the process sees this device and no other.
 func (p *Placement) Env() []string {
 	if p == nil {
 		return []string{"CUDA_VISIBLE_DEVICES=-1"}
@@ -234,10 +237,10 @@ func (p *Placement) Env() []string {
 	return []string{"CUDA_VISIBLE_DEVICES=" + p.device.UUID, "CUDA_DEVICE_ORDER=PCI_BUS_ID"}
 }
 
-// Measure returns the bytes of the device that the process has, and takes what it now has off its promise.
-// Where NVML does not list the process, as in most containers, the answer is by how much the free memory has
-// shrunk since Place, while the load has not settled, with what others took meanwhile; afterwards it is the last
-// answer. Called once more just before the process ends, it lets Release know how much memory must come back.
+// Measure returns the bytes of the device that the process has, and lowers its promise by them. NVML does not list the
+// process in most containers. There Measure returns, until Settle, by how much free memory has shrunk since Place,
+// which includes what others took meanwhile; afterwards it returns its last answer. A call just before the process ends
+// tells Release how much memory must become free.
 func (p *Placement) Measure(pid int) int64 {
 	if p == nil {
 		return 0
@@ -250,8 +253,8 @@ func (p *Placement) Measure(pid int) int64 {
 	case err != nil || p.released:
 	case now.used >= 0:
 		p.used, p.said, p.rest, p.measured = now.used, now.used, now.rest, true
-		_ = i.publish(p.device.memory) // a promise that stays too high is safe
-	case p.unlock != nil: // of what is gone, others may have taken what they were promised, and no more
+		_ = i.publish(p.device.memory) // after an error the promise stays too high, which is safe
+	case p.unlock != nil: // others may have taken what they were promised, and no more
 		p.said = max(0, p.before-now.free)
 		p.used, p.rest, p.measured = max(0, p.said-p.promises), now.rest-p.said, true
 		_ = i.publish(p.device.memory)
@@ -261,8 +264,8 @@ func (p *Placement) Measure(pid int) int64 {
 	return p.said
 }
 
-// Settle says that the load is over and the process will take cost bytes in all: at least what Measure said, more
-// if an earlier process of the same model took more. Zero keeps what Place was told. It unlocks the device.
+// Settle ends the load and unlocks the device. cost is how many bytes the process will take in all: at least what
+// Measure returned, more if an earlier process of the same model took more; 0 keeps the need given to Place.
 func (p *Placement) Settle(cost int64) {
 	if p == nil {
 		return
@@ -281,16 +284,16 @@ func (p *Placement) Settle(cost int64) {
 	}
 	if cost > 0 {
 		p.cost = cost
-		_ = i.publish(p.device.memory) // an error leaves what Place was told
+		_ = i.publish(p.device.memory) // after an error the promise of Place stands
 	}
 	p.unlock()
 	p.unlock = nil
 }
 
-// Release is for after the process has gone. It takes back the promise, and waits until at least 75 % of the memory
-// has come back, or five seconds; the device is locked meanwhile, so that nobody measures a load by memory that
-// is on its way. An error says that it has not come back in time, or that ctx ended; the room is given up
-// anyway, and what is still missing is not counted as free.
+// Release takes back the promise after the process has ended. It waits until at least 75 % of the memory is free again,
+// at most five seconds, and keeps the device locked meanwhile, so that no load is measured by memory that is still
+// being freed. An error says that the memory was not freed in time, or that ctx ended. The placement is released in any
+// case; memory that is still missing does not count as free.
 func (p *Placement) Release(ctx context.Context) error {
 	if p == nil {
 		return nil

@@ -1,4 +1,4 @@
-// The health of devices: XID errors and lost devices drain what they concern.
+// The health of devices: XID errors drain the devices that they concern, and lost devices are drained.
 
 package gpu
 
@@ -12,9 +12,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// applicationXIDs are the errors that a program on the GPU makes, after which the GPU goes on working. NVIDIA's own
-// Kubernetes device plugin passes over the same (k8s-device-plugin, internal/rm/health.go); what they mean is in
-// NVIDIA's catalogue, https://docs.nvidia.com/deploy/xid-errors/.
+// applicationXIDs are the errors that a program causes on a GPU, after which the GPU continues to work. NVIDIA's
+// Kubernetes device plugin ignores the same ones (k8s-device-plugin, internal/rm/health.go).
+// https://docs.nvidia.com/deploy/xid-errors/ says what they mean.
 var applicationXIDs = map[uint64]string{
 	13:  "graphics engine exception",
 	31:  "memory page fault",
@@ -25,14 +25,14 @@ var applicationXIDs = map[uint64]string{
 }
 
 const (
-	eventWait = 500 * time.Millisecond // of one wait for an event; the end of ctx may go unseen so long
-	healthGap = 5 * time.Second        // between two looks at devices that send no event
+	eventWait = 500 * time.Millisecond // of one wait for an event; ctx is checked after it
+	healthGap = 5 * time.Second        // between two readings, for devices that send no event
 )
 
-// Watch looks after the devices until ctx ends, and calls drained, from its own goroutine, once for each device that
-// is out of service: after an XID error that is not the program's own doing, or when the driver has
-// lost it. A drained device gets no further placement; it stays so until the front starts again, since it has to
-// be reset first. Numbers that cannot be read drain nothing.
+// Watch watches the devices until ctx ends. It calls drained, from its own goroutine, once for each device that is out
+// of service: after an XID error that no program causes, or when the driver has lost it. A drained device gets no
+// further placement until the front starts again, since it has to be reset first. A device whose numbers cannot be read
+// is not drained.
 func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reason string)) {
 	if i.found != nil {
 		select {
@@ -69,7 +69,7 @@ func (i *Inventory) Watch(ctx context.Context, drained func(device Device, reaso
 	}
 }
 
-// register makes a set of the errors of all devices.
+// register returns a set of events that receives the XID errors of all devices.
 func (i *Inventory) register() (nvml.EventSet, error) {
 	events, ret := i.nvml.EventSetCreate()
 	if ret != nvml.SUCCESS {
@@ -92,8 +92,8 @@ func (i *Inventory) register() (nvml.EventSet, error) {
 	return events, nil
 }
 
-// handleEvent waits for one event and handles it. It returns false if it could not wait. A driver that does not return
-// from the wait is not asked again.
+// handleEvent waits for one event and handles it; it returns false if it could not wait. If the driver does not return
+// from the wait, it sets *set to nil, so that the driver is not asked again.
 func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	type event struct {
 		xid    uint64
@@ -103,11 +103,11 @@ func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	}
 	received := make(chan event, 1)
 	events := *set
-	go func() { // not through ask, which others need meanwhile
+	go func() { // without ask, which would keep others from asking for as long as this waits
 		data, ret := events.Wait(uint32(eventWait.Milliseconds()))
 		e := event{xid: data.EventData, gi: data.GpuInstanceId, ci: data.ComputeInstanceId, ret: ret}
 		if ret == nvml.SUCCESS && data.EventType != nvml.EventTypeXidCriticalError {
-			e.ret = nvml.ERROR_TIMEOUT // of no interest
+			e.ret = nvml.ERROR_TIMEOUT // ignored
 		} else if ret == nvml.SUCCESS {
 			e.gpu, e.ret = data.Device.GetUUID()
 		}
@@ -119,7 +119,7 @@ func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	select {
 	case e = <-received:
 	case <-timer.C:
-		*set = nil // its owner is the call that is still there
+		*set = nil // not freed, since the call that has not returned uses it
 		i.log.Warn("XID errors of devices are no longer watched: NVIDIA's driver does not answer")
 		return false
 	}
@@ -127,7 +127,7 @@ func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	case errors.Is(e.ret, nvml.ERROR_TIMEOUT):
 		return true
 	case e.ret != nvml.SUCCESS:
-		i.refresh() // says so of each device, and finds those that are lost
+		i.refresh() // logs the reason for each device, and drains those that are lost
 		return false
 	}
 	if name, ok := applicationXIDs[e.xid]; ok {
@@ -146,7 +146,7 @@ func (i *Inventory) handleEvent(set *nvml.EventSet) bool {
 	return true
 }
 
-// tell calls drained for devices of which it has not been called.
+// tell calls drained for each device that has been drained since the last call.
 func (i *Inventory) tell(drained func(device Device, reason string)) {
 	i.mu.Lock()
 	var news []Device

@@ -13,16 +13,17 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// answerMemory is where answers are built and encoded: Go memory, because it is zeroed. Arrow's encoder allocates the
+// answerMemory is where answers are built and encoded: Go memory, because that is zeroed. Arrow's encoder allocates the
 // validity bits of a column without a valid row and does not clear them.
 var answerMemory = memory.NewGoAllocator()
 
-// answerWriter sends the schema at once, so that a client knows that its stream is open before it sends a row, and then
-// record batches with their metadata. flight.Writer sends the schema with the first record batch only.
+// answerWriter sends an answer: the schema at once, so that a client knows that its stream is open before it sends a
+// row, and then record batches with their metadata. flight.Writer would send the schema with the first record batch
+// only.
 type answerWriter struct {
 	stream   flight.DataStreamWriter
 	encoder  *ipc.Writer
-	body     bytes.Buffer // kept, at the size of the largest record batch so far
+	body     bytes.Buffer // reused, so as large as the largest record batch so far
 	about    []byte       // metadata of the next message
 	skipNext bool         // the next message is the schema, which the client has
 }

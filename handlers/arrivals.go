@@ -13,16 +13,16 @@ import (
 	"go.uber.org/zap"
 )
 
-// What a stream may hold of record batches that were read and not answered. One that holds none may always read one.
-// Otherwise it holds readAhead record batches and streamBytes at most, and reads on only while all streams of the
-// runner hold less than runnerBytes.
+// Bounds on record batches that were read and not answered. A stream that holds none may always read one. Otherwise it
+// holds readAhead record batches and streamBytes at most, and reads on only while all streams of the runner together
+// hold less than runnerBytes.
 const (
 	readAhead   = 5
 	streamBytes = 64 << 20
 	runnerBytes = 1 << 30
 )
 
-// arrival is a record batch that was read completely at a time.
+// arrival is a record batch, its size in memory, and the time at which it was completely read.
 type arrival struct {
 	rec   arrow.Record
 	bytes int64
@@ -42,7 +42,7 @@ type arrivals struct {
 	bytes int64
 }
 
-// ahead counts what all streams of a runner hold.
+// ahead counts the bytes of record batches that all streams of a runner hold.
 type ahead struct {
 	mu    sync.Mutex // guards the fields below, and those of arrivals
 	bytes int64
@@ -82,13 +82,13 @@ func (a *arrivals) hold(sign int, bytes int64) {
 	}
 }
 
-// readAll starts a goroutine that reads the stream into the result. It takes over reader and releases it and all memory
-// when the stream is over; ended is called last. The caller must call leave.
+// readAll starts a goroutine that reads the stream into the result. The goroutine takes over reader; when the stream is
+// over it releases reader and all memory, and calls ended last. The caller must call leave.
 func readAll(
 	ctx context.Context, reader *flight.Reader, mem *ReadMemory, bound *ahead, p *pulse, log *zap.Logger, ended func(),
 ) *arrivals {
 	ctx, cancel := context.WithCancel(ctx)
-	// never blocks its sender
+	// list has room for all record batches that a.room admits, so sending to it never blocks
 	a := &arrivals{pulse: p, list: make(chan arrival, readAhead), ahead: bound, cancel: cancel}
 	go func() {
 		defer ended()
@@ -130,8 +130,8 @@ func (a *arrivals) done(arrived arrival) {
 	a.hold(-1, arrived.bytes)
 }
 
-// leave releases what was read and will not be answered. Reading itself ends when gRPC ends Recv, after the handler has
-// returned.
+// leave releases what was read and will not be answered. The goroutine of readAll ends when gRPC ends Recv, after the
+// handler has returned.
 func (a *arrivals) leave() {
 	a.cancel()
 	a.drain()

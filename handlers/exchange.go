@@ -48,7 +48,7 @@ func newExchange(options RunnerOptions, d *protocol.Descriptor, schema *arrow.Sc
 		return nil, d.Annotate(err)
 	}
 	limits := batchLimits(d.Batching)
-	if plan.Open() { // other rows may change the size of an output: cut only what asks for it
+	if plan.Open() { // an output's size may depend on the other rows of a run: join none, cut only for max_batch_size
 		limits.Alone, limits.Off = true, limits.Off || limits.MaxBatchSize == 0
 	}
 	call := batch.Call{Fetches: plan.Fetches(), Timeout: d.RunTimeout(), Check: plan.CheckOutputs, Limits: limits}
@@ -79,8 +79,8 @@ func (x *exchange) serve(stream flight.FlightService_DoExchangeServer, arrivals 
 	return nil
 }
 
-// answer runs one record batch and releases it. One of pictures is run slice by slice, because pictures may be much
-// larger as tensors.
+// answer runs one record batch and releases it. A record batch of pictures is run slice by slice, because pictures may
+// be much larger as tensors.
 func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arrivals) error {
 	defer arrivals.done(arrived)
 	started := time.Now()
@@ -108,7 +108,7 @@ func (x *exchange) answer(ctx context.Context, arrived arrival, arrivals *arriva
 	return nil
 }
 
-// maxPictureBytes bounds the tensors that are made of pictures at once; a single picture may be larger.
+// maxPictureBytes bounds the tensors that are made of pictures at once, except for a single larger picture.
 const maxPictureBytes = 64 << 20
 
 // answerSlice runs the rows of rec, which begin at row lo of their record batch, and writes their answer, in several

@@ -12,10 +12,11 @@ import (
 // only for more data.
 const minWindow = 8 << 20
 
-// checkFrames refuses a compressed buffer whose Zstandard frames ask for a window of more than minWindow and more than
-// twice what the buffer becomes. All other mistakes in them are the decoder's to find.
+// checkFrames refuses, by a panic with a fault, a compressed buffer whose Zstandard frames ask for a window of more
+// than minWindow and more than twice the buffer's uncompressed size. It leaves all other mistakes in them to the
+// decoder.
 func checkFrames(buffer []byte) {
-	const sizeBytes, plain = 8, -1
+	const sizeBytes, plain = 8, -1 // a buffer begins with its uncompressed size; -1 says that it is not compressed
 	if len(buffer) < sizeBytes {
 		return
 	}
@@ -37,16 +38,15 @@ func checkFrames(buffer []byte) {
 		}
 		window, checksum, blocks := frameHeader(frames[4:])
 		if window > max(minWindow, uint64(max(becomes, 0))*2) {
-			panic(fault.New(fault.BadRequest, "a compressed buffer wants %d MiB to be read, more than twice what it "+
-				"becomes",
-				window>>20))
+			panic(fault.New(fault.BadRequest, "a compressed buffer needs a window of %d MiB, more than twice its "+
+				"uncompressed size", window>>20))
 		}
 		frames = skip(skipBlocks(blocks), checksum)
 	}
 }
 
-// frameHeader reads what follows a frame's magic number: the size of its window, that of the checksum at its end, and
-// the data from its first block on.
+// frameHeader reads what follows a frame's magic number. It returns the size of the frame's window, that of the
+// checksum at its end, and the data from its first block on.
 func frameHeader(data []byte) (window uint64, checksum int64, blocks []byte) {
 	if len(data) == 0 {
 		return 0, 0, nil
@@ -65,7 +65,7 @@ func frameHeader(data []byte) (window uint64, checksum int64, blocks []byte) {
 		window = base + base/8*uint64(data[0]&7)
 		data = data[1:]
 	}
-	data = skip(data, [...]int64{0, 1, 2, 4}[about&3]) // the dictionary's name
+	data = skip(data, [...]int64{0, 1, 2, 4}[about&3]) // the dictionary's id
 	width := [...]int{0, 2, 4, 8}[about>>6]
 	if single && width == 0 {
 		width = 1

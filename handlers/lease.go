@@ -8,7 +8,7 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// leases remembers the used ones until they expire, so that each opens one stream.
+// leases checks leases, and remembers used ones until they expire, so that each opens only one stream.
 type leases struct {
 	key []byte
 

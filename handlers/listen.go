@@ -17,8 +17,8 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// Listen opens a Unix socket at path with mode 0600, in place of one that lies there already. Only
-// processes of the same user can connect: others are closed at accept.
+// Listen opens a Unix socket at path with mode 0600, in place of one that lies there already. Only processes of the
+// same user can connect: the connections of others are closed at once.
 func Listen(path string, log *zap.Logger) (net.Listener, error) {
 	if _, err := protocol.SocketPath(protocol.Scheme + path); err != nil {
 		return nil, err
@@ -42,7 +42,7 @@ func Listen(path string, log *zap.Logger) (net.Listener, error) {
 	return &sameUser{Listener: listener, log: log}, nil
 }
 
-// sameUser refuses connections from other users, whatever the modes of the folders above say.
+// sameUser refuses connections from other users, whatever the modes of the folders above the socket allow.
 type sameUser struct {
 	net.Listener
 	log *zap.Logger
@@ -81,12 +81,12 @@ func peerUID(conn *net.UnixConn) (uint32, error) {
 	return cred.Uid, nil
 }
 
-// window is the flow-control window of a stream and of a connection: one large record batch
-// does not wait for the reader's acknowledgements.
+// window is the flow-control window of a stream and of a connection: so large that one large record batch does not wait
+// for the reader's acknowledgements.
 const window = 4 << 20
 
-// NewServer returns a gRPC server with our limits, errors and log lines, serving service and saying which
-// services there are (reflection).
+// NewServer returns a gRPC server for service, with the Interceptors, the bound on messages and reflection (which lists
+// the services). more are further options.
 func NewServer(service flight.FlightServer, log *zap.Logger, more ...grpc.ServerOption) *grpc.Server {
 	options := append(append(Interceptors(log), more...),
 		grpc.MaxRecvMsgSize(MaxMessageBytes),

@@ -1,5 +1,5 @@
-// Messages: what a stream sends, checked before Arrow's reader believes it. The checks of FlatBuffers are kept by hand
-// because those of Arrow's Go library are internal to it and version 15 is fixed.
+// Messages: what a stream sends, checked before Arrow's reader trusts it. The FlatBuffers checks are written by hand,
+// because those of Arrow's Go library are internal to it, and its version 15 is fixed.
 
 package handlers
 
@@ -20,27 +20,26 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// What a stream may send. Arrow's reader believes what a message says of itself; these bounds, and
-// checkedStream, are what lies between that and our memory.
+// Bounds on what a stream may send. Arrow's reader trusts the numbers in a message; these bounds and checkedStream keep
+// false ones from taking the server's memory.
 const (
-	// MaxMessageBytes is the largest Flight message that we take: a row of tensor.MaxRowBytes with
-	// what Arrow and Flight put around it. gRPC refuses more with ResourceExhausted.
+	// MaxMessageBytes is the largest Flight message that is accepted: a row of tensor.MaxRowBytes with what Arrow and
+	// Flight put around it. gRPC refuses more with ResourceExhausted.
 	MaxMessageBytes = tensor.MaxRowBytes + 1<<20
-	// MaxBatchRows is the most rows of a record batch. Columns without a buffer, of nulls, say, could
-	// claim any number.
+	// MaxBatchRows is the most rows of a record batch. A column without buffers, such as nulls, could claim any number.
 	MaxBatchRows = 1 << 24
-	// maxStreamMemory bounds what the record batches and dictionaries of a stream take in memory
-	// once they are uncompressed.
+	// maxStreamMemory bounds the uncompressed record batches and dictionaries of a stream in memory.
 	maxStreamMemory = 1 << 30
-	// maxSchemaFields, maxSchemaDepth and maxSchemaText bound a schema, nested fields included. Text is
-	// the bytes of its names and metadata, which fields can share and Arrow's reader copies for each.
+	// maxSchemaFields, maxSchemaDepth and maxSchemaText bound a schema, nested fields included. Its text is the bytes
+	// of names and metadata: fields can share them, but Arrow's reader copies them for each field.
 	maxSchemaFields = 1 << 14
 	maxSchemaDepth  = 64
 	maxSchemaText   = 16 << 20
 )
 
-// OpenReader reads the first messages of a stream: the descriptor and the schema. They may come
-// as one message or as two, and a client may repeat the descriptor; the first one counts.
+// OpenReader reads the first messages of a stream: the descriptor and the schema. They may come as one message or as
+// two. A client may repeat the descriptor; the first one counts. The reader allocates from mem; the caller must release
+// it.
 func OpenReader(stream flight.DataStreamReader, mem *ReadMemory) (*flight.Reader, *flight.FlightDescriptor, error) {
 	first := &checkedStream{DataStreamReader: stream, mem: mem}
 	reader, err := flight.NewRecordReader(first, ipc.WithAllocator(mem))
@@ -50,12 +49,12 @@ func OpenReader(stream flight.DataStreamReader, mem *ReadMemory) (*flight.Reader
 	return reader, first.descriptor, nil
 }
 
-// checkedStream checks each message and keeps the first descriptor that comes by.
+// checkedStream checks each message and keeps the first descriptor.
 type checkedStream struct {
 	flight.DataStreamReader
 	descriptor *flight.FlightDescriptor
 	schema     outline
-	awaited    int // dictionaries that must come before all else
+	awaited    int // dictionaries that must come before record batches
 	mem        *ReadMemory
 }
 
@@ -74,7 +73,8 @@ func (c *checkedStream) Recv() (*flight.FlightData, error) {
 	return message, c.check(message.GetDataHeader(), message.GetDataBody())
 }
 
-// StreamError keeps errors of the transport and makes all others the caller's mistake.
+// StreamError returns an error of the transport as it is. Any other error is the caller's mistake and becomes a
+// BadRequest with the given text.
 func StreamError(err error, format string, args ...any) error {
 	if _, ok := status.FromError(err); ok || errors.Is(err, context.Canceled) {
 		return err
@@ -82,26 +82,25 @@ func StreamError(err error, format string, args ...any) error {
 	return fault.New(fault.BadRequest, format, args...)
 }
 
-// ReadMemory is the allocator of a stream's reader. When a record batch does not hold what it
-// says, Arrow's reader loses the buffers that it was filling, which may be large and lie off the
-// Go heap; ReadMemory knows them. It refuses, by a panic that the reader turns into an error, what a
-// stream may not hold.
+// ReadMemory is the allocator of a stream's reader. When a record batch is malformed, Arrow's reader loses the buffers
+// that it was filling, which may be large and lie off the Go heap; ReadMemory keeps track of them, and Discard frees
+// them. An allocation beyond the limit panics, which the reader turns into an error.
 //
-// The reader may lose its hold on dictionaries then as well, which other record batches still read. So those lie on
-// the Go heap.
+// After a malformed record batch the reader may also release dictionaries that other record batches still read.
+// Dictionaries therefore lie on the Go heap.
 type ReadMemory struct {
 	memory.Allocator
 
 	mu      sync.Mutex       // guards the fields below
-	fresh   map[*byte][]byte // not freed, of the record batch that is being read
+	fresh   map[*byte][]byte // buffers of the record batch that is being read
 	live    int              // bytes not freed, of all record batches
-	limit   int              // of live
+	limit   int              // bound on live
 	refused bool             // limit was reached
 	heap    bool             // the next buffers lie on the Go heap
-	onHeap  map[*byte]bool   // those that do
+	onHeap  map[*byte]bool   // buffers that do
 }
 
-// NewReadMemory returns an allocator on top of mem that lets limit bytes be out at once.
+// NewReadMemory returns an allocator on top of mem that has at most limit bytes allocated at once.
 func NewReadMemory(mem memory.Allocator, limit int) *ReadMemory {
 	return &ReadMemory{Allocator: mem, fresh: map[*byte][]byte{}, limit: limit, onHeap: map[*byte]bool{}}
 }
@@ -136,7 +135,7 @@ func (m *ReadMemory) Refused() bool {
 	return m.refused
 }
 
-// useGoHeap says whether the next buffers are left to Go's collector.
+// useGoHeap says whether the next buffers lie on the Go heap.
 func (m *ReadMemory) useGoHeap(yes bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -165,14 +164,14 @@ func (m *ReadMemory) Free(b []byte) {
 	}
 }
 
-// Commit says that the record batch was read: its buffers are its own from now on.
+// Commit says that a record batch was read completely: releasing it frees its buffers from now on.
 func (m *ReadMemory) Commit() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	clear(m.fresh)
 }
 
-// Discard frees what a record batch that could not be read has left.
+// Discard frees the buffers of a record batch that could not be read.
 func (m *ReadMemory) Discard() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -182,8 +181,8 @@ func (m *ReadMemory) Discard() {
 	clear(m.fresh)
 }
 
-// Slots of the fields that are looked at, and the types of headers, from Arrow's Message.fbs and
-// Schema.fbs: the field with number n has slot 4+2n.
+// Slots of the fields that are checked, and types of headers, from Arrow's Message.fbs and Schema.fbs: the field with
+// number n has slot 4+2n.
 const (
 	slotHeaderType, slotHeader, slotMessageMetadata    = 6, 8, 12
 	slotSchemaFields, slotSchemaMetadata               = 6, 8
@@ -211,32 +210,32 @@ const (
 	typeListView, typeLargeListView               = 25, 26
 )
 
-// check looks at the numbers in a message by which Arrow's reader allocates and recurses before it has seen what they
-// count, so that none claims more than the message holds; and at how many there are, because the reader indexes past
-// the end of a list shorter than the schema.
+// check refuses a message whose numbers claim more than it holds, because Arrow's reader allocates and recurses by
+// these numbers before it reads what they count. It also refuses lists that are shorter than the schema demands,
+// because the reader indexes past their end.
 func (c *checkedStream) check(header, body []byte) (err error) {
 	defer func() {
 		switch cause := recover().(type) {
 		case nil:
-		case *fault.Error: // a limit
+		case *fault.Error: // a bound was exceeded
 			err = cause
-		default: // errHeader, or an offset that leads outside
+		default: // errHeader, or an index out of range for an offset that leads outside
 			err = fault.New(fault.BadRequest, "a message is malformed")
 		}
 	}()
 	message := flatTable{flatbuffers.Table{Bytes: header, Pos: flatbuffers.GetUOffsetT(header)}}
 	message.vector(slotMessageMetadata, 4)
 	kind := message.byte(slotHeaderType)
-	if c.awaited > 0 && kind != headerDictionary { // the reader would take it for one
-		return fault.New(fault.BadRequest, "%d more dictionaries of the schema must come before record batches",
-			c.awaited)
+	if c.awaited > 0 && kind != headerDictionary { // the reader would take any message for one
+		return fault.New(fault.BadRequest,
+			"%d more dictionaries of the schema must come before record batches", c.awaited)
 	}
 	c.mem.useGoHeap(kind == headerDictionary)
 	switch about := message.union(slotHeader); kind {
 	case headerDictionary:
-		if about.GetBoolSlot(slotDictionaryDelta, false) { // Arrow's reader would join what nobody has checked
-			return fault.New(fault.BadRequest, "a delta dictionary (isDelta) is not supported; send the whole "+
-				"dictionary")
+		if about.GetBoolSlot(slotDictionaryDelta, false) { // the reader would join it with the first one unchecked
+			return fault.New(fault.BadRequest,
+				"a delta dictionary (isDelta) is not supported; send the whole dictionary")
 		}
 		c.awaited--
 		data := about.table(slotDictionaryData)
@@ -252,7 +251,7 @@ func (c *checkedStream) check(header, body []byte) (err error) {
 	return nil
 }
 
-// errHeader is thrown by the methods of flatTable and caught by check.
+// errHeader is what methods of flatTable panic with; check recovers it.
 var errHeader = errors.New("malformed header")
 
 // flatTable is a FlatBuffers table whose vectors are checked.
@@ -294,15 +293,15 @@ func (t *flatTable) vector(slot flatbuffers.VOffsetT, width int) (start flatbuff
 	return start, n
 }
 
-// outline is what is kept of a schema: how large it becomes, shared fields counted as often as they occur, and what the
-// arrays of its columns, and of its dictionaries by their id, consist of.
+// outline is what is kept of a schema: the number of its fields and the bytes of its text, shared ones counted each
+// time they occur, and the counts of the arrays of its columns and, by id, of its dictionaries.
 type outline struct {
 	fields, text int
 	columns      counts
 	dictionaries map[int64]counts
 }
 
-// counts are the nodes and buffers of arrays; views are the arrays that may have any number of further buffers.
+// counts are numbers of nodes and buffers of arrays; views are arrays with any number of further buffers.
 type counts struct{ nodes, buffers, views int }
 
 func (p *counts) add(more counts) {
@@ -311,15 +310,16 @@ func (p *counts) add(more counts) {
 	p.views += more.views
 }
 
-// addText counts text, and stops where it is too much.
+// addText counts bytes of text, and panics with a fault if they are too many.
 func (o *outline) addText(bytes int) {
 	if o.text += bytes; o.text > maxSchemaText {
 		panic(fault.New(fault.BadRequest, "names and metadata in a schema take %d MiB at most", maxSchemaText>>20))
 	}
 }
 
-// fields walks over a vector of fields and those below them, and returns what their arrays are made
-// of. FlatBuffers lets many share one, so a small header could unfold to any size.
+// fields walks over a vector of fields and their children, and returns the counts of their arrays. It panics with a
+// fault if they are too many or too deep: FlatBuffers lets many fields share one child, so a small header could unfold
+// to any size.
 func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) (all counts) {
 	start, n := t.vector(slot, 4)
 	if seen.fields += n; seen.fields > maxSchemaFields {
@@ -364,7 +364,7 @@ func (t *flatTable) fields(slot flatbuffers.VOffsetT, depth int, seen *outline) 
 	return all
 }
 
-// metadata counts a vector of pairs of key and value.
+// metadata counts the text of a vector of pairs of key and value.
 func (t *flatTable) metadata(slot flatbuffers.VOffsetT, seen *outline) {
 	start, n := t.vector(slot, 4)
 	seen.addText(n * 2 * int(unsafe.Sizeof("")))
@@ -375,27 +375,27 @@ func (t *flatTable) metadata(slot flatbuffers.VOffsetT, seen *outline) {
 	}
 }
 
-// text counts a string.
+// text counts the bytes of a string.
 func (t *flatTable) text(slot flatbuffers.VOffsetT, seen *outline) {
 	_, n := t.vector(slot, 1)
 	seen.addText(n)
 }
 
-// element returns a table of a vector of tables.
+// element returns the table with index i of a vector of tables.
 func (t *flatTable) element(start flatbuffers.UOffsetT, i int) flatTable {
 	return flatTable{flatbuffers.Table{Bytes: t.Bytes, Pos: t.Indirect(start + flatbuffers.UOffsetT(4*i))}}
 }
 
-// batch checks a record batch, or the data of a dictionary: that it has what the schema asks for, and
-// that no two of its buffers need the same bytes of the body.
+// batch checks a record batch, or the data of a dictionary: it has at least the nodes and buffers of its schema, and
+// its buffers lie within the body and together are no larger than it.
 func (t *flatTable) batch(body []byte, want counts) {
 	if o := t.Offset(slotBatchLength); o != 0 {
 		switch n := t.GetInt64(t.Pos + flatbuffers.UOffsetT(o)); {
 		case n < 0:
 			panic(errHeader)
 		case n > MaxBatchRows:
-			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send smaller ones", n,
-				MaxBatchRows))
+			panic(fault.New(fault.BadRequest, "a record batch has %d rows; it may have %d, send smaller ones",
+				n, MaxBatchRows))
 		}
 	}
 	zstd := false

@@ -20,7 +20,7 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// ParseDescriptor is protocol.ParseDescriptor for a Flight descriptor, which must be a command.
+// ParseDescriptor is protocol.ParseDescriptor for a Flight descriptor, which must be of the type CMD.
 func ParseDescriptor(fd *flight.FlightDescriptor) (*protocol.Descriptor, error) {
 	if fd == nil || fd.GetType() != flight.DescriptorCMD {
 		return nil, fault.New(fault.BadRequest,
@@ -29,7 +29,7 @@ func ParseDescriptor(fd *flight.FlightDescriptor) (*protocol.Descriptor, error) 
 	return protocol.ParseDescriptor(fd.GetCmd())
 }
 
-// Plan joins a descriptor with the signature of a model that it names.
+// Plan joins a descriptor with the signature that it names of a model. Its faults name the model and the signature.
 func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error) {
 	signature, err := model.Signature(d.Signature)
 	if err != nil {
@@ -37,11 +37,11 @@ func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error)
 	}
 	if signature.Assigns != "" {
 		return nil, d.Annotate(fault.New(fault.BadRequest, "it writes to a variable (%s), so a batch that is sent "+
-			"again "+
-			"after a fault would be answered differently; export a signature that only reads", signature.Assigns))
+			"again after a fault would be answered differently; export a signature that only reads", signature.Assigns))
 	}
-	options := tensor.Options{Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: schemaMetadata(d,
-		signature)}
+	options := tensor.Options{
+		Inputs: d.Inputs, Outputs: d.Outputs, Layout: d.Layout, Metadata: schemaMetadata(d, signature),
+	}
 	if options.Pictures, err = pictureTensors(d, signature); err != nil {
 		return nil, d.Annotate(err)
 	}
@@ -55,7 +55,8 @@ func Plan(d *protocol.Descriptor, model *savedmodel.Model) (*tensor.Plan, error)
 	return plan, nil
 }
 
-// pictureTensors says what the pictures of each input become, and settles the types that the descriptor leaves open.
+// pictureTensors returns the tensors that the pictures of each input become. It sets the types that the descriptor
+// leaves open.
 func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map[string]tensor.PictureTensor, error) {
 	all := make(map[string]tensor.PictureTensor, len(d.Preprocess))
 	for name, p := range d.Preprocess {
@@ -78,7 +79,7 @@ func pictureTensors(d *protocol.Descriptor, signature savedmodel.Signature) (map
 	return all, nil
 }
 
-// schemaMetadata is what the schema of the answer says about the request.
+// schemaMetadata returns the metadata of the answer's schema: the version of the protocol, and the model's inputs.
 func schemaMetadata(d *protocol.Descriptor, signature savedmodel.Signature) arrow.Metadata {
 	type input struct {
 		protocol.TensorMetadata
@@ -98,7 +99,7 @@ func schemaMetadata(d *protocol.Descriptor, signature savedmodel.Signature) arro
 		[]string{strconv.Itoa(protocol.Version), string(text)})
 }
 
-// batchLimits says to the batcher what a descriptor asks of it.
+// batchLimits returns the batcher's limits for what a descriptor asks.
 func batchLimits(b protocol.Batching) batch.Limits {
 	const most = math.MaxInt64 / int64(time.Microsecond)
 	return batch.Limits{

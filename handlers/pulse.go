@@ -1,4 +1,4 @@
-// Pulse: whether anything moves on a stream, so that one that rests need not keep its runner in memory.
+// Pulse: whether anything moves on a stream, because a resting stream does not keep its runner in memory.
 
 package handlers
 
@@ -18,7 +18,7 @@ type pulse struct {
 	working atomic.Bool  // the server works for the stream
 	resting atomic.Bool
 
-	mu     sync.Mutex // guards what follows; held during calls of events, which keeps their order
+	mu     sync.Mutex // guards the fields below; held while events are called, which keeps their order
 	lease  string
 	events StreamEvents
 	timer  *time.Timer // nil before start
@@ -27,7 +27,7 @@ type pulse struct {
 
 func newPulse(rest time.Duration) *pulse { return &pulse{rest: rest, started: time.Now()} }
 
-// start begins to report about the stream that a lease has opened.
+// start begins to report about the stream that lease has opened.
 func (p *pulse) start(lease string, events StreamEvents) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

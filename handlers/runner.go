@@ -31,8 +31,8 @@ type Engine interface {
 	Pictures(specs map[string]protocol.Preprocess) (tensor.Pictures, error)
 }
 
-// StreamEvents is told of streams, each by the lease that opened it. Its methods are called by several goroutines at
-// once, but for one stream in the order of what happened.
+// StreamEvents receives the events of streams, each named by the lease that opened it. Several goroutines call its
+// methods at once, but those for one stream are called in the order of the events.
 type StreamEvents interface {
 	StreamOpened(lease string)
 	// StreamResting says that nothing has moved on a stream for RunnerOptions.StreamRest: no message came, no run was
@@ -50,15 +50,15 @@ type RunnerOptions struct {
 	Batches *batch.Scheduler // runs the engine's session
 	Events  StreamEvents
 	Key     []byte // for leases
-	Server  string // who answers, for instance "host:1234"; goes into app_metadata
-	// StreamRest is after how long without anything moving a stream counts as resting; control.StreamRest if 0.
+	Server  string // names this runner in answers, for instance "host:1234"; goes into app_metadata
+	// StreamRest is how long nothing moves on a stream before it counts as resting; control.StreamRest if 0.
 	StreamRest time.Duration
 	Memory     memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy
 	Log        *zap.Logger
 }
 
-// MaxStreams is how many streams a runner has open at once. Each may hold a record batch, so
-// they bound its memory; Spark has one for each task of an executor.
+// MaxStreams is how many streams a runner has open at once. It bounds the runner's memory, because each stream may hold
+// a record batch; Spark opens one for each task of an executor.
 const MaxStreams = 256
 
 // Runner is the Flight service of a runner process: DoExchange, and nothing else.
@@ -69,9 +69,9 @@ type Runner struct {
 	ahead   *ahead
 	streams atomic.Int64
 	rows    atomic.Int64   // answered
-	errors  atomic.Int64   // rows refused, streams failed
+	errors  atomic.Int64   // rows refused, and streams failed
 	readers sync.WaitGroup // one for each stream's reading goroutine
-	first   sync.Once      // tells of the first answer
+	first   sync.Once      // for StreamEvents.Answered
 }
 
 // NewRunner returns the service for one loaded model.
@@ -84,7 +84,7 @@ func NewRunner(options RunnerOptions) *Runner {
 func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err error) {
 	defer func() {
 		kind, _ := fault.KindOf(err)
-		// else its client comes again, or has left
+		// after Unavailable a client tries again, and a client that has left is no failure
 		if err != nil && kind != fault.Unavailable && stream.Context().Err() == nil {
 			r.errors.Add(1)
 		}
@@ -94,7 +94,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	if err != nil {
 		return err
 	}
-	d, err := ParseDescriptor(descriptor)
+	d, err := ParseDescriptor(descriptor) // err is checked once readAll has taken over the reader
 	schema := reader.Schema()
 	p := newPulse(r.options.StreamRest)
 	r.readers.Add(1)
@@ -109,7 +109,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	r.options.Events.StreamOpened(d.Lease.ID)
 	defer r.options.Events.StreamClosed(d.Lease.ID)
 	p.start(d.Lease.ID, r.options.Events)
-	defer p.stop() // before it is closed
+	defer p.stop() // before StreamClosed is called
 	log := r.options.Log.With(zap.String("request_id", d.RequestID), zap.String("model", d.Model),
 		zap.String("signature", d.Signature))
 	log.Debug("stream opened")
@@ -138,7 +138,7 @@ func (r *Runner) DoExchange(stream flight.FlightService_DoExchangeServer) (err e
 	return err
 }
 
-// Counts returns what the runner has done so far, and what waits.
+// Counts returns what the runner has done so far, and how many rows wait.
 func (r *Runner) Counts() control.Counts {
 	c := r.options.Batches.Counts()
 	return control.Counts{
@@ -147,14 +147,14 @@ func (r *Runner) Counts() control.Counts {
 	}
 }
 
-// stayAway refuses a stream that comes at a bad time.
+// stayAway refuses a stream because the runner has no room now, and says in the trailer when to ask again.
 func stayAway(stream grpc.ServerStream, retryAfter time.Duration, reason string) error {
 	stream.SetTrailer(metadata.Pairs(protocol.RetryAfter, fmt.Sprint(retryAfter.Milliseconds())))
 	return fault.New(fault.Unavailable, "the runner accepts no more streams now, %s; ask again in %d ms (%s)", reason,
 		retryAfter.Milliseconds(), protocol.RetryAfter)
 }
 
-// Close waits until nothing reads any more. Call it after the gRPC server has stopped.
+// Close waits until no goroutine reads a stream any more. Call it after the gRPC server has stopped.
 func (r *Runner) Close() { r.readers.Wait() }
 
 // rowError is the fault of a refused row under on_error fail.

@@ -19,8 +19,8 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// table is the one place where our errors become gRPC codes. What a Python caller sees is
-// in the comment: pyarrow tells apart only some codes.
+// table is the only place where faults become gRPC codes. The comments say what a Python caller gets, because pyarrow
+// tells only some codes apart.
 var table = map[fault.Kind]codes.Code{
 	fault.Internal:      codes.Internal,           // FlightInternalError
 	fault.BadRequest:    codes.InvalidArgument,    // ArrowInvalid
@@ -40,7 +40,7 @@ func statusOf(err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &f):
-		return status.Error(table[f.Kind], clipped(fault.Printable(err.Error()))) // a fault may be within another error
+		return status.Error(table[f.Kind], clipped(fault.Printable(err.Error()))) // not f's text: err may wrap f
 	case errors.Is(err, context.DeadlineExceeded):
 		return status.Error(codes.DeadlineExceeded, "the caller's deadline passed")
 	case errors.Is(err, context.Canceled):
@@ -52,8 +52,8 @@ func statusOf(err error) error {
 	return status.Error(codes.Internal, clipped(fault.Printable(err.Error())))
 }
 
-// withBuilds adds to an error about an unknown field which builds the two sides are, since one of them is older. What
-// the caller is its user agent says.
+// withBuilds adds to an error about an unknown field the builds of both sides, because one of them must be older. The
+// caller's user agent says what the caller is.
 func withBuilds(ctx context.Context, err error) error {
 	var unknown *protocol.UnknownFieldError
 	if !errors.As(err, &unknown) {
@@ -67,8 +67,8 @@ func withBuilds(ctx context.Context, err error) error {
 		"run both of one version, or leave the field out", err, build.Version, build.ID(), caller)
 }
 
-// clipped cuts a text to what every client takes: messages travel as metadata, of which clients take 8 KiB, and what
-// is not ASCII takes three times its bytes there.
+// clipped cuts a text to what every client accepts. gRPC sends it as metadata, of which clients accept 8 KiB, and in
+// which each byte that is not ASCII takes three.
 func clipped(text string) string {
 	const most = 2500
 	if len(text) <= most {
@@ -83,23 +83,23 @@ func kindOf(err error) fault.Kind {
 	return kind
 }
 
-// errPanic is all that a caller learns of a panic; the stack is in the server's log.
+// errPanic is all that a caller learns of a panic; the server's log has the stack.
 var errPanic = fault.New(fault.Internal, "the server hit a defect while serving this call; its log has the details")
 
 // guard turns a panic in a handler into an error and a log line.
 func guard(log *zap.Logger, method string, err *error) {
 	if cause := recover(); cause != nil {
-		log.Error("panic", zap.String("method", method), zap.Any("cause", cause), zap.ByteString("stack",
-			debug.Stack()))
+		log.Error("panic", zap.String("method", method), zap.Any("cause", cause),
+			zap.ByteString("stack", debug.Stack()))
 		*err = errPanic
 	}
 }
 
-// TensorFlowSays stands in an error before TensorFlow's own words, which may quote what is in a row. The caller may
-// read them, the log may not.
+// TensorFlowSays stands in an error before TensorFlow's own words, which may quote what is in a row. The caller gets
+// them, the log must not.
 const TensorFlowSays = "TensorFlow refused it: "
 
-// cause is the field of a log line that says why something ended.
+// cause is the field of a log line that says why something ended, without TensorFlow's words.
 func cause(err error) zap.Field {
 	if err == nil {
 		return zap.Skip()
@@ -111,8 +111,8 @@ func cause(err error) zap.Field {
 	return zap.String("error", own)
 }
 
-// Interceptors returns the server options that map errors through the table, survive
-// panics, and log calls that fail.
+// Interceptors returns the server options that map errors through the table, turn panics into errors, and log calls
+// that fail.
 func Interceptors(log *zap.Logger) []grpc.ServerOption {
 	finish := func(ctx context.Context, method string, err error) error {
 		if err == nil {

@@ -20,34 +20,34 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// What a runner is counted with before it was ever measured: what TensorFlow and the runner have for themselves
-// (here 180 to 260 MiB with 2 cores), and its files twice, once as they are read and once as variables.
+// The memory that a runner is assumed to need before it was ever measured: bareRunner for the process with TensorFlow
+// but without a model (180 to 260 MiB were measured with 2 cores), and the size of the model's files timesOfFiles
+// times, once as they are read and once as variables.
 const (
 	bareRunner   = 256 << 20
 	timesOfFiles = 2
 )
 
-// headroom is added to what was measured, an eighth: batches differ.
+// headroom is the divisor of the reserve on top of measured memory: an eighth, because a later batch may need more.
 const headroom = 8
 
-// claim is memory of the host that a runner has, or waits for. The Cache's mu guards it.
+// claim is the memory of the host, and of a device, that a runner has or waits for. The Cache's mu guards it.
 type claim struct {
 	model repository.Model
-	bytes int64
-	// bytes below which it cannot be counted: what was measured, or the settings say; the rest is headroom, or an
-	// estimate
+	bytes int64 // of the host
+	// lower bound of bytes: what was measured, or the model's setting memory; the rest is headroom or an estimate
 	least  int64
-	ending bool // the process is ending, and the memory comes back
+	ending bool // the process is ending, so its memory will come back
 
 	target      target
-	need        int64          // bytes of a device that it is placed with, and may take
-	placement   *gpu.Placement // nil on the processor
-	noRoom      *gpu.NoRoom    // why it waits for a device
-	fellBack    bool           // on the processor for want of a device
-	deviceBytes int64          // the most that the process had of the device
+	need        int64          // bytes of a device that the runner is placed with, and may take
+	placement   *gpu.Placement // nil on the CPU
+	noRoom      *gpu.NoRoom    // why no device had room at the last try
+	fellBack    bool           // on the CPU because no device had room
+	deviceBytes int64          // the most that the process was seen to use of the device
 }
 
-// newClaim returns what a runner of a model is counted with before it is measured now.
+// newClaim returns the claim of a runner that is to be started: what its model's profile says, else an estimate.
 func newClaim(model repository.Model, known tuning.Profile) *claim {
 	least := int64(model.Settings.Memory)
 	c := &claim{model: model, bytes: max(estimate(model), least), least: least}
@@ -57,17 +57,18 @@ func newClaim(model repository.Model, known tuning.Profile) *claim {
 	return c
 }
 
-// ofDevice returns the bytes of a device that come back with the process: those that it has, and those that it may
-// take.
+// ofDevice returns the bytes of a device that become free when the process ends: what it uses, or may still take.
 func (c *claim) ofDevice() int64 { return max(c.need, c.deviceBytes) }
 
-// measure sets the claim to the most that was seen, with some headroom, or to what the settings say.
+// measure sets the claim to the most bytes that were measured plus headroom, but never below the model's setting
+// memory.
 func (c *claim) measure(most int64) {
 	c.least = max(most, int64(c.model.Settings.Memory))
 	c.bytes = max(most+most/headroom, c.least)
 }
 
-// capLocked takes off a claim what is not certain where it is more than all the memory: alone, it is measured.
+// capLocked lowers a claim that exceeds all memory to that total, but not below what is certain (least): then the
+// runner can start, alone, and be measured.
 func (b *budget) capLocked(c *claim) {
 	if b.total > 0 {
 		c.bytes = max(min(c.bytes, b.total), c.least)
@@ -78,9 +79,9 @@ func (b *budget) capLocked(c *claim) {
 type budget struct {
 	total   int64 // 0 is no bound
 	granted []*claim
-	reading int64         // bytes with which graphs of models are read now
-	waiting []*claim      // in order; the first alone may be granted
-	changed chan struct{} // closed, and made anew, when a claim may fit that did not
+	reading int64         // bytes reserved for reading the graphs of models
+	waiting []*claim      // in order of arrival; only the first may be granted
+	changed chan struct{} // closed and replaced when a claim that did not fit may fit
 }
 
 func (b *budget) held() int64 {
@@ -96,9 +97,9 @@ func (b *budget) wakeLocked() {
 	b.changed = make(chan struct{})
 }
 
-// admit waits until the host's memory has room for a claim, in order of arrival, and evicts runners that nobody
-// uses to make some. It gives up when nobody wants the model any more, or after LoadTimeout with an Exhausted that
-// says who has the memory.
+// admit waits until the host's memory, and then a device, has room for a claim. Claims are granted in order of arrival;
+// for the first one unused runners are ended. It returns context.Canceled once wanted reports false, and after
+// LoadTimeout an Exhausted fault that lists what uses the memory.
 func (c *Cache) admit(want *claim, wanted func() bool) error {
 	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
 	defer cancel()
@@ -114,7 +115,7 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 		c.memory.waiting = slices.DeleteFunc(c.memory.waiting, func(other *claim) bool { return other == want })
 		c.memory.wakeLocked()
 	}()
-	recheck := time.NewTicker(tick) // leases expire without a word
+	recheck := time.NewTicker(tick) // nothing else tells of a lease that has expired
 	defer recheck.Stop()
 	for {
 		switch {
@@ -147,7 +148,8 @@ func (c *Cache) admit(want *claim, wanted func() bool) error {
 	}
 }
 
-// waitLocked waits, with mu unlocked, until memory or what holds it has changed, recheck ticks, or ctx ends.
+// waitLocked unlocks mu, waits until memory may have become free (memory.changed), recheck ticks or ctx ends, and locks
+// mu again.
 func (c *Cache) waitLocked(ctx context.Context, recheck *time.Ticker) {
 	changed := c.memory.changed
 	c.mu.Unlock()
@@ -159,14 +161,15 @@ func (c *Cache) waitLocked(ctx context.Context, recheck *time.Ticker) {
 	c.mu.Lock()
 }
 
-// reserve waits until the host's memory has room for reading the graph of a model, as admit does for a runner. Fewer
-// bytes than 0 are given back.
+// reserve takes host memory for reading a model's graph. It waits for it and ends unused runners, as admit does; its
+// fault is Exhausted. A negative number of bytes gives memory back, at once.
 func (c *Cache) reserve(ctx context.Context, bytes int64) error {
+	caller := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.options.LoadTimeout)
 	defer cancel()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	recheck := time.NewTicker(tick) // leases expire without a word
+	recheck := time.NewTicker(tick) // nothing else tells of a lease that has expired
 	defer recheck.Stop()
 	for {
 		short := c.memory.held() + bytes - c.memory.total
@@ -174,6 +177,9 @@ func (c *Cache) reserve(ctx context.Context, bytes int64) error {
 			c.memory.reading += bytes
 			c.memory.wakeLocked()
 			return nil
+		}
+		if caller.Err() != nil {
+			return caller.Err()
 		}
 		if ctx.Err() != nil || c.memory.reading+bytes > c.memory.total {
 			return fault.New(fault.Exhausted, "reading its %s needs %s of this host's memory, and of %s for all "+
@@ -185,7 +191,7 @@ func (c *Cache) reserve(ctx context.Context, bytes int64) error {
 	}
 }
 
-// borrow waits for memory for one more runner of a model, as a load does, until release is called.
+// borrow waits, as a load does, for the memory of one more runner of a model; release gives it back.
 func (c *Cache) borrow(ctx context.Context, model repository.Model, digest string) (release func(), err error) {
 	want := newClaim(model, c.options.Profiles.Read(digest))
 	if err := c.admit(want, func() bool { return ctx.Err() == nil }); err != nil {
@@ -194,7 +200,7 @@ func (c *Cache) borrow(ctx context.Context, model repository.Model, digest strin
 	return func() { c.give(want) }, nil
 }
 
-// give returns a claim's memory.
+// give gives back the memory of a granted claim.
 func (c *Cache) give(held *claim) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -202,14 +208,15 @@ func (c *Cache) give(held *claim) {
 	c.memory.wakeLocked()
 }
 
-// wake lets those who wait for memory look again.
+// wake makes all that wait for memory check again.
 func (c *Cache) wake() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.memory.wakeLocked()
 }
 
-// idleLocked returns the slots without a lease and without a moving stream, the least recently used first.
+// idleLocked returns the slots that are ready and unused, the least recently used first: no caller waits for them, and
+// their runners have neither a lease nor a moving stream.
 func (c *Cache) idleLocked(now time.Time) []*slot {
 	var idle []*slot
 	for _, s := range c.slots {
@@ -224,8 +231,8 @@ func (c *Cache) idleLocked(now time.Time) []*slot {
 	return idle
 }
 
-// evictLocked ends runners without a lease and without a moving stream, the least recently used first,
-// until they free so many bytes. If all of them would not, none is ended.
+// evictLocked ends unused runners, the least recently used first, until at least short bytes come free, counting those
+// of runners that are ending already. If all of them together would not free enough, it ends none.
 func (c *Cache) evictLocked(short int64, now time.Time) {
 	for _, claim := range c.memory.granted {
 		if claim.ending {
@@ -249,7 +256,7 @@ func (c *Cache) evictLocked(short int64, now time.Time) {
 	}
 }
 
-// fullLocked says who has the memory that a claim has waited for.
+// fullLocked returns the fault of a claim that has waited too long for host memory. It lists what uses the memory.
 func (c *Cache) fullLocked(want *claim) error {
 	var holders []string
 	for _, s := range c.slots {
@@ -266,7 +273,7 @@ func (c *Cache) fullLocked(want *claim) error {
 		cmp.Or(strings.Join(holders, ", "), "models that are ending"))
 }
 
-// holderLocked says how much memory a slot has and what keeps it there.
+// holderLocked describes a slot for such a fault: its memory, and the streams and leases that keep it there.
 func (c *Cache) holderLocked(s *slot, bytes int64) string {
 	about := fmt.Sprintf("%s version %s (%s", s.model.Ref, s.model.Version, config.Bytes(bytes))
 	if s.runner != nil {
@@ -277,7 +284,7 @@ func (c *Cache) holderLocked(s *slot, bytes int64) string {
 	return about + ")"
 }
 
-// estimate guesses what a runner of a model will have in memory.
+// estimate guesses from the size of a model's files how many bytes of the host its runner will need.
 func estimate(model repository.Model) int64 {
 	total := int64(bareRunner)
 	if model.Dir == "" {
@@ -289,7 +296,7 @@ func estimate(model repository.Model) int64 {
 				total += timesOfFiles * info.Size()
 			}
 		}
-		return nil // what cannot be read is not loaded either
+		return nil // a file that cannot be read will not be loaded either
 	})
 	return total
 }

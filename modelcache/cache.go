@@ -1,4 +1,4 @@
-// The pool: one load of a model for all who ask, from a queued slot to a runner that is ready.
+// The pool: all callers of a model share one load, which takes a slot from queued to a ready runner.
 
 package modelcache
 
@@ -22,22 +22,22 @@ import (
 
 // Options are what a Cache needs.
 type Options struct {
-	Repository  *repository.Repository // where models come from
-	Profiles    *tuning.Profiles       // what was measured of them
-	Folder      string                 // the front's folder, in which runners make their sockets
-	Runners     Starter                // starts them
+	Repository  *repository.Repository // finds models and keeps their files
+	Profiles    *tuning.Profiles       // what was measured of models
+	Folder      string                 // the front's folder, where runners create their sockets
+	Runners     Starter                // starts runner processes
 	Build       string                 // of the front; a runner of another build is refused
-	Server      string                 // name under which runners answer
+	Server      string                 // name that runners give in their answers
 	Cores       int                    // threads of a runner's pools; 0 leaves it to TensorFlow
 	Memory      int64                  // bytes of the host for all runners together; 0 is no bound
-	Devices     *gpu.Inventory         // nil is none
-	CPUFallback bool                   // the processor stands in where no device has room, or the one asked for is gone
+	Devices     *gpu.Inventory         // nil means none
+	CPUFallback bool                   // a model may run on the CPU where no device has room, or its device is gone
 	LogLevel    string                 // of runners
 	// Bounds on a picture that a runner decodes: pixels, and bytes of its file.
 	MaxImagePixels, MaxImageBytes int64
-	KeepAlive                     time.Duration // how long a runner stays without a stream; 0 is for ever
-	PollInterval                  time.Duration // how often a newer version of a model in use is looked for; 0 is never
-	// bound on waiting for memory, and on starting a runner and loading its model
+	KeepAlive                     time.Duration // how long a runner without streams is kept; 0 is for ever
+	PollInterval                  time.Duration // how often newer versions of models in use are looked for; 0 is never
+	// bounds the wait for memory, and then the start of a runner that loads its model
 	LoadTimeout time.Duration
 	Log         *zap.Logger
 }
@@ -47,17 +47,17 @@ type Cache struct {
 	options Options
 	ctx     context.Context // ends when the Cache closes
 	stop    context.CancelFunc
-	working sync.WaitGroup // loads, unloads, pushes, and the goroutines that look after all this
+	working sync.WaitGroup // loads, ends of runners, and the goroutines that New starts
 
 	mu      sync.Mutex // guards the fields below, and those of slots, claims and healths
-	slots   []*slot    // in memory or on their way there; one that is evicted leaves at once
+	slots   []*slot    // in memory or being loaded; a runner that is to end leaves the list at once
 	memory  budget
 	healths map[string]*health  // by folder
-	serving map[string]*serving // by reference: which version "latest" is
-	counts  control.Counts      // of all runners, those that have ended included
+	serving map[string]*serving // by reference: the version that "latest" means
+	counts  control.Counts      // of all runners, ended ones included
 }
 
-// tick is how often the Cache looks after its runners: measures them, and ends those that nobody uses.
+// tick is how often the Cache measures its runners and ends unused ones.
 const tick = 500 * time.Millisecond
 
 // New returns a cache without a model in memory.
@@ -80,11 +80,12 @@ func New(options Options) *Cache {
 	return c
 }
 
-// Ready returns a runner that has the model loaded on a device, and starts one if there is none. device is as
-// in a descriptor. Concurrent callers share one load, which goes on if a caller leaves.
+// Ready returns a runner that has the model loaded on a device, and starts one if there is none. device is written as
+// in a descriptor. Concurrent callers share one load. It goes on when a caller leaves; only a load that still waits for
+// memory is dropped when all of them have left.
 //
-// Faults: those of the load; Precondition for a model in quarantine; Exhausted where it does not fit
-// into memory; Unavailable when the cache closes.
+// Faults: those of the load; Precondition for a model in quarantine; Exhausted for one that does not fit into memory;
+// Unavailable when the cache closes.
 func (c *Cache) Ready(ctx context.Context, model repository.Model, device string) (*Runner, error) {
 	for {
 		s, err := c.slotOf(model, device)
@@ -103,10 +104,10 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 		c.mu.Unlock()
 		switch {
 		case errors.Is(err, context.Canceled) && ctx.Err() == nil:
-			continue // the load was given up for want of callers when this one came
+			continue // it was dropped because all earlier callers had left, just when this one came
 		case err != nil:
 			return nil, err
-		case ctx.Err() != nil: // the caller has left, perhaps before it was loaded
+		case ctx.Err() != nil: // the caller has left, perhaps before the load ended
 			return nil, ctx.Err()
 		case runner.Alive():
 			return runner, nil
@@ -115,7 +116,8 @@ func (c *Cache) Ready(ctx context.Context, model repository.Model, device string
 	}
 }
 
-// slotOf returns the model's slot, and begins its load if it has none. The caller counts as one of its callers.
+// slotOf returns the slot of a model on a device and counts the caller among its callers. If there is no slot, it makes
+// one and begins the load.
 func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 	target, err := c.targetOf(model, device)
 	if err != nil {
@@ -137,11 +139,11 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 		c.working.Go(func() { c.load(s) })
 	}
 	s.callers++
-	s.superseded = false // somebody wants this very version
+	s.superseded = false // a caller wants this version, so it is kept like any other
 	return s, nil
 }
 
-// slotLocked returns the slot of a model on a target.
+// slotLocked returns the slot of a model on a target, nil if there is none.
 func (c *Cache) slotLocked(model repository.Model, target target) *slot {
 	for _, s := range c.slots {
 		if s.model.Dir == model.Dir && target.matches(s) {
@@ -151,7 +153,7 @@ func (c *Cache) slotLocked(model repository.Model, target target) *slot {
 	return nil
 }
 
-// load takes a slot from queued to ready or failed.
+// load makes a slot ready, or forgets it if its load fails.
 func (c *Cache) load(s *slot) {
 	started := time.Now()
 	runner, err := c.start(s)
@@ -162,8 +164,8 @@ func (c *Cache) load(s *slot) {
 	case c.ctx.Err() != nil:
 		err = repository.ErrClosing
 	case errors.Is(err, context.DeadlineExceeded):
-		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)", s.model.Ref,
-			c.options.LoadTimeout)
+		err = fault.New(fault.Deadline, "model %s: not loaded within %s (load-timeout)",
+			s.model.Ref, c.options.LoadTimeout)
 	}
 	if err != nil {
 		var refused *loadError
@@ -174,15 +176,15 @@ func (c *Cache) load(s *slot) {
 			c.options.Log.Info("model not loaded", zap.String("model", s.model.Ref),
 				zap.String("version", s.model.Version), zap.String("why", "nobody waits for it any more"))
 		} else {
-			c.options.Log.Warn("model failed", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
-				zap.Error(err))
+			c.options.Log.Warn("model failed", zap.String("model", s.model.Ref),
+				zap.String("version", s.model.Version), zap.Error(err))
 		}
 	}
 	c.mu.Lock()
 	s.runner, s.err, s.used = runner, err, time.Now()
 	if err == nil {
 		s.state = StateReady
-		if d := s.claim.placement.Device(); d.UUID != "" && !d.Healthy { // drained meanwhile
+		if d := s.claim.placement.Device(); d.UUID != "" && !d.Healthy { // the device was drained during the load
 			c.endLocked(s, outOfService+d.Reason, &c.working)
 		}
 	} else {
@@ -192,8 +194,8 @@ func (c *Cache) load(s *slot) {
 	close(s.loaded)
 }
 
-// start waits for memory and runs a runner process until it is ready. Where the device turns out to have no
-// memory for the model, others that nobody uses make room and it is tried once more.
+// start waits for memory, starts a runner and waits until it is ready. If the device then turns out to have too little
+// memory for the model, unused runners on it are ended, and the load is tried once more.
 func (c *Cache) start(s *slot) (*Runner, error) {
 	if err := c.backOff(s); err != nil {
 		return nil, err
@@ -221,14 +223,16 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	s.state, s.claim, s.uuid = StateQueued, nil, ""
 	c.mu.Unlock()
 	again := newClaim(s.model, s.profile)
-	again.target, again.need = s.target, want.need // was too little, unless it is all that there is
+	again.target, again.need = s.target, want.need
+	// want.need was too little: half as much again, unless the device is smaller
 	if more := want.need + want.need/2; more < want.placement.Device().Memory {
 		again.need = more
 	}
 	return c.startWith(s, again)
 }
 
-// startWith runs a runner process once its claim is granted.
+// startWith waits until the claim is granted, starts a runner and waits until it is ready. The claim's memory is given
+// back when the process has ended.
 func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	if err := c.admit(want, func() bool { return s.callers > 0 }); err != nil {
 		return nil, err
@@ -243,9 +247,9 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	}
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
-		var hold func() // before the files are read, until the process is gone
-		if hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref,
-			Dir: setup.Dir}); err == nil {
+		var hold func() // keeps the files, from before they are read until the process has ended
+		hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref, Dir: setup.Dir})
+		if err == nil {
 			release = hold
 		}
 	}
@@ -283,8 +287,8 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	return runner, nil
 }
 
-// setupOf says how a runner of the model is to run: as its settings say, else as was found by tuning, else
-// with the defaults. It returns what goes into the runner's environment besides.
+// setupOf returns how a runner of the model is to run: as the model's settings say, else as tuning has found, else with
+// the defaults. The strings are variables for the runner's environment, which tuning has chosen.
 func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement *gpu.Placement) (
 	control.Setup, []string, error,
 ) {
@@ -314,7 +318,8 @@ func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement 
 	return setup, tuned, nil
 }
 
-// apply puts a tuned choice into a setup. What the model's settings say goes over it.
+// apply puts a tuned choice into a setup, where the model's settings leave it open, and returns the variables for the
+// runner's environment.
 func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
 	setup.Cores = min(cmp.Or(choice.Cores, setup.Cores), max(setup.Cores, 1))
 	setup.Batching.NumBatchThreads = cmp.Or(setup.Batching.NumBatchThreads, choice.BatchThreads)
@@ -325,7 +330,8 @@ func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
 	return tuning.Environment(choice)
 }
 
-// failed remembers of a load that failed what is the model's fault.
+// failed records a failed load in the model's health if the model may be at fault: the runner has refused it, for
+// another reason than a lack of device memory, or has not loaded it in time. It returns err.
 func (c *Cache) failed(s *slot, err error) error {
 	var refused *loadError
 	if errors.As(err, &refused) && !refused.noMemory || errors.Is(err, context.DeadlineExceeded) {
@@ -340,7 +346,7 @@ func (c *Cache) setState(s *slot, state string) {
 	s.state = state
 }
 
-// tend looks after the runners until the Cache closes.
+// tend measures runners, ends unused ones and looks for newer versions, until the Cache closes.
 func (c *Cache) tend() {
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
@@ -361,7 +367,7 @@ func (c *Cache) tend() {
 	}
 }
 
-// Loaded returns the live runner of a model, without loading anything.
+// Loaded returns the live runner of a model on a device, false if there is none. It loads nothing.
 func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
 	target, err := c.targetOf(model, device)
 	if err != nil {
@@ -376,14 +382,14 @@ func (c *Cache) Loaded(model repository.Model, device string) (*Runner, bool) {
 	return s.runner, true
 }
 
-// Memory returns how the host's memory stands.
+// Memory returns the bound on host memory for all models, and how much of it is reserved.
 func (c *Cache) Memory() protocol.Memory {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return protocol.Memory{Budget: c.memory.total, Reserved: c.memory.held()}
 }
 
-// Busy reports whether a model is loading, has an open stream, or an unexpired lease.
+// Busy reports whether any model is being loaded, has an open stream, or has an unexpired lease.
 func (c *Cache) Busy() bool {
 	for _, model := range c.Status() {
 		switch model.State {

@@ -19,25 +19,25 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// What a runner is counted with on a device before it was ever measured there: what CUDA and its libraries take
-// in each process, some 300 to 600 MiB depending on the device and the libraries loaded, and the model's files
-// twice, once as variables and once as what a run needs.
+// bareContext is what a runner is assumed to need of a device, besides its model, before it was ever measured there:
+// CUDA and its libraries take some 300 to 600 MiB in each process, depending on the device and the libraries loaded.
+// The model's files are added twice, once as variables and once as what a run needs.
 const bareContext = 640 << 20
 
 // target is the devices that a request's device resolves to.
 type target struct {
-	word    string       // as the request says it, or the model's settings do
-	devices []gpu.Device // any of these; none is the processor
+	word    string       // as the request, or else the model's settings, write it
+	devices []gpu.Device // any of these will do; none means the CPU
 }
 
-// targetOf returns what a caller's device means for a model. Its faults are those of gpu.Inventory.Choose, but
-// with CPUFallback the processor stands in for devices that are not there, or are drained.
+// targetOf returns the devices that a request's device means for a model. Its faults are those of gpu.Inventory.Choose;
+// with CPUFallback the CPU replaces devices that are missing or drained.
 func (c *Cache) targetOf(model repository.Model, device string) (target, error) {
 	if device == "" || device == deviceAuto {
 		device = cmp.Or(model.Settings.Device, deviceAuto)
 	}
 	if model.Dir == "" {
-		device = deviceCPU // the model Image
+		device = deviceCPU // the built-in model Image, which runs on the CPU only
 	}
 	t := target{word: device}
 	var err error
@@ -56,11 +56,11 @@ const (
 	deviceCPU  = "cpu"
 )
 
-// matches reports whether a slot runs where a target asks for.
+// matches reports whether a slot runs, or will run, where a target allows.
 func (t *target) matches(s *slot) bool {
 	same := slices.EqualFunc(s.target.devices, t.devices, func(a, b gpu.Device) bool { return a.UUID == b.UUID })
 	switch {
-	case s.claim == nil: // it has no place yet
+	case s.claim == nil: // not placed yet
 		return same
 	case s.uuid == "": // a slot that fell back to the CPU serves only requests for the CPU, or for the same devices
 		return len(t.devices) == 0 || s.fellBack && same
@@ -68,7 +68,8 @@ func (t *target) matches(s *slot) bool {
 	return slices.ContainsFunc(t.devices, func(d gpu.Device) bool { return d.UUID == s.uuid })
 }
 
-// deviceNeed is what a model is counted with on a device of a name.
+// deviceNeed returns the bytes of a device that a model is placed with: what its settings say, else the most that was
+// measured on devices of these names, else an estimate.
 func deviceNeed(model repository.Model, known tuning.Profile, devices []gpu.Device) int64 {
 	if fixed := int64(model.Settings.DeviceMemory); fixed > 0 {
 		return fixed
@@ -83,9 +84,9 @@ func deviceNeed(model repository.Model, known tuning.Profile, devices []gpu.Devi
 	return estimate(model) - bareRunner + bareContext
 }
 
-// placeLocked finds room on a device for a claim, whose host memory is granted, and evicts others that nobody uses
-// to make some. It reports false if the claim has to wait; for what no device can hold that is no use, an Exhausted.
-// The mu is not held meanwhile.
+// placeLocked finds room on a device for a claim whose host memory is granted; if need be it ends unused runners there.
+// It returns false if the claim has to wait, and an Exhausted fault if no device could ever hold it. With CPUFallback a
+// claim for which no runner can be ended gets the CPU. It unlocks mu while it looks at the devices.
 func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	if len(want.target.devices) == 0 {
 		return true, nil
@@ -99,7 +100,7 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 		return true, nil
 	}
 	if !errors.As(err, &want.noRoom) {
-		return false, fault.New(fault.Unavailable, "model %s: %v", want.model.Ref, err) // also when the time is over
+		return false, fault.New(fault.Unavailable, "model %s: %v", want.model.Ref, err) // also when ctx has ended
 	}
 	uuids := make([]string, len(want.target.devices))
 	largest := int64(0)
@@ -121,8 +122,8 @@ func (c *Cache) placeLocked(ctx context.Context, want *claim) (bool, error) {
 	return false, nil
 }
 
-// evictFromLocked ends runners that nobody uses on one of the devices, so that it has so much more free memory. It
-// reports whether memory is on its way.
+// evictFromLocked ends unused runners on the first of the devices where that frees at least short bytes, counting those
+// of runners that are ending already. It reports whether there is such a device.
 func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 	for _, uuid := range uuids {
 		var idle []*slot
@@ -156,12 +157,12 @@ func (c *Cache) evictFromLocked(uuids []string, short int64) bool {
 	return false
 }
 
-// pressed makes room for a runner that has no memory for one row: all runners that nobody uses on its device end.
+// pressed makes room on the device of a runner that has no memory for even one row: it ends all unused runners there.
 func (c *Cache) pressed(s *slot) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
-		return // Close ends them, and waits for no more
+		return // Close ends all runners, and working must not grow any more
 	}
 	for _, other := range c.idleLocked(time.Now()) {
 		if other != s && other.uuid == s.uuid {
@@ -170,7 +171,7 @@ func (c *Cache) pressed(s *slot) {
 	}
 }
 
-// shrunk remembers the most rows of a run that fit into the device's memory.
+// shrunk stores in the model's profile the most rows of a run that fit into the device's memory.
 func (c *Cache) shrunk(s *slot, rows int) {
 	name := s.claim.placement.Device().Name
 	c.options.Log.Warn("the device's memory bounds the batch", zap.String("model", s.model.Ref),
@@ -183,7 +184,7 @@ func (c *Cache) shrunk(s *slot, rows int) {
 	})
 }
 
-// measureDevice notes what a runner's process has of its device.
+// measureDevice records how much of its device's memory a runner's process uses.
 func (c *Cache) measureDevice(s *slot, pid int) {
 	device := s.claim.placement.Device()
 	if device.UUID == "" {
@@ -207,13 +208,13 @@ func (c *Cache) measureDevice(s *slot, pid int) {
 	}
 }
 
-// learn changes what is known of a slot's model.
+// learn changes the stored profile of a slot's model, if the model has a digest.
 func (c *Cache) learn(s *slot, change func(*tuning.Profile)) {
 	if s.digest == "" {
 		return
 	}
 	if err := c.options.Profiles.Change(s.digest, change); err != nil {
-		c.options.Log.Warn("profile not kept", zap.String("model", s.model.Ref), zap.Error(err))
+		c.options.Log.Warn("the model's profile cannot be stored", zap.String("model", s.model.Ref), zap.Error(err))
 	}
 }
 
@@ -222,8 +223,8 @@ func (c *Cache) Devices() []gpu.Device {
 	return append([]gpu.Device{}, c.options.Devices.Devices()...)
 }
 
-// drain ends the runners on a device that is out of service. Their streams break, and open again elsewhere. Those that
-// load there end when they are ready; see load.
+// drain ends the runners on a device that is out of service. Their streams break, and open again elsewhere. A runner
+// that is still loading there ends when it is ready (see load).
 func (c *Cache) drain(device gpu.Device, reason string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -236,7 +237,8 @@ func (c *Cache) drain(device gpu.Device, reason string) {
 
 const outOfService = "its device is out of service: "
 
-// deviceFullLocked says who has the memory of the devices that a claim has waited for.
+// deviceFullLocked returns the fault of a claim that has waited too long for a device. It lists what uses the devices'
+// memory.
 func (c *Cache) deviceFullLocked(want *claim) error {
 	var holders []string
 	for _, s := range c.slots {

@@ -13,30 +13,30 @@ import (
 // Bounds on starting runners that crash.
 const (
 	crashesToQuarantine = 2               // in a row, without an answered record batch in between
-	quarantineTime      = 5 * time.Minute // also how long a version that could not be loaded is passed over
-	crashMemory         = time.Minute     // how long a crash slows the next start
-	strikeMemory        = time.Hour       // how long one counts of a model that is not in memory
-	// after the second crash within crashMemory; doubles with each further one
+	quarantineTime      = 5 * time.Minute // also how long "latest" skips a version that could not be loaded
+	crashMemory         = time.Minute     // how long a crash counts towards the delay of the next start
+	strikeMemory        = time.Hour       // how long crashes of a model that is not in memory are remembered
+	// delay of a start after the second crash within crashMemory; doubles with each further one
 	firstBackOff   = 200 * time.Millisecond
 	longestBackOff = 10 * time.Second
 )
 
-// health is what is known against a model version. The Cache's mu guards it. Its zero value is a model
-// that nothing is known against.
+// health is the record of a model version's crashes and failed loads. The Cache's mu guards it. The zero value has
+// none.
 type health struct {
 	ref, version string
-	stamp        string // of the files; others begin anew
+	stamp        string // of the files; changed files get a new health
 
 	crashes          []time.Time // within crashMemory
-	last             time.Time   // crash
-	strikes          int         // crashes in a row without an answer in between
-	suspect          string      // request whose stream alone was open at the last crash
-	quarantinedUntil time.Time   // no runner is started before
-	failedUntil      time.Time   // it could not be loaded; "latest" passes it over before
-	reason           string      // of the last crash or failure, until it is loaded again
+	last             time.Time   // time of the last crash
+	strikes          int         // crashes in a row without an answered record batch in between
+	suspect          string      // request that alone had streams open at the last crash
+	quarantinedUntil time.Time   // no runner is started until then
+	failedUntil      time.Time   // a load has failed; "latest" skips the version until then
+	reason           string      // of the last crash or failed load, until the model is loaded again
 }
 
-// healthLocked returns the health of a model version.
+// healthLocked returns the health of a model version, a new one if the files have changed.
 func (c *Cache) healthLocked(model repository.Model) *health {
 	h, ok := c.healths[model.Dir]
 	if stamp := stampOf(model); !ok || h.stamp != stamp {
@@ -46,8 +46,8 @@ func (c *Cache) healthLocked(model repository.Model) *health {
 	return h
 }
 
-// stampOf tells the files of a folder from others that were there before. The files of a digest never change, while
-// each name for them has a stamp of its own.
+// stampOf returns a stamp that differs when other files lie in the model's folder. It is "" for a model with a digest,
+// whose files never change; its Stamp would differ between the references by which it is found.
 func stampOf(model repository.Model) string {
 	if model.Digest != "" {
 		return ""
@@ -55,14 +55,14 @@ func stampOf(model repository.Model) string {
 	return model.Stamp
 }
 
-// healthOf lets f see or change the health of a model version.
+// healthOf calls f with the health of a model version, under mu.
 func (c *Cache) healthOf(model repository.Model, f func(*health)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f(c.healthLocked(model))
 }
 
-// refuses returns why no runner is started now, nil if one may be. Its fault is Precondition.
+// refuses returns a Precondition fault while the model is in quarantine, else nil.
 func (h *health) refuses(model repository.Model, now time.Time) error {
 	if !now.Before(h.quarantinedUntil) {
 		return nil
@@ -80,19 +80,19 @@ func (h *health) failed(now time.Time, reason string) {
 	h.failedUntil, h.reason = now.Add(quarantineTime), reason
 }
 
-// avoided reports whether another version is the better choice.
+// avoided reports whether "latest" had better mean another version.
 func (h *health) avoided(now time.Time) bool {
 	return now.Before(h.quarantinedUntil) || now.Before(h.failedUntil)
 }
 
-// stale reports whether nothing is known against the model any more.
+// stale reports whether the record can be forgotten.
 func (h *health) stale(now time.Time) bool {
 	return !h.avoided(now) && (h.strikes == 0 && len(h.crashes) == 0 || now.Sub(h.last) > strikeMemory)
 }
 
-// crashed notes that a runner ended by itself. requests are those whose streams it had open; loading says that it
-// was not ready yet. What one request alone does to runners, however often, counts once: whoever sends
-// it finds the record batch that is to blame.
+// crashed records that a runner ended by itself. requests are those with open streams; loading means that the runner
+// was not ready yet. Crashes in a row with the same single request count once, because its client will find out which
+// record batch is at fault.
 func (h *health) crashed(now time.Time, loading bool, requests []string, how string) {
 	h.crashes, h.last = append(h.crashes, now), now
 	suspect := ""
@@ -110,13 +110,13 @@ func (h *health) crashed(now time.Time, loading bool, requests []string, how str
 	h.reason = fmt.Sprintf("its runner ended by itself %s (%s)", when, how)
 	if h.strikes >= crashesToQuarantine {
 		h.quarantinedUntil = now.Add(quarantineTime)
-		h.strikes = crashesToQuarantine - 1 // afterwards one more is enough
-		h.reason = fmt.Sprintf("%d runners in a row ended by themselves, the last %s (%s)", crashesToQuarantine, when,
-			how)
+		h.strikes = crashesToQuarantine - 1 // after the quarantine one more crash is enough
+		h.reason = fmt.Sprintf("%d runners in a row ended by themselves, the last %s (%s)",
+			crashesToQuarantine, when, how)
 	}
 }
 
-// backOff returns how long the next start has to wait.
+// backOff returns how long the next start has to wait. It forgets crashes older than crashMemory.
 func (h *health) backOff(now time.Time) time.Duration {
 	for len(h.crashes) > 0 && now.Sub(h.crashes[0]) > crashMemory {
 		h.crashes = h.crashes[1:]
@@ -128,7 +128,7 @@ func (h *health) backOff(now time.Time) time.Duration {
 	return max(h.crashes[len(h.crashes)-1].Add(wait).Sub(now), 0)
 }
 
-// backOff waits before a model is started again whose runners crash.
+// backOff delays the start of a runner whose model's runners have crashed repeatedly.
 func (c *Cache) backOff(s *slot) error {
 	c.mu.Lock()
 	wait := c.healthLocked(s.model).backOff(time.Now())
@@ -144,7 +144,7 @@ func (c *Cache) backOff(s *slot) error {
 	}
 }
 
-// Pardon ends a model's quarantine.
+// Pardon ends a model's quarantine and forgets its crashes.
 func (c *Cache) Pardon(model repository.Model) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -154,13 +154,14 @@ func (c *Cache) Pardon(model repository.Model) {
 // end says how a runner's process ended.
 type end struct {
 	asked    bool     // by Runner.Close
-	loading  bool     // it had not been ready
-	reported bool     // it said why in its handshake
-	requests []string // whose streams were open
+	loading  bool     // it was not ready yet
+	reported bool     // its handshake said why
+	requests []string // those with open streams
 	how      string   // "signal: killed"
 }
 
-// ended clears up after a runner's process. A slot that loads is load's to forget: it may be tried once more.
+// ended forgets the slot of a runner whose process has ended, and records a crash. A slot that is still loading is left
+// to load, because start may try once more.
 func (c *Cache) ended(s *slot, e end) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -12,10 +12,10 @@ import (
 // Entry is one version of a model that this host knows.
 type Entry struct {
 	repository.Entry
-	State string // StateLoading, StateReady or StateUnloaded
+	State string // that of its slot, StateUnloaded if it has none
 }
 
-// Index lists what the repository knows, and the models in memory, each version once, by reference and version. It
+// Index lists the models of the repository and those in memory, each version once, sorted by reference and version. It
 // loads nothing. Its fault is Precondition where the model-root cannot be read.
 func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 	known, err := c.options.Repository.Index(ctx)
@@ -31,7 +31,7 @@ func (c *Cache) Index(ctx context.Context) ([]Entry, error) {
 	for _, s := range c.slots {
 		state := s.state
 		i := slices.IndexFunc(list, func(e Entry) bool {
-			// since it was loaded
+			// the files may have been removed since the model was loaded
 			gone := e.Dir == "" && e.Ref == s.model.Ref && (e.Version == "" || e.Version == s.model.Version)
 			return gone || e.Dir == s.model.Dir
 		})

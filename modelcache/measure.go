@@ -12,10 +12,11 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// Measure runs one more runner of a model, which measures what it is asked to with a choice in place of the model's
-// own, and ends. It waits for memory, as a load does. The process is gone when it returns.
-func (c *Cache) Measure(ctx context.Context, model repository.Model, choice protocol.Choice,
-	what control.Measurement) (control.Report, error) {
+// Measure starts one more runner of a model, configured by choice instead of the model's own configuration, and returns
+// what it has measured. It waits for memory, as a load does. When it returns, the process has ended.
+func (c *Cache) Measure(
+	ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement,
+) (control.Report, error) {
 	digest, err := c.options.Repository.Digest(ctx, model)
 	if err != nil {
 		return control.Report{}, err
@@ -42,14 +43,14 @@ func (c *Cache) Measure(ctx context.Context, model repository.Model, choice prot
 		return control.Report{}, err
 	}
 	defer unhold()
-	var processor *gpu.Placement // it is what is tuned
-	return c.runToEnd(ctx, setup, append(processor.Env(), tuning.Environment(choice)...))
+	var cpu *gpu.Placement // nil is the CPU: models are tuned only for that
+	return c.runToEnd(ctx, setup, append(cpu.Env(), tuning.Environment(choice)...))
 }
 
-// measureTime bounds a measurement, beside load-timeout.
+// measureTime bounds a measurement; load-timeout is added for the load before it.
 const measureTime = 5 * time.Minute
 
-// runToEnd starts a runner that ends by itself and returns its last report. The end of ctx kills it.
+// runToEnd starts a runner that ends by itself, and returns its last report. When ctx ends, the runner is killed.
 func (c *Cache) runToEnd(ctx context.Context, setup control.Setup, fixed []string) (last control.Report, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.options.LoadTimeout+measureTime)
 	defer cancel()
@@ -83,7 +84,7 @@ func (c *Cache) runToEnd(ctx context.Context, setup control.Setup, fixed []strin
 	return last, nil
 }
 
-// InMemory returns the models that are ready.
+// InMemory returns the models that are ready, without the built-in one and superseded versions.
 func (c *Cache) InMemory() (models []repository.Model) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,4 +1,4 @@
-// Processes: how flightsvc-runner is started, heard and ended.
+// Processes: how flightsvc-runner is started, how its reports are read, and how it is ended.
 
 package modelcache
 
@@ -23,32 +23,32 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// Starter starts runners. The pool's tests start theirs in the test's own process.
+// Starter starts runners. Tests have one that starts them within the test's own process.
 type Starter interface {
-	// Start starts a runner with its setup. defaults are variables that the environment of the front goes over, fixed
-	// those that go over the environment. ctx bounds the start, and not the life of the runner.
+	// Start starts a runner with its setup. defaults are environment variables that the front's own environment
+	// overrides; those in fixed override it. ctx bounds the start, not the life of the runner.
 	Start(ctx context.Context, setup control.Setup, defaults, fixed []string) (Process, error)
 }
 
-// Process is a runner that was started.
+// Process is a runner that has been started.
 type Process interface {
 	PID() int
-	// Report returns the next report, io.EOF when there will be no more. It has one caller.
+	// Report returns the next report, io.EOF when there will be no more. Only one goroutine may call it.
 	Report() (control.Report, error)
-	// Wait waits for the end, after the last report, and says how it came: "exit status 1".
+	// Wait waits until the process has ended and says how, such as "exit status 1". Call it after the last Report.
 	Wait() string
-	// Stop asks the runner to end, by the end of its standard input.
+	// Stop closes the runner's standard input, which asks the runner to end.
 	Stop()
 	Kill()
-	// Memory returns the bytes of the host that the runner has for itself.
+	// Memory returns the bytes of the host that belong to this runner alone.
 	Memory() (int64, error)
 }
 
 // Programs starts runners as processes of this host.
 type Programs struct {
 	Binary string // path of flightsvc-runner
-	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each start and its error is a
-	// sentence that says what to install.
+	// Library finds the folder that holds libtensorflow_cc.so.2. It is called for each start. Its error is a sentence
+	// that says what to install.
 	Library func(context.Context) (string, error)
 	Log     *zap.Logger
 }
@@ -63,7 +63,7 @@ func (p *Programs) Start(ctx context.Context, setup control.Setup, defaults, fix
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(p.Binary) //nolint:gosec // the binary lies beside our own
+	cmd := exec.Command(p.Binary) //nolint:gosec // the binary lies beside the front's
 	log := p.Log.With(zap.String("model", setup.Model))
 	said := &runnerLog{out: os.Stderr, log: log}
 	cmd.Env, cmd.Stderr = runnerEnv(os.Environ(), library, defaults, fixed), said
@@ -79,11 +79,11 @@ func (p *Programs) Start(ctx context.Context, setup control.Setup, defaults, fix
 	if err := cmd.Start(); err != nil {
 		return nil, fault.New(fault.Precondition, "model %s: start %s: %w", setup.Model, p.Binary, err)
 	}
-	_, _ = stdin.Write(append(line, '\n')) // a runner that is gone already says why in its reports, or not at all
+	_, _ = stdin.Write(append(line, '\n')) // Report tells if the runner has ended already
 	return &program{cmd: cmd, stdin: stdin, lines: bufio.NewReaderSize(stdout, maxReport), said: said, log: log}, nil
 }
 
-// maxReport bounds a line that a runner writes: longer ones are no reports.
+// maxReport bounds a line that a runner writes; a longer one is not a report.
 const maxReport = 1 << 20
 
 // program is a runner in a process of its own.
@@ -108,33 +108,32 @@ func (p *program) Report() (report control.Report, err error) {
 			return report, nil
 		}
 		if err != nil {
-			return control.Report{}, io.EOF // nothing else is to be had from this pipe
+			return control.Report{}, io.EOF // after any error the pipe gives nothing more
 		}
 		report = control.Report{}
-		p.log.Warn("runner wrote a line that is not a report") // some library, say
+		p.log.Warn("runner wrote a line that is not a report") // some library may print
 	}
 }
 
 func (p *program) Wait() string {
-	_ = p.cmd.Wait() // how it ended is in its state
+	_ = p.cmd.Wait() // ProcessState says how it ended
 	p.said.close()
 	return p.cmd.ProcessState.String()
 }
 
-func (p *program) Stop()                  { _ = p.stdin.Close() }      // fails where it is closed already
-func (p *program) Kill()                  { _ = p.cmd.Process.Kill() } // fails where it has ended
+func (p *program) Stop()                  { _ = p.stdin.Close() }      // fails if it is closed already
+func (p *program) Kill()                  { _ = p.cmd.Process.Kill() } // fails if it has ended
 func (p *program) Memory() (int64, error) { return ownMemory(p.PID()) }
 
-// runnerEnv passes the environment on with the library's folders in front of the search path, and
-// with TensorFlow's settings that are ours: for all models, and the defaults of this one. What the environment says of
-// them goes over that, since the last of two entries counts, and what is fixed over all.
+// runnerEnv returns the environment of a runner: our settings of TensorFlow and the defaults, then environ, then fixed.
+// Of two entries for one variable the last counts. The search path for libraries begins with the library's folders.
 func runnerEnv(environ []string, library string, defaults, fixed []string) []string {
 	env := append([]string{
-		"TF_CPP_MIN_LOG_LEVEL=2",  // errors alone: libpng warns of many a picture
+		"TF_CPP_MIN_LOG_LEVEL=2",  // errors only: libpng warns about many pictures
 		"TF_ENABLE_ONEDNN_OPTS=1", // measured: EfficientNet-Lite0 runs 1.7 times as fast with AVX2
 	}, defaults...)
 	env = append(append(env, environ...), fixed...)
-	// A model is a program: it does not see the credentials for stores.
+	// A model is a program, so it must not see the credentials for stores.
 	env = slices.DeleteFunc(env, func(entry string) bool {
 		return strings.HasPrefix(entry, "AWS_") || strings.HasPrefix(entry, "GOOGLE_") ||
 			strings.HasPrefix(entry, "AZURE_")
@@ -148,12 +147,12 @@ func runnerEnv(environ []string, library string, defaults, fixed []string) []str
 	return append(env, "LD_LIBRARY_PATH="+strings.Join(search, ":"))
 }
 
-// LibraryFile is what makes a folder TensorFlow's: the library that the C API is in.
+// LibraryFile is the library with TensorFlow's C API, by which its folder is recognized.
 const LibraryFile = "libtensorflow_cc.so.2"
 
-// libraryFolders returns where a runner finds the libraries that it is linked with and those that these open: the
-// folder of libtensorflow, and those of NVIDIA's packages that were installed beside it (tensorflow[and-cuda] brings
-// them: nvidia/cudnn/lib and others). The folder may hold links; what they lead to says which installation it is.
+// libraryFolders returns the folders in which a runner finds libraries: that of libtensorflow, and those of NVIDIA's
+// Python packages beside it (tensorflow[and-cuda] installs nvidia/cudnn/lib and others). If libtensorflow is a link,
+// the packages beside the file it leads to are taken.
 func libraryFolders(library string) []string {
 	folders := []string{library}
 	if file, err := filepath.EvalSymlinks(filepath.Join(library, LibraryFile)); err == nil {
@@ -166,8 +165,8 @@ func libraryFolders(library string) []string {
 	return folders
 }
 
-// ownMemory returns the bytes that only this process has: what is not a file's. TensorFlow's library is
-// mapped once for all runners and the kernel may drop it.
+// ownMemory returns the resident bytes of a process that are not pages of files. TensorFlow's library is such a file:
+// all runners share its pages, and the kernel may drop them.
 func ownMemory(pid int) (int64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {

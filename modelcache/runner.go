@@ -28,57 +28,58 @@ const runnerGrace = 2 * time.Second
 type Runner struct {
 	setup   control.Setup
 	process Process
-	how     string        // it ended, once exited is closed
+	how     string        // how the process ended; set before exited is closed
 	exited  chan struct{} // closed when the process has ended
-	ended   chan struct{} // closed when nothing of it is left: its socket, and the device's memory
+	ended   chan struct{} // closed when its socket is removed and its memory given back, too
 	events  events
 	log     *zap.Logger
 
 	mu      sync.Mutex         // guards the fields below
-	leases  map[string]lease   // that have not opened a stream
+	leases  map[string]lease   // those that have not opened a stream
 	streams map[string]*stream // open ones, by lease
 	conn    *grpc.ClientConn   // for relaying; made on first use
 	retired bool               // takes no lease any more
-	closing bool               // the front ends it
+	closing bool               // the front is ending the process
 	ready   bool
 	counts  control.Counts // as last reported
 }
 
-// lease may still open a stream.
+// lease is the right to open one stream.
 type lease struct {
-	request string // its request_id
+	request string // request_id of the descriptor
 	expires time.Time
 }
 
-// stream is one that a runner has open.
+// stream is an open stream of a runner.
 type stream struct {
 	request string
 	resting bool // nothing has moved on it for StreamRest
 }
 
-// events are what a runner tells the Cache. They are called without a lock held, one after the other.
+// events tell the Cache what happens to a runner. They are called one after the other, without a lock held.
 type events struct {
 	warming  func()
-	counted  func(more control.Counts) // what was done since the last such call; Queued may be negative
-	moved    func()                    // a stream or a lease ended, or rests: others may get its memory
+	counted  func(more control.Counts) // what was done since the last call; Queued may be negative
+	moved    func()                    // a stream has closed or rests, so that memory may come free
 	answered func()                    // the first record batch was answered
 	pressed  func()                    // the device has no memory for one row
 	shrunk   func(rows int)            // the most rows of a run that fit into the device's memory
 	ended    func(end)
 }
 
-// loadError is what a runner says of a model that it could not load.
+// loadError is the error of a runner that could not load its model.
 type loadError struct {
 	error
-	noMemory bool // of the device
+	noMemory bool // the device had no memory for it
 }
 
 // start starts a runner and waits until its model is ready. ctx bounds the wait. defaults and fixed are for its
 // environment, see Starter. events.ended is called in any case, and last.
-func start(ctx context.Context, options Options, setup control.Setup, defaults, fixed []string, events events) (*Runner,
-	error) {
+func start(
+	ctx context.Context, options Options, setup control.Setup, defaults, fixed []string, events events,
+) (*Runner, error) {
 	setup.Key = []byte(rand.Text() + rand.Text()) // 260 bits
-	// as long as front.sock: both fit or neither
+	// as long as front.sock, so that its path fits into a socket's address if the front's does
 	setup.Socket = filepath.Join(options.Folder, "r"+rand.Text()[:4]+".sock")
 	process, err := options.Runners.Start(ctx, setup, defaults, fixed)
 	if err != nil {
@@ -110,13 +111,13 @@ func start(ctx context.Context, options Options, setup control.Setup, defaults, 
 	return r, nil
 }
 
-// greet checks the handshake.
+// greet returns why the runner that sent this handshake cannot be used, nil if it can.
 func (r *Runner) greet(report control.Report, build string) error {
 	switch {
 	case report.Error != "":
 		return &loadError{error: fault.New(report.Kind, "%s", report.Error), noMemory: report.NoMemory}
 	case !report.Ready:
-		r.Close() // it reports nothing any more, and has ended or will now
+		r.Close() // no report will follow: end it, in case it still runs
 		return fault.New(fault.Internal, "model %s: its runner ended while loading (%s); see its messages in the log",
 			r.setup.Model, r.how)
 	case report.Build != build:
@@ -127,7 +128,7 @@ func (r *Runner) greet(report control.Report, build string) error {
 	return nil
 }
 
-// follow reads the runner's reports until it ends, then clears up after it.
+// follow reads the runner's reports until it ends, then closes and removes what belonged to it.
 func (r *Runner) follow(handshake chan<- control.Report) {
 	greeted, refused := false, false
 	for {
@@ -147,7 +148,7 @@ func (r *Runner) follow(handshake chan<- control.Report) {
 	r.mu.Lock()
 	by := end{asked: r.closing, loading: !r.ready, reported: refused}
 	r.mu.Unlock()
-	close(handshake) // a handshake that never came reads as an empty report
+	close(handshake) // where no handshake came, start gets an empty report
 	r.how = r.process.Wait()
 	close(r.exited)
 	if rmErr := os.Remove(r.setup.Socket); rmErr != nil && !os.IsNotExist(rmErr) {
@@ -174,7 +175,7 @@ func (r *Runner) follow(handshake chan<- control.Report) {
 	close(r.ended)
 }
 
-// note keeps what a report says, and tells the Cache.
+// note keeps what a report says of streams and counts, and tells the Cache.
 func (r *Runner) note(report control.Report) {
 	r.mu.Lock()
 	moved := report.Closed != "" || report.Resting != ""
@@ -213,8 +214,8 @@ func (r *Runner) note(report control.Report) {
 	}
 }
 
-// Leased records a lease that was granted for this runner, to a request. It reports false if the runner is ending:
-// the lease is void, and Cache.Ready has another runner.
+// Leased records a lease for this runner that was granted to a request. It returns false if the runner is ending: then
+// the lease is void, and Cache.Ready returns another runner.
 func (r *Runner) Leased(id, request string, expires time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -225,7 +226,8 @@ func (r *Runner) Leased(id, request string, expires time.Time) bool {
 	return true
 }
 
-// retire makes the runner refuse leases from now on, unless it has moving streams or leases: it returns how many.
+// retire makes the runner refuse new leases, unless it has moving streams or unexpired leases. It returns their
+// numbers.
 func (r *Runner) retire(now time.Time) (streams, leases int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -234,15 +236,14 @@ func (r *Runner) retire(now time.Time) (streams, leases int) {
 	return streams, leases
 }
 
-// refuse makes the runner refuse leases from now on.
+// refuse makes the runner refuse new leases.
 func (r *Runner) refuse() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.retired = true
 }
 
-// Pins returns how many streams move, and how many leases may still open one. A stream that rests
-// does not keep the runner in memory.
+// Pins counts what keeps the runner in memory: streams that are not resting, and leases that may still open a stream.
 func (r *Runner) Pins(now time.Time) (streams, leases int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -263,7 +264,7 @@ func (r *Runner) pinsLocked(now time.Time) (streams, leases int) {
 	return streams, len(r.leases)
 }
 
-// tally returns how many streams are open and how many of them rest, and what the runner last said of its work.
+// tally returns how many streams are open, how many of them rest, and the counts that were last reported.
 func (r *Runner) tally() (open, resting int, counts control.Counts) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -294,8 +295,7 @@ func (r *Runner) Key() []byte { return r.setup.Key }
 // Endpoint returns the address of the runner's socket.
 func (r *Runner) Endpoint() string { return "grpc+unix://" + r.setup.Socket }
 
-// Client returns a Flight client of the runner, for relaying. It is shared and ends with the
-// runner.
+// Client returns a Flight client of the runner, for relaying. It is shared, and its connection ends with the runner.
 func (r *Runner) Client() (flight.FlightServiceClient, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -311,11 +311,11 @@ func (r *Runner) Client() (flight.FlightServiceClient, error) {
 	return flight.NewFlightServiceClient(r.conn), nil
 }
 
-// maxRelayBytes lets any answer through: its size was bounded by the runner.
+// maxRelayBytes lets any answer through: the runner has bounded its size.
 const maxRelayBytes = 1 << 30
 
-// Close ends the process: its standard input ends, and if it is still there after a grace it is
-// killed. It returns when nothing of it is left.
+// Close closes the process's standard input, which ends it, and kills it after runnerGrace. It returns when the process
+// has ended, its socket is removed and its memory given back.
 func (r *Runner) Close() {
 	r.mu.Lock()
 	r.closing = true

@@ -19,24 +19,24 @@ import (
 	"flightsvc/modelcache/repository"
 )
 
-// serving is which version a reference means by "latest". The Cache's mu guards it.
+// serving is the version that a reference means by "latest". The Cache's mu guards it.
 type serving struct {
 	model      repository.Model
-	moving     bool      // another version is being looked for, or loaded to take over
+	moving     bool      // a newer version is being looked for, or loaded to take over
 	since      time.Time // when it was resolved
-	retryAfter time.Time // no other version is loaded before, since one found no memory
+	retryAfter time.Time // no newer version is loaded until then, because the last try found no memory
 }
 
-// Resolve finds the SavedModel of a reference: a file, s3, gs or azblob URI or an absolute path of a SavedModel or of
-// a folder with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is
-// a number, a label of the model's settings, or "latest", "" for the same. It loads nothing.
+// Resolve finds the SavedModel of a reference: a file, s3, gs or azblob URI or an absolute path of a SavedModel or of a
+// folder with numbered versions, a name below the model-root, the digest of a pushed model, or Image. version is a
+// number, a label of the model's settings, or "latest", for which "" is short. It loads nothing.
 //
-// "latest" is the highest version, but while one is in memory it stays until a higher one is ready to
-// take over; one that could not be loaded is passed over as long as its files stay the same.
+// "latest" is the highest version. But a version in memory stays "latest" until a higher one is ready to take over, and
+// a version that could not be loaded is skipped for five minutes, or until its files change.
 //
-// Faults: NotFound for an unknown model or version, BadRequest for a reference of no
-// known form or a broken file, Unavailable for a version that is being copied or a store that does not answer,
-// Precondition for credentials that a store does not take, Exhausted for a disk that is full.
+// Faults: NotFound for an unknown model or version, BadRequest for a reference of no known form or a broken file,
+// Unavailable for a version that is being copied or a store that does not answer, Precondition for credentials that a
+// store does not accept, Exhausted for a disk that is full.
 func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Model, error) {
 	version = cmp.Or(version, repository.Latest)
 	if _, err := strconv.ParseUint(version, 10, 63); ref == protocol.Image || err == nil {
@@ -71,7 +71,7 @@ func (c *Cache) Resolve(ctx context.Context, ref, version string) (repository.Mo
 	return c.options.Repository.Find(ctx, ref, strconv.FormatUint(number, 10))
 }
 
-// serves returns the version that a reference means by "latest" while that is in memory.
+// serves returns the version that a reference means by "latest", false if that is not in memory.
 func (c *Cache) serves(ref string) (repository.Model, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -86,7 +86,7 @@ func (c *Cache) inMemoryLocked(model repository.Model) bool {
 	return slices.ContainsFunc(c.slots, func(s *slot) bool { return s.model.Dir == model.Dir && s.runner != nil })
 }
 
-// newest returns the highest version of a reference that is not known to fail.
+// newest returns the highest version of a reference that is not known to fail, or else the highest one.
 func (c *Cache) newest(ctx context.Context, ref string) (repository.Model, error) {
 	model, err := c.options.Repository.Find(ctx, ref, repository.Latest)
 	if err != nil || !c.knownToFail(model) {
@@ -101,7 +101,7 @@ func (c *Cache) newest(ctx context.Context, ref string) (repository.Model, error
 			return older, nil
 		}
 	}
-	return model, nil // none is better
+	return model, nil // no other version is better
 }
 
 func (c *Cache) knownToFail(model repository.Model) bool {
@@ -130,18 +130,19 @@ func (c *Cache) poll() {
 	}
 }
 
-// A newer version that finds no memory beside the old one must not stand in the way of other models that wait.
+// A newer version waits only swapPatience for memory beside the old one, and is tried again after swapRest, so that it
+// does not hold up other models in the queue for memory.
 const (
 	swapPatience = 2 * time.Second
 	swapRest     = 30 * time.Second
 )
 
-// advance loads and warms a newer version on the devices of the one that serves, and lets it take over. If it cannot
-// be loaded, the old one goes on.
+// advance loads a newer version on the devices of the one that serves, warms it up, and lets it take over. If it cannot
+// be loaded, the old one continues to serve.
 func (c *Cache) advance(ref string, s *serving) {
 	newer, err := c.newest(c.ctx, ref)
 	if err != nil {
-		if kind, _ := fault.KindOf(err); kind == fault.NotFound { // it has been deleted
+		if kind, _ := fault.KindOf(err); kind == fault.NotFound { // the model has been deleted
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			delete(c.serving, ref)
@@ -164,13 +165,13 @@ func (c *Cache) advance(ref string, s *serving) {
 	defer cancel()
 	for device := range devices {
 		_, err := c.Ready(ctx, newer, device)
-		if err != nil && ctx.Err() != nil { // a load that has begun goes on, and the next poll finds it
+		if err != nil && ctx.Err() != nil { // a load that has begun continues, and a later poll finds it
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			if !slices.ContainsFunc(c.slots, func(slot *slot) bool {
-				return slot.model.Dir == newer.Dir &&
-					slot.state != StateQueued
-			}) {
+			begun := slices.ContainsFunc(c.slots, func(slot *slot) bool {
+				return slot.model.Dir == newer.Dir && slot.state != StateQueued
+			})
+			if !begun {
 				s.retryAfter = time.Now().Add(swapRest)
 				c.options.Log.Warn("there is no memory for a newer version beside the old one",
 					zap.String("model", ref), zap.String("version", newer.Version), zap.String("serving", old.Version))
@@ -179,8 +180,8 @@ func (c *Cache) advance(ref string, s *serving) {
 		}
 		if err != nil {
 			c.options.Log.Warn("a newer version cannot be loaded, the old one goes on serving",
-				zap.String("model", ref),
-				zap.String("version", newer.Version), zap.String("serving", old.Version), zap.Error(err))
+				zap.String("model", ref), zap.String("version", newer.Version),
+				zap.String("serving", old.Version), zap.Error(err))
 			return
 		}
 	}

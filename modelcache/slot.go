@@ -17,8 +17,8 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// The states of a model version. Queued waits for memory; draining takes no new stream and ends with its last;
-// failed could not be loaded; quarantined is not tried again for a while, since its runners crashed.
+// The states of a model version. A queued one waits for memory; a draining one takes no new stream and ends with its
+// last one; a failed one could not be loaded; a quarantined one is not started for a while because its runners crashed.
 const (
 	StateQueued      = "queued"
 	StateLoading     = "loading"
@@ -30,47 +30,47 @@ const (
 	StateQuarantined = "quarantined"
 )
 
-// slot is one model version on one device, in memory or on its way there. The Cache's mu guards it but for loaded.
+// slot is one model version on one device, in memory or being loaded. The Cache's mu guards all fields but loaded.
 type slot struct {
 	model   repository.Model
-	target  target        // of the caller who came first
+	target  target        // of the first caller
 	loaded  chan struct{} // closed when runner or err is set
 	state   string
-	callers int             // of Ready that wait
+	callers int             // calls of Ready that wait
 	waiting context.Context // ends when all callers have left
 	leave   context.CancelFunc
 	runner  *Runner
 	err     error
 
-	uuid     string // of the device, "" for the processor
-	fellBack bool   // on the processor for want of a device
+	uuid     string // of the device, "" for the CPU
+	fellBack bool   // on the CPU because no device had room
 
-	claim       *claim // on memory, once it is granted
-	digest      string // "" where the model has none
+	claim       *claim // once it is granted
+	digest      string // "" if the model has none
 	profile     tuning.Profile
-	bytes       int64     // of the host that the process has now
+	bytes       int64     // of the host that the process uses now
 	deviceBytes int64     // the same of the device
-	used        time.Time // when a stream or a lease was last there
-	// superseded says that a newer version serves: the runner ends with its last stream.
+	used        time.Time // when the runner last had a stream or a lease
+	// superseded says that a newer version serves. The runner then ends with its last stream.
 	superseded bool
 }
 
-// endLocked ends a slot's runner, whatever it does, in a goroutine that ending waits for.
+// endLocked ends a slot's runner, even one with streams, on a goroutine that ending counts.
 func (c *Cache) endLocked(s *slot, why string, ending *sync.WaitGroup) {
 	s.runner.refuse()
 	s.state, s.claim.ending = StateDraining, true
-	c.forgetLocked(s) // whoever asks from now on gets a fresh runner
+	c.forgetLocked(s) // later callers get a new runner
 	c.options.Log.Info("model unloaded", zap.String("model", s.model.Ref), zap.String("version", s.model.Version),
 		zap.Int("runner", s.runner.PID()), zap.String("why", why))
 	c.working.Add(1)
 	ending.Go(func() {
 		defer c.working.Done()
-		s.claim.placement.Measure(s.runner.PID()) // so that it is known how much has to come back
+		s.claim.placement.Measure(s.runner.PID()) // so that the placement knows how much has to come back
 		s.runner.Close()
 	})
 }
 
-// endIdle ends the runners that nobody has used for their keep-alive, and old versions without a stream.
+// endIdle ends runners that were unused for their keep-alive, and superseded versions without a stream.
 func (c *Cache) endIdle(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -85,7 +85,7 @@ func (c *Cache) endIdle(now time.Time) {
 		keep := cmp.Or(time.Duration(s.model.Settings.KeepAlive), c.options.KeepAlive)
 		why := "keep-alive is over"
 		if s.superseded {
-			keep, why = 1, "a newer version serves" // without a stream it goes
+			keep, why = 1, "a newer version serves" // a nanosecond, so at once
 		}
 		if keep > 0 && now.Sub(s.used) >= keep {
 			c.retireLocked(s, why, now)
@@ -93,8 +93,8 @@ func (c *Cache) endIdle(now time.Time) {
 	}
 }
 
-// forgetOld drops what is known of models that are neither in memory nor on their way there, once it is old: callers
-// may ask for any number of names.
+// forgetOld drops old records of models that are neither in memory nor being loaded, because callers may ask for any
+// number of names.
 func (c *Cache) forgetOld(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -108,7 +108,7 @@ func (c *Cache) forgetOld(now time.Time) {
 	maps.DeleteFunc(c.healths, func(dir string, h *health) bool { return !used[dir] && h.stale(now) })
 }
 
-// retireLocked ends a slot without a stream or a lease, and reports whether it did.
+// retireLocked ends the runner of a slot without a moving stream or a lease, and reports whether it did.
 func (c *Cache) retireLocked(s *slot, why string, now time.Time) bool {
 	if s.runner == nil || s.callers > 0 {
 		return false
@@ -120,8 +120,8 @@ func (c *Cache) retireLocked(s *slot, why string, now time.Time) bool {
 	return true
 }
 
-// measure notes what the runners' processes have in memory. A model's claim grows with it, and its profile
-// remembers the most.
+// measure records how much memory the runners' processes use, adjusts their claims, and keeps the most in the models'
+// profiles. If all claims together then exceed the host's memory, it ends unused runners.
 func (c *Cache) measure() {
 	c.mu.Lock()
 	list := slices.Clone(c.slots)
@@ -135,7 +135,7 @@ func (c *Cache) measure() {
 		}
 		bytes, err := runner.process.Memory()
 		if err != nil {
-			continue // it has just ended
+			continue // the process has just ended
 		}
 		c.measureDevice(s, runner.PID())
 		c.mu.Lock()
@@ -153,7 +153,7 @@ func (c *Cache) measure() {
 			for _, other := range c.idleLocked(now) {
 				idle += other.claim.bytes
 			}
-			c.evictLocked(min(short, idle), now) // as much as can be had
+			c.evictLocked(min(short, idle), now) // not more than they have, since evictLocked would end none
 		}
 		c.mu.Unlock()
 		if grown {
@@ -162,9 +162,9 @@ func (c *Cache) measure() {
 	}
 }
 
-// Unload ends the runners of a model and returns the version that it had. Nothing happens where there is
-// no runner. A model whose files have gone is found by the reference with which it was loaded.
-// Faults: Precondition while the model loads, or has open streams or leases; those of Resolve.
+// Unload ends the runners of a model and returns the version that they had. Without a runner it does nothing. A model
+// whose files are gone is found by the reference with which it was loaded. Faults: Precondition while the model loads,
+// or has open streams or leases; those of Resolve.
 func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error) {
 	version = cmp.Or(version, repository.Latest)
 	model, err := c.Resolve(ctx, ref, version)
@@ -203,7 +203,7 @@ func (c *Cache) Unload(ctx context.Context, ref, version string) (string, error)
 			err = inUse(ref, model.Version, streams, leases)
 			break
 		}
-		c.endLocked(s, "asked", &ending)
+		c.endLocked(s, "a caller asked for it", &ending)
 	}
 	c.mu.Unlock()
 	ending.Wait()

@@ -11,7 +11,7 @@ import (
 	"flightsvc/modelcache/tuning"
 )
 
-// Status lists model versions by folder.
+// Status lists the model versions that are in memory, being loaded, failed or quarantined, sorted by folder and device.
 func (c *Cache) Status() []protocol.ModelStatus {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -28,8 +28,9 @@ func (c *Cache) Status() []protocol.ModelStatus {
 		if now.Before(h.quarantinedUntil) {
 			state = StateQuarantined
 		}
-		list = append(list, protocol.ModelStatus{Model: h.ref, Version: h.version, Dir: dir, State: state,
-			Reason: h.reason})
+		list = append(list, protocol.ModelStatus{
+			Model: h.ref, Version: h.version, Dir: dir, State: state, Reason: h.reason,
+		})
 	}
 	slices.SortFunc(list, func(a, b protocol.ModelStatus) int {
 		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Device, b.Device))
@@ -37,7 +38,7 @@ func (c *Cache) Status() []protocol.ModelStatus {
 	return list
 }
 
-// Totals sums up all runners, those that have ended included.
+// Totals returns the counts of all runners together, ended ones included, and the memory of the front and its runners.
 func (c *Cache) Totals() protocol.Totals {
 	own, _ := ownMemory(os.Getpid()) // 0 where /proc cannot be read
 	c.mu.Lock()
@@ -58,7 +59,7 @@ func (c *Cache) Totals() protocol.Totals {
 	return t
 }
 
-// counted adds what a runner has done since it last said so.
+// counted adds what a runner has done since its last report.
 func (c *Cache) counted(more control.Counts) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

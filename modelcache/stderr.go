@@ -9,25 +9,25 @@ import (
 	"go.uber.org/zap"
 )
 
-// What a runner writes that is no line of a log, such as a library's complaints about pictures, or a crash.
+// Bounds on what a runner prints that is not a line of a log, such as a library's warnings about pictures, or a crash.
 const (
-	maxLine       = 16 << 10         // bytes of a line; the rest of it is left out
-	maxForeign    = 200              // lines of others in foreignWindow; more are only counted
+	maxLine       = 16 << 10         // bytes of a line; the rest is left out
+	maxForeign    = 200              // such lines in foreignWindow; more are only counted
 	foreignWindow = 10 * time.Minute // a library may complain about each row
 )
 
-// runnerLog takes a runner's standard error. It passes on lines of JSON and makes others lines of the front's log. One
-// goroutine of the process's exec.Cmd writes to it.
+// runnerLog takes a runner's standard error. It passes on lines of JSON, and logs all others as lines of the front.
+// Only one goroutine, that of the process's exec.Cmd, calls Write.
 type runnerLog struct {
 	out  io.Writer
 	log  *zap.Logger
-	line []byte // that has not ended
+	line []byte // the beginning of a line that has not ended
 
 	since         time.Time // when the window began
-	foreign, more int       // lines of others in it: logged, and left out
+	foreign, more int       // lines that are not JSON in it: logged, and left out
 }
 
-// Write is part of io.Writer. It never fails, so that the runner is always read.
+// Write is part of io.Writer. It never fails, because exec.Cmd would stop reading.
 func (l *runnerLog) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		text, after, ended := bytes.Cut(rest, []byte("\n"))
@@ -40,7 +40,7 @@ func (l *runnerLog) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// pass hands on the line that has ended.
+// pass passes on or logs the line that has ended.
 func (l *runnerLog) pass() {
 	line := l.line
 	l.line = l.line[:0]
@@ -48,7 +48,7 @@ func (l *runnerLog) pass() {
 	case len(bytes.TrimSpace(line)) == 0:
 		return
 	case line[0] == '{' && json.Valid(line):
-		_, _ = l.out.Write(append(line, '\n')) // nobody reads the log any more
+		_, _ = l.out.Write(append(line, '\n')) // fails if nobody reads the log any more
 		return
 	}
 	if now := time.Now(); now.Sub(l.since) > foreignWindow {
@@ -70,7 +70,7 @@ func (l *runnerLog) tell() {
 	}
 }
 
-// close passes on what was written last. It is called when the process has ended.
+// close handles a last line that has no end, and logs what was left out. Call it when the process has ended.
 func (l *runnerLog) close() {
 	if len(l.line) > 0 {
 		l.pass()

@@ -1,4 +1,4 @@
-// The engine of a SavedModel: it is loaded into TensorFlow, and each run is one of its session.
+// The engine of a SavedModel, which is loaded into a TensorFlow session.
 
 package main
 
@@ -28,9 +28,9 @@ type engine interface {
 // open loads the model of a setup.
 func open(setup control.Setup) (engine, error) {
 	if version := tensorflow.Version(); tensorflow.TooOld(version) {
-		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, "+
-			"flightsvc needs %s or newer; run pip install tensorflow-cpu==2.21.0 in the environment that it comes "+
-			"from (setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
+		return nil, fault.New(fault.Precondition, "model %s: libtensorflow is of TensorFlow %s, flightsvc needs %s or "+
+			"newer; run pip install tensorflow-cpu==2.21.0 in the environment that it comes from "+
+			"(setting libtensorflow)", setup.Model, version, tensorflow.Oldest)
 	}
 	if setup.Dir == "" {
 		return newImageEngine(setup), nil
@@ -137,8 +137,8 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 	results, err := e.session.Run(timeout, fed, fetches)
 	if err != nil {
 		if e.device != "" && noMemory(err) {
-			return nil, fault.New(fault.Exhausted, "the device %s has no memory for it; end other programs on it, "+
-				"or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
+			return nil, fault.New(fault.Exhausted, "the device %s has no memory for this batch; end other programs "+
+				"on the device, or ask for the device \"cpu\". %s%s", e.device, handlers.TensorFlowSays, firstLine(err))
 		}
 		if kindOf(err) == fault.Deadline {
 			return nil, fault.New(fault.Deadline, "TensorFlow did not finish a batch within run_timeout_ms (%d)",
@@ -149,7 +149,7 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 	return outputs(results), nil
 }
 
-// newTensor takes over the value.
+// newTensor makes a tensor of a value and takes over the value.
 func newTensor(value *tensor.Value) (*tensorflow.Tensor, error) {
 	if value.DType == savedmodel.String {
 		defer value.Release()
@@ -161,7 +161,7 @@ func newTensor(value *tensor.Value) (*tensorflow.Tensor, error) {
 // outputs are tensors that TensorFlow made.
 type outputs []*tensorflow.Tensor
 
-// Values views the tensors.
+// Values returns views of the tensors.
 func (o outputs) Values() []tensor.Value {
 	values := make([]tensor.Value, len(o))
 	for i, t := range o {
@@ -214,7 +214,7 @@ func kindOf(err error) fault.Kind {
 	}
 }
 
-// firstLine returns the first line of an error's message; TensorFlow's go on with a stack of the graph.
+// firstLine returns the first line of an error's message; in TensorFlow's messages a trace of the graph follows it.
 func firstLine(err error) string {
 	var native *tensorflow.Error
 	text := err.Error()

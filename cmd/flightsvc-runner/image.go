@@ -18,15 +18,15 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// imageEngine decodes pictures where other models decode theirs, before the run, so that a bad picture refuses its own
-// row. Between decoding and the run a picture is one string: its pixels, then height, width, nChannels and mode. The
-// run splits these strings into the output columns.
+// imageEngine decodes pictures before the run, as other models do, so that a bad picture makes only its own row
+// refused. Between decoding and the run a picture is one string: its pixels, then height, width, nChannels and mode.
+// The run splits these strings into the output columns.
 type imageEngine struct {
 	decoders *graphs[*preprocess.Decoder]
 }
 
 const (
-	imageNumbers = 4
+	imageNumbers = 4 // height, width, nChannels and mode
 	trailerBytes = 4 * imageNumbers
 )
 
@@ -55,7 +55,7 @@ func (e *imageEngine) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pi
 	return &images{decoders: e.decoders, byInput: byInput, wanted: wanted}, nil
 }
 
-// images decodes pictures to strings.
+// images decodes pictures to the strings that Run splits.
 type images struct {
 	decoders *graphs[*preprocess.Decoder]
 	byInput  map[string]*preprocess.Decoder
@@ -77,8 +77,9 @@ func (m *images) Bytes(input string, picture tensor.Picture) int64 {
 }
 
 // Decode is part of tensor.Pictures.
-func (m *images) Decode(ctx context.Context, input string, pictures []tensor.Picture,
-	_ memory.Allocator) (tensor.Value, map[int]string, error) {
+func (m *images) Decode(
+	ctx context.Context, input string, pictures []tensor.Picture, _ memory.Allocator,
+) (tensor.Value, map[int]string, error) {
 	value := tensor.Value{DType: savedmodel.String, Shape: []int64{int64(len(pictures))},
 		Strings: make([][]byte, len(pictures))}
 	height, width := m.size(input)

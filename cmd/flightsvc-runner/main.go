@@ -68,7 +68,7 @@ func run(stdin io.Reader, reports *reporter) error {
 		return err
 	}
 	serving := make(chan *grpc.Server, 1)
-	go func() { // for as long as the process lives
+	go func() { // runs until the process ends
 		_, _ = io.Copy(io.Discard, input)
 		// The front has drained, has died, or needs the memory. This also ends a load that hangs in native code.
 		_ = os.Remove(setup.Socket)
@@ -138,11 +138,11 @@ func run(stdin io.Reader, reports *reporter) error {
 	return server.Serve(listener)
 }
 
-// flushGrace is how long a runner that ends goes on sending. A stream is closed when its handler has returned, but its
-// last answer and its status may not have been sent then.
+// flushGrace is how long a runner that ends continues to send: a stream counts as closed when its handler has returned,
+// but its last answer and its status may not have been sent by then.
 const flushGrace = 300 * time.Millisecond
 
-// finish sends what closed streams still have to send. Open streams are cut off.
+// finish sends what is left of closed streams, and cuts off open ones.
 func finish(server *grpc.Server) {
 	done := make(chan struct{})
 	go func() {

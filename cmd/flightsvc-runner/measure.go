@@ -72,7 +72,7 @@ func measured(setup control.Setup, engine engine, log *zap.Logger) ([]control.Me
 	for i, size := range sizes {
 		one := newLoop(setup, engine, signature, size, memory, log)
 		all = append(all, one)
-		// the first runs of a size optimise the graph and build primitives
+		// in the first runs of a size TensorFlow optimises the graph and oneDNN builds primitives
 		if _, err := one.window(feeds, 0); err != nil {
 			return nil, err
 		}
@@ -114,8 +114,7 @@ func measurable(signature savedmodel.Signature) error {
 				spec.Name)
 		case spec.DType.Size() == 0:
 			return fault.New(fault.BadRequest, "input %q has the type %s; only numbers and bools can be random",
-				spec.Name,
-				spec.DType)
+				spec.Name, spec.DType)
 		case spec.UnknownRank || len(spec.Shape) == 0:
 			return fault.New(fault.BadRequest,
 				"input %q has an unknown rank, or no batch dimension; this signature cannot be measured", spec.Name)
@@ -162,7 +161,7 @@ func fill(data []byte, dtype savedmodel.DType, random *rand.Rand) {
 			binary.LittleEndian.PutUint64(element, math.Float64bits(random.Float64()))
 		case savedmodel.Bfloat16: // the upper half of a float32
 			binary.LittleEndian.PutUint16(element, uint16(math.Float32bits(random.Float32())>>16))
-		case savedmodel.Float16: // quarters
+		case savedmodel.Float16: // 0, 0.25, 0.5 or 0.75
 			binary.LittleEndian.PutUint16(element, [4]uint16{0, 0x3400, 0x3800, 0x3a00}[random.IntN(4)])
 		default: // whole numbers and bools
 			clear(element)
@@ -171,7 +170,7 @@ func fill(data []byte, dtype savedmodel.DType, random *rand.Rand) {
 	}
 }
 
-// first views the first rows of feeds, with references of its own.
+// first returns views of the first rows of feeds, with references of their own to the memory.
 func first(feeds []tensor.Feed, rows int) []tensor.Feed {
 	out := make([]tensor.Feed, len(feeds))
 	for i := range feeds {
@@ -203,7 +202,7 @@ func outputTensors(signature savedmodel.Signature) []string {
 	return names
 }
 
-// leastRuns is how many runs of each caller a window has at least: one run would be a poor sample of large batches.
+// leastRuns is how many runs each caller makes in a window at least: one run of a large batch would be a poor sample.
 const leastRuns = 2
 
 // loop runs batches of one size, with as many callers as the Setup has threads.
@@ -231,8 +230,8 @@ func newLoop(setup control.Setup, engine engine, signature savedmodel.Signature,
 	}
 }
 
-// window runs the first rows of feeds, which remain the caller's, for a while, appends the rows/s to speeds, and
-// returns the duration of a run.
+// window runs the first rows of feeds, which remain the caller's, for at least length, appends the rows/s to speeds,
+// and returns the duration of a run.
 func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration, error) {
 	rates, took := make([]float64, l.callers), make([]time.Duration, l.callers)
 	var working errgroup.Group
@@ -251,7 +250,7 @@ func (l *loop) window(feeds []tensor.Feed, length time.Duration) (time.Duration,
 					return fault.New(fault.BadRequest, "model %s refuses random rows; it cannot be measured", l.model)
 				}
 				if passed := time.Since(began); passed >= length && runs >= leastRuns {
-					// Each caller has a rate of its own, which the last run of another does not lower.
+					// The rates of the callers are added, so that no rate includes the wait for another's last run.
 					rates[i], took[i] = float64(runs*l.size)/passed.Seconds(), passed/time.Duration(runs)
 					return nil
 				}

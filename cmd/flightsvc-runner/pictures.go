@@ -1,4 +1,4 @@
-// Picture graphs: what streams ask of pictures, decoded in parallel within a budget of memory.
+// Picture graphs: each decodes pictures as streams ask for it, in parallel and within a memory budget.
 
 package main
 
@@ -59,8 +59,8 @@ func (g *graphs[G]) one(spec preprocess.Spec) (G, error) {
 	}
 	if len(g.built) == maxGraphs {
 		var none G
-		return none, fault.New(fault.Exhausted, "this runner has prepared %d kinds of pictures already, "+
-			"its limit; use one of them, or unload the model", maxGraphs)
+		return none, fault.New(fault.Exhausted, "this runner has decoded pictures in %d different ways, its "+
+			"limit; use one of these preprocess options, or unload the model", maxGraphs)
 	}
 	graph, err := g.build(spec, g.budget)
 	if err == nil {
@@ -82,8 +82,9 @@ func specOf(p protocol.Preprocess) preprocess.Spec {
 
 // each calls decode for each picture, for as many at once as there are cores, and returns the reasons of refused
 // pictures by position. Its error names the input.
-func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Picture,
-	decode func(ctx context.Context, i int) error) (map[int]string, error) {
+func (g *graphs[G]) each(
+	ctx context.Context, input string, pictures []tensor.Picture, decode func(ctx context.Context, i int) error,
+) (map[int]string, error) {
 	var mu sync.Mutex // guards refused
 	refused := map[int]string{}
 	group, ctx := errgroup.WithContext(ctx)
@@ -109,7 +110,7 @@ func (g *graphs[G]) each(ctx context.Context, input string, pictures []tensor.Pi
 	return refused, nil
 }
 
-// Pictures returns the decoder of all inputs, and builds the graphs that are missing.
+// Pictures returns the decoder of all inputs. It builds the graphs that the runner does not have yet.
 func (e *loaded) Pictures(wanted map[string]protocol.Preprocess) (tensor.Pictures, error) {
 	byInput, err := e.graphs.of(wanted)
 	if err != nil {
@@ -129,8 +130,9 @@ type tensors struct {
 func (t *tensors) Bytes(input string, _ tensor.Picture) int64 { return specOf(t.wanted[input]).Bytes() }
 
 // Decode is part of tensor.Pictures.
-func (t *tensors) Decode(ctx context.Context, input string, pictures []tensor.Picture,
-	mem memory.Allocator) (tensor.Value, map[int]string, error) {
+func (t *tensors) Decode(
+	ctx context.Context, input string, pictures []tensor.Picture, mem memory.Allocator,
+) (tensor.Value, map[int]string, error) {
 	spec, graph := specOf(t.wanted[input]), t.byInput[input]
 	size := spec.Bytes()
 	if int64(len(pictures))*size > tensor.MaxTensorBytes {

@@ -12,7 +12,7 @@ import (
 func openSession(setup control.Setup, options tensorflow.Options) (session, error) {
 	opened, err := tensorflow.Load(setup.Dir, []string{savedmodel.ServeTag}, options)
 	if err != nil {
-		return nil, err // a nil *Session would be a session that is not nil
+		return nil, err // not opened: a nil *tensorflow.Session in an interface is not nil
 	}
 	return opened, nil
 }

@@ -1,6 +1,6 @@
 //go:build simulated_device
 
-// A simulated device, for tests on hosts without one. No product is built with this tag.
+// A simulated device, for tests on hosts without a GPU. Only tests build the runner with this tag.
 
 package main
 
@@ -112,14 +112,14 @@ func number(variable string, otherwise int64) (int64, error) {
 	return strconv.ParseInt(text, 10, 64)
 }
 
-// take sets what this process takes to a number of bytes, if the other live processes leave room for it.
+// take sets the bytes that this process has on the device, if the other live processes leave room for them.
 func (s *simulated) take(bytes int64) error {
 	folder, err := os.Open(s.folder)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = folder.Close() }()
-	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX); err != nil { // released with the file
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX); err != nil { // closing the folder releases it
 		return err
 	}
 	entries, err := folder.ReadDir(0)
@@ -152,8 +152,9 @@ func (s *simulated) take(bytes int64) error {
 }
 
 // Run runs the session if its rows, the largest first dimension of the feeds, fit.
-func (s *simulated) Run(timeout time.Duration, feeds []tensorflow.Feed,
-	fetches []string) ([]*tensorflow.Tensor, error) {
+func (s *simulated) Run(
+	timeout time.Duration, feeds []tensorflow.Feed, fetches []string,
+) ([]*tensorflow.Tensor, error) {
 	rows := int64(1)
 	for _, feed := range feeds {
 		if shape := feed.Tensor.Shape(); len(shape) > 0 {

@@ -21,18 +21,18 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// zerosTime bounds all runs with zeros of a model without warm-up requests: a loop in it may not end on zeros.
+// zerosTime bounds all runs with zeros together: a loop in a model may never end on zeros.
 const zerosTime = 10 * time.Second
 
 // warmUp runs the model, so that no stream waits for what TensorFlow does in its first runs. It replays the Predict
-// requests of TF Serving's warm-up file; a failure is a fault that names the record. Without the file it runs zeros; a
-// failure is only logged.
+// requests of TF Serving's warm-up file; a failure is a fault that names the record. Without the file it runs the model
+// on zeros; a failure of that is only logged.
 func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logger) error {
 	started := time.Now()
 	path := filepath.Join(setup.Dir, savedmodel.WarmupFile)
 	file, err := regular.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		// Logged before, because zeros may end the process.
+		// Logged before the runs, because zeros may make TensorFlow end the process.
 		log.Info("warming up with zeros",
 			zap.String("instead", `requests in the model, or warm_up "off" in its settings`))
 		runs := e.warmUpWithZeros(setup, mem, log)
@@ -66,7 +66,7 @@ func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logg
 	return nil
 }
 
-// replay runs one request.
+// replay runs one warm-up request.
 func (e *loaded) replay(w savedmodel.Warmup, mem memory.Allocator) error {
 	signature, err := e.saved.Signature(w.Signature)
 	if err != nil {
@@ -141,8 +141,8 @@ func (e *loaded) warmUpWithZeros(setup control.Setup, mem memory.Allocator, log 
 	return runs
 }
 
-// zeros returns a feed for each input of a signature, or why there is none. Unknown dimensions have size 1, the first
-// has size rows. Together the feeds have at most maxBatchBytes.
+// zeros returns a feed of zeros for each input of a signature; its error says which input cannot have one. An unknown
+// first dimension has size rows, other unknown dimensions 1. Together the feeds have at most maxBatchBytes.
 func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]tensor.Feed, error) {
 	if signature.Assigns != "" {
 		return nil, fmt.Errorf("it assigns variables (%s)", signature.Assigns)
@@ -153,8 +153,8 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 		size := int64(spec.DType.Size())
 		if size == 0 || spec.UnknownRank {
 			tensor.ReleaseFeeds(feeds)
-			return nil, fmt.Errorf("zeros cannot feed its input %q: it is %v, of shape %v", spec.Name,
-				spec.DType, spec.Shape)
+			return nil, fmt.Errorf("zeros cannot feed its input %q: it is %v, of shape %v",
+				spec.Name, spec.DType, spec.Shape)
 		}
 		shape := slices.Clone(spec.Shape)
 		for i, d := range shape {
@@ -178,12 +178,13 @@ func zeros(signature savedmodel.Signature, rows int64, mem memory.Allocator) ([]
 	return feeds, nil
 }
 
-// runUntil runs a signature, but does not wait for a run that goes on after the end of its time.
+// runUntil runs a signature, but does not wait much longer than until the given time for a run that ignores its
+// timeout.
 func (e *loaded) runUntil(until time.Time, feeds []tensor.Feed, signature savedmodel.Signature) error {
 	left := time.Until(until)
 	if left <= 0 {
 		tensor.ReleaseFeeds(feeds)
-		return errors.New("the runs before took all the time")
+		return errors.New("earlier runs took all the time")
 	}
 	var fetches []string
 	for _, spec := range signature.Outputs {

@@ -1,4 +1,4 @@
-// Detaching: a front in a session of its own, and the line by which it says that it serves.
+// Detaching: a front is started in the background, and reports on standard output that it serves.
 
 package main
 
@@ -21,13 +21,13 @@ import (
 	"flightsvc/internal/rundir"
 )
 
-// hello is the handshake: one line of JSON on standard output when the front serves.
+// hello is the handshake line: JSON that a front prints on standard output when it serves.
 type hello struct {
 	Flightsvc string `json:"flightsvc,omitempty"` // version
 	Build     string `json:"build,omitempty"`
 	Endpoint  string `json:"endpoint,omitempty"`
 	PID       int    `json:"pid,omitempty"`
-	Error     string `json:"error,omitempty"` // between a detached front and its starter only
+	Error     string `json:"error,omitempty"` // why a detached front did not start; read by detach only
 }
 
 func (h hello) print() error {
@@ -39,32 +39,32 @@ func (h hello) print() error {
 	return err
 }
 
-// detachedVariable marks the process that detach starts.
+// detachedVariable is set in the environment of the process that detach starts: it serves and does not detach again.
 const detachedVariable = "FLIGHTSVC_DETACHED"
 
-// keptVariables and keptPrefixes are the environment of a detached front. Whoever starts it may have
-// settings that are wrong for a server: pyspark sets OMP_NUM_THREADS=1 in its workers.
+// keptVariables and keptPrefixes select the environment of a detached front. Other variables of the process that starts
+// it may be wrong for a server: pyspark sets OMP_NUM_THREADS=1 in its workers.
 var (
 	keptVariables = []string{"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV",
 		"LD_LIBRARY_PATH", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
 		"https_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR"}
-	// the last three are credentials for models in stores
+	// the last three are for the credentials of stores
 	keptPrefixes = []string{"LC_", "XDG_", "FLIGHTSVC_", "TF_", "CUDA_", "NVIDIA_", "AWS_", "GOOGLE_", "AZURE_"}
 )
 
-// keptLogs is how many log files stay; the oldest go first.
+// keptLogs is how many log files are kept; logFile removes the oldest.
 const keptLogs = 20
 
-// detach starts this command again, marked by detachedVariable, in a new session with no descriptors
-// but its own, waits for its handshake, and passes that on. The started front has no parent that
-// lives, so nobody's process group takes it down.
+// detach starts this command again, marked by detachedVariable, in a process session of its own and without the files
+// that this process has open. It waits for the handshake line and prints it. When this process has ended, the front has
+// no living parent and is in no process group of the caller, so no signal to that group ends it.
 func detach(settings config.Serve) error {
 	log, err := logFile(settings.RunDir)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = log.Close() }()
-	// Nothing that was left open in this process may stay open in the front.
+	// Files that this process was given open must not stay open in the front.
 	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("mark descriptors: %w", err)
 	}
@@ -78,7 +78,7 @@ func detach(settings config.Serve) error {
 	if i := slices.Index(args, "--owner-fd"); i >= 0 {
 		args = slices.Delete(args, i, min(i+2, len(args)))
 	}
-	child := exec.Command(self, args...) //nolint:gosec // ourselves
+	child := exec.Command(self, args...) //nolint:gosec // this program
 	if settings.OwnerFD >= 0 {
 		child.ExtraFiles = []*os.File{os.NewFile(uintptr(settings.OwnerFD), "pidfd")}
 		child.Args = append(child.Args, "--owner-fd", "3")
@@ -97,13 +97,13 @@ func detach(settings config.Serve) error {
 	if err := child.Start(); err != nil {
 		return err
 	}
-	line, _ := bufio.NewReader(stdout).ReadBytes('\n') // a front that ends first leaves it empty
+	line, _ := bufio.NewReader(stdout).ReadBytes('\n') // empty if the front ends first
 	var greeting hello
 	if err := json.Unmarshal(line, &greeting); err != nil {
 		return fmt.Errorf("the front ended before it was ready; its log is %s", log.Name())
 	}
 	if greeting.Error != "" {
-		_ = os.Remove(log.Name()) // it says no more than the error
+		_ = os.Remove(log.Name()) // it holds nothing besides this error
 		return errors.New(greeting.Error)
 	}
 	return greeting.print()
@@ -122,7 +122,7 @@ func logFile(runDir string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(old) // by time, as in their names
+	slices.Sort(old) // by time, since their names begin with it
 	for _, path := range old[:max(0, len(old)-keptLogs+1)] {
 		_ = os.Remove(path)
 	}

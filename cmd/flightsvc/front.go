@@ -1,4 +1,4 @@
-// Fronts that commands talk to: finding one, and starting this user's own.
+// The front that a command asks: the one at --endpoint, or this user's own, which is started if necessary.
 
 package main
 
@@ -20,12 +20,12 @@ import (
 	"flightsvc/internal/rundir"
 )
 
-// userFolder is the folder below the run-dir of the front that this user's commands share, with one another and
-// with Python's connect().
+// userFolder is the folder, below the run-dir, of the front that all commands of this user share with Python's
+// connect().
 const userFolder = "user"
 
-// readyTimeout bounds how long a front may take to say that it is there, and endTimeout how long one that does not say
-// so may take to end.
+// readyTimeout bounds a front's answer to the action server.ready; endTimeout bounds the end of a front that did not
+// answer it.
 const (
 	readyTimeout = 5 * time.Second
 	endTimeout   = 15 * time.Second
@@ -37,7 +37,7 @@ type frontFlags struct {
 	RunDir   string `env:"FLIGHTSVC_RUN_DIR" placeholder:"DIR" help:"${run_dir_help}"`
 }
 
-// errNone says that there is no front to ask.
+// errNone means that this user's front does not run.
 type errNone struct{ folder string }
 
 func (e errNone) Error() string {
@@ -45,7 +45,7 @@ func (e errNone) Error() string {
 		"--endpoint asks another", e.folder)
 }
 
-// running returns a client of the front, which must run already.
+// running returns a client of the front; it is an error if the front does not run.
 func (f frontFlags) running(ctx context.Context) (*client.Client, error) {
 	if f.Endpoint != "" {
 		return client.Dial(f.Endpoint)
@@ -62,7 +62,7 @@ func (f frontFlags) running(ctx context.Context) (*client.Client, error) {
 	return front, nil
 }
 
-// started returns a client of the front; this user's own is started if it does not run.
+// started returns a client of the front, and starts this user's own if it does not run.
 func (f frontFlags) started(ctx context.Context, config string) (*client.Client, error) {
 	if f.Endpoint != "" {
 		return client.Dial(f.Endpoint)
@@ -92,7 +92,7 @@ func (f frontFlags) started(ctx context.Context, config string) (*client.Client,
 		if err != nil || front != nil {
 			return front, err
 		}
-		if err := awaitEnd(ctx, ending); err != nil { // it needs the lock of its folder for that
+		if err := awaitEnd(ctx, ending); err != nil { // without the folder's lock, which the front takes to end
 			return nil, err
 		}
 	}
@@ -102,7 +102,7 @@ func (f frontFlags) runDir() (string, error) {
 	return filepath.Abs(cmp.Or(f.RunDir, rundir.Default()))
 }
 
-// answering returns a client of the front in a folder, if one takes requests there.
+// answering returns a client of the front whose socket is in folder, or an error if it takes no requests.
 func answering(ctx context.Context, folder string) (*client.Client, error) {
 	front, err := client.Dial(protocol.Scheme + filepath.Join(folder, frontSocket))
 	if err != nil {
@@ -117,8 +117,8 @@ func answering(ctx context.Context, folder string) (*client.Client, error) {
 	return front, nil
 }
 
-// startFront starts a detached front and returns its endpoint. Its settings are those of the environment and the
-// configuration file.
+// startFront starts a detached front and returns its endpoint. The front takes its settings from the environment and
+// the configuration file.
 func startFront(ctx context.Context, runDir, folder, config string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -132,7 +132,7 @@ func startFront(ctx context.Context, runDir, folder, config string) (string, err
 		}
 		args = append([]string{"--config", config}, args...)
 	}
-	out, err := exec.CommandContext(ctx, self, args...).Output() //nolint:gosec // ourselves
+	out, err := exec.CommandContext(ctx, self, args...).Output() //nolint:gosec // this program
 	var failed *exec.ExitError
 	if errors.As(err, &failed) {
 		said := strings.TrimPrefix(strings.TrimSpace(string(failed.Stderr)), "flightsvc: ")
@@ -148,7 +148,7 @@ func startFront(ctx context.Context, runDir, folder, config string) (string, err
 	return greeting.Endpoint, nil
 }
 
-// awaitEnd waits for a front that no longer answers.
+// awaitEnd waits until a front that does not answer has ended.
 func awaitEnd(ctx context.Context, front rundir.Process) error {
 	watching, stop := context.WithCancel(ctx)
 	defer stop()
@@ -167,8 +167,9 @@ func awaitEnd(ctx context.Context, front rundir.Process) error {
 	}
 }
 
-// reference returns a model as a front finds it: a path becomes a URI, as it does in Python. Text with :// is a URI
-// already, text with / or that names a folder here a path, other text a name or a digest.
+// reference returns a model as a front understands it. A path becomes a file URI, since the front may have another
+// working folder: text with a slash, or that names a folder here. URIs, digests and other names stay as they are. The
+// Python package follows the same rule.
 func reference(model string) (string, error) {
 	if strings.Contains(model, "://") || strings.HasPrefix(model, "sha256:") || model == "image" {
 		return model, nil

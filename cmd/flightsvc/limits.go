@@ -6,13 +6,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Less than this, and a front or its first runner ends with a message that does not say why.
+// Below these limits a front or its first runner ends with a message that does not name the limit.
 const (
-	leastFiles   = 64      // some 20 are open without a call
+	leastFiles   = 64      // a front without a call has about 20 open
 	leastAddress = 4 << 30 // of address space: a runner of the smallest model takes more than 2.5 GB
 )
 
-// checkLimits says which limit of this process (getrlimit(2)) is too low for a front and its runners.
+// checkLimits returns an error that names a limit of this process (getrlimit(2)) that is too low for a front and its
+// runners, or nil.
 func checkLimits() error {
 	for _, c := range []struct {
 		resource int

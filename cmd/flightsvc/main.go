@@ -1,5 +1,5 @@
 // Command flightsvc is the front: the Flight server that callers find, and the command line.
-// It never links TensorFlow, so it starts in some tens of milliseconds and outlives every model.
+// It does not link TensorFlow, so it starts in some tens of milliseconds and survives the crash of any model.
 package main
 
 import (
@@ -19,7 +19,7 @@ import (
 	"flightsvc/internal/config"
 )
 
-// cli is the command line. Its defaults and variables are those of package config.
+// cli is the command line. Package config defines the settings of serve.
 type cli struct {
 	Version kong.VersionFlag `help:"Print version and build, and exit."`
 	Config  kong.ConfigFlag  `placeholder:"FILE" help:"${config_help}"`
@@ -59,7 +59,7 @@ const (
 	exitUsage  = 2
 )
 
-// helps are the texts of the help that are too long for a line of their own, and the version.
+// helps are the values of ${...} in help tags, for texts that are too long for a tag, and the version.
 var helps = kong.Vars{
 	"version":       build.Version + " (" + build.ID() + ")",
 	"config_help":   `JSON file with settings, for instance {"model_root": "/models"}.`,
@@ -78,7 +78,7 @@ func main() {
 		kong.Name("flightsvc"),
 		kong.Description("Deep learning on Spark DataFrames: an Arrow Flight server beside each executor."),
 		kong.Configuration(fileSettings),
-		// called after help, with 0, and for a wrong command line, with 1
+		// kong passes 0 after help, and 1 for a wrong command line
 		kong.Exit(func(code int) { os.Exit(code * exitUsage) }),
 		helps)
 	args := os.Args[1:]
@@ -93,8 +93,8 @@ func main() {
 	}
 }
 
-// settingsFile is the configuration file. kong itself lets a file go over the environment and ignores
-// keys that it does not know; here the environment goes over the file, and an unknown key is an error.
+// settingsFile reads the configuration file. kong's own reader lets the file override the environment and ignores
+// unknown keys; this one lets the environment override the file, and refuses unknown keys.
 type settingsFile struct {
 	kong.Resolver
 	keys map[string]any
@@ -121,7 +121,7 @@ func (f settingsFile) Resolve(ctx *kong.Context, parent *kong.Path, flag *kong.F
 		}
 	}
 	value, err := f.Resolver.Resolve(ctx, parent, flag)
-	if number, ok := value.(float64); ok { // as it would be on the command line
+	if number, ok := value.(float64); ok { // kong parses text, as from the command line
 		return strconv.FormatFloat(number, 'f', -1, 64), err
 	}
 	return value, err
@@ -146,8 +146,8 @@ func (f settingsFile) Validate(app *kong.Application) error {
 	return nil
 }
 
-// complain says why the command failed: one sentence, to the terminal or, from a detached
-// front, to the command that started it.
+// complain prints why the command failed on standard error. A detached front also reports it to the command that
+// started it.
 func complain(err error) {
 	if os.Getenv(detachedVariable) != "" {
 		_ = hello{Error: err.Error()}.print()

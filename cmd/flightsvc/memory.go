@@ -14,15 +14,15 @@ import (
 // cgroupRoot is where control groups of version 2 are mounted.
 const cgroupRoot = "/sys/fs/cgroup"
 
-// defaultMemory is what models may have of the host, in bytes, when nobody says: half of what this process may have
-// by its control groups, else half of the machine's. The other half is for Spark and Python.
+// defaultMemory returns the bytes of host memory that models may use if no setting says: half of the limit of this
+// process's control groups, else half of the machine's memory. The other half is for Spark and Python.
 func defaultMemory() int64 {
 	most := int64(math.MaxInt64)
 	var machine unix.Sysinfo_t
 	if err := unix.Sysinfo(&machine); err == nil {
 		most = int64(machine.Totalram) * int64(machine.Unit)
 	}
-	own := "/" // in a container, its group is the root
+	own := "/" // in a container, the process's group is the root
 	if text, err := os.ReadFile("/proc/self/cgroup"); err == nil {
 		for line := range strings.Lines(string(text)) {
 			if path, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
@@ -40,12 +40,12 @@ func defaultMemory() int64 {
 	return most / 2
 }
 
-// dropStartupPages drops the pages of this program's own file that only its start has needed (MADV_DONTNEED): the
-// tables of the stores' and protocols' libraries, some 50 MB. They are read-only and come back from the file when they
-// are needed again. Of the file's segments only those that nobody can write are looked at.
+// dropStartupPages drops the pages of this program's own file that only start-up needed (MADV_DONTNEED): some 50 MB of
+// tables of the libraries for stores and protocols. The kernel reads a page from the file again when it is needed, so
+// only segments that cannot be written are dropped.
 func dropStartupPages() {
 	file, err := elf.Open("/proc/self/exe")
-	if err != nil || file.Type != elf.ET_EXEC { // of another type, it may lie anywhere
+	if err != nil || file.Type != elf.ET_EXEC { // a file of another type is loaded at an unknown address
 		return
 	}
 	defer func() { _ = file.Close() }()
@@ -55,13 +55,13 @@ func dropStartupPages() {
 			continue
 		}
 		start := segment.Vaddr &^ (page - 1)
-		// else they stay
+		// an error is ignored: the pages stay
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(start), uintptr(segment.Vaddr+segment.Memsz-start),
 			unix.MADV_DONTNEED)
 	}
 }
 
-// limitOf reads a limit on memory; without one, or with "max", there is none.
+// limitOf reads a memory limit of a control group; it is MaxInt64 if the file is missing or says "max".
 func limitOf(path string) int64 {
 	text, err := os.ReadFile(path) //nolint:gosec // the kernel's
 	if err != nil {

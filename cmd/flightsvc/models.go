@@ -16,11 +16,11 @@ type modelsCommand struct {
 	JSON bool `name:"json" help:"Print JSON for scripts."`
 }
 
-// listed is a model in the list.
+// listed is a model as flightsvc models --json prints it.
 type listed struct {
 	protocol.IndexEntry
 	Memory int64  `json:"memory"` // bytes, 0 where it is not in memory
-	Device string `json:"device"` // UUID of a GPU, "" for the processor
+	Device string `json:"device"` // UUID of a GPU, "" for the CPU
 }
 
 // Run is called by kong.
@@ -57,7 +57,7 @@ func (c *modelsCommand) Run(line *cli) error {
 	return table(os.Stdout, []string{"MODEL", "VERSION", "STATE", "MEMORY", "DEVICE", "REASON"}, rows)
 }
 
-// modelArgument names a model.
+// modelArgument are the arguments of a command that name a model.
 type modelArgument struct {
 	Model        string `arg:"" help:"${model_help}"`
 	ModelVersion string `placeholder:"VERSION" help:"A number, a label, or latest. Default: latest."`
@@ -117,7 +117,7 @@ func (c *unloadCommand) Run() error {
 	return say(ctx, front, "model.unload", body)
 }
 
-// say asks for something to be done to a model and prints its state then.
+// say sends an action on a model and prints the state that the model is in afterwards.
 func say(ctx context.Context, front *client.Client, action string, body modelBody) error {
 	state, err := client.Ask[protocol.ModelState](ctx, front, action, body)
 	if err != nil {
@@ -177,7 +177,7 @@ func orNone(text string) string {
 	return text
 }
 
-// tuned returns a configuration that was found by measuring, for people.
+// tuned describes a configuration that tuning found, for the table of status.
 func tuned(choice *protocol.Choice) string {
 	if choice == nil {
 		return ""

@@ -42,10 +42,11 @@ import (
 // frontSocket is the name of the front's socket in its folder.
 const frontSocket = "front.sock"
 
-// idleTick is how often a detached front asks itself whether it is idle.
+// idleTick is how often a detached front checks whether it is idle.
 const idleTick = 500 * time.Millisecond
 
-// serve runs the front until something ends it, and leaves nothing behind.
+// serve runs the front until a signal arrives, its owner ends, it is idle or it is asked to shut down, and then removes
+// its files.
 func serve(settings config.Serve) (err error) {
 	log, err := logging.New(settings.LogLevel, "front")
 	if err != nil {
@@ -69,8 +70,8 @@ func serve(settings config.Serve) (err error) {
 		}
 	}
 	if settings.Child {
-		// Whoever read our output may be gone, and there is still to clear up. And a Ctrl-C in a notebook, which
-		// cancels a job there, reaches this process, too.
+		// SIGPIPE: when the reader of standard output has ended, this process still has to clear up. SIGINT: Ctrl-C in
+		// a notebook, which cancels a job there, reaches this process, too.
 		signal.Ignore(syscall.SIGPIPE, syscall.SIGINT, syscall.SIGHUP)
 		go untilEOF(os.Stdin, func() { end(errOwnerEnded) }) // reads for as long as this process lives
 	}
@@ -126,9 +127,8 @@ func serve(settings config.Serve) (err error) {
 		go report(ctx, cache, func() { end(errOwnerEnded) })
 	}
 	log.Info("serving", zap.String("endpoint", greeting.Endpoint), zap.String("version", greeting.Flightsvc),
-		zap.String("build", greeting.Build),
-		zap.String("model_root", settings.ModelRoot), zap.Int("cores", settings.Cores), zap.String("owner",
-			settings.Owner))
+		zap.String("build", greeting.Build), zap.String("model_root", settings.ModelRoot),
+		zap.Int("cores", settings.Cores), zap.String("owner", settings.Owner))
 
 	dropStartupPages()
 
@@ -150,18 +150,18 @@ func serve(settings config.Serve) (err error) {
 	return nil
 }
 
-// endGrace is how long a front may take to end when it waits for no stream any more. A runner that does not end has 2 s
-// until it is killed.
+// endGrace bounds the rest of the shutdown after streams have been drained. It is longer than the 2 s after which a
+// runner that does not end is killed.
 const endGrace = 4 * time.Second
 
-// giveUp ends this process where something hangs: a file system that does not answer, say, or a runner whose child
-// keeps its output open. Runners end with it.
+// giveUp ends this process although something hangs, for instance a file system that does not answer, or a runner whose
+// child keeps its output open. The runners end with this process.
 func giveUp(place *rundir.Folder, log *zap.Logger) {
-	log.Error("something does not end, so the process ends without waiting for it")
+	log.Error("the shutdown hangs, so the process ends without waiting for it")
 	released := make(chan struct{})
 	go func() {
 		defer close(released)
-		_ = place.Release() // waits for whoever starts a front in this folder just now
+		_ = place.Release() // waits while another process has the folder's lock to start a front
 	}()
 	select {
 	case <-released:
@@ -177,8 +177,8 @@ var (
 	errIdle       = fmt.Errorf("idle")
 )
 
-// claim takes the front's folder below the run-dir, or that of the endpoint that was set, and
-// clears away what dead fronts left. It sets the settings' RunDir.
+// claim takes the folder of the endpoint that is set, else a folder of its own below the run-dir, and removes the
+// folders of dead fronts there. It sets settings.RunDir, and returns the folder and the path of the front's socket.
 func claim(settings *config.Serve) (*rundir.Folder, string, error) {
 	runDir, err := filepath.Abs(cmp.Or(settings.RunDir, rundir.Default()))
 	if err != nil {
@@ -204,37 +204,36 @@ func claim(settings *config.Serve) (*rundir.Folder, string, error) {
 	return place, socket, err
 }
 
-// folderName is the name of the folder of a front that nobody gave one: 8 hex digits of its
-// process.
+// folderName returns the name of the front's folder if no endpoint is set: 8 hex digits that stand for this process.
 func folderName() string {
 	self, err := rundir.Of(os.Getpid())
 	if err != nil {
-		self.PID = os.Getpid() // /proc cannot be read; Claim will say so
+		self.PID = os.Getpid() // /proc cannot be read; rundir.Claim will report it
 	}
 	return nameOf(self)
 }
 
-// nameOf is the name of a process in folders: 8 hex digits.
+// nameOf returns the 8 hex digits that stand for a process in names of folders.
 func nameOf(process rundir.Process) string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%d %d", process.PID, process.Start))
 	return hex.EncodeToString(sum[:4])
 }
 
-// removeDriver removes the private folder of a driver that has ended (private_folder in shipping.py). It does so itself
-// unless it was killed.
+// removeDriver removes the private folder of a driver (private_folder in shipping.py). A driver that was killed could
+// not remove it.
 func removeDriver(temporary string, driver rundir.Process) {
-	// the pattern is sound
+	// fails only for a malformed pattern
 	folders, _ := filepath.Glob(filepath.Join(temporary, "flightsvc-driver-"+nameOf(driver)+"-*"))
 	for _, folder := range folders {
 		var about unix.Stat_t
 		if err := unix.Lstat(folder, &about); err == nil && about.Uid == uint32(os.Geteuid()) &&
 			about.Mode&unix.S_IFMT == unix.S_IFDIR {
-			_ = os.RemoveAll(folder) // what stays, the next driver removes
+			_ = os.RemoveAll(folder) // the next driver removes what is left
 		}
 	}
 }
 
-// models are what a front keeps of models: on disk, in memory, and in mind.
+// models are the parts of a front that find, load and tune models.
 type models struct {
 	repository *repository.Repository
 	cache      *modelcache.Cache
@@ -302,7 +301,8 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 	return m, nil
 }
 
-// serverName says who answers: Spark's executor, if there is one, this host and this process.
+// serverName returns the name of this server in answers and status: Spark's executor, if there is one, the host and the
+// process id.
 func serverName(executor string) string {
 	host, err := os.Hostname()
 	if err != nil {
@@ -321,10 +321,11 @@ func untilEOF(pipe io.Reader, gone func()) {
 	gone()
 }
 
-// reportInterval is how often a child says what was done.
+// reportInterval is how often a front with --child writes its counts.
 const reportInterval = time.Second
 
-// report writes what was done as lines of JSON until ctx ends. gone is called if nobody can read them any more.
+// report writes the counts of the cache to standard output, as lines of JSON, until ctx ends. It calls gone if the
+// reader has closed the pipe.
 func report(ctx context.Context, cache *modelcache.Cache, gone func()) {
 	tick := time.NewTicker(reportInterval)
 	defer tick.Stop()
@@ -342,8 +343,8 @@ func report(ctx context.Context, cache *modelcache.Cache, gone func()) {
 	}
 }
 
-// drain waits until open streams have ended, at most for the bound or until a second signal. New calls are refused as
-// Unavailable meanwhile.
+// drain waits until all streams have ended, the bound is over, or a second signal arrives. Meanwhile new calls are
+// refused as Unavailable.
 func drain(server *grpc.Server, cache *modelcache.Cache, bound time.Duration, signals <-chan os.Signal) {
 	over := time.NewTimer(bound)
 	defer over.Stop()
@@ -370,12 +371,13 @@ func drain(server *grpc.Server, cache *modelcache.Cache, bound time.Duration, si
 	}
 }
 
-// activity notes when the last call was under way.
+// activity counts the calls under way and keeps the time of the last one, for watchIdle.
 type activity struct {
 	open atomic.Int64
 	last atomic.Int64 // Unix nanoseconds
 }
 
+// watchIdle calls idle once no call, stream or load has been under way for the timeout.
 func watchIdle(ctx context.Context, timeout time.Duration, calls *activity, cache *modelcache.Cache, idle func()) {
 	tick := time.NewTicker(idleTick)
 	defer tick.Stop()

@@ -17,7 +17,7 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	line := func(cells []string) {
 		for i, cell := range cells {
-			if cell = cmp.Or(fault.Printable(cell), "-"); i < len(cells)-1 { // no spaces after the last
+			if cell = cmp.Or(fault.Printable(cell), "-"); i < len(cells)-1 { // no spaces after the last cell
 				cell += "\t"
 			}
 			fmt.Fprint(out, cell)
@@ -31,7 +31,7 @@ func table(w io.Writer, header []string, rows [][]string) error {
 	return out.Flush()
 }
 
-// printJSON prints an answer for scripts.
+// printJSON prints an answer as indented JSON.
 func printJSON(answer any) error {
 	encoder := json.NewEncoder(os.Stdout)
 	encoder.SetIndent("", "  ")
@@ -39,7 +39,7 @@ func printJSON(answer any) error {
 	return encoder.Encode(answer)
 }
 
-// size returns bytes for people; nothing is nothing.
+// size formats a number of bytes for people; it is empty for 0.
 func size(bytes int64) string {
 	if bytes <= 0 {
 		return ""
@@ -47,5 +47,5 @@ func size(bytes int64) string {
 	return config.Bytes(bytes).String()
 }
 
-// deviceName returns a device for people.
+// deviceName returns the name of a device to print: its UUID, or cpu.
 func deviceName(device string) string { return cmp.Or(device, "cpu") }

@@ -1,4 +1,4 @@
-// The command tune: a search, and what it shows of it.
+// The command tune: it asks a front for a search, and prints the candidates and the result.
 
 package main
 
@@ -64,7 +64,7 @@ func (c *tuneCommand) Run(about *cli) error {
 	return show(os.Stdout, tuning)
 }
 
-// line describes a candidate while the search goes on.
+// line describes a candidate, for the lines that show progress.
 func line(c protocol.Candidate) string {
 	about := configuration(c.Choice)
 	switch {
@@ -95,7 +95,7 @@ func onOff(on bool) string {
 	return "off"
 }
 
-// rate prints three digits that matter.
+// rate formats rows/s: a whole number from 100, else with one decimal.
 func rate(rows float64) string {
 	if rows >= 100 {
 		return fmt.Sprintf("%.0f", rows)
@@ -103,7 +103,7 @@ func rate(rows float64) string {
 	return fmt.Sprintf("%.1f", rows)
 }
 
-// show prints the table and what follows from it.
+// show prints the candidates as a table, then the one that was chosen.
 func show(out io.Writer, t *protocol.Tuning) error {
 	fmt.Fprintf(out, "\nmodel %s, version %s, signature %s\n\n", t.Model, t.Version, t.Signature)
 	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
@@ -133,7 +133,7 @@ func show(out io.Writer, t *protocol.Tuning) error {
 	if t.NotFrozen != "" {
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
 	}
-	name, flags := processor()
+	name, flags := cpu()
 	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))
 	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
 	_, err := fmt.Fprintf(out, "stored for this kind of machine (%s) in %s; the next load of the model uses it\n",
@@ -141,13 +141,13 @@ func show(out io.Writer, t *protocol.Tuning) error {
 	return err
 }
 
-// shown are the flags of a processor that TensorFlow's kernels ask for.
+// shown are the flags of a CPU that decide which of TensorFlow's kernels it can run.
 var shown = []string{"sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16",
 	"amx_int8"}
 
-// processor returns the name of the processor and which of the shown flags it has.
-func processor() (name string, flags []string) {
-	text, _ := os.ReadFile("/proc/cpuinfo") // empty elsewhere
+// cpu returns the name of this machine's CPU and which of the shown flags it has.
+func cpu() (name string, flags []string) {
+	text, _ := os.ReadFile("/proc/cpuinfo") // empty if it cannot be read
 	name = "unknown"
 	for text := range strings.Lines(string(text)) {
 		key, value, _ := strings.Cut(text, ":")

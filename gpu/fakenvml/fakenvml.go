@@ -1,6 +1,6 @@
-// Package fakenvml is a host with simulated GPUs for tests: a library in C that a program finds in place of
-// NVIDIA's libnvidia-ml.so.1, and the folder that it reads. Only tests import it. What the folder holds is told at
-// the head of library/fakenvml.c.
+// Package fakenvml simulates a host with GPUs, for tests: a C library that a program loads in place of NVIDIA's
+// libnvidia-ml.so.1, and the folder that the library reads. Only tests import it. The head of library/fakenvml.c
+// describes the folder.
 package fakenvml
 
 import (
@@ -18,7 +18,7 @@ import (
 //go:embed library/fakenvml.c
 var source []byte
 
-// Host is the library and its folder. They go away with the test.
+// Host is the library and its folder. Both are removed at the end of the test.
 type Host struct {
 	Library string // folder of libnvidia-ml.so.1
 	State   string // folder that the library reads
@@ -59,13 +59,13 @@ func (h *Host) Env() []string {
 	return []string{"LD_LIBRARY_PATH=" + path, "FAKENVML_STATE=" + h.State}
 }
 
-// Use says how many bytes of a device a process has, from now until it has ended.
+// Use sets how many bytes of a device a process has, from now until it has ended.
 func (h *Host) Use(t testing.TB, uuid string, pid int, bytes int64) {
 	t.Helper()
 	h.write(t, strconv.FormatInt(bytes, 10), uuid, strconv.Itoa(pid))
 }
 
-// Delay says how long memory stays taken after its process has ended.
+// Delay sets how long memory stays in use after its process has ended.
 func (h *Host) Delay(t testing.TB, delay time.Duration) {
 	t.Helper()
 	h.write(t, strconv.FormatInt(delay.Milliseconds(), 10), "delay")
@@ -77,13 +77,13 @@ func (h *Host) Hide(t testing.TB, uuid string) {
 	h.write(t, "", uuid, "hidden")
 }
 
-// Fail lets every question about a device fail with a number of nvmlReturn_t; 0 ends that.
+// Fail makes all questions about a device fail with a number of nvmlReturn_t; 0 ends that.
 func (h *Host) Fail(t testing.TB, uuid string, code int) {
 	t.Helper()
 	h.write(t, strconv.Itoa(code), uuid, "error")
 }
 
-// Hang lets questions about memory wait until it is called with false.
+// Hang(true) makes questions about memory wait until Hang(false).
 func (h *Host) Hang(t testing.TB, hang bool) {
 	t.Helper()
 	if hang {
@@ -93,7 +93,7 @@ func (h *Host) Hang(t testing.TB, hang bool) {
 	}
 }
 
-// XID lets a device, or a MIG instance, report an error.
+// XID makes a device, or a MIG instance, report an error.
 func (h *Host) XID(t testing.TB, uuid string, xid int) {
 	t.Helper()
 	file, err := os.OpenFile(filepath.Join(h.State, "xid"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)

@@ -50,7 +50,7 @@ func (f *Front) ListActions(_ *flight.Empty, stream flight.FlightService_ListAct
 	return nil
 }
 
-// results is what an action returns that has several results: it sends one after the other.
+// results is what an action with several results returns: a function that sends one after the other.
 type results func(send func(any) error) error
 
 // DoAction runs one action; body and results are JSON.
@@ -78,7 +78,7 @@ func (f *Front) DoAction(action *flight.Action, stream flight.FlightService_DoAc
 	return fault.New(fault.Unimplemented, "no action %q; ListActions lists all", action.GetType())
 }
 
-// nothing checks the body of an action that takes none.
+// nothing refuses a body for an action that takes none.
 func nothing(body []byte) error {
 	if err := protocol.DecodeBody(body, &struct{}{}); err != nil {
 		return fault.New(fault.BadRequest, "this action wants an empty body, or {}: %w", err)
@@ -123,7 +123,7 @@ func (f *Front) modelReady(ctx context.Context, body []byte) (any, error) {
 	return protocol.Ready{Ready: loaded}, nil
 }
 
-// load goes on when its caller has left.
+// load loads a model, even one in quarantine. The load goes on when the caller leaves.
 func (f *Front) load(ctx context.Context, body []byte) (any, error) {
 	var ask protocol.LoadBody
 	if err := protocol.DecodeBody(body, &ask); err != nil {
@@ -158,7 +158,7 @@ func (f *Front) unload(ctx context.Context, body []byte) (any, error) {
 	return protocol.ModelState{Model: ask.Model, Version: version, State: modelcache.StateUnloaded}, nil
 }
 
-// tune ends when its caller leaves.
+// tune tunes a model. The search ends when the caller leaves.
 func (f *Front) tune(ctx context.Context, body []byte) (any, error) {
 	var ask protocol.TuneBody
 	if err := protocol.DecodeBody(body, &ask); err != nil || ask.Model == "" {

@@ -10,9 +10,9 @@ import (
 	"flightsvc/modelcache"
 )
 
-// ListFlights lists what GetFlightInfo would serve with nothing but defaults: one flight for each model, version
-// and signature that this host knows, with the answer's schema and without an endpoint. It loads
-// nothing. Criteria are nothing, or {"model":"name"} for the flights of one reference.
+// ListFlights lists what GetFlightInfo would serve for a descriptor without options: one flight for each model, version
+// and signature that this host knows, with the answer's schema and without an endpoint. It loads nothing. Criteria are
+// empty, or {"model":"name"} for the flights of one reference.
 func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightService_ListFlightsServer) error {
 	var only protocol.Criteria
 	if err := protocol.DecodeBody(criteria.GetExpression(), &only); err != nil {
@@ -36,8 +36,8 @@ func (f *Front) ListFlights(criteria *flight.Criteria, stream flight.FlightServi
 	return nil
 }
 
-// flightsOf returns the flights of a model's signatures, by name, and why others cannot be served
-// with nothing but defaults.
+// flightsOf returns the flights of a model's signatures, by name, and for each signature that cannot be served without
+// options the reason.
 func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []string) {
 	if entry.Err != nil {
 		return nil, []string{entry.Err.Error()}
@@ -57,8 +57,8 @@ func flightsOf(entry modelcache.Entry) (flights []*flight.FlightInfo, reasons []
 }
 
 func flightOf(entry modelcache.Entry, signature string) (*flight.FlightInfo, error) {
-	command, err := (&protocol.Descriptor{V: protocol.Version, Model: entry.Ref, Version: entry.Version,
-		Signature: signature}).Command()
+	asked := protocol.Descriptor{V: protocol.Version, Model: entry.Ref, Version: entry.Version, Signature: signature}
+	command, err := asked.Command()
 	if err != nil {
 		return nil, err
 	}

@@ -28,14 +28,14 @@ type Options struct {
 	Tuner      *tuning.Tuner
 	Version    string
 	Build      string
-	Server     string // "host:pid", after "executor ID " where there is one
+	Server     string // names this server in answers: "host:pid", after "executor ID " if it has one
 	Executor   string // Spark's id of the executor that this front belongs to; "" for none
-	Shutdown   func() // asked for by the action server.shutdown
+	Shutdown   func() // called by the action server.shutdown
 	Log        *zap.Logger
 }
 
-// Front is the Flight service that callers find first: it answers what can be said without
-// a model in memory, makes models ready, and sends callers on to runners or relays for them.
+// Front is the Flight service that callers find first: it answers what needs no model in memory, makes models ready,
+// and sends callers on to runners or relays for them.
 type Front struct {
 	flight.BaseFlightServer
 	options Options
@@ -44,10 +44,10 @@ type Front struct {
 // New returns the service.
 func New(options Options) *Front { return &Front{options: options} }
 
-// request is a descriptor with all that the repository knows about it.
+// request is a descriptor with its model and the schema of its answer.
 type request struct {
 	descriptor *protocol.Descriptor
-	asked      string // version, as the caller wrote it
+	asked      string // the version, as the caller wrote it
 	model      repository.Model
 	schema     *arrow.Schema
 }
@@ -62,7 +62,7 @@ func (f *Front) resolve(ctx context.Context, fd *flight.FlightDescriptor) (*requ
 	return r, f.plan(ctx, r)
 }
 
-// plan finds the request's model and joins its signature with the descriptor.
+// plan finds the request's model and plans the answer.
 func (f *Front) plan(ctx context.Context, r *request) error {
 	model, err := f.options.Cache.Resolve(ctx, r.descriptor.Model, r.asked)
 	if err != nil {
@@ -76,8 +76,8 @@ func (f *Front) plan(ctx context.Context, r *request) error {
 	return nil
 }
 
-// admit makes the request's model ready and leases a stream on its runner. Where a version that was asked for by
-// another name than its number cannot be loaded, the one that stands in for it is.
+// admit makes the request's model ready and leases a stream on its runner. If the load fails and the version that was
+// asked for, such as "latest", now means another one, admit goes on with that.
 func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, error) {
 	started := time.Now()
 	for {
@@ -94,16 +94,16 @@ func (f *Front) admit(ctx context.Context, r *request) (*modelcache.Runner, erro
 		}
 		lease := r.descriptor.Lease
 		if !runner.Leased(lease.ID, r.descriptor.RequestID, time.UnixMilli(lease.Expires)) {
-			continue // it was unloaded, or ended, since
+			continue // the runner has been unloaded, or has ended
 		}
-		f.options.Log.Info("stream admitted", zap.String("request_id", r.descriptor.RequestID), zap.String("model",
-			r.descriptor.Model),
-			zap.Int("runner", runner.PID()), zap.Duration("wait_time", time.Since(started)))
+		f.options.Log.Info("stream admitted", zap.String("request_id", r.descriptor.RequestID),
+			zap.String("model", r.descriptor.Model), zap.Int("runner", runner.PID()),
+			zap.Duration("wait_time", time.Since(started)))
 		return runner, nil
 	}
 }
 
-// GetSchema answers the schema of the answer without loading the model.
+// GetSchema returns the schema of the answer, without loading the model.
 func (f *Front) GetSchema(ctx context.Context, fd *flight.FlightDescriptor) (*flight.SchemaResult, error) {
 	r, err := f.resolve(ctx, fd)
 	if err != nil {
@@ -112,8 +112,8 @@ func (f *Front) GetSchema(ctx context.Context, fd *flight.FlightDescriptor) (*fl
 	return &flight.SchemaResult{Schema: flight.SerializeSchema(r.schema, memory.DefaultAllocator)}, nil
 }
 
-// GetFlightInfo makes the model ready and returns the answer's schema and one endpoint: a
-// ticket, and the runner's location unless the caller wants to be relayed.
+// GetFlightInfo makes the model ready and returns the answer's schema and one endpoint: a ticket, and the runner's
+// location unless the caller wants to be relayed.
 func (f *Front) GetFlightInfo(ctx context.Context, fd *flight.FlightDescriptor) (*flight.FlightInfo, error) {
 	r, err := f.resolve(ctx, fd)
 	if err != nil {
@@ -140,8 +140,8 @@ func (f *Front) GetFlightInfo(ctx context.Context, fd *flight.FlightDescriptor) 
 	}, nil
 }
 
-// DoExchange relays a stream to the runner. Its first message holds a ticket's command, or a
-// plain descriptor, for which the front takes the lease itself.
+// DoExchange relays a stream to the runner. Its first message holds a ticket's command, or a plain descriptor, for
+// which the front takes the lease itself.
 func (f *Front) DoExchange(stream flight.FlightService_DoExchangeServer) error {
 	first, err := stream.Recv()
 	if errors.Is(err, io.EOF) {
@@ -170,7 +170,7 @@ func (f *Front) DoExchange(stream flight.FlightService_DoExchangeServer) error {
 	return relay(stream, client, first)
 }
 
-// runnerOf returns the runner which the descriptor's lease belongs to, or admits the request.
+// runnerOf returns the runner that the descriptor's lease belongs to; without a lease it admits the request.
 func (f *Front) runnerOf(ctx context.Context, r *request) (*modelcache.Runner, error) {
 	if r.descriptor.Lease == nil {
 		return f.admit(ctx, r)

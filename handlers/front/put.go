@@ -17,7 +17,7 @@ import (
 	"flightsvc/modelcache/repository"
 )
 
-// maxPutBytes bounds a record batch of DoPut and what it becomes in memory.
+// maxPutBytes bounds a record batch of DoPut, uncompressed in memory.
 const maxPutBytes = 64 << 20
 
 // putSchema is what DoPut takes: rows are consecutive chunks of one archive.
@@ -44,9 +44,9 @@ func parsePut(fd *flight.FlightDescriptor) (*protocol.PutCommand, error) {
 	return command, repository.CheckDigest(command.Digest)
 }
 
-// DoPut takes a SavedModel as one plain POSIX tar of its folder, in the rows of the column chunk (binary). It answers
-// a PutResult with the digest, under which the model may be used from then on: at once, and
-// without reading on, where the command's digest is known.
+// DoPut takes a SavedModel as one plain POSIX tar of its folder, in the rows of the column chunk (binary). It answers a
+// PutResult with the digest, under which the model may be used from then on. If the command's digest is known, it
+// answers at once, without reading the archive.
 func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	archive, fd, err := openArchive(stream)
 	if err != nil {
@@ -61,11 +61,11 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 		got.Field(0).Type.ID() != arrow.BINARY {
 		return fault.New(fault.BadRequest, "DoPut wants the schema %s, with chunks of a tar archive", putSchema)
 	}
-	result := protocol.PutResult{Digest: command.Digest, Known: command.Digest != "" &&
-		f.options.Repository.Known(command.Digest)}
+	result := protocol.PutResult{Digest: command.Digest}
+	result.Known = command.Digest != "" && f.options.Repository.Known(command.Digest)
 	if !result.Known {
-		if result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive,
-			command.Digest); err != nil {
+		result.Digest, result.Known, err = f.options.Repository.Push(stream.Context(), archive, command.Digest)
+		if err != nil {
 			return err
 		}
 	}
@@ -76,14 +76,14 @@ func (f *Front) DoPut(stream flight.FlightService_DoPutServer) error {
 	return stream.Send(&flight.PutResult{AppMetadata: about})
 }
 
-// archive is the bytes of a DoPut stream, one record batch in hand.
+// archive reads the bytes of a DoPut stream, one record batch at a time.
 type archive struct {
 	reader *flight.Reader
 	mem    *handlers.ReadMemory
-	chunks *array.Binary // of the record batch in hand, nil before the first
-	next   int           // chunk of it
-	rest   []byte        // of the chunk before
-	row    int64         // of the stream
+	chunks *array.Binary // of the current record batch, nil before the first
+	next   int           // index of the next chunk in it
+	rest   []byte        // unread bytes of the last chunk
+	row    int64         // number of the next chunk in the stream
 }
 
 func openArchive(stream flight.FlightService_DoPutServer) (*archive, *flight.FlightDescriptor, error) {
@@ -113,7 +113,7 @@ func (a *archive) Read(p []byte) (int, error) {
 		if begin < 0 || size < 0 || size > 0 && (values == nil || begin+size > values.Len()) {
 			return 0, fault.New(fault.BadRequest, "chunk %d of the archive lies outside its buffer", a.row)
 		}
-		if size > 0 { // an empty one may lie anywhere
+		if size > 0 { // the offset of an empty chunk may be anything
 			a.rest = a.chunks.Value(i)
 		}
 		a.next++
@@ -124,7 +124,7 @@ func (a *archive) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// advance takes the next record batch in hand; the one before goes.
+// advance goes on to the next record batch; the reader releases the one before.
 func (a *archive) advance() error {
 	a.chunks = nil
 	if !a.reader.Next() {
@@ -142,8 +142,8 @@ func (a *archive) advance() error {
 	return nil
 }
 
-var errPutSize = fault.New(fault.BadRequest, "a record batch of the archive has more than %d bytes; send chunks of 4 "+
-	"MiB", maxPutBytes)
+var errPutSize = fault.New(fault.BadRequest,
+	"a record batch of the archive has more than %d bytes; send chunks of 4 MiB", maxPutBytes)
 
 // Interface guards.
 var _ io.Reader = (*archive)(nil)

@@ -8,9 +8,9 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/flight"
 )
 
-// relay copies a stream's messages to a runner and its answers back, without reading the
-// record batches in them. Back-pressure is gRPC's own: each direction has one message in
-// hand, and a side that does not read stops the other side's Send.
+// relay copies a stream's messages to a runner and its answers back, without decoding the record batches in them.
+// Back-pressure is gRPC's own: relay holds one message in each direction, and a side that does not read stops the other
+// side's Send.
 func relay(caller flight.FlightService_DoExchangeServer, runner flight.FlightServiceClient,
 	first *flight.FlightData) error {
 	ctx, cancel := context.WithCancel(caller.Context())
@@ -24,7 +24,7 @@ func relay(caller flight.FlightService_DoExchangeServer, runner flight.FlightSer
 		defer close(forwarded)
 		for message := first; ; {
 			if onward.Send(message) != nil {
-				return // the runner's error comes out of its Recv
+				return // Recv below returns the runner's error
 			}
 			var err error
 			if message, err = caller.Recv(); err != nil {

@@ -1,4 +1,4 @@
-// Package client is a Flight client of a front, for our own command line: it asks for actions.
+// Package client is the command line's Flight client of a front: it calls actions.
 //
 // What may enter: what a caller says to a server. What a server does lives in handlers.
 package client
@@ -24,10 +24,10 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// maxAnswerBytes lets any answer through: its size was bounded by the server.
+// maxAnswerBytes is more than any answer has; the server bounds them.
 const maxAnswerBytes = 1 << 30
 
-// dialTimeout bounds the look whether anybody listens; a Unix socket answers at once or never.
+// dialTimeout bounds the connection by which Dial checks that somebody listens.
 const dialTimeout = 5 * time.Second
 
 // Client is a connection to one front. Its methods are safe for concurrent use.
@@ -37,8 +37,8 @@ type Client struct {
 	front    flight.FlightServiceClient
 }
 
-// Dial connects to the front at an endpoint, grpc+unix:///path or a bare absolute path. Its error says that
-// the endpoint is not one, or that nobody listens there.
+// Dial connects to the front at an endpoint, grpc+unix:///path or a bare absolute path. It is an error if the endpoint
+// has another form, or if nobody listens there.
 func Dial(endpoint string) (*Client, error) {
 	if filepath.IsAbs(endpoint) {
 		endpoint = protocol.Scheme + endpoint
@@ -59,7 +59,7 @@ func Dial(endpoint string) (*Client, error) {
 	return &Client{endpoint: endpoint, conn: conn, front: flight.NewFlightServiceClient(conn)}, nil
 }
 
-// cause leaves away what Go's network errors say of the address, which our sentence has named already.
+// cause drops the address from Go's network errors, since Dial's message has the endpoint already.
 func cause(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) {
@@ -78,11 +78,11 @@ func connect(path string) (*grpc.ClientConn, error) {
 // Endpoint returns where the front is.
 func (c *Client) Endpoint() string { return c.endpoint }
 
-// Close drops the connection; the front stays.
+// Close closes the connection; the front stays.
 func (c *Client) Close() error { return c.conn.Close() }
 
-// Action asks the front to do something. body is sent as JSON; each result is read into one of T, which need not
-// know all its fields, and given to take, whose error ends the call. Errors: what the server said, or that of take.
+// Action calls an action. body is sent as JSON. Each result is decoded into a T, which may lack fields of the result,
+// and given to take, whose error ends the call. Other errors have the server's message.
 func Action[T any](ctx context.Context, c *Client, name string, body any, take func(T) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -121,10 +121,10 @@ func Ask[T any](ctx context.Context, c *Client, name string, body any) (answer T
 	return answer, err
 }
 
-// say turns what gRPC returned into the server's own sentence.
+// say returns an error with only the server's message of an error of gRPC.
 func (c *Client) say(err error) error {
 	var told interface{ GRPCStatus() *status.Status }
-	if !errors.As(err, &told) { // Arrow puts its own words around it
+	if !errors.As(err, &told) { // As, because Arrow wraps gRPC's error
 		return err
 	}
 	about := told.GRPCStatus()

@@ -1,9 +1,9 @@
-// Package config is the one table of the server's settings. Each has one name in four
-// spellings: the flag --model-root, the variable FLIGHTSVC_MODEL_ROOT, model_root in the
-// configuration file, and spark.flightsvc.modelRoot, which the shim turns into the flag. A flag
-// goes over the environment, the environment over the file, the file over the default.
+// Package config is the one table of the server's settings. Each setting has one name in four spellings: the flag
+// --model-root, the variable FLIGHTSVC_MODEL_ROOT, model_root in the configuration file, and spark.flightsvc.modelRoot,
+// which the shim turns into the flag. A flag overrides the environment, the environment the file, and the file the
+// default.
 //
-// No other package of the server reads its environment for settings.
+// No other package of the server reads settings from the environment.
 package config
 
 import (

@@ -10,7 +10,7 @@ import (
 	"github.com/dustin/go-humanize"
 )
 
-// Duration is a time.Duration that JSON spells as Go does, "5m".
+// Duration is a time.Duration that is text in JSON, such as "5m".
 type Duration time.Duration
 
 // UnmarshalText is part of encoding.TextUnmarshaler.
@@ -23,10 +23,10 @@ func (d *Duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Bytes is an amount of memory that text spells with a unit: 512MiB, 2GiB, 1.5g; a plain number is bytes.
+// Bytes is an amount of memory. As text it has a unit: 512MiB, 2GiB, 1.5g; a plain number is bytes.
 type Bytes int64
 
-// units of Bytes; those of Spark ("512m", "2g") are powers of 1,024 as well.
+// units of Bytes. Those of Spark ("512m", "2g") are powers of 1,024, too.
 var units = map[string]float64{
 	"": 1, "b": 1,
 	"k": 1 << 10, "kib": 1 << 10, "kb": 1e3,

@@ -1,4 +1,4 @@
-// The lines that front and runner write to each other: Setup one way, Reports the other.
+// The lines that front and runner write to each other: the front a Setup, the runner Reports.
 
 package control
 
@@ -9,13 +9,13 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// Setup is the first line that a runner reads on its standard input, as JSON. The end of that
-// input ends the runner.
+// Setup is the first line that a runner reads on its standard input, as JSON. The end of standard input ends the
+// runner.
 type Setup struct {
 	Model    string `json:"model"` // reference, for messages
-	Dir      string `json:"dir"`   // folder of the SavedModel that is loaded, "" for the built-in model Image
+	Dir      string `json:"dir"`   // folder of the SavedModel that is loaded, "" for protocol.Image
 	Socket   string `json:"socket"`
-	Key      []byte `json:"key"` // for leases
+	Key      []byte `json:"key"` // checks leases
 	Server   string `json:"server"`
 	LogLevel string `json:"log_level"`
 
@@ -32,11 +32,11 @@ type Setup struct {
 	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
 	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
 
-	Measure *Measurement `json:"measure,omitempty"` // measure and end, in place of serving
+	Measure *Measurement `json:"measure,omitempty"` // if set, the runner measures and ends, and does not serve
 }
 
-// Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready, or with an
-// Error; Warming may come before. Later ones tell of streams.
+// Report is a line that a runner writes on its standard output, as JSON. A load ends with Ready or Error; Warming may
+// come before. Later reports are about streams.
 type Report struct {
 	Build      string     `json:"build,omitempty"`
 	TensorFlow string     `json:"tensorflow,omitempty"` // version of the library
@@ -51,25 +51,25 @@ type Report struct {
 	Resting  string `json:"resting,omitempty"`  // lease of a stream on which nothing has moved for StreamRest
 	Stirring string `json:"stirring,omitempty"` // lease of a stream that rested and moves again
 	Answered bool   `json:"answered,omitempty"` // once: the runner has answered its first record batch
-	// DeviceBatch is the most rows of a run that fit into the device's memory, when that turned out to be
-	// fewer than asked for. Pressed says that not even one row did: the front may make room by ending others.
+	// DeviceBatch is the most rows of a run that fit into the device's memory, reported when that is fewer than a run
+	// had. Pressed means that not even one row fits: the front may end other runners to make room.
 	DeviceBatch int  `json:"device_batch,omitempty"`
 	Pressed     bool `json:"pressed,omitempty"`
-	// Counts come with any other report, and once a second, while they change.
+	// Counts are sent when they have changed: with any other report, and once a second.
 	Counts *Counts `json:"counts,omitempty"`
 
-	Measured []Measured `json:"measured,omitempty"` // what Setup.Measure asked for, in place of Ready
+	Measured []Measured `json:"measured,omitempty"` // the result of Setup.Measure, in place of Ready
 }
 
-// Counts are what a runner has done since its start, and what waits.
+// Counts are what a runner has done since its start, and what waits now.
 type Counts struct {
 	Rows         int64   `json:"rows"`          // answered, those that were refused included
 	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
-	Runs         int64   `json:"runs"`          // of TensorFlow, a batch each
+	Runs         int64   `json:"runs"`          // of TensorFlow; each is one batch
 	JoinedRuns   int64   `json:"joined_runs"`   // those that served more than one stream
 	Queued       int64   `json:"queued"`        // rows that wait for a run now
-	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited; those that wait at once count each
-	RunSeconds   float64 `json:"run_seconds"`   // of all runs; those at once count each
+	QueueSeconds float64 `json:"queue_seconds"` // sum of the waits of all tasks
+	RunSeconds   float64 `json:"run_seconds"`   // sum of the durations of all runs
 }
 
 // Add returns the sum of two counts.
@@ -90,16 +90,16 @@ func (c Counts) Sub(other Counts) Counts {
 	}
 }
 
-// Batching is how a model is batched, in TF Serving's words. Zero leaves a number at its default.
+// Batching is how a model is batched, in TF Serving's words. A field that is zero has its default.
 type Batching struct {
-	MaxBatchSize int `json:"max_batch_size,omitempty"` // rows of one run, 1,024
-	// the longest that a stream may ask to wait for others' rows, 10,000
+	MaxBatchSize int `json:"max_batch_size,omitempty"` // rows of one run; default 1,024
+	// the longest that a stream may ask to wait for other streams' rows; default 10,000
 	BatchTimeoutMicros int64 `json:"batch_timeout_micros,omitempty"`
-	// waiting record batches at which a runner takes no further stream, 128
+	// number of waiting record batches from which a runner refuses new streams; default 128
 	MaxEnqueuedBatches int `json:"max_enqueued_batches,omitempty"`
-	NumBatchThreads    int `json:"num_batch_threads,omitempty"` // runs at once, as many as cores
-	// AllowedBatchSizes are the only numbers of rows that TensorFlow sees, ascending: a smaller batch is padded
-	// with copies of its first row. The last one is MaxBatchSize. None allows all.
+	NumBatchThreads    int `json:"num_batch_threads,omitempty"` // runs at once; default: as many as cores
+	// AllowedBatchSizes are the only numbers of rows of a run, ascending: a smaller batch is padded with copies of its
+	// first row. The last one is MaxBatchSize. An empty list allows all.
 	AllowedBatchSizes []int `json:"allowed_batch_sizes,omitempty"`
 }
 
@@ -115,10 +115,10 @@ func (b Batching) UpTo(most int) Batching {
 	return b
 }
 
-// SettingsFile is the name of a model's settings. It lies beside the numbered folders of its versions, or in the
-// folder of a SavedModel that has none.
+// SettingsFile is the name of the file with a model's settings. It lies beside the numbered folders of the model's
+// versions or, if there are none, in the folder of the SavedModel.
 const SettingsFile = "flightsvc.json"
 
-// StreamRest is how long nothing may move on a stream (no run, no message in or out) before it stops
-// keeping its runner in memory.
+// StreamRest is how long nothing may move on a stream (no run, no message in or out) until the stream no longer keeps
+// its runner in memory.
 const StreamRest = 5 * time.Second

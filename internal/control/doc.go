@@ -1,5 +1,4 @@
-// Package control is what a front and its runners say to each other, a line of JSON each, and what both know of the
-// model that is built in.
+// Package control defines the messages between a front and its runners, one line of JSON each.
 //
 // What may enter: the messages, and what both ends need to write and read them.
 package control

@@ -9,24 +9,24 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Measurement asks a runner to measure itself: it loads the model as its Setup says, runs one signature on
-// made-up rows through its own scheduler, reports, and ends. It serves no stream.
+// Measurement makes a runner measure its speed: it loads the model as its Setup says, runs one signature on random rows
+// through its own scheduler, reports, and ends. It serves no stream.
 //
-// Rows are made from a seed: floats are uniform in [0, 1), whole numbers and bools 0 or 1. A signature with a
-// string input, or with an unknown dimension besides that of the rows, cannot be measured so.
+// Rows are made from a seed: floats are uniform in [0, 1), whole numbers and bools 0 or 1. A signature with a string
+// input, or with an unknown dimension besides that of the rows, cannot be measured.
 type Measurement struct {
 	Signature string `json:"signature"`
-	// rows of one run, ascending; what does not fit into one run is left out
+	// rows of one run, ascending; sizes that do not fit into one run are left out
 	BatchSizes []int         `json:"batch_sizes"`
-	Window     time.Duration `json:"window"`  // of one measurement, and two runs of each caller at least
-	Windows    int           `json:"windows"` // for each batch size, the sizes in turns
-	// batches whose run would take longer, by the one before, are left out; 0 is no bound
+	Window     time.Duration `json:"window"`  // of one measurement at least; each caller runs twice at least
+	Windows    int           `json:"windows"` // measurements of each batch size, the sizes taking turns
+	// larger sizes are left out once a run would take longer, as extrapolated from the size before; 0 is no bound
 	LongestRun time.Duration `json:"longest_run"`
 	Seed       uint64        `json:"seed"`
 	Folder     string        `json:"folder"` // gets the outputs of one batch; see ReadAnswers
 }
 
-// Measured is what came of one batch size.
+// Measured is the speed of one batch size.
 type Measured struct {
 	BatchSize int     `json:"max_batch_size"`
 	Best      float64 `json:"best"`   // rows/s of the fastest window

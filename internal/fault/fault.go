@@ -1,10 +1,8 @@
-// Package fault holds the one error type that crosses package borders towards a
-// caller. A fault has a kind, which handlers turns into a gRPC code in one table,
-// and a sentence for people: which model, signature, column, both types, what to
-// do next. It never holds row data.
+// Package fault holds the one error type that callers of the server see. A fault has a kind, for which handlers has a
+// table of gRPC codes, and a sentence for people: which model, signature, column, both types, what to do next. It never
+// holds row data.
 //
-// Only errors that a caller can see belong here; errors that stay inside one
-// package are ordinary errors.
+// Errors that stay inside one package are ordinary errors.
 package fault
 
 import (
@@ -20,23 +18,23 @@ import (
 type Kind int
 
 const (
-	// Internal is a defect of ours or of TensorFlow; a retry does not help.
+	// Internal is a defect of flightsvc or of TensorFlow; a retry does not help.
 	Internal Kind = iota
 	// BadRequest is a mistake in the descriptor, a column, a type, a shape or a row.
 	BadRequest
 	// NotFound is an unknown model, version or signature.
 	NotFound
-	// Unavailable passes by itself: asking again helps.
+	// Unavailable passes by itself: a retry helps.
 	Unavailable
 	// Exhausted is a limit on memory or size that a retry does not change.
 	Exhausted
 	// Precondition is something that must be installed or configured first.
 	Precondition
-	// Deadline is time that ran out.
+	// Deadline is a time limit that is over.
 	Deadline
-	// Canceled is a caller that left.
+	// Canceled is a call that its caller has ended.
 	Canceled
-	// Unimplemented is a verb or action that this server does not have.
+	// Unimplemented is a call or action that this server does not have.
 	Unimplemented
 )
 
@@ -47,15 +45,15 @@ type Error struct {
 	cause error
 }
 
-// New returns a fault whose sentence is formatted as by fmt.Errorf; %w keeps a cause. What callers have written may be
-// among args: the sentence is Printable.
+// New returns a fault whose sentence is formatted as by fmt.Errorf; %w keeps a cause. The sentence is made Printable,
+// since args may hold what callers have written.
 func New(kind Kind, format string, args ...any) error {
 	err := fmt.Errorf(format, args...)
 	return &Error{Kind: kind, text: Printable(err.Error()), cause: errors.Unwrap(err)}
 }
 
-// Printable replaces whatever is not a printable character by its escape as Go writes it (\x1b, \n, \u202e), so that a
-// text stays one line and cannot command a terminal. It leaves a printable text as it is.
+// Printable replaces each character that is not printable by its escape as Go writes it (\x1b, \n, \u202e), so that a
+// text stays one line and cannot control a terminal. It leaves a printable text as it is.
 func Printable(text string) string {
 	var out strings.Builder
 	for i, r := range text {

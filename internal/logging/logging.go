@@ -1,5 +1,5 @@
-// Package logging makes the one kind of logger that both processes use: JSON lines on
-// standard error. Keys are snake case; durations are seconds.
+// Package logging makes the logger of fronts and runners: JSON lines on standard error. Keys are snake case; durations
+// are seconds.
 package logging
 
 import (

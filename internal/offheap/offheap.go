@@ -1,5 +1,5 @@
-// Package offheap allocates Arrow buffers in C memory, 64-byte aligned, so that TensorFlow
-// can take a buffer over as a tensor without a copy and keep it for longer than the call.
+// Package offheap allocates Arrow buffers in C memory, 64-byte aligned, so that TensorFlow can use a buffer as a tensor
+// without a copy, and for longer than the call.
 package offheap
 
 // #include <stdlib.h>
@@ -13,12 +13,12 @@ import (
 	"github.com/apache/arrow/go/v15/arrow/memory"
 )
 
-// alignment is what TensorFlow asks of a buffer that it shall not copy (EIGEN_MAX_ALIGN_BYTES), and what
-// Arrow recommends.
+// alignment is what TensorFlow requires of a buffer that it does not copy (EIGEN_MAX_ALIGN_BYTES), and what Arrow
+// recommends.
 const alignment = 64
 
-// Allocator is an Arrow allocator on aligned_alloc. Its zero value is ready; it is safe for
-// concurrent use. Memory is not zeroed.
+// Allocator is an Arrow allocator on aligned_alloc. Its zero value is ready; it is safe for concurrent use. Memory is
+// not zeroed.
 type Allocator struct {
 	live atomic.Int64
 }

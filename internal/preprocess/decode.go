@@ -1,4 +1,4 @@
-// From a picture's file to pixels, as they are shown.
+// Decoding: from a picture's file to its pixels as they are shown.
 
 package preprocess
 
@@ -16,8 +16,7 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// pixels makes the pixel tensor of a picture that check has accepted. The caller
-// closes it.
+// pixels makes the pixel tensor of a picture that check has accepted. The caller closes the tensor.
 func (c *converter) pixels(p tensor.Picture, h header) (*tensorflow.Tensor, source, error) {
 	if !p.Encoded() {
 		pixels, err := tensorflow.Allocate(p.DType, []int64{int64(p.Height), int64(p.Width), int64(p.Channels)})
@@ -68,22 +67,21 @@ func (c *converter) decode(encoded []byte) (*tensorflow.Tensor, error) {
 	return out[0], nil
 }
 
-// paint decodes a GIF or BMP, which TensorFlow reads in part (BMP) or as a whole
-// film (GIF), and paints its first frame on a black canvas of uint8 [height, width,
-// 3]. What is transparent is black.
+// paint decodes a GIF or BMP and paints its first frame on a black canvas of uint8 [height, width, 3]; transparent
+// pixels are black. TensorFlow's decoder knows only some kinds of BMP, and makes all frames of a GIF.
 func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte) (*tensorflow.Tensor, error) {
 	frame, err := decode(bytes.NewReader(encoded))
 	if err != nil {
 		return nil, invalid("its first frame is damaged, cut off, or not within the picture")
 	}
-	bounds := frame.Bounds() // within the picture; both decoders see to it
+	bounds := frame.Bounds() // both decoders refuse a frame that is not within the picture
 	pixels, err := tensorflow.Allocate(savedmodel.Uint8, []int64{int64(h.height), int64(h.width), 3})
 	if err != nil {
 		return nil, err
 	}
 	canvas := pixels.Bytes()
 	clear(canvas)
-	var from []byte // red, green, blue, alpha; an entry of palette where that is not nil
+	var from []byte // 4 bytes of a pixel: red, green, blue, alpha; with a palette, 1 byte: its entry
 	var stride int  // bytes of a row
 	var palette *[256][3]byte
 	switch frame := frame.(type) {
@@ -120,12 +118,12 @@ func paint(h header, decode func(io.Reader) (image.Image, error), encoded []byte
 	return pixels, nil
 }
 
-// turn returns the picture as it is shown: EXIF's orientation, 2 to 8, says where
-// the first row and the first column of the stored pixels, uint8, belong.
+// turn returns the picture as it is shown. EXIF's orientation, 2 to 8, says where the first row and the first column of
+// the stored pixels, uint8, belong.
 func turn(stored *tensorflow.Tensor, orientation int) (*tensorflow.Tensor, error) {
 	height, width, channels := int(stored.Shape()[0]), int(stored.Shape()[1]), int(stored.Shape()[2])
-	// Where the shown picture's first pixel is stored, and how far from it the next
-	// row and the next column are.
+	// start is where the first shown pixel is stored; down and right lead from a pixel to the next shown row and
+	// column.
 	start, down, right := 0, width*channels, channels
 	switch orientation {
 	case 3, 4, 6, 7: // the last stored row is the first, or the first column

@@ -15,31 +15,30 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// source is a kind of pixels: a tensor [height, width, channels].
+// source is a kind of pixels: the channels and element type of a tensor [height, width, channels].
 type source struct {
-	// order names the channels: L grey, R, G, B, A alpha. Decoded files are "L",
-	// "LA", "RGB" or "RGBA", image structs "L", "BGR" or "BGRA".
+	// order names the channels: L is grey, A alpha. Decoded files have "L", "LA", "RGB" or "RGBA", image structs "L",
+	// "BGR" or "BGRA".
 	order string
 	dtype savedmodel.DType // Uint8 or Float32
 }
 
-// sources are all kinds of pixels that there can be.
+// sources are all kinds of pixels that pictures have.
 var sources = []source{
 	{"L", savedmodel.Uint8}, {"LA", savedmodel.Uint8}, {"RGB", savedmodel.Uint8}, {"RGBA", savedmodel.Uint8},
 	{"BGR", savedmodel.Uint8}, {"BGRA", savedmodel.Uint8},
 	{"L", savedmodel.Float32}, {"BGR", savedmodel.Float32}, {"BGRA", savedmodel.Float32},
 }
 
-// luma is the part of each channel in grey, by ITU-R BT.601.
+// luma is the share of each channel in grey, by ITU-R BT.601.
 var luma = map[byte]float32{'R': 0.299, 'G': 0.587, 'B': 0.114}
 
-// head names the tensors of the ways from pixels to a result: resized, which is empty
-// where a Spec does not say how, and own, as large as the picture, which only a
-// Decoder has.
+// head names the tensors for one kind of pixels: pixels is fed; resized is the result in the Spec's size, "" if the
+// Spec does not say how to resize; own is the result in the picture's size, which only a Decoder needs.
 type head struct{ pixels, resized, own string }
 
-// graph is what TensorFlow runs for a Spec: one part from a file to pixels, one
-// from each kind of pixels to the results [1, height, width, channels].
+// graph is what TensorFlow runs for a Spec: one part from a file to pixels, and a head for each kind of pixels, to the
+// results [1, height, width, channels].
 type graph struct {
 	def                    []byte
 	file, decoded          string
@@ -60,10 +59,10 @@ func (b *builder) placeholder(dt tf.DataType, shape tf.Shape) tf.Output {
 	return op.Placeholder(b.scope(), dt, op.PlaceholderShape(shape))
 }
 
-// name is how a feed or fetch spells the output of an operation.
+// name returns the name of an operation's output, as feeds and fetches spell it.
 func name(o tf.Output) string { return o.Op.Name() + ":0" }
 
-// buildGraph builds the graph of a Spec that check has accepted.
+// buildGraph builds the graph of a Spec that newConverter has checked.
 func buildGraph(spec Spec) (*graph, error) {
 	b := &builder{root: tg.NewRoot(), spec: spec}
 	b.begin = b.placeholder(tf.Int32, tf.MakeShape(3))
@@ -71,7 +70,7 @@ func buildGraph(spec Spec) (*graph, error) {
 	b.size = b.placeholder(tf.Int32, tf.MakeShape(2))
 	b.pads = b.placeholder(tf.Int32, tf.MakeShape(4, 2))
 
-	// Without channels a file keeps its own.
+	// 0 keeps the channels of the file.
 	channels := int64(3)
 	if spec.Channels == "" {
 		channels = 0
@@ -109,7 +108,7 @@ func buildGraph(spec Spec) (*graph, error) {
 	return g, nil
 }
 
-// convert does all of a Spec that comes after decoding and orientation.
+// convert adds the steps of a Spec that follow decoding and orientation.
 func (b *builder) convert(x tf.Output, s source, resize bool) tf.Output {
 	if resize {
 		x = op.Slice(b.scope(), x, b.begin, b.box)
@@ -123,8 +122,8 @@ func (b *builder) convert(x tf.Output, s source, resize bool) tf.Output {
 	}
 	x = b.channels(x, s.order)
 	if b.spec.affine() {
-		// A row of the result is multiplied and added to as a whole: with one value for each channel
-		// TensorFlow would go through it three values at a time.
+		// The constants are as long as a row of the result: with one value for each channel TensorFlow would multiply
+		// three values at a time, which is slow.
 		n := 3
 		if b.spec.Channels == "L" {
 			n = 1
@@ -145,7 +144,7 @@ func (b *builder) convert(x tf.Output, s source, resize bool) tf.Output {
 	return b.cast(x, tf.DataType(b.spec.DType))
 }
 
-// resize is tf.image.resize.
+// resize adds the operations of tf.image.resize.
 func (b *builder) resize(x tf.Output) tf.Output {
 	switch {
 	case b.spec.Antialias:
@@ -188,17 +187,16 @@ func (b *builder) channels(x tf.Output, from string) tf.Output {
 		return x
 	}
 	if len(from) == 3 && len(to) == 3 {
-		return op.ReverseV2(b.scope(), x, tg.Const(b.root, []int32{-1})) // faster than to gather
+		return op.ReverseV2(b.scope(), x, tg.Const(b.root, []int32{-1})) // faster than GatherV2
 	}
 	index := make([]int32, len(to))
 	for i := range index {
-		index[i] = int32(max(strings.IndexByte(from, to[i]), 0)) // grey is every colour
+		index[i] = int32(max(strings.IndexByte(from, to[i]), 0)) // a grey picture's only channel stands for each colour
 	}
 	return op.GatherV2(b.scope(), x, tg.Const(b.root, index), last)
 }
 
-// cast makes a tensor of another element type; whole numbers are rounded to the
-// nearest, halves to even ones, and saturate.
+// cast adds a cast to another element type. For whole numbers it rounds, halves to even, and saturates.
 func (b *builder) cast(x tf.Output, to tf.DataType) tf.Output {
 	from := x.DataType()
 	if from == to {

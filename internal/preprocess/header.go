@@ -1,4 +1,5 @@
-// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and do not know EXIF or scans.
+// Headers of pictures, read by hand: Go's decoders would allocate what a header claims, and do not read EXIF or count
+// scans.
 
 package preprocess
 
@@ -12,16 +13,15 @@ import (
 	"golang.org/x/image/bmp"
 )
 
-// header is what a file says of its picture before the pixels come. Both sides are
-// at least 1.
+// header is what a file says about its picture before the pixels. Both sides are at least 1.
 type header struct {
 	format        string // "BMP", "GIF", "JPEG" or "PNG"
 	width, height int    // as stored, before orientation
-	channels      int    // of its pixels, at most
-	orientation   int    // of EXIF: 1 as it is, to 8; 1 where there is none
+	channels      int    // of a pixel, at most
+	orientation   int    // of EXIF, 1 to 8; 1, also without EXIF, is as stored
 	scans         int    // of a JPEG
-	coefficients  int    // of a pixel, where a JPEG keeps them all until it is decoded
-	least         int64  // bytes that the file must have, where that is known
+	coefficients  int    // of a pixel, if libjpeg keeps those of the whole picture while it decodes; else 0
+	least         int64  // bytes that the file must have, 0 if unknown
 }
 
 // String describes the picture for errors, for instance "a JPEG picture of 451x300".
@@ -29,8 +29,7 @@ func (h header) String() string {
 	return fmt.Sprintf("a %s picture of %dx%d", h.format, h.width, h.height)
 }
 
-// readHeader reads what a file says of itself, and nothing that the decoder checks
-// anyway. It is not ok when there is no size to be found.
+// readHeader reads a header. It checks nothing that the decoder checks later, and is not ok if it finds no size.
 func readHeader(encoded []byte) (h header, ok bool) {
 	switch {
 	case bytes.HasPrefix(encoded, []byte(pngSignature)):
@@ -53,9 +52,8 @@ func readHeader(encoded []byte) (h header, ok bool) {
 
 const pngSignature = "\x89PNG\r\n\x1a\n"
 
-// readPNG reads the IHDR chunk, which must come first: its length and name, then
-// width and height in 4 bytes each, bits and kind of colour. A palette has alpha
-// when a tRNS chunk comes before the pixels.
+// readPNG reads the IHDR chunk, which must come first: its length and name, width and height in 4 bytes each, bit depth
+// and colour type. A picture with a palette has alpha if a tRNS chunk comes before the pixels.
 func readPNG(encoded []byte) header {
 	if len(encoded) < 26 || string(encoded[12:16]) != "IHDR" {
 		return header{}
@@ -81,8 +79,8 @@ func readPNG(encoded []byte) header {
 	return h
 }
 
-// pngChunks gives the chunks of a PNG up to IEND: 4 bytes of length, 4 of name, so
-// many bytes, and 4 of checksum. The last one may be cut off after its name.
+// pngChunks yields the chunks of a PNG up to IEND: 4 bytes of length, 4 of name, the data, and 4 of checksum. The last
+// one may be cut off after its name.
 func pngChunks(encoded []byte) iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		for rest := encoded[len(pngSignature):]; len(rest) >= 8; {
@@ -96,11 +94,10 @@ func pngChunks(encoded []byte) iter.Seq[[]byte] {
 	}
 }
 
-// onlyPixels returns a PNG without the chunks that its pixels do not need, or the
-// file itself when there are none. libpng inflates each compressed text to as much
-// as 8 MB and keeps a thousand of them. The name of what a reader must know begins
-// with a capital. Of the rest TensorFlow looks at tRNS alone, what is transparent:
-// it applies no gamma, colour profile or significant bits.
+// onlyPixels returns a PNG without the chunks that its pixels do not need, because libpng inflates each compressed text
+// to as much as 8 MB and keeps a thousand of them. It keeps the critical chunks, whose names begin with a capital
+// letter, and tRNS, the transparency. TensorFlow ignores all others, such as gamma, colour profile and significant
+// bits. If there are none, it returns the file itself.
 func onlyPixels(encoded []byte) []byte {
 	needed := func(chunk []byte) bool { return chunk[4]&0x20 == 0 || string(chunk[4:8]) == "tRNS" }
 	size, all := len(pngSignature), true
@@ -123,7 +120,7 @@ func onlyPixels(encoded []byte) []byte {
 	return kept
 }
 
-// readJPEG reads the frame header (SOF) and what else the segments say.
+// readJPEG reads the frame header (SOF), the orientation, and the number of scans.
 func readJPEG(encoded []byte) header {
 	h := header{format: "JPEG"}
 	var frame byte // the kind of the frame header, 0 before it
@@ -154,9 +151,10 @@ func readJPEG(encoded []byte) header {
 	return h
 }
 
-// leastOfJPEG returns the fewest bytes that the scans of a JPEG with this frame header can have, or 0 where that is not
-// known. A Huffman code has at least one bit; a block of 8x8 values takes two codes, in a progressive picture one.
-// libjpeg fills with grey what is missing before the end marker, so it makes 13,000x13,000 pixels of 600 bytes.
+// leastOfJPEG returns the fewest bytes that the scans of a JPEG with this frame header can have, or 0 if that is not
+// known. A Huffman code has at least one bit; a block of 8x8 values takes two codes, in a progressive picture one. The
+// check is needed because libjpeg fills what is missing before the end marker with grey: it would make 13,000x13,000
+// pixels of 600 bytes.
 func leastOfJPEG(kind byte, frame []byte) int64 {
 	bits := map[byte]int64{0xc0: 2, 0xc1: 2, 0xc2: 1}[kind]
 	height, width, components := int64(frame[3])<<8|int64(frame[4]), int64(frame[5])<<8|int64(frame[6]), int(frame[7])
@@ -172,18 +170,16 @@ func leastOfJPEG(kind byte, frame []byte) int64 {
 	for i := range components {
 		sampling := int64(frame[8+3*i+1])
 		if most[0]*most[1] > 0 {
-			blocks += (width*(sampling>>4) + 8*most[0] - 1) / (8 * most[0]) * ((height*(sampling&15) +
-				8*most[1] - 1) / (8 * most[1]))
+			blocks += (width*(sampling>>4) + 8*most[0] - 1) / (8 * most[0]) *
+				((height*(sampling&15) + 8*most[1] - 1) / (8 * most[1]))
 		}
 	}
 	return blocks * bits / 8
 }
 
-// jpegSegments gives the kind of each marker that has a segment, and the segment,
-// which begins with two bytes of length that count themselves; the last may be cut
-// off. Bytes between segments, such as those of a scan after its own, are skipped,
-// as libjpeg does. It ends with the picture: behind it may be the film of a moving
-// photo.
+// jpegSegments yields the kind of each marker that has a segment, and the segment, which begins with two bytes of
+// length that count themselves; the last one may be cut off. Like libjpeg it skips bytes between segments, such as the
+// data of a scan. It ends at the end marker, since the film of a moving photo may follow.
 func jpegSegments(encoded []byte) iter.Seq2[byte, []byte] {
 	return func(yield func(byte, []byte) bool) {
 		for rest := encoded[2:]; ; {
@@ -201,7 +197,7 @@ func jpegSegments(encoded []byte) iter.Seq2[byte, []byte] {
 			rest = rest[1:]
 			switch {
 			case kind == 0x00, kind == 0x01, kind >= 0xd0 && kind <= 0xd8:
-				continue // a stuffed byte, TEM, a restart, SOI: no segment
+				continue // a stuffed byte, TEM, a restart, SOI: these have no segment
 			case kind == 0xd9:
 				return
 			}
@@ -214,9 +210,8 @@ func jpegSegments(encoded []byte) iter.Seq2[byte, []byte] {
 	}
 }
 
-// readOrientation reads the orientation, 1 to 8, of an APP1 segment, which begins
-// with its length. It is 0 where the segment is not EXIF, and 1 where its EXIF has
-// no orientation or is broken: such a picture is shown as it is.
+// readOrientation returns the orientation, 1 to 8, in an APP1 segment, which begins with its length. It returns 0 if
+// the segment is not EXIF, and 1, as stored, if its EXIF has no orientation or is broken.
 func readOrientation(segment []byte) int {
 	tiff, ok := bytes.CutPrefix(segment[min(2, len(segment)):], []byte("Exif\x00\x00"))
 	if !ok {
@@ -228,8 +223,7 @@ func readOrientation(segment []byte) int {
 	} else if !bytes.HasPrefix(tiff, []byte("II*\x00")) {
 		return 1
 	}
-	// The first directory: the number of its entries, then 12 bytes for each: tag,
-	// type, count, value.
+	// The first directory is the number of its entries, then 12 bytes for each: tag, type, count, value.
 	if len(tiff) < 8 {
 		return 1
 	}

@@ -1,15 +1,11 @@
-// Package preprocess turns one picture into the tensor that an image network takes,
-// or into another picture: decode, turn, crop, resize, order channels, normalise.
-// What may enter is a way to describe and to run that one transformation. tfgo
-// builds its graph and TensorFlow's own kernels run it, so that its numbers are
-// those of tf.image; internal/tensorflow runs it, so that its tensors are freed at
-// once and its errors keep TensorFlow's code. Batches, columns and what to do with
-// a bad row belong to the caller.
+// Package preprocess turns one picture into the tensor that an image network takes, or into another picture. What may
+// enter is a way to describe and to run that one transformation; batches, columns and what to do with a bad row belong
+// to the caller. TensorFlow's own kernels run it, so that its numbers are those of tf.image: tfgo builds the graph, and
+// internal/tensorflow runs it, because it frees tensors at once and keeps the codes of TensorFlow's errors.
 //
-// The order of work: limits by the header; decode to uint8; orientation by EXIF;
-// crop; resize with half-pixel centres; pad; channels; scale and offset; element
-// type. JPEG and PNG are decoded by TensorFlow, BMP and the first frame of a GIF in
-// Go. An image struct has its pixels already.
+// The steps, in order: check limits by the header; decode to uint8; orient by EXIF; crop; resize with half-pixel
+// centres; pad; order channels; scale and offset; cast. TensorFlow decodes JPEG and PNG, Go decodes BMP and the first
+// frame of a GIF. An image struct has its pixels already.
 package preprocess
 
 import (
@@ -26,39 +22,38 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// What no setting raises.
+// Limits that no setting raises.
 const (
-	// maxScans is the most scans of a JPEG, maxScanned the most pixels of all of them
-	// when they are several. Encoders write about ten; each costs a pass over the whole
-	// picture, however few bytes it has: 2^30 pixels take about two seconds.
+	// maxScans is the most scans of a JPEG, maxScanned the most pixels of all scans together if there are several.
+	// Encoders write about ten. However few bytes a scan has, decoding passes over the whole picture for it: 2^30
+	// pixels take about two seconds.
 	maxScans   = 100
 	maxScanned = 1 << 30
-	// maxSide is the most pixels of a side, of a picture and of a result: twice what a
-	// JPEG can have. What is longer is hardly a picture, and TensorFlow's kernels have
-	// limits of their own above it.
+	// maxSide is the most pixels of a side of a picture or of a result: twice what a JPEG can have. TensorFlow's
+	// kernels have limits of their own above it.
 	maxSide = 1 << 17
-	// maxWorking is the most bytes that a single picture may take while it is worked on.
-	// The Budget would wait for all of itself and then let it have more.
+	// maxWorking is the most bytes that a single picture may take while it is worked on. The Budget does not bound
+	// a single picture: acquire lets one that is larger than the whole budget run alone.
 	maxWorking = 2 << 30
 )
 
-// Spec says what the result should look like. It can be the key of a map.
+// Spec describes the result. It can be the key of a map.
 type Spec struct {
 	Height, Width int    // of the result in pixels
 	Resize        string // "bilinear", "nearest", "bicubic" or "area", as in tf.image.resize
 	Antialias     bool   // only bilinear and bicubic
-	// Fit is "crop": the picture's largest centred box of the result's aspect;
-	// "stretch": the whole picture; or "pad": the whole picture in its own aspect,
-	// black beside it, as tf.image.resize_with_pad.
+	// Fit says what is resized. "crop": the picture's largest centred box with the result's aspect ratio; "stretch":
+	// the whole picture; "pad": the whole picture, which keeps its aspect ratio and gets black borders, as in
+	// tf.image.resize_with_pad.
 	Fit string
-	// Channels is "RGB", "BGR" or "L". Grey becomes colour, alpha is dropped; L is
-	// 0.299 R + 0.587 G + 0.114 B of the resized values.
+	// Channels is "RGB", "BGR" or "L". In RGB and BGR all channels of a grey picture are equal. L is
+	// 0.299 R + 0.587 G + 0.114 B of the resized values. Alpha is dropped.
 	Channels string
-	// Scale and Offset make x*Scale+Offset of a channel's value x, which is 0 to 255
-	// for pictures of uint8; in the order of Channels, for L the first.
+	// Scale and Offset turn a channel's value x, which is 0 to 255 for pictures of uint8, into x*Scale+Offset. They
+	// are in the order of Channels; for L the first counts.
 	Scale, Offset [3]float32
-	// DType is Float32, Float64, Float16, Bfloat16, Uint8 or Int32. Whole numbers
-	// are rounded, halves to even ones, and saturate; of NaN they make any number.
+	// DType is Float32, Float64, Float16, Bfloat16, Uint8 or Int32. For whole numbers values are rounded, halves to
+	// even, and saturate; NaN becomes any number.
 	DType savedmodel.DType
 }
 
@@ -76,14 +71,12 @@ func (s Spec) affine() bool {
 	return s.Scale != [3]float32{1, 1, 1} || s.Offset != [3]float32{}
 }
 
-// Graph makes tensors of pictures after one Spec. Its methods may be called from
-// several goroutines at once.
+// Graph makes tensors of pictures as one Spec says. It is safe for concurrent use.
 type Graph struct{ converter }
 
-// New builds the graph of a Spec and opens a session on it. A Spec with a value
-// that it does not have, without height or width, with more pixels than the budget's
-// limit, or with more Bytes than tensor.MaxTensorBytes is an *tensorflow.Error with
-// InvalidArgument.
+// New builds the graph of a Spec and opens a session on it. It returns a *tensorflow.Error with InvalidArgument for a
+// Spec with an unknown value, without height or width, with more pixels than the budget's limit, or with more Bytes
+// than tensor.MaxTensorBytes.
 func New(spec Spec, budget *Budget) (*Graph, error) {
 	dtypes := []savedmodel.DType{savedmodel.Float32, savedmodel.Float64, savedmodel.Float16,
 		savedmodel.Bfloat16, savedmodel.Uint8, savedmodel.Int32}
@@ -107,19 +100,17 @@ func New(spec Spec, budget *Budget) (*Graph, error) {
 	return &Graph{*c}, nil
 }
 
-// Run writes the tensor of a picture to dst, which must have Spec.Bytes() bytes: in
-// the machine's byte order, rows from the top, the channels of a pixel together.
-// The picture is copied and dst is not kept; both may lie on the Go heap.
+// Run writes the tensor of a picture to dst, which must have Spec.Bytes() bytes: in the machine's byte order, rows from
+// the top, the channels of a pixel together. The picture is copied and dst is not kept; both may lie on the Go heap. An
+// error leaves dst as it was.
 //
-// Run waits while other pictures use the budget. When ctx ends first, the error is
-// ctx's. A picture that cannot be decoded, whose numbers do not agree, that is over a
-// limit, or for which there is no memory is an *tensorflow.Error with
-// InvalidArgument, whose message is one line and holds nothing of the picture but
-// format and size. dst is left as it was by any error.
+// Run waits while other pictures use the budget. If ctx ends first, the error is ctx's. A picture that cannot be
+// decoded, whose numbers do not agree, that is over a limit, or for which there is no memory is a *tensorflow.Error
+// with InvalidArgument; its message is one line and tells nothing about the picture but format and size.
 func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
 	if want := g.spec.Bytes(); int64(len(dst)) != want {
-		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d", g.spec.Width, g.spec.Height, want,
-			len(dst))
+		return fmt.Errorf("a picture of %dx%d needs %d bytes of the batch, got %d",
+			g.spec.Width, g.spec.Height, want, len(dst))
 	}
 	return g.run(ctx, g.spec, p, func(result *tensorflow.Tensor) error {
 		if got := result.Bytes(); result.DType() != g.spec.DType || len(got) != len(dst) {
@@ -130,15 +121,13 @@ func (g *Graph) Run(ctx context.Context, p tensor.Picture, dst []byte) error {
 	})
 }
 
-// Decoder makes pictures of pictures after one Spec, of any size. Its methods may be
-// called from several goroutines at once.
+// Decoder makes pictures of any size of pictures, as one Spec says. It is safe for concurrent use.
 type Decoder struct{ converter }
 
-// NewDecoder builds the graph of a Spec and opens a session on it. Without Resize,
-// Antialias and Fit pictures can only keep their size. Channels is "BGR", "L", or ""
-// for the picture's own: grey, or blue, green, red, and alpha if it has that. Height,
-// Width, Scale, Offset and DType are not looked at: Run is told the size, and pixels
-// keep their element type. Errors are those of New.
+// NewDecoder builds the graph of a Spec and opens a session on it. Without Resize, Antialias and Fit pictures can only
+// keep their size. Channels is "BGR", "L", or "" for the picture's own: grey, or blue, green, red, and alpha if the
+// picture has it. Height, Width, Scale, Offset and DType are ignored: Run is given the size, and pixels keep their
+// element type. Errors are those of New.
 func NewDecoder(spec Spec, budget *Budget) (*Decoder, error) {
 	if !slices.Contains([]string{"", "BGR", "L"}, spec.Channels) {
 		return nil, invalid("a picture cannot have channels %q; they are BGR, L or its own", spec.Channels)
@@ -152,14 +141,12 @@ func NewDecoder(spec Spec, budget *Budget) (*Decoder, error) {
 	return &Decoder{*c}, nil
 }
 
-// Run returns the picture as height x width pixels, or in its own size when both are
-// 0. They lie in Go memory that the caller owns, with room for 16 bytes more: these
-// can be appended without another copy. p is copied. Waiting and errors are those of
-// Graph.Run; a size that New would refuse is InvalidArgument, too, and one that a
-// decoder without Resize is given is any other error.
+// Run returns the picture as height x width pixels, or in its own size if both are 0. The pixels lie in Go memory that
+// the caller owns and to which 16 bytes can be appended without a copy. p is copied. Waiting and errors are those of
+// Graph.Run. A size that New would refuse is InvalidArgument, too; a size for a decoder without Resize is another
+// error.
 //
-// A BMP or GIF is always blue, green, red. Of a PNG with a transparent colour only
-// one with a palette has alpha.
+// A BMP or GIF is always blue, green, red. A PNG with a transparent colour has alpha only if it has a palette.
 func (d *Decoder) Run(ctx context.Context, p tensor.Picture, height, width int) (tensor.Picture, error) {
 	var made tensor.Picture
 	spec, err := d.sized(height, width)
@@ -190,8 +177,8 @@ func (d *Decoder) sized(height, width int) (Spec, error) {
 	return spec, checkSize(height, width, d.budget.limits)
 }
 
-// Bytes returns how many bytes of pixels Run makes of a picture with this size, at
-// most: 0 where it refuses it by its header, or refuses the size.
+// Bytes returns the most bytes of pixels that Run can return for this picture and size, or 0 if Run refuses the size,
+// or the picture by its header.
 func (d *Decoder) Bytes(p tensor.Picture, height, width int) int64 {
 	spec, err := d.sized(height, width)
 	if err != nil {
@@ -219,7 +206,7 @@ type converter struct {
 	session *tensorflow.Session
 }
 
-// checkSize refuses a size that no picture is resized to.
+// checkSize refuses a size to which no picture can be resized.
 func checkSize(height, width int, limits Limits) error {
 	if min(height, width) < 1 || max(height, width) > maxSide || int64(width) > limits.Pixels/int64(height) {
 		return invalid("a picture cannot be resized to %dx%d; a side has 1 to %d pixels, and the maximum is %d pixels",
@@ -228,8 +215,8 @@ func checkSize(height, width int, limits Limits) error {
 	return nil
 }
 
-// newConverter checks what Graph and Decoder have in common of a Spec. That of a
-// Decoder, which has no DType, need not say how to resize.
+// newConverter checks the fields of a Spec that Graph and Decoder share, builds the graph and opens the session. The
+// Spec of a Decoder, which has no DType, may lack the fields for resizing.
 func newConverter(spec Spec, budget *Budget) (*converter, error) {
 	if spec.DType != 0 || spec.Resize != "" || spec.Fit != "" || spec.Antialias {
 		if !slices.Contains([]string{"crop", "stretch", "pad"}, spec.Fit) {
@@ -259,9 +246,8 @@ func newConverter(spec Spec, budget *Budget) (*converter, error) {
 // Close waits for the runs under way and frees the session.
 func (c *converter) Close() error { return c.session.Close() }
 
-// run converts a picture after spec, which is the converter's with the size of this
-// call, and lets use read the result, [1, height, width, channels], which is freed
-// afterwards.
+// run converts a picture as spec says, which is the converter's with the size of this call. use may read the result,
+// [1, height, width, channels], until it returns.
 func (c *converter) run(ctx context.Context, spec Spec, p tensor.Picture, use func(*tensorflow.Tensor) error) error {
 	h, err := check(spec, p, c.budget.limits)
 	if err != nil {
@@ -285,8 +271,7 @@ func (c *converter) run(ctx context.Context, spec Spec, p tensor.Picture, use fu
 	return use(result)
 }
 
-// check reads what a picture says of itself and refuses what is over a limit, or
-// would be when it is worked on after spec.
+// check reads what a picture says about itself, and refuses it if it is over a limit or would be while it is worked on.
 func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	var h header
 	if p.Encoded() {
@@ -314,8 +299,8 @@ func check(spec Spec, p tensor.Picture, limits Limits) (header, error) {
 	}
 	want := int64(h.width) * int64(h.height) * int64(h.channels) * int64(p.DType.Size())
 	if !p.Encoded() && int64(len(p.Data)) != want {
-		return h, invalid("%v with %d channels of %v needs %d bytes and has %d", h, p.Channels, p.DType, want,
-			len(p.Data))
+		return h, invalid("%v with %d channels of %v needs %d bytes and has %d",
+			h, p.Channels, p.DType, want, len(p.Data))
 	}
 	if h.scans > maxScans {
 		return h, invalid("%v has %d scans; the maximum is %d", h, h.scans, maxScans)
@@ -376,13 +361,12 @@ func (c *converter) convert(spec Spec, pixels *tensorflow.Tensor, from source) (
 	return out[0], nil
 }
 
-// nodes are what TensorFlow's messages say of the graph.
+// nodes matches the names of nodes of the graph in TensorFlow's messages.
 var nodes = regexp.MustCompile(`\s*(\[\[)?\{\{[^}]*\}\}(\]\])?\s*`)
 
-// explain says which picture could not be decoded, and keeps of TensorFlow's
-// message what is not about the graph. Whatever its kernels cannot do, for want of
-// memory, too, they cannot do for this picture. Errors of a session that was ended
-// stay as they are.
+// explain turns an error of TensorFlow into one that names the picture and not the nodes of the graph. All failures of
+// kernels count as the picture's, also lack of memory, since a smaller picture may fit. Errors of a session that was
+// closed or cancelled stay as they are.
 func explain(h header, err error) error {
 	var e *tensorflow.Error
 	if !errors.As(err, &e) {

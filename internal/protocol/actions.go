@@ -1,4 +1,4 @@
-// Actions: bodies and results, and those of puts and lists.
+// The bodies and results of actions, of DoPut and of ListFlights.
 
 package protocol
 
@@ -12,7 +12,8 @@ import (
 // MaxActionBytes bounds the body of an action.
 const MaxActionBytes = 64 << 10
 
-// DecodeBody reads one JSON object of at most MaxActionBytes into body, a pointer to a struct. No bytes are {}.
+// DecodeBody reads one JSON object of at most MaxActionBytes into body, a pointer to a struct. An empty body counts as
+// {}.
 func DecodeBody(data []byte, body any) error {
 	if len(data) > MaxActionBytes {
 		return fmt.Errorf("it has %d bytes, more than %d", len(data), MaxActionBytes)
@@ -23,7 +24,7 @@ func DecodeBody(data []byte, body any) error {
 	return Decode(data, body)
 }
 
-// ErrNoModel says that a body names no model.
+// ErrNoModel means that a body names no model.
 var ErrNoModel = errors.New("model is missing")
 
 // ModelBody is the body of an action on one model. An empty version is the latest.
@@ -94,7 +95,7 @@ type TensorMetadata struct {
 	Shape []int64 `json:"shape"`
 }
 
-// Tensors returns what is said of inputs or outputs.
+// Tensors returns the metadata of inputs or outputs.
 func Tensors(specs []savedmodel.Spec) []TensorMetadata {
 	list := make([]TensorMetadata, len(specs))
 	for i, spec := range specs {
@@ -107,7 +108,7 @@ func Tensors(specs []savedmodel.Spec) []TensorMetadata {
 type PutCommand struct {
 	V      int    `json:"v"`
 	Put    string `json:"put"`              // "model"
-	Digest string `json:"digest,omitempty"` // that the model must have; "" for any
+	Digest string `json:"digest,omitempty"` // that the sent model must have; "" for any
 }
 
 // PutResult is the app_metadata of DoPut's one answer.
@@ -116,7 +117,7 @@ type PutResult struct {
 	Known  bool   `json:"known"` // the host had the model already
 }
 
-// Criteria are what ListFlights may be asked for.
+// Criteria select the models that ListFlights lists.
 type Criteria struct {
 	Model string `json:"model"` // "" for all
 }

@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// RetryAfter is the trailing metadata that says in milliseconds when to ask a server again that is full now.
+// RetryAfter is the trailing metadata with the milliseconds after which a server that is full may be asked again.
 const RetryAfter = "retry-after-ms"
 
 // AnswerMetadata is the app_metadata of an answered record batch. Times are microseconds.
@@ -15,14 +15,14 @@ type AnswerMetadata struct {
 	QueueUS int64  `json:"queue_us"`
 	RunUS   int64  `json:"run_us"`
 	TotalUS int64  `json:"total_us"`
-	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs it was part of, other streams' included
+	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of, of all streams
 	Server  string `json:"server,omitempty"` // on the first answer only
 }
 
 // Encode returns the metadata as JSON.
 func (m AnswerMetadata) Encode() []byte { return encode(m) }
 
-// encode writes what cannot fail to be written: structs of numbers, strings and bools.
+// encode returns JSON of a struct of numbers, strings and bools, which cannot fail.
 func encode(v any) []byte {
 	data, err := json.Marshal(v)
 	if err != nil {

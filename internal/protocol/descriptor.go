@@ -14,7 +14,7 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Version is the value of the field v that this server speaks.
+// Version is the value of the field v that this server understands.
 const Version = 1
 
 // MaxDescriptorBytes bounds a descriptor. A ticket is a descriptor with all defaults written out and may be longer;
@@ -24,7 +24,7 @@ const (
 	maxTicketBytes     = 8 * MaxDescriptorBytes
 )
 
-// MaxRunTimeout is the largest run_timeout_ms, but for 0.
+// MaxRunTimeout is the largest run_timeout_ms; 0 means no limit.
 const MaxRunTimeout = 7 * 24 * time.Hour
 
 // Error policies: what becomes of a refused row.
@@ -36,7 +36,7 @@ const (
 
 // Layouts of output columns.
 const (
-	LayoutList   = "list"   // nested lists of what Spark reads
+	LayoutList   = "list"   // nested lists of types that Spark reads
 	LayoutTensor = "tensor" // arrow.fixed_shape_tensor, and the tensor's own types
 )
 
@@ -58,7 +58,7 @@ type Descriptor struct {
 	Device string `json:"device,omitempty"`
 	Layout string `json:"layout,omitempty"`
 
-	Plane    string   `json:"plane,omitempty"` // a hint, which this server does not follow
+	Plane    string   `json:"plane,omitempty"` // a hint that this server ignores
 	Batching Batching `json:"batching,omitzero"`
 
 	// RunTimeoutMS bounds each TensorFlow run; nil is DefaultRunTimeout, 0 is none.
@@ -69,7 +69,7 @@ type Descriptor struct {
 	Lease     *Lease `json:"lease,omitempty"`
 }
 
-// Batching is what a stream asks of the batcher: "off" or an object. It is a hint, but for "off".
+// Batching is what a stream asks of the batcher: "off", or an object with numbers, which are only hints.
 type Batching struct {
 	Off                bool
 	MaxBatchSize       int   // rows of one run; 0 leaves the server's
@@ -155,8 +155,8 @@ func ParseDescriptor(command []byte) (*Descriptor, error) {
 		}
 	}
 	if len(command) > MaxDescriptorBytes && d.Lease == nil {
-		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d", len(command),
-			MaxDescriptorBytes)
+		return nil, fault.New(fault.BadRequest, "the descriptor has %d bytes, more than %d",
+			len(command), MaxDescriptorBytes)
 	}
 	if err := d.check(); err != nil {
 		return nil, fault.New(fault.BadRequest, "descriptor: %w", err)
@@ -164,7 +164,7 @@ func ParseDescriptor(command []byte) (*Descriptor, error) {
 	return d, nil
 }
 
-// check sets defaults and refuses what this server cannot do.
+// check sets defaults and refuses what this server cannot do for any model.
 func (d *Descriptor) check() error {
 	if d.V != Version {
 		return fmt.Errorf("v is %d; this server speaks %d", d.V, Version)
@@ -173,8 +173,8 @@ func (d *Descriptor) check() error {
 		return fmt.Errorf("model is missing")
 	}
 	if d.RunTimeoutMS != nil && (*d.RunTimeoutMS < 0 || *d.RunTimeoutMS > MaxRunTimeout.Milliseconds()) {
-		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or up to %d", *d.RunTimeoutMS,
-			MaxRunTimeout.Milliseconds())
+		return fmt.Errorf("run_timeout_ms is %d; want 0 for none, or up to %d",
+			*d.RunTimeoutMS, MaxRunTimeout.Milliseconds())
 	}
 	if d.ErrorColumn == "" {
 		d.ErrorColumn = "error"
@@ -203,8 +203,8 @@ func (d *Descriptor) check() error {
 	return d.checkPictures()
 }
 
-// Devices that a request may name. Besides them it may name UUIDs of NVIDIA's GPUs, and the addresses that Spark gives
-// a task, several with commas between them. Only the host itself can tell which device that is.
+// Devices that a request may name. It may also name UUIDs of NVIDIA's GPUs and the addresses that Spark gives a task,
+// several separated by commas; only the host itself knows which devices these are.
 const (
 	DeviceAuto = "auto" // a GPU if there is any
 	DeviceCPU  = "cpu"
@@ -216,7 +216,7 @@ const (
 var deviceForm = regexp.MustCompile(
 	`^(auto|cpu|gpu|((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+)(,((GPU|MIG)-[0-9A-Za-z/-]+|[0-9]+))*)$`)
 
-// CheckDevice refuses what cannot be a device on any host.
+// CheckDevice refuses a text that cannot be a device on any host.
 func CheckDevice(device string) error {
 	if !deviceForm.MatchString(device) {
 		return fmt.Errorf("device is %q; this server knows %q, a UUID that begins with GPU- or MIG-, "+
@@ -236,7 +236,7 @@ func choose(field string, value *string, known ...string) error {
 	return nil
 }
 
-// Annotate puts the names of model and signature in front of an error and keeps its kind.
+// Annotate prefixes an error with the names of model and signature; it keeps the error's kind.
 func (d *Descriptor) Annotate(err error) error {
 	kind, _ := fault.KindOf(err)
 	return fault.New(kind, "model %s, signature %s: %w", d.Model, d.Signature, err)
@@ -250,7 +250,7 @@ func (d *Descriptor) RunTimeout() time.Duration {
 	return time.Duration(*d.RunTimeoutMS) * time.Millisecond
 }
 
-// TakesLocation reports whether the caller wants the address of a runner rather than a relay.
+// TakesLocation reports whether the caller wants the address of a runner, rather than a relay through the front.
 func (d *Descriptor) TakesLocation() bool { return d.Redirect == nil || *d.Redirect }
 
 // Command returns the descriptor as CMD bytes.

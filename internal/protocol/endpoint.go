@@ -6,13 +6,13 @@ import (
 	"strings"
 )
 
-// Scheme is how an address on a Unix socket is written everywhere: Scheme + absolute path.
+// Scheme begins each address; the absolute path of a Unix socket follows it.
 const Scheme = "grpc+unix://"
 
 // maxSocketPath is the longest path of a Unix socket on Linux: sun_path has 108 bytes, the last is 0 (unix(7)).
 const maxSocketPath = 107
 
-// SocketPath returns the path in an address. Its errors say what is wrong with the address.
+// SocketPath returns the path in an address, or an error that says what is wrong with the address.
 func SocketPath(address string) (string, error) {
 	path, ok := strings.CutPrefix(address, Scheme)
 	switch {

@@ -26,8 +26,8 @@ func (l *Lease) UnmarshalJSON(data []byte) error {
 	return Decode(data, (*plain)(l))
 }
 
-// Grant makes the descriptor a ticket, with a new lease that expires LeaseTime after now. Whatever is changed in the
-// descriptor afterwards makes the lease worthless.
+// Grant turns the descriptor into a ticket, with a new lease that expires LeaseTime after now. Any later change of the
+// descriptor makes the lease invalid.
 func (d *Descriptor) Grant(key []byte, now time.Time) error {
 	lease := &Lease{ID: rand.Text(), Expires: now.Add(LeaseTime).UnixMilli()}
 	mac, err := d.sign(key, lease)
@@ -38,8 +38,8 @@ func (d *Descriptor) Grant(key []byte, now time.Time) error {
 	return nil
 }
 
-// Genuine reports whether the descriptor has a lease that was granted with key for just this descriptor. It does not
-// look at the time.
+// Genuine reports whether the descriptor has a lease that was granted with key for exactly this descriptor. It does not
+// check whether the lease has expired.
 func (d *Descriptor) Genuine(key []byte) bool {
 	if d.Lease == nil {
 		return false

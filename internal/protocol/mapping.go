@@ -10,7 +10,7 @@ import (
 	"slices"
 )
 
-// Inputs says which column feeds which input tensor, in the order in which it was written. In JSON it is an object,
+// Inputs says which column feeds which input tensor, in the order of the request. In JSON it is an object,
 // {"tensor": "column"} or {"tensor": {"column": "column", ...}} with the fields of Input.
 type Inputs []Input
 
@@ -32,7 +32,7 @@ type Output struct {
 	Tensor string  `json:"-"`               // output of the signature
 	Column string  `json:"column"`          // column of the answer
 	Type   string  `json:"type,omitempty"`  // TypeUTF8 for text; "" for the column type of the dtype
-	Shape  []int64 `json:"shape,omitempty"` // of an output that the signature leaves open; the first number is -1
+	Shape  []int64 `json:"shape,omitempty"` // of an output whose shape the signature leaves open; begins with -1
 }
 
 // EncodingRaw and TypeUTF8 are the only values of Input.Encoding and Output.Type.
@@ -41,8 +41,8 @@ const (
 	TypeUTF8    = "utf8"
 )
 
-// UnmarshalJSON keeps the object's order. It refuses a tensor or field that is named twice, and fields that are not
-// known as they are written.
+// UnmarshalJSON keeps the object's order. It refuses a tensor or field that occurs twice, and unknown fields; upper and
+// lower case differ.
 func (in *Inputs) UnmarshalJSON(data []byte) error {
 	*in = Inputs{}
 	return entries(data, func(tensor string, value json.RawMessage) (string, error) {
@@ -53,7 +53,7 @@ func (in *Inputs) UnmarshalJSON(data []byte) error {
 	})
 }
 
-// MarshalJSON writes what UnmarshalJSON reads, in order, the short form where it says all.
+// MarshalJSON writes what UnmarshalJSON reads, in order. An entry with only a column has the short form.
 func (in Inputs) MarshalJSON() ([]byte, error) {
 	return writeEntries(len(in), func(i int) (string, any) {
 		if in[i].Encoding == "" && in[i].Pad == nil && in[i].Lengths == "" {
@@ -72,8 +72,8 @@ func (in Inputs) Find(tensor string) (Input, bool) {
 	return in[i], true
 }
 
-// UnmarshalJSON keeps the object's order. It refuses a tensor or field that is named twice, and fields that are not
-// known as they are written.
+// UnmarshalJSON keeps the object's order. It refuses a tensor or field that occurs twice, and unknown fields; upper and
+// lower case differ.
 func (out *Outputs) UnmarshalJSON(data []byte) error {
 	*out = Outputs{}
 	return entries(data, func(tensor string, value json.RawMessage) (string, error) {
@@ -84,7 +84,7 @@ func (out *Outputs) UnmarshalJSON(data []byte) error {
 	})
 }
 
-// MarshalJSON writes what UnmarshalJSON reads, in order, the short form where it says all.
+// MarshalJSON writes what UnmarshalJSON reads, in order. An entry with only a column has the short form.
 func (out Outputs) MarshalJSON() ([]byte, error) {
 	return writeEntries(len(out), func(i int) (string, any) {
 		if out[i].Type == "" && len(out[i].Shape) == 0 {
@@ -94,7 +94,7 @@ func (out Outputs) MarshalJSON() ([]byte, error) {
 	})
 }
 
-// entries gives the keys and values of a mapping to set, in order, each key once.
+// entries calls set with the key and value of each entry of a mapping, in order, and refuses an entry without a column.
 func entries(data []byte, set func(tensor string, value json.RawMessage) (column string, err error)) error {
 	if data[0] != '{' {
 		return errors.New("a mapping of tensors to columns must be an object")

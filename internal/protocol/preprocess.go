@@ -1,4 +1,4 @@
-// Preprocess: what becomes of pictures, as JSON in a descriptor.
+// Preprocess: how a runner decodes pictures, as JSON in a descriptor.
 
 package protocol
 
@@ -9,8 +9,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Preprocess says what becomes of the pictures of an input: a tensor of [batch, height, width, channels].
-// For the built-in model it says what becomes of a picture, which stays one; no field is required then.
+// Preprocess says how the pictures of an input become a tensor of [batch, height, width, channels]. For the built-in
+// model it says how a picture becomes another one; no field is required then.
 type Preprocess struct {
 	Size      []int    `json:"size,omitempty"`   // height, width
 	Resize    string   `json:"resize,omitempty"` // "bilinear", "nearest", "bicubic", "area"
@@ -19,19 +19,19 @@ type Preprocess struct {
 	Channels  string   `json:"channels,omitempty"` // "RGB", "BGR", "L"
 	Scale     channels `json:"scale,omitempty"`    // default 1
 	Offset    channels `json:"offset,omitempty"`   // default 0
-	DType     string   `json:"dtype,omitempty"`    // default that of the input
+	DType     string   `json:"dtype,omitempty"`    // default: that of the input
 }
 
 // maxSide is the largest height and width in Size.
 const maxSide = 1 << 14
 
-// pictureTypes are what a picture's tensor may hold, by name.
+// pictureTypes are the element types that a picture's tensor may have, by name.
 var pictureTypes = map[string]savedmodel.DType{
 	"float32": savedmodel.Float32, "float64": savedmodel.Float64, "float16": savedmodel.Float16,
 	"bfloat16": savedmodel.Bfloat16, "uint8": savedmodel.Uint8, "int32": savedmodel.Int32,
 }
 
-// PictureTypes names them in errors.
+// PictureTypes lists the names in pictureTypes, for errors.
 const PictureTypes = "float32, float64, float16, bfloat16, uint8 or int32"
 
 // UnmarshalJSON is part of json.Unmarshaler.
@@ -40,7 +40,7 @@ func (p *Preprocess) UnmarshalJSON(data []byte) error {
 	return Decode(data, (*plain)(p))
 }
 
-// channels is a number, which stands for three, or one for each channel.
+// channels are numbers, one for each channel. In JSON a number alone stands for all channels.
 type channels []float32
 
 // UnmarshalJSON is part of json.Unmarshaler.
@@ -58,10 +58,10 @@ func (c *channels) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// Scales returns what each channel is multiplied with; the first stands for a grey one.
+// Scales returns the factor of each channel; the first is that of a grey picture.
 func (p *Preprocess) Scales() [3]float32 { return p.Scale.or(1) }
 
-// Offsets returns what is then added to each channel; the first stands for a grey one.
+// Offsets returns what is added to each channel after scaling; the first is that of a grey picture.
 func (p *Preprocess) Offsets() [3]float32 { return p.Offset.or(0) }
 
 // or returns the three numbers, or the given default for each.
@@ -75,7 +75,7 @@ func (c channels) or(fallback float32) [3]float32 {
 	return [3]float32(c)
 }
 
-// checkPictures sets the defaults of preprocess and refuses what this server cannot do.
+// checkPictures sets the defaults of preprocess and refuses what this server cannot do for any model.
 func (d *Descriptor) checkPictures() error {
 	builtIn := d.Model == Image
 	if builtIn && len(d.Preprocess) == 0 {
@@ -108,8 +108,8 @@ func (p *Preprocess) check() error {
 		three := numbers.or(0)
 		number := len(numbers) == 3 && three[0] == three[1] && three[0] == three[2]
 		if numbers != nil && len(numbers) != p.ChannelCount() && !number {
-			return fmt.Errorf("%s has %d numbers, but %s has %d channels", name, len(numbers), p.Channels,
-				p.ChannelCount())
+			return fmt.Errorf("%s has %d numbers, but %s has %d channels",
+				name, len(numbers), p.Channels, p.ChannelCount())
 		}
 	}
 	if p.DType != "" && p.Type() == 0 {
@@ -133,8 +133,8 @@ func (p *Preprocess) checkBuiltIn() error {
 }
 
 func (p *Preprocess) checkResize() error {
-	if p.Size != nil && (len(p.Size) != 2 || p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > maxSide ||
-		p.Size[1] > maxSide) {
+	if p.Size != nil && (len(p.Size) != 2 ||
+		p.Size[0] < 1 || p.Size[1] < 1 || p.Size[0] > maxSide || p.Size[1] > maxSide) {
 		return fmt.Errorf("size must be [height, width], each from 1 to %d", maxSide)
 	}
 	if p.Size == nil {
@@ -157,5 +157,5 @@ func (p *Preprocess) ChannelCount() int {
 	return 3
 }
 
-// Type returns the element type of the tensor, or 0 where DType names none that pictures can become.
+// Type returns the element type of the tensor, or 0 if pictures cannot have the type DType.
 func (p *Preprocess) Type() savedmodel.DType { return pictureTypes[p.DType] }

@@ -1,4 +1,4 @@
-// What a server says of itself: the answer of the action status, and what model.tune finds.
+// The answer of the action status, and the results of model.tune.
 
 package protocol
 
@@ -18,8 +18,7 @@ type Status struct {
 	Totals    Totals        `json:"totals"`
 }
 
-// ModelStatus says what is known of a model version that is in memory or on its way there, or that could not be
-// loaded.
+// ModelStatus describes a model version that is in memory, is being loaded, or could not be loaded.
 type ModelStatus struct {
 	Model   string `json:"model"`
 	Version string `json:"version"`
@@ -28,37 +27,37 @@ type ModelStatus struct {
 	State   string `json:"state"`
 	Reason  string `json:"reason,omitempty"` // of a failure, or of the last crash
 	PID     int    `json:"pid,omitempty"`
-	Device  string `json:"device"` // UUID, "" for the processor
+	Device  string `json:"device"` // UUID, "" for the CPU
 
 	Streams int `json:"streams"` // open
-	Resting int `json:"resting"` // those of them on which nothing has moved for StreamRest
+	Resting int `json:"resting"` // those of them on which nothing has moved for control.StreamRest
 	Leases  int `json:"leases"`  // granted, not yet used nor expired
 
 	Memory       int64 `json:"memory"`                  // bytes of the host that the process has for itself
-	Reserved     int64 `json:"reserved"`                // bytes of the host that it is counted with
+	Reserved     int64 `json:"reserved"`                // bytes of the host that are reserved for it
 	DeviceMemory int64 `json:"device_memory,omitempty"` // bytes of the device that the process has
 
-	control.Counts         // of its runner, a second ago at most
+	control.Counts         // of its runner, at most a second old
 	Tuned          *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
 	NotFrozen      string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
 	Superseded     bool    `json:"superseded,omitempty"` // a newer version serves
 }
 
-// Memory says how much of the host's memory there is for models.
+// Memory is how much of the host's memory models may have, and have.
 type Memory struct {
 	Budget   int64 `json:"budget"`   // bytes; 0 is no bound
 	Reserved int64 `json:"reserved"` // bytes that runners have, or are loading with
 }
 
-// Totals are what the front and all its runners have done since the front's start, and what they have now. What only
-// grows goes on growing when a runner ends; of one that was killed its last second may be missing.
+// Totals are what the front and all its runners have done since the front's start, and what they have now. The sums
+// include runners that have ended; of one that was killed the last second may be missing.
 type Totals struct {
 	Rows         int64   `json:"rows"`          // answered, those that were refused included
 	Batches      int64   `json:"batches"`       // runs of TensorFlow
 	Errors       int64   `json:"errors"`        // rows that were refused, and streams that failed
 	Queued       int64   `json:"queued"`        // rows that wait for a run now
-	QueueSeconds float64 `json:"queue_seconds"` // that tasks have waited
-	RunSeconds   float64 `json:"run_seconds"`   // that TensorFlow has run
+	QueueSeconds float64 `json:"queue_seconds"` // sum of the waits of all tasks
+	RunSeconds   float64 `json:"run_seconds"`   // sum of the durations of all runs
 	Streams      int     `json:"streams"`       // open now
 	Models       int     `json:"models"`        // ready now
 	Memory       int64   `json:"memory"`        // bytes of the host that the front and its runners have for themselves
@@ -74,25 +73,26 @@ type Device struct {
 	Memory  int64  `json:"memory"`           // bytes
 	Free    int64  `json:"free"`             // bytes that no process had when they were last read
 	Compute string `json:"compute"`          // compute capability, such as 8.0
-	// percent of the time in which a kernel ran; -1 where it is not known, as of an instance
+	// percent of the time in which a kernel ran; -1 if unknown, as always for an instance
 	Utilisation int    `json:"utilisation"`
-	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
+	Healthy     bool   `json:"healthy"`          // if false, no model is loaded on it until the front starts again
 	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
 }
 
-// TuneResult is one result of model.tune: a configuration that was measured, or, last, what came of all.
+// TuneResult is one result of model.tune: a configuration that was measured or, as the last one, the outcome.
 type TuneResult struct {
 	Candidate *Candidate `json:"candidate,omitempty"`
 	Tuning    *Tuning    `json:"tuning,omitempty"`
 }
 
-// Candidate is one configuration that was measured, or why it was not.
+// Candidate is a configuration with its measurements, or with the reason why it has none.
 type Candidate struct {
 	Choice
 	RowsPerSecond float64 `json:"rows_per_s"` // median of the windows
 	Relative      float64 `json:"relative"`   // to the default; 0 until that is known
 	Agrees        bool    `json:"agrees"`
-	// Difference is the largest one to the reference as a share of what is tolerated; above 1 it does not agree.
+	// Difference is the largest difference to the reference's answers, divided by the tolerance; above 1 Agrees is
+	// false.
 	Difference float64 `json:"difference"`
 	Reason     string  `json:"reason,omitempty"` // why there is no speed
 }
@@ -107,7 +107,7 @@ type Choice struct {
 	BatchSize    int    `json:"max_batch_size"`    // rows of one run
 }
 
-// Tuning is what came of a search.
+// Tuning is the outcome of a search.
 type Tuning struct {
 	Model     string `json:"model"`
 	Version   string `json:"version"`
@@ -117,7 +117,7 @@ type Tuning struct {
 	// NotFrozen says why the graph was not frozen; "" if it was.
 	NotFrozen  string      `json:"not_frozen,omitempty"`
 	Candidates []Candidate `json:"candidates"` // the fastest first
-	Default    Candidate   `json:"default"`    // what runs without a choice
+	Default    Candidate   `json:"default"`    // the configuration without tuning
 	Chosen     Candidate   `json:"chosen"`
 	Stored     string      `json:"stored"` // the file of the profile
 }

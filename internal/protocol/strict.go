@@ -1,4 +1,4 @@
-// Strict JSON: one reader for whatever callers send; encoding/json alone ignores unknown and repeated fields.
+// Strict JSON: one reader for what callers send, since encoding/json ignores unknown and repeated fields.
 
 package protocol
 
@@ -12,14 +12,14 @@ import (
 	"strings"
 )
 
-// UnknownFieldError says that a JSON object has a field that this build does not know. The server adds to it which
-// builds the two sides are.
+// UnknownFieldError means that a JSON object has a field that this build does not know. The server adds the builds of
+// both sides to the message.
 type UnknownFieldError struct{ Field string }
 
 func (e *UnknownFieldError) Error() string { return fmt.Sprintf("unknown field %q", e.Field) }
 
-// Decode reads one JSON object into v, a pointer to a struct. Unlike encoding/json it takes field names only as they
-// are written, and refuses a field that occurs twice and text after the object.
+// Decode reads one JSON object into v, a pointer to a struct. Unlike encoding/json it distinguishes upper and lower
+// case in field names, and refuses unknown fields, a field that occurs twice, and text after the object.
 func Decode(data []byte, v any) error {
 	known := fieldNames(reflect.TypeOf(v).Elem())
 	if err := members(data, "field %q occurs twice", func(name string, _ json.RawMessage) error {
@@ -39,7 +39,7 @@ func Decode(data []byte, v any) error {
 	return err
 }
 
-// members gives the members of one JSON object to take, in order. twice is the format of the error for a name that
+// members calls take with the members of one JSON object, in order. twice is the format of the error for a name that
 // occurs a second time.
 func members(data []byte, twice string, take func(name string, value json.RawMessage) error) error {
 	dec := json.NewDecoder(bytes.NewReader(data))

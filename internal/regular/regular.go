@@ -1,5 +1,5 @@
-// Package regular reads files at paths that a caller or a model names. It takes regular files alone, reads no
-// more than a bound, and stops when a context ends: a named pipe would wait for ever, a device would never end.
+// Package regular reads files at paths that a caller or a model names. It reads only regular files, no more bytes than
+// a bound, and only until a context ends: reading a named pipe could wait for ever, a device may never end.
 package regular
 
 import (
@@ -12,14 +12,14 @@ import (
 
 // Open opens the regular file at path for reading, through links. Anything else is an error that names the path.
 func Open(path string) (*os.File, error) {
-	info, err := os.Stat(path) // before the file is opened, since that alone may have effects on a device
+	info, err := os.Stat(path) // checked before opening, which may have effects on a device
 	if err == nil {
 		err = check(path, info)
 	}
 	if err != nil {
 		return nil, err
 	}
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // which returns if a pipe has replaced the file
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // does not wait if a pipe has replaced the file
 	if err != nil {
 		return nil, err
 	}
@@ -40,7 +40,8 @@ func check(path string, info os.FileInfo) error {
 	return fmt.Errorf("%q is not a regular file (%v)", path, info.Mode())
 }
 
-// Read returns the content of the regular file at path. More bytes than most are an error that names the path.
+// Read returns the content of the regular file at path. It is an error that names the path if there are more bytes than
+// most.
 func Read(ctx context.Context, path string, most int64) ([]byte, error) {
 	file, err := Open(path)
 	if err != nil {

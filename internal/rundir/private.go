@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Ensure makes dir, private to this user, or checks that it is, and that no other user can put another folder in its
-// place.
+// Ensure makes dir, private to this user. If dir exists it checks that dir is private, and that no other user can put
+// another folder in its place.
 func Ensure(dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -35,7 +35,7 @@ func Ensure(dir string) error {
 	return checkParents(dir)
 }
 
-// maxLinks is how many links a path may lead through, as for the kernel.
+// maxLinks is how many links a path may lead through, the kernel's limit.
 const maxLinks = 40
 
 // checkParents refuses a path in which another user may replace a folder or a link. It follows links.
@@ -67,8 +67,9 @@ func checkParents(path string) error {
 	}
 }
 
-// checkParent refuses a folder or link of another user but root, and a folder in which others may rename what is not
-// theirs. The top of a mounted volume that root opened to everybody is taken: Kubernetes makes volumes so.
+// checkParent refuses a folder or link that belongs to another user than root, and a folder in which others may rename
+// what is not theirs. It accepts the top of a mounted volume that root opened to everybody, because Kubernetes makes
+// volumes so.
 func checkParent(path string) error {
 	const set = unix.STATX_UID | unix.STATX_GID | unix.STATX_MODE
 	var about unix.Statx_t
@@ -81,9 +82,8 @@ func checkParent(path string) error {
 	open := about.Mode&unix.S_IWOTH != 0 || about.Mode&unix.S_IWGRP != 0 && int(about.Gid) != os.Getegid()
 	volume := about.Uid == 0 && about.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 	if about.Mode&unix.S_IFMT == unix.S_IFDIR && open && about.Mode&unix.S_ISVTX == 0 && !volume {
-		return fmt.Errorf("other users may replace what is in %s (mode %04o); run chmod o-w,g-w on it, or set "+
-			"another folder",
-			path, about.Mode&0o7777)
+		return fmt.Errorf("other users may replace what is in %s (mode %04o); "+
+			"run chmod o-w,g-w on it, or set another folder", path, about.Mode&0o7777)
 	}
 	return nil
 }

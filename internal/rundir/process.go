@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Process names a process beyond the reuse of its id.
+// Process identifies a process, even if its id is used again later.
 type Process struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks after boot: field 22 of /proc/<pid>/stat, see proc(5)
@@ -26,7 +26,7 @@ func Of(pid int) (Process, error) {
 	if err != nil {
 		return Process{}, fmt.Errorf("no process %d", pid)
 	}
-	// The name is in parentheses and may hold anything, also parentheses.
+	// The name is in parentheses and may itself hold parentheses.
 	_, rest, _ := strings.Cut(string(stat[bytes.LastIndexByte(stat, ')')+1:]), " ")
 	fields := strings.Fields(rest)
 	if len(fields) <= startField {
@@ -59,9 +59,8 @@ func (p Process) Alive() bool {
 	return err == nil && now == p
 }
 
-// Watch calls gone when the process has ended, from a goroutine that ends with ctx. fd is a pidfd of
-// it, or -1 to open one; Watch owns it. An error means that the process is not the one
-// named, or has ended already.
+// Watch calls gone when the process has ended, from a goroutine that ends with ctx. fd is a pidfd of the process, which
+// Watch closes, or -1 to open one. An error means that the process is another one, or has ended already.
 func (p Process) Watch(ctx context.Context, fd int, gone func()) error {
 	if fd < 0 {
 		var err error
@@ -69,7 +68,7 @@ func (p Process) Watch(ctx context.Context, fd int, gone func()) error {
 			return fmt.Errorf("watch process %d: %w", p.PID, err)
 		}
 	}
-	// With the pidfd in hand the id cannot be reused for another process behind our back.
+	// Checked after the pidfd was opened, so that both are about the same process.
 	if !p.Alive() {
 		_ = unix.Close(fd)
 		return fmt.Errorf("process %d that started at %d has ended", p.PID, p.Start)
@@ -87,5 +86,5 @@ func (p Process) Watch(ctx context.Context, fd int, gone func()) error {
 	return nil
 }
 
-// pollMillis is how long the end of ctx may go unseen.
+// pollMillis is the length of one wait for the process; ctx is checked after it.
 const pollMillis = 1000

@@ -1,12 +1,12 @@
-// Package rundir owns what flightsvc leaves in the file system while it runs: the
-// run-dir with one folder for each front, who may use them, and how they go away.
+// Package rundir manages the files of running fronts: the run-dir with one folder for each front, who may use them, and
+// how they are removed.
 //
-//	<run-dir>/            0700, ours, never a link
+//	<run-dir>/            0700, owned by this user, never a link
 //	  <8 hex> or user/    one front: its sockets, and the file "front" that names its process
 //
 // A folder's lock is flock(2) on the folder itself, so no lock file is left behind; libraries lock only files. A
-// starter (the shim) holds the lock while it looks for a front and starts one; a front holds it while it removes its
-// folder.
+// program that starts fronts, such as the shim, holds the lock while it looks for a front and starts one. A front holds
+// the lock while it removes its folder.
 //
 // What may enter: files of running processes. Caches and logs live longer and elsewhere.
 package rundir
@@ -24,15 +24,15 @@ import (
 	"flightsvc/internal/regular"
 )
 
-// frontFile names the process that owns a folder, and has at most maxFront bytes; unfinishedFile is written first.
+// frontFile names the process that owns a folder. It has at most maxFront bytes, and is written as unfinishedFile
+// first.
 const (
 	frontFile      = "front"
 	unfinishedFile = "front.new"
 	maxFront       = 1 << 10
 )
 
-// Default returns the run-dir to use when none is set: below XDG_RUNTIME_DIR if there is one,
-// else in /tmp with the user's id.
+// Default returns the run-dir if none is set: below XDG_RUNTIME_DIR if that is set, else in /tmp with the user's id.
 func Default() string {
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
 		return filepath.Join(dir, "flightsvc")
@@ -51,7 +51,7 @@ func LogDir(runDir string) string {
 	return runDir
 }
 
-// CacheDir returns the folder for pushed models when none is set: below XDG_CACHE_HOME, else ~/.cache, else
+// CacheDir returns the folder for fetched and pushed models if none is set: below XDG_CACHE_HOME, else ~/.cache, else
 // below run-dir.
 func CacheDir(runDir string) string {
 	if dir := os.Getenv("XDG_CACHE_HOME"); dir != "" {
@@ -63,18 +63,17 @@ func CacheDir(runDir string) string {
 	return filepath.Join(runDir, "cache")
 }
 
-// Folder is the place of one front.
+// Folder is the folder of one front.
 type Folder struct {
 	Path string
-	// shared says that the folder was given to us and others may use it: it is neither locked
-	// nor removed, and nothing in it is touched but the file that names its front.
+	// shared means that the folder is outside the run-dir and others may use it: it is neither locked nor removed, and
+	// no file in it is touched except the one that names its front.
 	shared bool
 	self   Process
 }
 
-// Claim takes the folder at path for this process. A folder directly below runDir is ours alone,
-// with all its sockets; any other must exist or can be made, and stays when we leave. There the
-// makers of sockets remove them.
+// Claim takes the folder at path for this process. A folder directly below runDir is this process's alone, with all its
+// sockets. Any other folder is made if it does not exist, and is kept by Release; who makes a socket there removes it.
 func Claim(runDir, path string) (*Folder, error) {
 	self, err := Of(os.Getpid())
 	if err != nil {
@@ -96,8 +95,8 @@ func Claim(runDir, path string) (*Folder, error) {
 	case named && other.Alive():
 		return nil, fmt.Errorf("a flightsvc front serves in %s already (process %d)", path, other.PID)
 	case f.shared && !named && !os.IsNotExist(statErr):
-		return nil, fmt.Errorf("%s exists and does not belong to a flightsvc front; choose an endpoint in another "+
-			"folder", name)
+		return nil, fmt.Errorf("%s exists and does not belong to a flightsvc front; "+
+			"choose an endpoint in another folder", name)
 	case !f.shared:
 		removeSockets(path)
 	}
@@ -110,7 +109,7 @@ func Claim(runDir, path string) (*Folder, error) {
 	return f, nil
 }
 
-// sign writes the file that names the folder's front, whole or not at all.
+// sign writes the file that names the folder's front, in one step.
 func (f *Folder) sign() error {
 	data, err := json.Marshal(f.self)
 	if err != nil {
@@ -126,7 +125,7 @@ func (f *Folder) sign() error {
 	return err
 }
 
-// front returns the process that owns a folder, if one is named.
+// front returns the process that owns a folder, and false if none is named.
 func front(path string) (Process, bool) {
 	var p Process
 	data, err := regular.Read(context.Background(), filepath.Join(path, frontFile), maxFront)
@@ -151,8 +150,7 @@ func (f *Folder) Release() error {
 	return locked(f.Path, unix.LOCK_EX, release)
 }
 
-// Sweep removes the folders below runDir whose front is dead. Folders that somebody is just
-// using are left alone.
+// Sweep removes the folders below runDir whose front has ended. It skips folders whose lock somebody holds.
 func Sweep(runDir string) error {
 	entries, err := os.ReadDir(runDir)
 	if err != nil {
@@ -174,7 +172,7 @@ func Sweep(runDir string) error {
 	return nil
 }
 
-// remove deletes our files in a folder and then the folder, if that leaves it empty.
+// remove deletes a front's files in a folder, and then the folder if it is empty.
 func remove(path string) error {
 	removeSockets(path)
 	for _, name := range []string{unfinishedFile, frontFile} {
@@ -210,8 +208,8 @@ func locked(path string, how int, f func() error) error {
 	return f()
 }
 
-// Starting holds the lock of a front's folder below runDir while f looks for that front, and starts it if there is
-// none. The folder is made if it is not there, and removed if f leaves it empty. The shim does the same.
+// Starting holds the lock of a front's folder below runDir while f looks for that front, and starts one if there is
+// none. Starting makes the folder if necessary, and removes it if f leaves it empty. The shim does the same.
 func Starting(runDir, name string, f func(folder string) error) error {
 	if err := Ensure(runDir); err != nil {
 		return err
@@ -229,13 +227,13 @@ func Starting(runDir, name string, f func(folder string) error) error {
 			continue // a front removed it meanwhile
 		}
 		defer func() { _ = dir.Close() }()     // which unlocks
-		defer func() { _ = os.Remove(path) }() // stays where there is anything in it
+		defer func() { _ = os.Remove(path) }() // fails if there is anything in it
 		return f(path)
 	}
 	return fmt.Errorf("%s is removed whenever it is created; does another program clean up?", path)
 }
 
-// lock returns the folder at path with its lock, or nil if another one is there by now, or none.
+// lock returns the folder at path, locked, or nil if the folder was removed or replaced before it was locked.
 func lock(path string) (*os.File, error) {
 	dir, err := os.Open(path) //nolint:gosec // below the run-dir
 	if os.IsNotExist(err) {
@@ -260,10 +258,10 @@ func lock(path string) (*os.File, error) {
 	return nil, err
 }
 
-// lockAttempts bounds how often a folder may vanish between its making and its lock.
+// lockAttempts bounds how often Starting makes a folder that is removed before it is locked.
 const lockAttempts = 100
 
-// Occupant returns the live process that a front's folder names, if there is one.
+// Occupant returns the process that a front's folder names, and false if there is none or it has ended.
 func Occupant(folder string) (Process, bool) {
 	owner, named := front(folder)
 	return owner, named && owner.Alive()

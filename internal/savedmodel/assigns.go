@@ -1,4 +1,5 @@
-// Which signatures write to variables, by their operations: such a signature answers differently when asked again.
+// Finds signatures that write to variables, by their operations: the answers of such a signature change from call to
+// call.
 
 package savedmodel
 
@@ -28,32 +29,32 @@ const (
 	fieldFuncName     = 1
 )
 
-// graph says which nodes and functions of a GraphDef depend on which, and what writes to variables. A function is one
-// vertex, whatever is in it: TensorFlow runs all of its operations that have effects.
+// graph has the nodes and functions of a GraphDef, which of them depend on which, and which write to variables. A
+// function is one vertex, whatever its body, since TensorFlow runs all operations of a function that have effects.
 type graph struct {
 	nodes, functions map[string]int32 // vertices, by name
 	vertices         []vertex
-	used             []int32 // by the node that is being read
+	used             []int32 // vertices that the node being read depends on
 	meter            meter
 }
 
 type vertex struct {
-	writes string  // an operation in it, or in what it depends on, that writes to a variable; "" where there is none
+	writes string  // an operation that writes to a variable, in it or in what it depends on; "" if none
 	users  []int32 // vertices that depend on it
 }
 
-// What a vertex takes of memory beside its name, and an edge, with the room that maps and slices leave free.
+// Estimates of the memory of a vertex without its name, and of an edge, with what maps and slices keep free.
 const (
 	vertexBytes = 192
 	edgeBytes   = 8
 )
 
-// none is no vertex.
+// none stands for no vertex.
 const none = -1
 
 func newGraph(reserve func(bytes int64) error) *graph {
-	return &graph{nodes: map[string]int32{}, functions: map[string]int32{}, meter: meter{reserve: reserve,
-		left: meterStep}}
+	return &graph{nodes: map[string]int32{}, functions: map[string]int32{},
+		meter: meter{reserve: reserve, left: meterStep}}
 }
 
 // add returns a new vertex.
@@ -65,7 +66,7 @@ func (g *graph) add() (int32, error) {
 	return int32(len(g.vertices) - 1), nil //nolint:gosec // a file of fewer than 2 GiB has fewer than 2^31 nodes
 }
 
-// named returns the vertex of a name, which may be mentioned before it is defined.
+// named returns the vertex of a name, and makes it if necessary: a name may be used before it is defined.
 func (g *graph) named(names map[string]int32, name []byte) (int32, error) {
 	if known, ok := names[string(name)]; ok {
 		return known, nil
@@ -85,8 +86,8 @@ func (g *graph) depend(user, used int32) error {
 	return g.meter.take(edgeBytes)
 }
 
-// spread passes each operation that writes on to all vertices that depend on it. Each vertex is passed once, for all
-// signatures together, and without recursion: a file may hold a chain of millions.
+// spread passes each operation that writes to all vertices that depend on it. It visits each vertex once, for all
+// signatures together, and without recursion, because a file may hold a chain of millions.
 func (g *graph) spread() {
 	var found []int32
 	for v := range g.vertices {
@@ -166,7 +167,7 @@ func (g *graph) read(m *message) error {
 
 // readFunction reads a FunctionDef.
 func (g *graph) readFunction(m *message) error {
-	body, err := g.add() // its name may come behind its nodes
+	body, err := g.add() // its name may come after its nodes
 	if err != nil {
 		return err
 	}
@@ -199,7 +200,7 @@ func (g *graph) mention(names map[string]int32, m *message) (int32, error) {
 	return g.named(names, name)
 }
 
-// readNode reads a NodeDef of a function's body, or with none of the main graph.
+// readNode reads a NodeDef. body is the vertex of the function that the node is in, or none for the main graph.
 func (g *graph) readNode(m *message, body int32) error {
 	self, writes := body, ""
 	g.used = g.used[:0]
@@ -250,7 +251,7 @@ func (g *graph) readNode(m *message, body int32) error {
 	return nil
 }
 
-// use notes what the node that is being read depends on.
+// use notes that the node being read depends on a vertex.
 func (g *graph) use(vertex int32, err error) error {
 	if err != nil {
 		return err
@@ -259,7 +260,7 @@ func (g *graph) use(vertex int32, err error) error {
 	return g.meter.take(edgeBytes)
 }
 
-// readAttribute keeps the functions that an attribute names.
+// readAttribute notes the functions that an attribute of the node being read names.
 func (g *graph) readAttribute(m *message) error {
 	function := func(num protowire.Number, field *message) error {
 		if num != fieldFuncName {

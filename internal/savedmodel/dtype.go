@@ -6,8 +6,8 @@ import "fmt"
 // types.proto, so a DType converts to TF_DataType and back without a table.
 type DType int32
 
-// The element types that can cross the wire. Others (complex, quantised,
-// variant, resource) keep their number, and String names them for errors.
+// The element types that a request can have, and Resource and Variant. Others (complex, quantised) keep their number,
+// which String prints in errors.
 const (
 	Float32  DType = 1
 	Float64  DType = 2
@@ -27,8 +27,8 @@ const (
 	Uint64   DType = 23
 )
 
-// dtypes holds the name, as tf.DType.name spells it, and the size of one element
-// in bytes; size 0 means that elements have no fixed size.
+// dtypes holds the name, as tf.DType.name spells it, and the bytes of one element; 0 means that elements have no fixed
+// size.
 var dtypes = map[DType]struct {
 	name string
 	size int

@@ -1,4 +1,4 @@
-// Protocol buffers read field by field, so that memory does not grow with the file.
+// Protocol buffers that are read field by field, so that memory does not grow with the file.
 
 package savedmodel
 
@@ -16,7 +16,7 @@ const maxText = 64 << 10
 
 var errBroken = errors.New("it is damaged, or no protocol buffer")
 
-// message is a protocol buffer that is read field by field, without holding the whole of it in memory.
+// message is a protocol buffer of which fields are read one after the other.
 type message struct {
 	in   *input
 	left int64 // bytes of the message that have not been read
@@ -26,17 +26,17 @@ type message struct {
 type input struct {
 	file   io.ReadSeeker
 	buffer *bufio.Reader // reads file
-	text   [maxText]byte // what message.text has read last
+	text   [maxText]byte // what message.text returned last
 }
 
-// newMessage returns the message that a file of so many bytes holds.
+// newMessage returns the message in a file of size bytes.
 func newMessage(file io.ReadSeeker, size int64) *message {
 	buffer := bufio.NewReaderSize(file, int(min(size, 256<<10)))
 	return &message{in: &input{file: file, buffer: buffer}, left: size}
 }
 
-// fields calls visit with each field that may be a message, text or bytes, and skips all others. What visit leaves of a
-// field is skipped, too.
+// fields calls visit with each field that may be a message, text or bytes, and skips all others. It also skips what
+// visit does not read of a field.
 func (m *message) fields(visit func(protowire.Number, *message) error) error {
 	for m.left > 0 {
 		tag, err := m.varint()
@@ -96,14 +96,14 @@ func (m *message) varint() (value uint64, err error) {
 	return 0, errBroken
 }
 
-// skip passes over bytes; many are not even read.
+// skip skips n bytes. It seeks past those that are not buffered.
 func (m *message) skip(n int64) error {
 	if n > m.left {
 		return errBroken
 	}
 	m.left -= n
 	near := min(n, int64(m.in.buffer.Buffered()))
-	_, _ = m.in.buffer.Discard(int(near)) // which are there
+	_, _ = m.in.buffer.Discard(int(near)) // cannot fail: they are buffered
 	if n -= near; n == 0 {
 		return nil
 	}
@@ -120,7 +120,7 @@ func (m *message) text() ([]byte, error) {
 	return m.fill(m.in.text[:m.left])
 }
 
-// bytes reads the message as it is, unless it has more than most bytes.
+// bytes reads the message as it is; more bytes than most are an error.
 func (m *message) bytes(most int64) ([]byte, error) {
 	if m.left > most {
 		return nil, fmt.Errorf("a part of it has %d bytes; the maximum is %d", m.left, most)
@@ -134,7 +134,7 @@ func (m *message) fill(to []byte) ([]byte, error) {
 	return to, shortened(err)
 }
 
-// shortened replaces the end of a file that became shorter while it was read.
+// shortened replaces the error at the end of the file: the file became shorter while it was read.
 func shortened(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return errBroken
@@ -142,13 +142,13 @@ func shortened(err error) error {
 	return err
 }
 
-// meter asks for memory before it is used. Its zero value asks nobody.
+// meter reserves memory before it is used. Its zero value reserves nothing and never fails.
 type meter struct {
 	reserve func(bytes int64) error
-	left    int64 // bytes that were granted and are not used
+	left    int64 // bytes that were reserved and are not used
 }
 
-// meterStep is the fewest bytes that a meter asks for at once.
+// meterStep is the fewest bytes that a meter reserves at once.
 const meterStep = 1 << 20
 
 func (m *meter) take(bytes int64) error {

@@ -1,11 +1,10 @@
-// Package savedmodel reads what a SavedModel says about itself (signatures, dtypes,
-// shapes) from saved_model.pb, without TensorFlow. Both processes use it: the front
-// to answer metadata and schemas, the runner to check requests before a run.
+// Package savedmodel reads the signatures of a SavedModel, with dtypes and shapes, from saved_model.pb, without
+// TensorFlow. Front and runner use it: the front to answer metadata and schemas, the runner to check requests before a
+// run.
 //
-// Only the fields that are looked at are decoded, by hand: the generated types would hold the whole graph.
+// The needed fields are decoded by hand, because the generated types would hold the whole graph in memory.
 //
-// What may enter: types and facts of the SavedModel format. Running a graph lives in
-// internal/tensorflow.
+// What may enter: types and facts of the SavedModel format. Running a graph lives in internal/tensorflow.
 package savedmodel
 
 import (
@@ -35,8 +34,7 @@ const ServeTag = "serve"
 // DefaultSignature is the signature used when a request names none.
 const DefaultSignature = "serving_default"
 
-// initSignature is an entry that TensorFlow 2 writes for its loader; it is not a
-// signature that can be called.
+// initSignature is an entry that TensorFlow 2 writes for its loader; it cannot be called.
 const initSignature = "__saved_model_init_op"
 
 // Field numbers of SavedModel, MetaGraphDef and MetaInfoDef, from TensorFlow's
@@ -57,36 +55,36 @@ type Spec struct {
 	Tensor string  // tensor in the graph, for instance "serving_default_image:0"
 	DType  DType   // element type
 	Shape  []int64 // dimensions, -1 where unknown; nil where the rank is unknown
-	// UnknownRank says that not even the number of dimensions is known.
+	// UnknownRank means that not even the number of dimensions is known.
 	UnknownRank bool
 }
 
 // Signature is a computation that can be called by name. Both lists are sorted by Name.
 type Signature struct {
 	Inputs, Outputs []Spec
-	// Assigns names an operation that the signature reaches and that writes to a variable, or is "".
-	// Such a signature answers differently when it is asked again.
+	// Assigns names an operation that writes to a variable and that the signature depends on, or is "". The answers of
+	// such a signature change from call to call.
 	Assigns string
 }
 
-// Model is what a SavedModel says about itself.
+// Model is what is read from a SavedModel.
 type Model struct {
 	Signatures map[string]Signature
 }
 
-// maxGraph is the most bytes of saved_model.pb: what a protocol buffer may have.
+// maxGraph is the most bytes of saved_model.pb: the limit of protocol buffers.
 const maxGraph = 2 << 30
 
-// A signature may have so many bytes, and takes so many times as much memory.
+// maxSignature is the most bytes of a signature in the file; decoded, it is assumed to take timesOfSignature as many.
 const (
 	maxSignature     = 16 << 20
 	timesOfSignature = 8
 )
 
-// Read reads saved_model.pb in dir until ctx ends. It skips constants, so frozen weights cost neither time nor
-// memory. Before it takes more than about 1 MiB of memory it calls reserve, whose error ends it; nil allows all.
-// Errors are faults: NotFound where dir is no SavedModel, Precondition where the file cannot be read, BadRequest where
-// it is broken or has no signature for serving; or those of ctx and reserve.
+// Read reads saved_model.pb in dir until ctx ends. It skips constants, so frozen weights cost neither time nor memory.
+// It calls reserve before it uses more than about 1 MiB of memory, and ends with reserve's error; nil reserves nothing.
+// Other errors are ctx's, and faults: NotFound if dir is no SavedModel, Precondition if the file cannot be read,
+// BadRequest if it is damaged or has no signature for serving.
 func Read(ctx context.Context, dir string, reserve func(bytes int64) error) (*Model, error) {
 	path := filepath.Join(dir, File)
 	file, err := regular.Open(path)
@@ -102,8 +100,8 @@ func Read(ctx context.Context, dir string, reserve func(bytes int64) error) (*Mo
 		return nil, fault.New(fault.Precondition, "read SavedModel: %w", err)
 	}
 	if info.Size() > maxGraph {
-		return nil, fault.New(fault.BadRequest, "%s has %d bytes; the maximum is %d", path, info.Size(),
-			int64(maxGraph))
+		return nil, fault.New(fault.BadRequest, "%s has %d bytes; the maximum is %d",
+			path, info.Size(), int64(maxGraph))
 	}
 	in := struct {
 		io.Reader
@@ -115,7 +113,7 @@ func Read(ctx context.Context, dir string, reserve func(bytes int64) error) (*Mo
 		return model, nil
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
-	case ok && kind != fault.BadRequest: // of reserve
+	case ok && kind != fault.BadRequest: // reserve's error
 		return nil, err
 	}
 	return nil, fault.New(fault.BadRequest, "%s: %w", path, err)
@@ -177,7 +175,7 @@ func parseMetaGraph(m *message, reserve func(bytes int64) error) (*Model, []stri
 	return model, tags, err
 }
 
-// addSignature takes one entry of map<string, SignatureDef>.
+// addSignature reads one entry of map<string, SignatureDef>.
 func (m *Model) addSignature(entry *message) error {
 	var name string
 	var def corepb.SignatureDef
@@ -221,8 +219,7 @@ func specs(infos map[string]*corepb.TensorInfo) []Spec {
 	return list
 }
 
-// Signature returns the signature called name, or a NotFound fault that lists the
-// names there are.
+// Signature returns the signature called name, or a NotFound fault that lists all names.
 func (m *Model) Signature(name string) (Signature, error) {
 	if sig, ok := m.Signatures[name]; ok {
 		return sig, nil

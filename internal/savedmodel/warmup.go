@@ -17,26 +17,25 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// WarmupFile is where TF Serving keeps requests that a model is run with before it serves, in a SavedModel's folder.
+// WarmupFile is the path, in a SavedModel's folder, of the requests that TF Serving runs before it serves the model.
 const WarmupFile = "assets.extra/tf_serving_warmup_requests"
 
-// MaxWarmups is how many records the file may have; TF Serving takes no more either.
+// MaxWarmups is the most records that the file may have, as in TF Serving.
 const MaxWarmups = 1000
 
-// maxWarmupBytes is the size of one record, and of the tensors made of it.
+// maxWarmupBytes is the most bytes of one record, and of the tensors in it.
 const maxWarmupBytes = 256 << 20
 
 // Warmup is one record of the file.
 type Warmup struct {
 	Number    int    // in the file, from 1
-	Skipped   string // the kind of log, where it is not a Predict request; the fields below are empty then
+	Skipped   string // the kind of a record that is no Predict request; the fields below are empty then
 	Signature string
 	Inputs    map[string]Constant // by name in the signature
 	Outputs   []string            // names in the signature; none means all
 }
 
-// Constant is a tensor that is written in a file: row-major, elements of fixed size in Data, little endian, others in
-// Strings.
+// Constant is a tensor in a file, row-major: elements of fixed size are in Data, little endian, strings in Strings.
 type Constant struct {
 	DType   DType
 	Shape   []int64
@@ -62,7 +61,7 @@ var logTypes = map[protowire.Number]string{
 
 // ReadWarmups reads the records of a WarmupFile: a TFRecord file of PredictionLog. It ends with the first error, which
 // comes with the number of its record: a wrong checksum, a truncated file, an invalid message or tensor, or more than
-// MaxWarmups records. It keeps one record at a time in memory.
+// MaxWarmups records. Only one record at a time is in memory.
 func ReadWarmups(file io.Reader) iter.Seq2[Warmup, error] { return readWarmups(file, maxWarmupBytes) }
 
 func readWarmups(file io.Reader, most int64) iter.Seq2[Warmup, error] {
@@ -99,7 +98,7 @@ func readRecord(file io.Reader, most int64) ([]byte, error) {
 	if length > uint64(most) {
 		return nil, fmt.Errorf("it has %d bytes; the maximum is %d", length, most)
 	}
-	var data bytes.Buffer // grows with what there is, whatever the length says
+	var data bytes.Buffer // grows with the bytes that are read, since the length may be wrong
 	if _, err := io.CopyN(&data, file, int64(length)+4); err != nil {
 		return nil, cut(io.ErrUnexpectedEOF)
 	}
@@ -176,7 +175,7 @@ func (w *Warmup) parseRequest(m *message, room int64) error {
 	})
 }
 
-// parseInput takes one entry of map<string, TensorProto>.
+// parseInput reads one entry of map<string, TensorProto>.
 func (w *Warmup) parseInput(entry *message, room *int64) error {
 	var name string
 	var content tensorpb.TensorProto
@@ -208,12 +207,12 @@ func (w *Warmup) parseInput(entry *message, room *int64) error {
 
 var errLarge = fmt.Errorf("its record has more than %d MiB of tensors", maxWarmupBytes>>20)
 
-// stringBytes is what an element of a string tensor takes here, without its bytes.
+// stringBytes is the memory of an element of a string tensor, without its bytes.
 const stringBytes = 24
 
-// newConstant makes a tensor of its message as TensorFlow does (Tensor::FromProto): of tensor_content, or of the values
-// in the field of its type, of which the last is repeated where there are too few; without any it is zeros. room is
-// how many bytes it may have, and is lowered by what it has.
+// newConstant makes a tensor of its message as TensorFlow does (Tensor::FromProto): from tensor_content, or from the
+// values in the field of its type. The last value is repeated if there are too few; without any the tensor is zeros.
+// The tensor may have at most *room bytes, and its bytes are subtracted from *room.
 func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 	c := Constant{DType: DType(content.GetDtype()), Shape: []int64{}}
 	size := int64(c.DType.Size())
@@ -255,8 +254,8 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 	}
 	if len(raw) > 0 {
 		if int64(len(raw)) != n*size {
-			return c, fmt.Errorf("it has %d bytes of tensor_content; a %v tensor of shape %v has %d", len(raw), c.DType,
-				c.Shape, n*size)
+			return c, fmt.Errorf("it has %d bytes of tensor_content; a %v tensor of shape %v has %d",
+				len(raw), c.DType, c.Shape, n*size)
 		}
 		c.Data = raw
 		return c, nil
@@ -279,8 +278,8 @@ func newConstant(content *tensorpb.TensorProto, room *int64) (Constant, error) {
 // maxRank is the most dimensions that TensorFlow's TensorShape can hold.
 const maxRank = 254
 
-// addStrings takes strings from string_val, or from tensor_content: the lengths of all as varints, then their bytes.
-// A value that is repeated counts each time, since TensorFlow copies it.
+// addStrings reads strings from string_val, or from tensor_content: the lengths of all as varints, then their bytes. A
+// value that is repeated counts each time, since TensorFlow copies it.
 func (c *Constant) addStrings(values [][]byte, raw []byte, n int, room *int64) error {
 	if len(values) > n {
 		return fmt.Errorf("it has %d values for the shape %v", len(values), c.Shape)
@@ -319,7 +318,7 @@ func (c *Constant) addStrings(values [][]byte, raw []byte, n int, room *int64) e
 	return nil
 }
 
-// values returns the values in the field for a type, as a tensor has them in memory.
+// values returns the values in the field of a type, as they are in a tensor's memory.
 func (d DType) values(content *tensorpb.TensorProto) (data []byte) {
 	order := binary.LittleEndian
 	switch d {
@@ -331,7 +330,7 @@ func (d DType) values(content *tensorpb.TensorProto) (data []byte) {
 		for _, v := range content.GetDoubleVal() {
 			data = order.AppendUint64(data, math.Float64bits(v))
 		}
-	case Float16, Bfloat16: // their bits
+	case Float16, Bfloat16: // half_val has their bits
 		for _, v := range content.GetHalfVal() {
 			data = order.AppendUint16(data, uint16(v))
 		}

@@ -1,22 +1,22 @@
 // Package tensorflow wraps the part of TensorFlow's C API that inference needs: load a SavedModel or a graph, own
-// tensors, run a session. Arrow, signatures and batches belong to other packages. Only cmd/flightsvc-runner and its
-// parts import it, because a program with it does not start without libtensorflow.
+// tensors, run a session. Arrow, signatures and batches belong to other packages. Only flightsvc-runner links this
+// package, because a program with it does not start without libtensorflow.
 //
-// TensorFlow's own Go binding is not used: it frees tensors in finalizers, so native memory grows while the collector
-// sees a few words, and it hides the status codes.
+// TensorFlow's own Go binding is not used, because it hides the status codes and frees tensors in finalizers: to the
+// garbage collector a tensor is only a few words, so native memory grows.
 //
 // # Memory
 //
 // Tensors live off the Go heap and are freed by Close. [NewTensor] lends memory to TensorFlow without a copy and is
 // told when TensorFlow has released it; [Allocate] and [NewStrings] make memory that TensorFlow owns. What Bytes and
 // String return are views, valid until Close. TensorFlow counts references to a buffer, and an output may share the
-// buffer of an input, so lent memory may be released after its tensor was closed, with the last tensor that shares it.
+// buffer of an input, so lent memory is released with the last tensor that shares it, which may be after Close.
 // [Live] counts what has not been released, for leak checks.
 //
 // # Errors
 //
-// What TensorFlow refuses is an [*Error] with TensorFlow's code and message. What would make TensorFlow end the
-// process, such as a negative dimension or a size that overflows, is refused here first.
+// Errors of TensorFlow are [*Error], with TensorFlow's code and message. What would make TensorFlow end the process,
+// such as a negative dimension or a size that overflows, is refused by this package first.
 package tensorflow
 
 // #cgo LDFLAGS: -ltensorflow -ltensorflow_framework
@@ -41,7 +41,7 @@ func Version() string { return C.GoString(C.TF_Version()) }
 // Oldest is the oldest supported version; pyspark-shim/tests/test_wheel.py compares its answers.
 const Oldest = "2.19"
 
-// TooOld reports whether a version, as Version returns it, is before Oldest.
+// TooOld reports whether a version, in the form of Version, is older than Oldest.
 func TooOld(version string) bool {
 	var major, minor, oldestMajor, oldestMinor int
 	_, _ = fmt.Sscanf(Oldest, "%d.%d", &oldestMajor, &oldestMinor)

@@ -1,4 +1,4 @@
-// Sessions: a SavedModel or a graph is loaded with options, and runs from feeds to fetches.
+// Sessions: a SavedModel or a graph is loaded with options and run, from feeds to fetches.
 
 package tensorflow
 
@@ -24,16 +24,16 @@ type Options struct {
 	// its own; 0 shares those of the process. A negative one runs operations one after another in the thread that
 	// calls Run, which suits small graphs that many goroutines run at once; such a session ignores timeouts.
 	InterOpThreads int
-	// GrowDevice makes TensorFlow allocate memory of a GPU when it needs it, instead of nearly all at once. It never
-	// frees memory.
+	// GrowDevice makes TensorFlow allocate GPU memory when it needs it, instead of nearly all at once. TensorFlow does
+	// not return it before the process ends.
 	GrowDevice bool
-	// DeviceMiB bounds the memory that TensorFlow allocates of the GPU that it sees; 0 does not. It becomes the
+	// DeviceMiB bounds the memory that TensorFlow allocates on the GPU that it sees; 0 is no bound. It becomes the
 	// memory_limit_mb of one virtual device, because per_process_gpu_memory_fraction needs the size of the GPU, which
 	// is not known here. Without a GPU it does nothing.
 	DeviceMiB int
 }
 
-// Numbers of fields in TensorFlow's config.proto.
+// Field numbers of TensorFlow's config.proto.
 const (
 	configIntraOpThreads       = 2
 	configInterOpThreads       = 5
@@ -111,10 +111,9 @@ type Session struct {
 	outputs sync.Map // tensor name -> C.TF_Output
 }
 
-// Load opens the SavedModel in folder dir, restores its variables and runs its
-// initialisers. tags select the meta graph, {"serve"} for a model exported to be
-// served. A folder that is not a SavedModel, lacks that meta graph, or holds
-// damaged variables is an *Error.
+// Load opens the SavedModel in folder dir, restores its variables and runs its initialisers. tags select the meta
+// graph; it is {"serve"} in a model that was exported for serving. A folder that is not a SavedModel, lacks that meta
+// graph, or has damaged variables is an *Error.
 func Load(dir string, tags []string, o Options) (*Session, error) {
 	path := C.CString(dir)
 	defer C.free(unsafe.Pointer(path))
@@ -129,8 +128,7 @@ func Load(dir string, tags []string, o Options) (*Session, error) {
 	})
 }
 
-// FromGraphDef opens a session on a serialised GraphDef, which is copied. A graph
-// with variables is not initialised.
+// FromGraphDef opens a session on a serialised GraphDef, which is copied. Variables are not initialised.
 func FromGraphDef(def []byte, o Options) (*Session, error) {
 	return open(o, func(options *C.TF_SessionOptions, graph *C.TF_Graph, status *C.TF_Status) *C.TF_Session {
 		buffer := C.TF_NewBufferFromString(unsafe.Pointer(unsafe.SliceData(def)), C.size_t(len(def)))
@@ -145,7 +143,7 @@ func FromGraphDef(def []byte, o Options) (*Session, error) {
 	})
 }
 
-// open makes a graph and the session that start makes of it.
+// open makes a session: start makes it of an empty graph.
 func open(o Options, start func(*C.TF_SessionOptions, *C.TF_Graph, *C.TF_Status) *C.TF_Session) (*Session, error) {
 	s := &Session{graph: C.TF_NewGraph()}
 	err := withOptions(o, func(options *C.TF_SessionOptions) error {
@@ -164,8 +162,8 @@ type Feed struct {
 	Tensor *Tensor
 }
 
-// Run feeds tensors and returns the fetched ones, in the order of fetches, which are names as in Feed. The caller
-// closes them, and the feeds, which must stay open until Run returns. The fetched ones may share memory with the feeds.
+// Run feeds tensors and returns the fetched ones, in the order of fetches, whose names are like Feed.Name. The caller
+// closes both; feeds must stay open until Run returns. Fetched tensors may share memory with feeds.
 //
 // A run that takes longer than timeout is cancelled: it returns DeadlineExceeded as soon as the operations under way
 // have ended. 0 means no limit. A name that the graph lacks is NotFound; a closed session is FailedPrecondition.
@@ -257,7 +255,7 @@ func (s *Session) Close() error {
 		return nil
 	}
 	err := withStatus(func(status *C.TF_Status) { C.TF_CloseSession(s.c, status) })
-	// Deleting reports the same status again; the session is gone either way.
+	// TF_DeleteSession reports the same status again; the session is deleted in any case.
 	_ = withStatus(func(status *C.TF_Status) { C.TF_DeleteSession(s.c, status) })
 	C.TF_DeleteGraph(s.graph)
 	s.c, s.graph = nil, nil

@@ -46,8 +46,8 @@ func (c Code) String() string {
 	return fmt.Sprintf("Code(%d)", int(c))
 }
 
-// Error is an error of TensorFlow, or of this package in its place. Code is never OK. Message is TensorFlow's; it may
-// name operations of the graph and shapes, and may have several lines.
+// Error is an error of TensorFlow, or of this package. Code is never OK. A message of TensorFlow may name operations of
+// the graph and shapes, and may have several lines.
 type Error struct {
 	Code    Code
 	Message string
@@ -56,7 +56,7 @@ type Error struct {
 // Error returns the code and the message.
 func (e *Error) Error() string { return fmt.Sprintf("TensorFlow: %v: %s", e.Code, e.Message) }
 
-// errorf makes an Error of this package's own.
+// errorf makes an Error of this package.
 func errorf(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }

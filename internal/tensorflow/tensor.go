@@ -1,4 +1,4 @@
-// Tensors: memory that is lent to TensorFlow, or owned by it, and when it is released.
+// Tensors: memory that is lent to TensorFlow or owned by it, and when it is released.
 
 package tensorflow
 
@@ -82,8 +82,8 @@ func NewStrings(shape []int64, n int, at func(i int) []byte) (*Tensor, error) {
 		return nil, err
 	}
 	if count != n {
-		return nil,
-			errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given", shape, count, n)
+		return nil, errorf(InvalidArgument, "a string tensor of shape %v has %d elements, %d were given",
+			shape, count, n)
 	}
 	// A zeroed element is an empty string. n = 0 allocates one, too, because calloc may return NULL for none.
 	array := (*C.TF_TString)(C.calloc(C.size_t(max(n, 1)), C.sizeof_TF_TString))
@@ -104,13 +104,13 @@ func NewStrings(shape []int64, n int, at func(i int) []byte) (*Tensor, error) {
 	return own(c, savedmodel.String, shape), nil
 }
 
-// own wraps a tensor that this package has made and must delete.
+// own wraps a tensor of which the caller knows type and shape.
 func own(c *C.TF_Tensor, dt savedmodel.DType, shape []int64) *Tensor {
 	live.Add(1)
 	return &Tensor{c: c, dtype: dt, shape: slices.Clone(shape)}
 }
 
-// adopt wraps a tensor that TensorFlow made.
+// adopt wraps a tensor that TensorFlow made, and reads its type and shape.
 func adopt(c *C.TF_Tensor) *Tensor {
 	shape := make([]int64, C.TF_NumDims(c))
 	for i := range shape {
@@ -175,7 +175,7 @@ func doorReturned(handle C.uintptr_t) {
 	}
 }
 
-// elements multiplies the dimensions; the product is at least 0 and fits an int.
+// elements returns the product of the dimensions, which fits an int.
 func elements(shape []int64) (int, error) {
 	if len(shape) > maxRank {
 		return 0, errorf(InvalidArgument, "a tensor has at most %d dimensions, not %d", maxRank, len(shape))
@@ -186,7 +186,7 @@ func elements(shape []int64) (int, error) {
 			return 0, errorf(InvalidArgument, "shape %v has a negative dimension", shape)
 		}
 		empty = empty || d == 0
-		// Also after a zero dimension an overflow makes TensorFlow end the process.
+		// Zero dimensions count as 1 here: an overflow of the others would make TensorFlow end the process, too.
 		high, low := bits.Mul64(n, uint64(max(d, 1)))
 		if high != 0 || low > math.MaxInt64 {
 			return 0, errorf(InvalidArgument, "shape %v has too many elements", shape)
@@ -199,7 +199,7 @@ func elements(shape []int64) (int, error) {
 	return int(n), nil
 }
 
-// byteSize returns the bytes of a tensor whose elements have a fixed size.
+// byteSize returns the bytes of a tensor with elements of fixed size.
 func byteSize(dt savedmodel.DType, shape []int64) (int, error) {
 	if dt.Size() == 0 {
 		return 0, errorf(InvalidArgument, "%v elements have no fixed size", dt)
@@ -214,5 +214,5 @@ func byteSize(dt savedmodel.DType, shape []int64) (int, error) {
 	return n * dt.Size(), nil
 }
 
-// dims views a shape as the C API wants it.
+// dims returns a shape as the C API takes it, without a copy.
 func dims(shape []int64) *C.int64_t { return (*C.int64_t)(unsafe.SliceData(shape)) }

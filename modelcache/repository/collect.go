@@ -1,4 +1,4 @@
-// Collection: which models of the cache-dir go when they are too many, and what keeps one there.
+// Collection: models of the cache-dir are removed when they exceed cache-size, except those that a process holds.
 
 package repository
 
@@ -24,18 +24,18 @@ import (
 	"flightsvc/internal/rundir"
 )
 
-// Models in the cache-dir that nobody uses go when they are more than cache-size together, those used longest ago
-// first. A model in use is one whose folder somebody has locked (flock(2), shared, on the folder itself: it ends with
-// its process); the modification time of the folder says when it was used last.
+// When the models in the cache-dir exceed cache-size together, unused ones are removed, those used longest ago first. A
+// process that uses a model holds a shared flock(2) on the model's folder, which ends with the process at the latest.
+// The modification time of the folder is the time of the last use.
 const (
 	gonePattern = ".gone-%d-%d-"
-	justUsed    = time.Minute      // in which a model that was found must be held, or may go
+	justUsed    = time.Minute      // a model used more recently stays, because its caller has yet to Hold it
 	touchEvery  = 10 * time.Second // how exact the time of the last use is
-	staleFile   = time.Hour        // age of a temporary file that nobody finishes
+	staleFile   = time.Hour        // age from which a temporary file counts as abandoned
 )
 
-// Hold keeps a model of the cache-dir where it is until release is called, which must be once. For any other folder it
-// does nothing. Its fault is Unavailable where the model has just gone: find it again.
+// Hold keeps a model in the cache-dir from being removed until release is called, which must be once. For any other
+// folder it does nothing. Its fault is Unavailable if the model has just been removed: find it again.
 func (r *Repository) Hold(ctx context.Context, model Model) (release func(), err error) {
 	if filepath.Dir(model.Dir) != r.models() {
 		return func() {}, nil
@@ -48,7 +48,7 @@ func (r *Repository) Hold(ctx context.Context, model Model) (release func(), err
 		return nil, errGone(model)
 	}
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil || !isStill(folder, model.Dir) {
-		_ = folder.Close() // the collector has it
+		_ = folder.Close() // a collection is removing it
 		return nil, errGone(model)
 	}
 	r.touch(model.Dir)
@@ -56,11 +56,11 @@ func (r *Repository) Hold(ctx context.Context, model Model) (release func(), err
 }
 
 func errGone(model Model) error {
-	return fault.New(fault.Unavailable, "model %s: its files have just been removed from the cache-dir; ask again",
-		model.Ref)
+	return fault.New(fault.Unavailable,
+		"model %s: its files have just been removed from the cache-dir; ask again", model.Ref)
 }
 
-// isStill reports whether a path names the open folder.
+// isStill reports whether path still names the open folder.
 func isStill(folder *os.File, path string) bool {
 	ours, err := folder.Stat()
 	if err != nil {
@@ -70,15 +70,15 @@ func isStill(folder *os.File, path string) bool {
 	return err == nil && os.SameFile(ours, now)
 }
 
-// touch notes that a model of the cache-dir is used.
+// touch records that a model in the cache-dir is used now.
 func (r *Repository) touch(dir string) {
 	now := time.Now()
 	if info, err := os.Stat(dir); err == nil && now.Sub(info.ModTime()) > touchEvery {
-		_ = os.Chtimes(dir, now, now) // at worst it goes too early
+		_ = os.Chtimes(dir, now, now) // if it fails, the model may be removed too early
 	}
 }
 
-// collectSoon collects on a goroutine of the cache; of several calls at once one is enough.
+// collectSoon starts a collection on a goroutine of the Repository. Calls share one collection until it begins.
 func (r *Repository) collectSoon() {
 	if r.options.CacheBytes == 0 || r.collecting.Swap(true) || !r.begin() {
 		return
@@ -87,7 +87,7 @@ func (r *Repository) collectSoon() {
 		defer r.working.Done()
 		r.collected.Lock()
 		defer r.collected.Unlock()
-		r.collecting.Store(false) // whoever asks from now on may have brought something that this one does not see
+		r.collecting.Store(false) // a later call may have added a model that this collection does not see
 		r.collect(time.Now())
 	}()
 }
@@ -99,7 +99,7 @@ type cached struct {
 	used  time.Time
 }
 
-// collect removes models until they fit, and then what is known of the origin of models that are gone.
+// collect removes unused models until the others fit into cache-size, then the origins of removed models.
 func (r *Repository) collect(now time.Time) {
 	entries, err := os.ReadDir(r.models())
 	if err != nil {
@@ -123,8 +123,7 @@ func (r *Repository) collect(now time.Time) {
 		total += files.size()
 	}
 	slices.SortFunc(list, func(a, b cached) int {
-		return cmp.Or(a.used.Compare(b.used),
-			strings.Compare(a.name, b.name))
+		return cmp.Or(a.used.Compare(b.used), strings.Compare(a.name, b.name))
 	})
 	for _, one := range list {
 		if total <= r.options.CacheBytes || r.ctx.Err() != nil || now.Sub(one.used) < justUsed {
@@ -143,7 +142,7 @@ func (r *Repository) collect(now time.Time) {
 	r.forgetOrigins()
 }
 
-// discard removes a model, unless somebody holds it.
+// discard removes a model, unless a process holds it, and reports whether it is gone.
 func (r *Repository) discard(name string) (bool, error) {
 	path := filepath.Join(r.models(), name)
 	folder, err := os.Open(path) //nolint:gosec // in the cache-dir
@@ -153,7 +152,7 @@ func (r *Repository) discard(name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer func() { _ = folder.Close() }() // and with it the lock
+	defer func() { _ = folder.Close() }() // this releases the lock, too
 	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil || !isStill(folder, path) {
 		return false, nil
 	}
@@ -163,20 +162,20 @@ func (r *Repository) discard(name string) (bool, error) {
 	return true, nil
 }
 
-// remove removes a model, even one that somebody holds: what has loaded it goes on.
+// remove removes a model, even one that a process holds: runners that have loaded it continue.
 func (r *Repository) remove(name string) error {
 	aside, err := r.beside(gonePattern)
 	if err != nil {
 		return err
 	}
-	err = os.Rename(filepath.Join(r.models(), name), filepath.Join(aside, name)) // from now on nobody finds it
+	err = os.Rename(filepath.Join(r.models(), name), filepath.Join(aside, name)) // from now on no caller finds it
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil // another front was first
 	}
 	return errors.Join(err, os.RemoveAll(aside))
 }
 
-// forgetOrigins removes the notes about models that are not here any more.
+// forgetOrigins removes the origins of models that are no longer here.
 func (r *Repository) forgetOrigins() {
 	folder := filepath.Join(r.options.CacheDir, "origins")
 	entries, _ := os.ReadDir(folder)
@@ -188,14 +187,14 @@ func (r *Repository) forgetOrigins() {
 			r.known(known.Digest) {
 			continue
 		}
-		_ = os.Remove(name) // a fetch that ends just now is noted in memory
+		_ = os.Remove(name) // at worst a fetch that ends just now is made again
 		r.origins.drop(name)
 	}
 }
 
-// sweep removes what processes that are dead were bringing or removing.
+// sweep removes the unfinished folders and temporary files of dead processes.
 func (r *Repository) sweep() {
-	entries, _ := os.ReadDir(r.models()) // where there is none, the first push says what is wrong
+	entries, _ := os.ReadDir(r.models()) // if it cannot be read, the first push says why
 	for _, entry := range entries {
 		for _, pattern := range []string{pushPattern, fetchPattern, gonePattern} {
 			var owner rundir.Process
@@ -203,7 +202,7 @@ func (r *Repository) sweep() {
 				continue
 			}
 			if err := os.RemoveAll(filepath.Join(r.models(), entry.Name())); err != nil {
-				r.options.Log.Warn("leavings of a dead front not cleared away", zap.Error(err))
+				r.options.Log.Warn("folder of a dead front not removed", zap.Error(err))
 			}
 		}
 	}

@@ -23,16 +23,16 @@ import (
 // digestForm is how a digest is written: in references, in commands, in answers.
 var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
-// CheckDigest refuses text that is not sha256: and 64 hexadecimal digits.
+// CheckDigest returns a BadRequest fault for text that is not sha256: and 64 lower-case hexadecimal digits.
 func CheckDigest(digest string) error {
 	if !digestForm.MatchString(digest) {
-		return fault.New(fault.BadRequest, "%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits",
-			digest)
+		return fault.New(fault.BadRequest,
+			"%.80q is not a digest; want sha256: and 64 lower-case hexadecimal digits", digest)
 	}
 	return nil
 }
 
-// contents are what a digest is made of: the regular files of a folder.
+// contents are the regular files of a folder, from which its digest is made.
 type contents []listed
 
 type listed struct {
@@ -47,14 +47,14 @@ func (l contents) digest() string {
 	slices.SortFunc(l, func(a, b listed) int { return strings.Compare(a.path, b.path) })
 	sum := sha256.New()
 	for _, file := range l {
-		_, _ = fmt.Fprintf(sum, "%s %d %x\n", file.path, file.size, file.sum) // a hash takes all
+		_, _ = fmt.Fprintf(sum, "%s %d %x\n", file.path, file.size, file.sum) // writing to a hash never fails
 	}
 	return "sha256:" + hex.EncodeToString(sum.Sum(nil))
 }
 
-// Digest returns the digest of a model's files, which it reads, once for each stamp. It is "" for the model that is
-// built in and for a folder with links in it, which has none. Its faults are Unavailable for files that change
-// meanwhile, and Precondition for files that cannot be read.
+// Digest returns the digest of a model's files. It reads them once for each stamp. The digest is "" for the built-in
+// model and for a folder with links in it, which has none. Its faults are Unavailable for files that change meanwhile,
+// and Precondition for files that cannot be read.
 func (r *Repository) Digest(ctx context.Context, model Model) (string, error) {
 	if model.Digest != "" || model.Dir == "" {
 		return model.Digest, nil
@@ -103,11 +103,11 @@ func digestOf(ctx context.Context, model Model) (string, error) {
 }
 
 func errChanging(model Model) error {
-	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again", model.Ref,
-		model.Version, model.Dir)
+	return fault.New(fault.Unavailable, "model %s, version %s: its files in %s have just changed; ask again",
+		model.Ref, model.Version, model.Dir)
 }
 
-// hashFile adds a file's bytes to a hash and returns how many they are.
+// hashFile adds a file's bytes to a hash and returns their number.
 func hashFile(ctx context.Context, name string, sum hash.Hash, buffer []byte) (int64, error) {
 	in, err := regular.Open(name)
 	if err != nil {

@@ -1,8 +1,9 @@
 // Package repository finds models: in folders and in stores, below the model-root, and in the cache-dir, where it keeps
-// what was fetched or pushed.
+// those that were fetched or pushed.
 //
-// Goroutines: fetches, digests and collections run on goroutines of the Repository. Repository.Close ends and awaits
-// them.
+// Goroutines: listings, fetches, readings of graphs, digests and collections run on goroutines of the Repository.
+// Repository.Close ends and awaits them.
 //
-// What may enter: references, versions, files, digests and settings of models. Nothing here knows what is in memory.
+// What may enter: references, versions, files, digests and settings of models. Nothing here knows which models are in
+// memory.
 package repository

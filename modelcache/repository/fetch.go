@@ -1,12 +1,11 @@
-// Fetching: a version in a store is brought to this host, once for all who ask.
+// Fetching: a version in a store is copied to this host, once for all callers.
 
 package repository
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/md5" //nolint:gosec // what stores give to check a transfer with
+	"crypto/md5" //nolint:gosec // stores give MD5 sums to check transfers
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -35,25 +34,25 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// A version in a store is fetched once per host, into a folder beside the models with the name of this process, and
-// renamed to its digest when it is whole. What was fetched from where is remembered, so that no other front fetches it
-// again:
+// A version in a store is fetched once per host: into a folder beside the models that is named after this process, and
+// renamed to its digest when it is complete. An origin says what was fetched from where, so that no other front fetches
+// it again:
 //
 //	<cache-dir>/models/.fetch-<pid>-<start>-<random>/
 //	<cache-dir>/origins/<64 hex>.json   the name is the SHA-256 of URI and stamp
-//	<cache-dir>/fetch.lock              empty, stays; a byte of it is locked for each fetch under way
+//	<cache-dir>/fetch.lock              empty, never removed; each fetch under way locks one byte of it
 const fetchPattern = ".fetch-%d-%d-"
 
 const (
-	downloads     = 4 // files of a fetch at once
-	readAttempts  = 3 // to read on where a transfer was cut
-	readPause     = 200 * time.Millisecond
-	progressEvery = 5 * time.Second
-	lockTick      = 50 * time.Millisecond
-	maxNote       = 64 << 10 // bytes of an origin's file
+	downloads     = 4                      // files of one fetch that are transferred at once
+	readAttempts  = 3                      // tries for an object whose transfer breaks off
+	readPause     = 200 * time.Millisecond // half the pause before the second try; it doubles before each further one
+	progressEvery = 5 * time.Second        // between two lines of the log
+	lockTick      = 50 * time.Millisecond  // between two tries for a lock
+	maxNote       = 64 << 10               // bytes of an origin's file
 )
 
-// origin says which model was fetched from a place.
+// origin is the content of a file that says which model was fetched from a place.
 type origin struct {
 	Digest string `json:"digest"`
 	URI    string `json:"uri"`
@@ -64,7 +63,7 @@ func (r *Repository) originPath(uri, stamp string) string {
 	return filepath.Join(r.options.CacheDir, "origins", hex.EncodeToString(sum[:])+".json")
 }
 
-// fetched returns the digest under which a version lies on this host.
+// fetched returns the digest of a version in a store, false if it is not on this host.
 func (r *Repository) fetched(uri, stamp string) (string, bool) {
 	name := r.originPath(uri, stamp)
 	if digest, ok := r.origins.get(name); ok && r.known(digest) {
@@ -79,8 +78,8 @@ func (r *Repository) fetched(uri, stamp string) (string, bool) {
 	return known.Digest, true
 }
 
-// fetch brings a version to this host, unless it is here, and returns its digest. Callers of all fronts share one
-// transfer; it goes on when one of them leaves, and stops when the last does.
+// fetch copies a version to this host, unless it is here, and returns its digest. Callers share one transfer, which
+// stops when the last of them leaves; other fronts of this host wait for it.
 func (r *Repository) fetch(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
 	digest, ok := r.fetched(at.uri, now.stamp)
 	if !ok {
@@ -107,8 +106,9 @@ func (r *Repository) fetch(ctx context.Context, ref, number string, at location,
 	return digest, nil
 }
 
-// lockFetch waits until no other process fetches the same. The lock is on one byte of a file that all share (an open
-// file description lock, see fcntl(2)): it ends with the process, and nothing is left to clear.
+// lockFetch waits until no other process fetches what key stands for, and keeps others from it until unlock is called.
+// The lock is on one byte of a file that all fronts share (an open file description lock, see fcntl(2)): it ends with
+// the process, so nothing is left to clear up.
 func (r *Repository) lockFetch(ctx context.Context, key string) (unlock func(), err error) {
 	if err := r.checkPrivate(); err != nil {
 		return nil, err
@@ -145,10 +145,10 @@ type transfer struct {
 	at     location
 	bucket *blob.Bucket
 	root   *os.Root
-	done   atomic.Int64 // bytes
+	done   atomic.Int64 // bytes so far
 }
 
-// download fetches a version and keeps it under its digest. After an error nothing of it is left.
+// download fetches a version and keeps it under its digest. After an error nothing of it remains.
 func (r *Repository) download(ctx context.Context, ref, number string, at location, now snapshot) (string, error) {
 	bucket, err := r.stores.open(ctx, at)
 	if err != nil {
@@ -159,8 +159,8 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 		return "", r.diskFault(err)
 	}
 	defer func() {
-		if rmErr := os.RemoveAll(dir); rmErr != nil { // nothing is there once it has its name
-			r.options.Log.Warn("fetch not cleared away", zap.Error(rmErr))
+		if rmErr := os.RemoveAll(dir); rmErr != nil { // keep may have renamed it
+			r.options.Log.Warn("folder of a fetch not removed", zap.Error(rmErr))
 		}
 	}()
 	root, err := os.OpenRoot(dir)
@@ -184,8 +184,8 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 		return "", fault.New(fault.Unavailable, "model %s: version %s at %s changed while it was fetched; ask again",
 			ref, number, at.name)
 	}
-	err = r.checkGraph(ctx, dir, "model %s: %s of version %s at %s cannot be read", ref, savedmodel.File, number,
-		at.name)
+	err = r.checkGraph(ctx, dir, "model %s: %s of version %s at %s cannot be read",
+		ref, savedmodel.File, number, at.name)
 	if err != nil {
 		return "", err
 	}
@@ -202,10 +202,11 @@ func (r *Repository) download(ctx context.Context, ref, number string, at locati
 	return digest, nil
 }
 
-// keep gives a folder that is whole, and lies beside the models, the name of its digest.
+// keep renames a complete folder beside the models to its digest. If that model is here already, the folder stays as it
+// is.
 func (r *Repository) keep(dir, digest string) error {
 	err := os.Rename(dir, r.Place(digest))
-	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // it was pushed, or fetched from elsewhere
+	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // pushed, or fetched from elsewhere
 		return nil
 	}
 	if err == nil {
@@ -214,7 +215,7 @@ func (r *Repository) keep(dir, digest string) error {
 	return err
 }
 
-// remember notes where a model came from.
+// remember records where a model came from, in memory and in an origin.
 func (r *Repository) remember(uri, stamp, digest string) error {
 	name := r.originPath(uri, stamp)
 	r.origins.put(name, digest)
@@ -225,7 +226,8 @@ func (r *Repository) remember(uri, stamp, digest string) error {
 	return ReplaceFile(name, ".origin-", append(text, '\n'))
 }
 
-// ReplaceFile writes a file in one step, in a private folder that is made if need be.
+// ReplaceFile writes a file in one step, by renaming a file whose name begins with temporary. The folder is made if
+// need be, and has to be private.
 func ReplaceFile(name, temporary string, text []byte) error {
 	if err := rundir.Ensure(filepath.Dir(name)); err != nil {
 		return fmt.Errorf("cache-dir: %w", err)
@@ -247,12 +249,12 @@ func ReplaceFile(name, temporary string, text []byte) error {
 	return err
 }
 
-// run transfers all files, some at once, and says every few seconds how far it is.
+// run transfers all files, at most downloads at a time, and logs its progress every few seconds.
 func (t *transfer) run(ctx context.Context, now snapshot, log *zap.Logger) (contents, error) {
 	files := make(contents, len(now.files))
 	group, ctx := errgroup.WithContext(ctx)
 	over := make(chan struct{})
-	group.SetLimit(downloads + 1) // with the one that reports
+	group.SetLimit(downloads + 1) // one more for the goroutine that logs
 	group.Go(func() error {
 		tick := time.NewTicker(progressEvery)
 		defer tick.Stop()
@@ -282,20 +284,21 @@ func (t *transfer) run(ctx context.Context, now snapshot, log *zap.Logger) (cont
 	return files, group.Wait()
 }
 
-// errDisk marks an error of the host's disk, since those of the network look alike.
+// errDisk marks an error of the host's disk, because errors of the network look alike.
 type errDisk struct{ error }
 
 func (e errDisk) Unwrap() error { return e.error }
 
 // file transfers one object.
 func (t *transfer) file(ctx context.Context, about file) (listed, error) {
-	// what an archive may not hold, a store may not either
-	name, err := checkEntry(&tar.Header{Typeflag: tar.TypeReg, Name: about.path, Size: about.size})
-	if err == nil && name != about.path {
-		err = refused("the name %q is not plain", about.path)
+	name := about.path
+	err := checkName(name, about.size) // the same bounds as in an archive
+	if err == nil && (path.Clean(name) != name || name == ".") {
+		err = fmt.Errorf("the name %q is not plain", name)
 	}
 	if err != nil {
-		return listed{}, err
+		return listed{}, fault.New(fault.Precondition, "the store holds an object that cannot be a model's file: %w; "+
+			"rename it", err)
 	}
 	if folder := path.Dir(name); folder != "." {
 		if err := t.root.MkdirAll(folder, 0o700); err != nil {
@@ -317,8 +320,8 @@ func (t *transfer) file(ctx context.Context, about file) (listed, error) {
 	return listed{path: name, size: about.size, sum: [sha256.Size]byte(sum.Sum(nil))}, err
 }
 
-// otherTags reports whether this bucket's checksums are known to be no MD5 of the content: S3 gives some other one for
-// objects that are encrypted with keys of KMS.
+// otherTags reports whether the checksums of this bucket are known not to be the content's MD5: those of S3 are not for
+// objects that are encrypted with KMS keys.
 func (t *transfer) otherTags() bool {
 	s := &t.r.stores
 	s.mu.Lock()
@@ -326,8 +329,8 @@ func (t *transfer) otherTags() bool {
 	return s.otherTag[t.at.bucket]
 }
 
-// second reads an object again whose MD5 is not what the store says: when it is the same twice, the store's word is
-// none.
+// second reads an object again whose MD5 is not the store's checksum. If its content is the same twice, the store's
+// checksums are no MD5 sums, which is remembered for the bucket.
 func (t *transfer) second(ctx context.Context, about file, first []byte) error {
 	sum := sha256.New()
 	if err := t.read(ctx, about, io.Discard, sum, md5.New()); err != nil { //nolint:gosec // see the import
@@ -346,7 +349,7 @@ func (t *transfer) second(ctx context.Context, about file, first []byte) error {
 	return nil
 }
 
-// read copies an object, and goes on where it was cut, some times.
+// read copies an object to out and sums. A transfer that breaks off is continued, in readAttempts tries altogether.
 func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...hash.Hash) error {
 	sinks := make([]io.Writer, 0, 3)
 	for _, sum := range sums {
@@ -366,15 +369,15 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case gcerrors.Code(err) == gcerrors.NotFound:
-			return fault.New(fault.Unavailable, "%s has disappeared, so the version is being changed; ask again",
-				about.path)
+			return fault.New(fault.Unavailable,
+				"%s has disappeared, so the version is being changed; ask again", about.path)
 		case offset > about.size || err == nil:
-			return fault.New(fault.Unavailable, "%s has %d bytes, and the store said %d; ask again", about.path, offset,
-				about.size)
+			return fault.New(fault.Unavailable, "%s has %d bytes, and the store said %d; ask again",
+				about.path, offset, about.size)
 		case attempt >= readAttempts:
 			return fault.New(fault.Unavailable, "the transfer of %s broke off after %d of %d bytes (%w), %d times; "+
-				"ask again, and check the network if it happens again", about.path, offset, about.size, rootOf(err),
-				attempt)
+				"ask again, and check the network if it happens again",
+				about.path, offset, about.size, rootOf(err), attempt)
 		}
 		select {
 		case <-ctx.Done():
@@ -384,9 +387,10 @@ func (t *transfer) read(ctx context.Context, about file, out io.Writer, sums ...
 	}
 }
 
-// part copies what follows an offset, as far as it comes.
-func (t *transfer) part(ctx context.Context, about file, offset int64, out io.Writer, hashes io.Writer,
-	buffer []byte) (n int64, err error) {
+// part copies an object from offset on, and returns how many bytes came, even with an error.
+func (t *transfer) part(
+	ctx context.Context, about file, offset int64, out, hashes io.Writer, buffer []byte,
+) (n int64, err error) {
 	in, err := t.bucket.NewRangeReader(ctx, t.at.prefix+about.path, offset, -1, nil)
 	if err != nil {
 		return 0, err
@@ -397,7 +401,7 @@ func (t *transfer) part(ctx context.Context, about file, offset int64, out io.Wr
 		if _, writeErr := out.Write(buffer[:got]); writeErr != nil {
 			return n, errDisk{writeErr}
 		}
-		_, _ = hashes.Write(buffer[:got]) // a hash takes all
+		_, _ = hashes.Write(buffer[:got]) // never fails
 		n += int64(got)
 		t.done.Add(int64(got))
 		if err == io.EOF && offset+n < about.size {
@@ -412,7 +416,7 @@ func (t *transfer) part(ctx context.Context, about file, offset int64, out io.Wr
 	}
 }
 
-// fetchFault says of which model a transfer failed.
+// fetchFault adds to the fault of a transfer which model and version it was for.
 func fetchFault(ref, number string, err error) error {
 	if kind, ok := fault.KindOf(err); ok {
 		return fault.New(kind, "model %s: version %s cannot be fetched: %w", ref, number, err)

@@ -8,20 +8,20 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// ReserveWith sets whom the Repository asks for memory of the host while it reads a saved_model.pb; reserve is called
-// with less than 0 to give it back. It must be called before a model is looked up.
+// ReserveWith sets the function by which the Repository reserves host memory while it reads a saved_model.pb; a
+// negative number of bytes gives memory back. It must be called before a model is looked up.
 func (r *Repository) ReserveWith(reserve func(ctx context.Context, bytes int64) error) {
 	r.reserve = reserve
 }
 
-// readGraph reads saved_model.pb in a folder, once for all who ask for it at the same time. stamp is that of its files.
+// readGraph reads saved_model.pb in a folder, once for all concurrent callers. stamp is the fingerprint of the files.
 func (r *Repository) readGraph(ctx context.Context, dir, stamp string) (*savedmodel.Model, error) {
 	return r.reading.do(ctx, r, dir+"\n"+stamp, func(ctx context.Context) (*savedmodel.Model, error) {
 		if r.reserve == nil {
 			return savedmodel.Read(ctx, dir, nil)
 		}
 		var taken int64
-		defer func() { _ = r.reserve(ctx, -taken) }() // which does not fail
+		defer func() { _ = r.reserve(ctx, -taken) }() // giving back never fails
 		return savedmodel.Read(ctx, dir, func(bytes int64) error {
 			err := r.reserve(ctx, bytes)
 			if err == nil {
@@ -32,8 +32,8 @@ func (r *Repository) readGraph(ctx context.Context, dir, stamp string) (*savedmo
 	})
 }
 
-// checkGraph reads saved_model.pb in a folder that was just written. What is wrong with the file is a BadRequest of
-// the sentence that is given, without the folder.
+// checkGraph reads saved_model.pb in a folder that was just written. What is wrong with the file becomes a BadRequest
+// with the sentence of format and args, which does not name the temporary folder.
 func (r *Repository) checkGraph(ctx context.Context, dir, format string, args ...any) error {
 	_, err := r.readGraph(ctx, dir, "")
 	if kind, _ := fault.KindOf(err); err == nil || kind != fault.BadRequest && kind != fault.Precondition {

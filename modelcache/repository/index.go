@@ -17,8 +17,8 @@ import (
 
 // Entry is one version of a model that this host knows.
 type Entry struct {
-	// Version and Saved may be empty where Err is set; Saved and Dir are, for a model in a store that was not fetched
-	// yet
+	// Version and Saved may be empty if Err is set; Saved and Dir are empty for a model in a store that was not fetched
+	// yet.
 	Model
 	Err error // why it cannot be read
 }
@@ -41,7 +41,7 @@ func (r *Repository) Index(ctx context.Context) ([]Entry, error) {
 		}
 		for _, folder := range folders {
 			base := filepath.Join(root, folder.Name())
-			info, err := os.Stat(base) // a link to a folder is one
+			info, err := os.Stat(base) // a link to a folder counts, too
 			if err != nil || !info.IsDir() || strings.HasPrefix(folder.Name(), ".") || folder.Name() == protocol.Image {
 				continue
 			}
@@ -74,8 +74,8 @@ func (r *Repository) entry(ctx context.Context, ref, version string) Entry {
 	return Entry{Model: model, Err: err}
 }
 
-// indexRemote lists the models below a model-root in a store, some at once. It fetches none: what a model says of
-// itself is known of those that are here.
+// indexRemote lists the models below a model-root in a store. It fetches none: only those that are on this host already
+// have signatures.
 func (r *Repository) indexRemote(ctx context.Context, root string) ([]Entry, error) {
 	at, err := parseLocation(root)
 	if err != nil {
@@ -96,7 +96,7 @@ func (r *Repository) indexRemote(ctx context.Context, root string) ([]Entry, err
 			return nil
 		})
 	}
-	_ = group.Wait() // none fails
+	_ = group.Wait() // its functions return no errors
 	return slices.Concat(entries...), nil
 }
 

@@ -10,9 +10,9 @@ import (
 	"flightsvc/internal/fault"
 )
 
-// AllowedLibraries returns the files of custom operations that a model loads, without links. They are programs, so
-// each has to be one of the files, or below one of the folders, of the setting op-libraries; a model cannot allow
-// its own. Its faults are Precondition and name the file and the setting.
+// AllowedLibraries returns the files of custom operations that a model loads, with links resolved. They are programs,
+// so each has to be one of the files, or below one of the folders, of the server's setting op-libraries; a model cannot
+// allow its own. Its faults are Precondition and name the file and the setting.
 func (r *Repository) AllowedLibraries(model Model) ([]string, error) {
 	var list []string
 	for _, path := range model.Settings.OpLibraries {
@@ -38,11 +38,11 @@ func (r *Repository) allowed(path string) bool {
 			allowed, err = filepath.EvalSymlinks(allowed)
 		}
 		if err != nil {
-			continue // what is not there allows nothing
+			continue // a file that does not exist allows nothing
 		}
 		info, err := os.Stat(allowed)
-		if path == allowed || err == nil && info.IsDir() && strings.HasPrefix(path,
-			allowed+string(filepath.Separator)) {
+		below := strings.HasPrefix(path, allowed+string(filepath.Separator))
+		if path == allowed || err == nil && info.IsDir() && below {
 			return true
 		}
 	}

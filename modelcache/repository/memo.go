@@ -2,11 +2,11 @@ package repository
 
 import "sync"
 
-// remembered is how many values a memo keeps: callers may ask for any number of names.
+// remembered bounds the values of a memo, because callers may ask for any number of names.
 const remembered = 1024
 
-// memo remembers what was found out, by key. When it is full, any one of the others goes, and is found out again.
-// Its zero value is ready.
+// memo remembers values by key. When it is full, an arbitrary one is dropped and has to be found out again. The zero
+// value is ready to use.
 type memo[V any] struct {
 	mu    sync.Mutex // guards known
 	known map[string]V

@@ -25,11 +25,10 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Models may lie in the stores s3, gs and azblob, laid out as in a folder. Whoever links this package decides which
-// of them there are, by importing their drivers (gocloud.dev/blob/s3blob, gcsblob, azureblob): a front does, and a
-// runner, which reads folders alone, does not carry them.
+// Models may lie in stores, laid out as in a folder. A program decides which stores it can read by importing their
+// drivers (gocloud.dev/blob/s3blob, gcsblob, azureblob): the front imports all three.
 
-// schemes of stores, as gocloud.dev/blob names them, with what has to be set to be let in.
+// schemes are those of stores in gocloud.dev/blob; credentials says for each how to give the server access.
 var (
 	schemes     = []string{"s3", "gs", "azblob"}
 	credentials = map[string]string{
@@ -50,7 +49,7 @@ const (
 	maxNames       = 1000       // models below a model-root
 	listTimeout    = 30 * time.Second
 	maxSettings    = 1 << 20     // bytes of a settings file
-	freshListing   = time.Second // an older one is no reason to say that something is not there
+	freshListing   = time.Second // an older listing is renewed before something is said to be missing
 	listingsAtOnce = 8           // models of a model-root that are listed at once
 )
 
@@ -63,12 +62,12 @@ func IsURI(text string) bool {
 // location is a folder in a store.
 type location struct {
 	uri    string // the whole
-	name   string // the same without the parameters, for people
+	name   string // the same without the parameters, for messages
 	bucket string // URI of the bucket, with the parameters
 	prefix string // of the folder's objects: "" or ends with /
 }
 
-// parseLocation reads a URI of a store. Its error is a sentence without the model.
+// parseLocation reads a URI of a store. Its error is a sentence that does not name the model.
 func parseLocation(uri string) (location, error) {
 	parsed, err := url.Parse(uri)
 	if err != nil {
@@ -80,8 +79,8 @@ func parseLocation(uri string) (location, error) {
 	case parsed.Host == "":
 		return location{}, fmt.Errorf("it names no bucket; want %s://bucket/path", parsed.Scheme)
 	case parsed.User != nil || parsed.Fragment != "":
-		return location{}, fmt.Errorf("it has a user or a fragment; credentials do not belong in a URI: %s",
-			credentials[parsed.Scheme])
+		return location{}, fmt.Errorf(
+			"it has a user or a fragment; credentials do not belong in a URI: %s", credentials[parsed.Scheme])
 	case parsed.Query().Has("private_key_path"):
 		return location{}, fmt.Errorf("private_key_path is not supported; %s", credentials[parsed.Scheme])
 	}
@@ -95,12 +94,12 @@ func parseLocation(uri string) (location, error) {
 	return at.below(folder), nil
 }
 
-// below returns a folder in this one, "" for this one.
+// below returns the location of a folder in this one, this one itself for "".
 func (at location) below(folder string) location {
 	if folder != "" {
 		at.prefix += folder + "/"
 	}
-	whole, _ := url.Parse(at.bucket) // which we made
+	whole, _ := url.Parse(at.bucket) // parseLocation has made it
 	whole.Path = "/" + strings.TrimSuffix(at.prefix, "/")
 	at.uri = whole.String()
 	at.name, _, _ = strings.Cut(at.uri, "?")
@@ -115,16 +114,16 @@ func (at location) scheme() string {
 // listing is what lies at a location.
 type listing struct {
 	at       time.Time
-	plain    *snapshot // of a SavedModel without versions
+	plain    *snapshot // a SavedModel without versions; nil if there is none
 	versions map[string]*snapshot
 	settings *file
 }
 
-// stores are the buckets that were opened, and what was seen in them. Its zero value is ready.
+// stores are the buckets that were opened, and what was seen in them. The zero value is ready to use.
 type stores struct {
 	mu       sync.Mutex
 	buckets  map[string]*blob.Bucket // by URI
-	otherTag map[string]bool         // buckets whose checksums are none, by URI
+	otherTag map[string]bool         // buckets whose checksums are no MD5 sums, by URI
 
 	listings memo[listing]        // by URI of the location
 	settings memo[storedSettings] // the same
@@ -137,7 +136,7 @@ type storedSettings struct {
 	settings Settings
 }
 
-// open returns the bucket of a location; it stays open with the cache.
+// open returns the bucket of a location. It stays open until close.
 func (s *stores) open(ctx context.Context, at location) (*blob.Bucket, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -164,8 +163,8 @@ func (s *stores) close() {
 	s.buckets = nil
 }
 
-// listed returns what lies at a location, as it was at most age ago; 0 is any age. Where the store does not answer, an
-// older listing goes on to serve.
+// listed returns a listing of a location that is at most age old; 0 is any age. If the store does not answer, an older
+// listing is returned.
 func (r *Repository) listed(ctx context.Context, ref string, at location, age time.Duration) (listing, error) {
 	s := &r.stores
 	last, ok := s.listings.get(at.uri)
@@ -188,14 +187,14 @@ func (r *Repository) listed(ctx context.Context, ref string, at location, age ti
 	case ctx.Err() != nil:
 		return listing{}, ctx.Err()
 	case ok && gcerrors.Code(err) != gcerrors.NotFound && gcerrors.Code(err) != gcerrors.PermissionDenied:
-		r.options.Log.Warn("store does not answer; what it held before goes on to count", zap.String("model", ref),
+		r.options.Log.Warn("store does not answer; its last listing is used", zap.String("model", ref),
 			zap.String("uri", at.uri), zap.Error(err))
 		return last, nil
 	}
 	return listing{}, storeFault(ref, at, err)
 }
 
-// list asks the store.
+// list asks the store for the objects of a location.
 func (r *Repository) list(ctx context.Context, at location) (listing, error) {
 	found := listing{at: time.Now(), versions: map[string]*snapshot{}}
 	bucket, err := r.stores.open(ctx, at)
@@ -218,7 +217,7 @@ func (r *Repository) list(ctx context.Context, at location) (listing, error) {
 		}
 		name := strings.TrimPrefix(object.Key, at.prefix)
 		if name == "" || strings.HasSuffix(name, "/") {
-			continue // a console's mark of a folder
+			continue // an object with which a console marks a folder
 		}
 		one := file{path: name, size: object.Size, changed: object.ModTime, md5: object.MD5}
 		if name == control.SettingsFile {
@@ -262,13 +261,13 @@ func (r *Repository) remote(at location, found listing) (list []candidate) {
 	return list
 }
 
-// findRemote is find for a place in a store.
+// findRemote is lookUp for a place in a store.
 func (r *Repository) findRemote(ctx context.Context, ref, version string, at location, wait bool) (Model, error) {
 	var found listing
 	attempt := func(age time.Duration) (number string, now snapshot, err error) {
 		return await(ctx, ref, version, wait, func(again int) (_ []candidate, err error) {
 			if again > 0 {
-				age = freshListing // a listing that is looked at twice says nothing new
+				age = freshListing // the same listing again would say nothing new
 			}
 			found, err = r.listed(ctx, ref, at, age)
 			return r.remote(at, found), err
@@ -276,7 +275,7 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	}
 	number, now, err := attempt(r.options.PollInterval)
 	if err == nil && number == "" && time.Since(found.at) > freshListing {
-		number, now, err = attempt(freshListing) // it may be there by now
+		number, now, err = attempt(freshListing) // the version may have come since
 	}
 	switch {
 	case err != nil:
@@ -310,11 +309,11 @@ func (r *Repository) findRemote(ctx context.Context, ref, version string, at loc
 	return r.withSaved(ctx, model, snapshot{}) // the files of a digest never change
 }
 
-// storedSettings reads a settings file beside versions in a store.
+// storedSettings reads a settings file beside versions in a store, once for as long as it stays the same.
 func (r *Repository) storedSettings(ctx context.Context, ref string, at location, about file) (Settings, error) {
 	s := &r.stores
 	known, ok := s.settings.get(at.uri)
-	// times are whole seconds
+	// size and checksum, too, because times in a store are whole seconds
 	if of := known.of; ok && of.changed.Equal(about.changed) && of.size == about.size &&
 		bytes.Equal(of.md5, about.md5) {
 		return known.settings, nil
@@ -366,7 +365,7 @@ func (r *Repository) names(ctx context.Context, at location) ([]string, error) {
 	return names, nil
 }
 
-// storeFault makes a fault of what a store, or its driver, says: which store, what is wrong, what to set.
+// storeFault makes a fault of a store's or driver's error. It says which store, what is wrong, and what to set.
 func storeFault(ref string, at location, err error) error {
 	if _, ok := fault.KindOf(err); ok || errors.Is(err, context.Canceled) {
 		return err
@@ -376,14 +375,13 @@ func storeFault(ref string, at location, err error) error {
 		ErrorMessage() string
 	}
 	code, words := "", strings.Join(strings.Fields(rootOf(err).Error()), " ")
-	if errors.As(err, &answer) { // as the store says it, without the request around it
+	if errors.As(err, &answer) { // the store's own words, without the request around them
 		code = answer.ErrorCode()
 		words = strings.TrimSuffix(strings.TrimSpace(code+": "+answer.ErrorMessage()), ":")
 	}
 	has := func(parts ...string) bool {
 		return slices.ContainsFunc(parts, func(part string) bool {
-			return strings.Contains(code+" "+err.Error(),
-				part)
+			return strings.Contains(code+" "+err.Error(), part)
 		})
 	}
 	scheme := at.scheme()
@@ -408,11 +406,11 @@ func storeFault(ref string, at location, err error) error {
 		return fault.New(fault.Precondition, "model %s: this server has no credentials for %s (%s); %s", ref, bucket,
 			words, credentials[scheme])
 	case has("region"):
-		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s", ref, bucket, words,
-			credentials[scheme])
+		return fault.New(fault.Precondition, "model %s: %s needs a region (%s); %s",
+			ref, bucket, words, credentials[scheme])
 	case has("query parameter", "invalid value", "open bucket"):
-		return fault.New(fault.BadRequest, "model %s: %s cannot be used (%s); see docs/models.md", ref, at.bucket,
-			words)
+		return fault.New(fault.BadRequest, "model %s: %s cannot be used (%s); see docs/models.md",
+			ref, at.bucket, words)
 	case errors.Is(err, context.DeadlineExceeded):
 		return fault.New(fault.Unavailable, "model %s: %s does not answer within %s", ref, at.name, listTimeout)
 	}

@@ -25,10 +25,10 @@ import (
 type Options struct {
 	ModelRoot    string        // folder or URI in which names are looked up; "" for none
 	CacheDir     string        // for fetched and pushed models; made when the first arrives
-	CacheBytes   int64         // of the models in CacheDir, above which those that nobody uses go; 0 is no bound
+	CacheBytes   int64         // bound on the models in CacheDir, above which unused ones are removed; 0 is no bound
 	PollInterval time.Duration // how old a listing of a store may be; 0 is any age
 	OpLibraries  []string      // files and folders of custom operations that models may load
-	Quiet        time.Duration // for which a version must stay the same before it counts; a second if 0
+	Quiet        time.Duration // how long a version must stay the same before it is used; a second if 0
 	Log          *zap.Logger
 }
 
@@ -38,7 +38,7 @@ type Repository struct {
 	options Options
 	ctx     context.Context // ends when the Repository closes
 	stop    context.CancelFunc
-	mu      sync.Mutex     // held while work begins, and while ctx ends
+	mu      sync.Mutex     // held while work begins, and while Close ends ctx
 	working sync.WaitGroup // fetches, digests, pushes and collections
 
 	reserve func(ctx context.Context, bytes int64) error // see ReserveWith; nil grants all
@@ -53,11 +53,11 @@ type Repository struct {
 	digests   memo[string] // by folder and stamp
 	verified  memo[bool]   // digests of models in the cache-dir whose files this process has hashed
 
-	collecting atomic.Bool // a collection is on its way and has not begun
-	collected  sync.Mutex  // held by a collection
+	collecting atomic.Bool // a collection was started and has not begun
+	collected  sync.Mutex  // held during a collection
 }
 
-// New returns a repository. It clears away what dead fronts left in the cache-dir.
+// New returns a repository. It removes what dead fronts left in the cache-dir.
 func New(options Options) *Repository {
 	ctx, stop := context.WithCancel(context.Background())
 	options.Quiet = cmp.Or(options.Quiet, quiet)
@@ -67,10 +67,11 @@ func New(options Options) *Repository {
 	return r
 }
 
-// ErrClosing is the fault of whatever is asked of a server that ends.
+// ErrClosing is the fault of all requests to a server that is ending.
 var ErrClosing = fault.New(fault.Unavailable, "this server is ending; connect to another")
 
-// begin counts work that Close has to await, with working.Done at its end; false where the repository is closing.
+// begin registers work that Close has to await; the work calls working.Done at its end. It returns false if the
+// repository is closing.
 func (r *Repository) begin() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -81,7 +82,8 @@ func (r *Repository) begin() bool {
 	return true
 }
 
-// Close ends what is under way and awaits it, and pushes, which end with their callers' streams.
+// Close ends what runs on goroutines of the Repository and awaits it. It also awaits pushes, which end with their
+// callers' streams.
 func (r *Repository) Close() {
 	r.mu.Lock()
 	r.stop()
@@ -94,27 +96,26 @@ func (r *Repository) Close() {
 type Model struct {
 	Ref     string // as the caller wrote it
 	Version string // the number of the folder, "1" where a SavedModel has no numbered folder
-	Dir     string // absolute folder of the SavedModel, "" for the one that is built in
-	Base    string // what the reference names: an absolute folder or a URI, "" for the one that is built in
-	// fingerprint of the version's files: another one when any of them changes; "" for the one that is built in
-	Stamp  string
-	Digest string // of the files, "" until it is known
-	Saved  *savedmodel.Model
-	// Settings are the owner's.
-	Settings Settings
+	Dir     string // absolute folder of the SavedModel, "" for the built-in model
+	Base    string // what the reference names: an absolute folder or a URI, "" for the built-in model
+	// fingerprint of the version's files, which changes when any of them does; "" for the built-in model
+	Stamp    string
+	Digest   string // of the files, "" until it is known
+	Saved    *savedmodel.Model
+	Settings Settings // of the model's owner
 }
 
 // Latest asks for the highest version.
 const Latest = "latest"
 
-// Find returns what a reference names now. The highest version is the highest that has settled; where there is none
-// yet, and for a version that was asked for and has not settled, it waits some seconds. A version in a store is
-// fetched.
+// Find returns the model that a reference names now. Latest is the highest version that has settled. If none has
+// settled yet, or the requested version has not, Find waits for some seconds. A version in a store is fetched. Its
+// faults are those of modelcache.Cache.Resolve.
 func (r *Repository) Find(ctx context.Context, ref, version string) (Model, error) {
 	return r.lookUp(ctx, ref, version, true)
 }
 
-// lookUp is find; without wait it neither waits for a version nor marks a cached model as used.
+// lookUp is Find; without wait it neither waits for a version nor marks a cached model as used.
 func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool) (Model, error) {
 	version = cmp.Or(version, Latest)
 	if ref == protocol.Image {
@@ -150,8 +151,8 @@ func (r *Repository) lookUp(ctx context.Context, ref, version string, wait bool)
 	return r.withSaved(ctx, model, now)
 }
 
-// locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place
-// in a store.
+// locate returns where the SavedModel of a reference, or the folder of its versions, has to be: a folder, or a place in
+// a store.
 func (r *Repository) locate(ref string) (string, *location, error) {
 	root := r.options.ModelRoot
 	scheme, rest, hasScheme := strings.Cut(ref, ":")
@@ -196,8 +197,10 @@ func (r *Repository) locate(ref string) (string, *location, error) {
 	return at.uri, &at, nil
 }
 
-func (r *Repository) findLocal(ctx context.Context, ref, version, base string, wait bool) (model Model, now snapshot,
-	err error) {
+// findLocal is lookUp for a folder, without the model's settings and signatures. It also returns how the files look.
+func (r *Repository) findLocal(
+	ctx context.Context, ref, version, base string, wait bool,
+) (model Model, now snapshot, err error) {
 	if info, err := os.Stat(base); err != nil || !info.IsDir() {
 		return model, now, fault.New(fault.NotFound, "model %s: there is no folder %s on this host", ref, base)
 	}
@@ -225,8 +228,8 @@ func (r *Repository) findLocal(ctx context.Context, ref, version, base string, w
 	return model, now, err
 }
 
-// choose picks the version that was asked for, or the highest that has settled. A version in use that is changed in
-// place is waited for, rather than a lower one taken. busy names a version to wait for where there is none.
+// choose returns the version that was asked for, or the highest that has settled. It takes no lower version while one
+// that had settled is being changed in place. If it finds none, busy names the version to wait for, if any.
 func choose(list []candidate, version string) (found candidate, now snapshot, busy string) {
 	for _, one := range slices.Backward(list) {
 		if version != Latest && version != one.number {
@@ -245,10 +248,11 @@ func choose(list []candidate, version string) (found candidate, now snapshot, bu
 	return candidate{}, snapshot{}, busy
 }
 
-// await is choose, again and again for some seconds while the only version settles. list is called with the number
-// of the attempt. number is "" where there is none to be had.
-func await(ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate,
-	error)) (number string, now snapshot, err error) {
+// await calls choose. If wait is true, it calls choose again for some seconds while the only version has yet to settle.
+// list gets the number of the attempt. The result number is "" if there is no such version.
+func await(
+	ctx context.Context, ref, version string, wait bool, list func(attempt int) ([]candidate, error),
+) (number string, now snapshot, err error) {
 	started := time.Now()
 	for attempt := 0; ; attempt++ {
 		candidates, err := list(attempt)
@@ -271,7 +275,7 @@ func await(ctx context.Context, ref, version string, wait bool, list func(attemp
 	}
 }
 
-// withSaved reads what the model says about itself, as far as its settings let it be served.
+// withSaved returns the model with its signatures, as far as its settings let them be served.
 func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (Model, error) {
 	saved, err := r.readSaved(ctx, model.Dir, now)
 	if err != nil {
@@ -283,14 +287,14 @@ func (r *Repository) withSaved(ctx context.Context, model Model, now snapshot) (
 	return model, nil
 }
 
-// reading is what a SavedModel says about itself, as long as its file stays the same.
+// reading is what saved_model.pb says, as long as the file has this time and size.
 type reading struct {
 	changed time.Time
 	size    int64
 	model   *savedmodel.Model
 }
 
-// readSaved returns what savedmodel.Read returns. now is how the folder looked before.
+// readSaved is savedmodel.Read, once for as long as the file stays as it is in now.
 func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*savedmodel.Model, error) {
 	graph, _ := now.find(savedmodel.File)
 	if known, ok := r.readings.get(dir); ok && known.changed.Equal(graph.changed) && known.size == graph.size {
@@ -303,7 +307,7 @@ func (r *Repository) readSaved(ctx context.Context, dir string, now snapshot) (*
 	return model, err
 }
 
-// resolveImage is Find for the model that is built in.
+// resolveImage is Find for the built-in model.
 func resolveImage(version string) (Model, bool) {
 	return Model{Ref: protocol.Image, Version: "1", Saved: protocol.ImageModel}, version == Latest || version == "1"
 }

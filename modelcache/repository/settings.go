@@ -27,15 +27,15 @@ type Settings struct {
 	// files with custom operations, relative to the settings' folder
 	OpLibraries   []string          `json:"op_libraries,omitempty"`
 	VersionLabels map[string]uint64 `json:"version_labels,omitempty"` // names of versions
-	// of the host that a runner of this model is counted with, at least
+	// bytes of the host that a runner of this model is counted with at least
 	Memory config.Bytes `json:"memory,omitzero"`
-	// of a GPU that TensorFlow may take; also what the model is placed with
+	// bytes of a GPU that TensorFlow may take, and with which the model is placed
 	DeviceMemory config.Bytes `json:"device_memory,omitzero"`
 	Cores        int          `json:"cores,omitempty"` // threads; never more than the server's
-	// how long a runner stays without a stream; negative is for ever
+	// how long a runner without streams is kept; negative is for ever
 	KeepAlive config.Duration `json:"keep_alive,omitzero"`
 	WarmUp    string          `json:"warm_up,omitempty"` // WarmUpAuto or WarmUpOff
-	// as in a descriptor; goes before "auto" of a request
+	// as in a descriptor; replaces "auto" of a request
 	Device string `json:"device,omitempty"`
 }
 
@@ -45,8 +45,8 @@ const (
 	WarmUpOff  = "off"
 )
 
-// readSettings reads the settings file in a folder; without one all is at its default. Its fault is
-// BadRequest and names the file and what is wrong in it.
+// readSettings reads the settings file in a folder; without one it returns the defaults. Its fault is BadRequest for
+// what is wrong in the file, which it names, and Precondition for a file that cannot be read.
 func readSettings(ctx context.Context, folder string) (Settings, error) {
 	path := filepath.Join(folder, control.SettingsFile)
 	text, err := regular.Read(ctx, path, maxSettings)
@@ -59,7 +59,7 @@ func readSettings(ctx context.Context, folder string) (Settings, error) {
 	return parseSettings(text, path)
 }
 
-// parseSettings reads the text of a settings file; path says where it lies, and what files in it are relative to.
+// parseSettings reads the text of a settings file at path. Relative paths in it begin at its folder.
 func parseSettings(text []byte, path string) (Settings, error) {
 	var s Settings
 	decoder := json.NewDecoder(bytes.NewReader(text))
@@ -78,6 +78,7 @@ func parseSettings(text []byte, path string) (Settings, error) {
 	return s, nil
 }
 
+// check refuses settings that cannot be followed. It sets MaxBatchSize to the last of the allowed sizes.
 func (s *Settings) check() error {
 	b := &s.Batching
 	switch {
@@ -103,13 +104,13 @@ func (s *Settings) check() error {
 	if last := sizes[len(sizes)-1]; b.MaxBatchSize == 0 {
 		b.MaxBatchSize = last
 	} else if last != b.MaxBatchSize {
-		return fmt.Errorf("the last of allowed_batch_sizes is %d and max_batch_size is %d; they must be the same", last,
-			b.MaxBatchSize)
+		return fmt.Errorf("the last of allowed_batch_sizes is %d and max_batch_size is %d; they must be the same",
+			last, b.MaxBatchSize)
 	}
 	return nil
 }
 
-// served returns what is left of a SavedModel when only the signatures of the settings are served.
+// served returns a SavedModel with only those signatures that the settings serve.
 func (s *Settings) served(saved *savedmodel.Model) (*savedmodel.Model, error) {
 	if len(s.Signatures) == 0 {
 		return saved, nil

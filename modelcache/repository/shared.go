@@ -5,23 +5,23 @@ import (
 	"sync"
 )
 
-// shared runs one call for all who ask for the same at once. The call goes on while anybody waits for it, and is
-// cancelled when nobody does, which golang.org/x/sync/singleflight cannot. Its zero value is ready.
+// shared runs one call for all concurrent callers with the same key. The call goes on while a caller waits for it and
+// is cancelled when none does, which golang.org/x/sync/singleflight cannot do. The zero value is ready to use.
 type shared[T any] struct {
 	mu    sync.Mutex
 	calls map[string]*call[T]
 }
 
 type call[T any] struct {
-	waiting int
+	waiting int // callers
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when value and err are set
 	value   T
 	err     error
 }
 
-// do returns what f returns, for this caller or for one before. f runs on a goroutine of the repository, which Close
-// ends and awaits.
+// do returns the result of f, or of the call with this key that is under way. f runs on a goroutine of the repository,
+// which Close ends and awaits.
 func (s *shared[T]) do(ctx context.Context, r *Repository, key string, f func(context.Context) (T, error)) (T, error) {
 	var none T
 	s.mu.Lock()
@@ -61,7 +61,7 @@ func (s *shared[T]) do(ctx context.Context, r *Repository, key string, f func(co
 	defer s.mu.Unlock()
 	if one.waiting--; one.waiting == 0 {
 		one.cancel()
-		s.forget(key, one) // who comes now begins anew
+		s.forget(key, one) // the next caller begins a new call
 	}
 	return none, ctx.Err()
 }

@@ -19,8 +19,8 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// Pushed models lie in <cache-dir>/models/<hex>, each complete from the moment that it has its name. A push
-// unpacks beside them, into a folder with the name of this process, which a later front can tell is dead:
+// Pushed models lie in <cache-dir>/models/<hex>; a folder of that name is complete. A push unpacks into a folder beside
+// them that names this process, so that a later front can see that the process is dead, and remove the folder:
 //
 //	<cache-dir>/models/<64 hex>/saved_model.pb
 //	<cache-dir>/models/.push-<pid>-<start>-<random>/
@@ -40,12 +40,13 @@ func (r *Repository) pushed(digest string) (string, error) {
 	return r.Place(digest), nil
 }
 
+// Place returns the folder for the model of a digest in the cache-dir. The model need not be there.
 func (r *Repository) Place(digest string) string {
 	return filepath.Join(r.models(), strings.TrimPrefix(digest, "sha256:"))
 }
 
-// Known reports whether the model of a digest, which CheckDigest takes, lies on this host; whoever asks is about to
-// use it.
+// Known reports whether the model of a digest is in the cache-dir, and marks it as used, because the caller is about to
+// use it. CheckDigest must accept the digest.
 func (r *Repository) Known(digest string) bool {
 	r.touch(r.Place(digest))
 	return r.known(digest)
@@ -56,12 +57,12 @@ func (r *Repository) known(digest string) bool {
 	return err == nil
 }
 
-// Push unpacks a plain POSIX tar of a SavedModel's folder and keeps it under its digest, which it returns,
-// with whether it was known before. The archive is read once, as it is unpacked; what it may hold is said at unpack.
-// want is the digest that it must have, "" for any. After an error nothing of it is left.
+// Push unpacks a plain POSIX tar of a SavedModel's folder and keeps it under its digest. It returns the digest, and
+// whether the model was here before. The archive is read once, while it is unpacked; see unpack for what it may hold.
+// want is the digest that it must have, "" for any. After an error nothing of it remains.
 //
-// Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where
-// the cache-dir cannot be used, Unavailable if the cache is closing; an error of the reader stays as it is.
+// Faults: BadRequest for what is wrong with the archive, Exhausted where the disk is full, Precondition where the
+// cache-dir cannot be used, Unavailable if the repository is closing; an error of the reader stays as it is.
 func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (digest string, known bool, err error) {
 	if !r.begin() {
 		return "", false, ErrClosing
@@ -73,8 +74,8 @@ func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (
 		return "", false, r.diskFault(err)
 	}
 	defer func() {
-		if rmErr := os.RemoveAll(dir); rmErr != nil { // nothing is there once it has its name
-			r.options.Log.Warn("push not cleared away", zap.Error(rmErr))
+		if rmErr := os.RemoveAll(dir); rmErr != nil { // it may have been renamed to its digest
+			r.options.Log.Warn("folder of a push not removed", zap.Error(rmErr))
 		}
 	}()
 	digest, err = unpack(dir, archive)
@@ -89,7 +90,7 @@ func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (
 		return "", false, err
 	}
 	err = os.Rename(dir, r.Place(digest))
-	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // or another push was first
+	if errors.Is(err, os.ErrExist) || errors.Is(err, syscall.ENOTEMPTY) { // the model is here already
 		r.touch(r.Place(digest))
 		return digest, true, nil
 	}
@@ -102,8 +103,8 @@ func (r *Repository) Push(ctx context.Context, archive io.Reader, want string) (
 	return digest, false, nil
 }
 
-// Add keeps a SavedModel that write puts into a folder, and returns its digest. After an error, which is that of write
-// if it has one, nothing of it is left.
+// Add keeps a SavedModel that write puts into a folder, and returns its digest. ref names the model in errors. An error
+// of write is returned as it is. After any error nothing of the model remains.
 func (r *Repository) Add(ctx context.Context, ref string, write func(folder string) error) (digest string, err error) {
 	dir, err := r.beside(pushPattern)
 	if err != nil {
@@ -140,7 +141,7 @@ func (r *Repository) beside(pattern string) (string, error) {
 	return os.MkdirTemp(r.models(), fmt.Sprintf(pattern, self.PID, self.Start))
 }
 
-// checkPrivate refuses a cache-dir in which another user could exchange models, and makes it if it is not there.
+// checkPrivate refuses a cache-dir in which another user could replace models. It makes the folders if need be.
 func (r *Repository) checkPrivate() error {
 	for _, folder := range []string{r.options.CacheDir, r.models()} {
 		if err := rundir.Ensure(folder); err != nil {
@@ -150,8 +151,9 @@ func (r *Repository) checkPrivate() error {
 	return nil
 }
 
-// verify hashes the files of a model in the cache-dir, once for each process: whoever could write there before may have
-// changed them. A model whose files are not those of its digest is removed, and its fault is Unavailable.
+// verify hashes the files of a model in the cache-dir, once in this process: before, anything that can write there may
+// have changed them. A model whose files are not those of its digest is removed. The fault is then Unavailable, or
+// Precondition if the model cannot be removed.
 func (r *Repository) verify(ctx context.Context, digest string) error {
 	if _, ok := r.verified.get(digest); ok {
 		return nil
@@ -168,12 +170,12 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 		found, err := digestOf(ctx, Model{Ref: digest, Version: "1", Dir: dir, Stamp: files.stamp})
 		if err == nil && found != digest {
 			r.readings.drop(dir)
-			removeErr := r.remove(filepath.Base(dir)) // whoever holds it keeps what it has loaded
+			removeErr := r.remove(filepath.Base(dir)) // runners that have loaded it continue
 			r.options.Log.Error("a model in the cache-dir was changed and is not used", zap.String("model", digest),
 				zap.String("digest of its files", found), zap.NamedError("not removed", removeErr))
 			if removeErr != nil {
-				return "", fault.New(fault.Precondition, "model %s: its files in the cache-dir were changed and cannot "+
-					"be removed: %w; remove %s", digest, removeErr, dir)
+				return "", fault.New(fault.Precondition, "model %s: its files in the cache-dir were changed and "+
+					"cannot be removed: %w; remove %s", digest, removeErr, dir)
 			}
 			err = fault.New(fault.Unavailable, "model %s: its files in the cache-dir were changed, so they were "+
 				"removed; ask again, and push its folder again if it was pushed", digest)
@@ -186,7 +188,7 @@ func (r *Repository) verify(ctx context.Context, digest string) error {
 	return err
 }
 
-// diskFault makes a fault of an error of the file system, and returns any other as it is.
+// diskFault makes a fault of an error of the file system, and returns any other error as it is.
 func (r *Repository) diskFault(err error) error {
 	var number syscall.Errno
 	switch {

@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path"
@@ -27,17 +28,17 @@ const (
 	maxNamesBytes   = 32 << 20 // of all, since they are kept for the digest
 	maxPartBytes    = 255      // between two slashes of a name: NAME_MAX of Linux
 	maxDepth        = 64
-	maxPadding      = 1 << 20 // behind the end: tar writes blocks of 10 KiB, or as -b says
+	maxPadding      = 1 << 20 // zeros after the end: tar fills its last block of 10 KiB, or as -b says
 	maxGraphBytes   = 2 << 30 // of saved_model.pb: a protocol buffer's own limit
 )
 
-// unpack writes the regular files and folders of a plain POSIX tar below dir, which is empty, and returns the
-// digest of the files. It writes nowhere else, and takes neither owners, times nor modes from the archive.
+// unpack writes the regular files and folders of a plain POSIX tar below dir, which is empty, and returns the digest of
+// the files. It writes nowhere else, and takes neither owners, times nor modes from the archive.
 //
-// Faults are BadRequest: names that are absolute, hold "..", control characters or other than UTF-8, occur
-// twice, or put a file below a file; links, devices, sparse files and whatever else is no regular file or folder; a
-// bound that is passed; no saved_model.pb at the top; an archive without its end. Errors of archive and of
-// the file system stay as they are.
+// Faults are BadRequest: names that are absolute, not UTF-8, hold ".." or control characters, occur twice, or put a
+// file below a file; links, devices, sparse files and whatever else is no regular file or folder; a bound that is
+// exceeded; no saved_model.pb at the top; an archive without its end. Errors of archive and of the file system stay as
+// they are.
 func unpack(dir string, archive io.Reader) (string, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -50,13 +51,13 @@ func unpack(dir string, archive io.Reader) (string, error) {
 		err = u.next()
 	}
 	switch {
-	case source.err != nil && source.err != io.EOF: // whatever has become of it on the way
+	case source.err != nil && source.err != io.EOF: // the original error, which err may have lost
 		return "", source.err
 	case err != io.EOF && errors.As(err, new(syscall.Errno)):
 		return "", err
 	case source.err == io.EOF && u.count == 0:
 		return "", refused("it ends before its first entry; send a plain POSIX tar, not compressed")
-	case source.err == io.EOF: // a whole archive says where it ends
+	case source.err == io.EOF: // before the mark of the archive's end
 		return "", refused("it ends early")
 	case err != io.EOF:
 		return "", err
@@ -71,7 +72,7 @@ func unpack(dir string, archive io.Reader) (string, error) {
 	return u.files.digest(), nil
 }
 
-// refused is the fault of an archive.
+// refused returns the fault of an archive, BadRequest.
 func refused(format string, args ...any) error {
 	return fault.New(fault.BadRequest, "the archive is refused: "+format, args...)
 }
@@ -90,7 +91,7 @@ func (s *source) Read(p []byte) (int, error) {
 	}
 	n, err := s.archive.Read(p)
 	if n > 0 && err == io.EOF {
-		err = nil // the next Read says so again
+		err = nil // the next Read returns io.EOF again
 	}
 	s.left -= int64(n)
 	if s.left < 0 {
@@ -100,7 +101,8 @@ func (s *source) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// rest reads what follows the mark of the end: nothing but zeros, which fill the last block, up to maxPadding.
+// rest reads what follows the mark of the archive's end. That may be zeros only, which fill the last block, and at most
+// maxPadding of them.
 func (s *source) rest(buffer []byte) error {
 	for padding := 0; ; {
 		n, err := s.Read(buffer)
@@ -119,7 +121,7 @@ func (s *source) rest(buffer []byte) error {
 	}
 }
 
-// unpacking is an archive on its way into a folder.
+// unpacking is the state of unpack.
 type unpacking struct {
 	root    *os.Root
 	entries *tar.Reader
@@ -129,7 +131,7 @@ type unpacking struct {
 	files        contents
 }
 
-// next unpacks one entry; io.EOF says that there is none.
+// next unpacks one entry. It returns io.EOF after the last one.
 func (u *unpacking) next() error {
 	header, err := u.entries.Next()
 	if err == io.EOF {
@@ -138,11 +140,11 @@ func (u *unpacking) next() error {
 	if err != nil {
 		return refused("it is not a plain POSIX tar (%w); send it neither compressed nor in another format", err)
 	}
-	u.count += 1 + strings.Count(header.Name, "/") // with the folders that it makes
+	u.count += 1 + strings.Count(header.Name, "/") // the entry's folders count, too
 	u.names += len(header.Name)
 	if u.count > maxEntries || u.names > maxNamesBytes {
-		return refused("it has more than %d files and folders, or names of more than %d bytes together", maxEntries,
-			maxNamesBytes)
+		return refused("it has more than %d files and folders, or names of more than %d bytes together",
+			maxEntries, maxNamesBytes)
 	}
 	name, err := checkEntry(header)
 	if err != nil {
@@ -185,24 +187,34 @@ func (u *unpacking) folder(name string) error {
 	return err
 }
 
-// checkEntry returns the path of an entry below the folder, "." for the folder itself.
-func checkEntry(header *tar.Header) (string, error) {
-	name := header.Name
+// checkName says why an archive or a store cannot have a file or folder of this path and size, or nil.
+func checkName(name string, size int64) error {
 	if len(name) > maxNameBytes {
-		return "", refused("a name has %d bytes, more than %d", len(name), maxNameBytes)
+		return fmt.Errorf("a name has %d bytes, more than %d", len(name), maxNameBytes)
 	}
 	parts := strings.Split(name, "/")
+	tooLong := func(part string) bool { return len(part) > maxPartBytes }
 	switch {
 	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
-		return "", refused("the name %q holds control characters, or is not UTF-8", name)
+		return fmt.Errorf("the name %q holds control characters, or is not UTF-8", name)
 	case path.IsAbs(name):
-		return "", refused("the name %q is absolute", name)
+		return fmt.Errorf("the name %q is absolute", name)
 	case slices.Contains(parts, ".."):
-		return "", refused("the name %q holds \"..\"", name)
-	case len(parts) > maxDepth || slices.ContainsFunc(parts,
-		func(part string) bool { return len(part) > maxPartBytes }):
-		return "", refused("the name %q has more than %d folders, or more than %d bytes between two slashes", name,
+		return fmt.Errorf("the name %q holds \"..\"", name)
+	case len(parts) > maxDepth || slices.ContainsFunc(parts, tooLong):
+		return fmt.Errorf("the name %q has more than %d folders, or more than %d bytes between two slashes", name,
 			maxDepth, maxPartBytes)
+	case path.Clean(name) == savedmodel.File && size > maxGraphBytes:
+		return fmt.Errorf("%s has %d bytes, more than %d", savedmodel.File, size, int64(maxGraphBytes))
+	}
+	return nil
+}
+
+// checkEntry returns the path of an entry below the folder, "." for the folder itself, or why the entry is refused.
+func checkEntry(header *tar.Header) (string, error) {
+	name := header.Name
+	if err := checkName(name, header.Size); err != nil {
+		return "", refused("%w", err)
 	}
 	switch header.Typeflag {
 	case tar.TypeReg, tar.TypeDir:
@@ -217,11 +229,8 @@ func checkEntry(header *tar.Header) (string, error) {
 		}
 	}
 	clean := path.Clean(name)
-	switch {
-	case header.Typeflag == tar.TypeReg && (clean == "." || strings.HasSuffix(name, "/")):
+	if header.Typeflag == tar.TypeReg && (clean == "." || strings.HasSuffix(name, "/")) {
 		return "", refused("%q is not the name of a file", name)
-	case clean == savedmodel.File && header.Size > maxGraphBytes:
-		return "", refused("%s has %d bytes, more than %d", savedmodel.File, header.Size, int64(maxGraphBytes))
 	}
 	return clean, nil
 }

@@ -23,16 +23,16 @@ import (
 	"flightsvc/internal/savedmodel"
 )
 
-// A version that is being copied into the repository must never be used. It counts once its files are whole as far
-// as can be told from their names, and nothing of it has changed for a while.
+// A version that is still being copied must not be used. A version has settled when its files are complete, as far as
+// their names tell, and none of them has changed for a while.
 const (
-	quiet       = time.Second      // for which a folder, or two listings of a store, must stay the same
-	quietRemote = 10 * time.Second // age at which one listing of a store is enough; its clock need not be ours
+	quiet       = time.Second      // how long a folder, or the listings of a store, must stay the same
+	quietRemote = 10 * time.Second // age of changes at which one listing is enough; the store's clock may differ
 	settleWait  = 5 * time.Second  // how long a caller waits for the only version to settle
 	settleTick  = 50 * time.Millisecond
 )
 
-// file is one of a version: in a folder, or an object in a store.
+// file is one file of a version: in a folder, or an object in a store.
 type file struct {
 	path    string // relative to the version, with /
 	size    int64
@@ -44,8 +44,8 @@ type file struct {
 type snapshot struct {
 	at     time.Time // when
 	files  []file    // by path
-	newest time.Time // change of a file or folder
-	links  bool      // there are links among the files
+	newest time.Time // the newest change of a file or folder
+	links  bool      // there are links or special files among the files
 	id     uint64    // inode of the folder
 	stamp  string    // fingerprint of paths, sizes and changes
 }
@@ -66,11 +66,10 @@ func (s *snapshot) seal() {
 	s.stamp = hex.EncodeToString(sum[:16])
 }
 
-// find returns one of the files.
+// find returns the file with a path.
 func (s *snapshot) find(name string) (file, bool) {
 	i, ok := slices.BinarySearchFunc(s.files, name, func(f file, name string) int {
-		return strings.Compare(f.path,
-			name)
+		return strings.Compare(f.path, name)
 	})
 	if !ok {
 		return file{}, false
@@ -78,8 +77,8 @@ func (s *snapshot) find(name string) (file, bool) {
 	return s.files[i], true
 }
 
-// whole reports whether the files are those of a SavedModel: its graph, and beside an index of variables all of
-// the data files, which say in their names how many there are.
+// whole reports whether the files are those of a SavedModel: saved_model.pb and, if there is an index of variables, all
+// data files of the variables. The name of a data file says how many there are.
 func (s *snapshot) whole() bool {
 	if _, ok := s.find(savedmodel.File); !ok {
 		return false
@@ -90,7 +89,7 @@ func (s *snapshot) whole() bool {
 	shards := map[int]int{} // data files there are, by how many there have to be
 	for _, f := range s.files {
 		const form = "variables/variables.data-%05d-of-%05d"
-		var i, of int // another name that only begins so is a file on its way
+		var i, of int // a longer name that begins so is a file still being copied
 		if n, _ := fmt.Sscanf(f.path, form, &i, &of); n == 2 && i < of && f.path == fmt.Sprintf(form, i, of) {
 			if shards[of]++; shards[of] == of {
 				return true
@@ -108,8 +107,8 @@ func (s *snapshot) size() (bytes int64) {
 	return bytes
 }
 
-// scan looks at the files of a folder. Links are followed. Its error is a sentence. It is done for each stream, hence
-// the plain system calls.
+// scan returns how the files of a folder look; it follows links. It runs for each new stream and uses plain system
+// calls, because they are faster. Its error is a sentence.
 func scan(dir string) (snapshot, error) {
 	s := snapshot{at: time.Now(), files: make([]file, 0, 16)}
 	err := s.folder(unix.AT_FDCWD, dir, "", 0)
@@ -117,7 +116,8 @@ func scan(dir string) (snapshot, error) {
 	return s, err
 }
 
-// folder looks at the files of the folder name in that of a descriptor; below is its path in the version.
+// folder adds the files of the folder name, which lies in the one that the descriptor in is open on; below is its path
+// in the version.
 func (s *snapshot) folder(in int, name, below string, depth int) error {
 	fd, err := unix.Openat(in, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -156,15 +156,15 @@ func (s *snapshot) folder(in int, name, below string, depth int) error {
 			s.vanished(err)
 			continue
 		case len(s.files) >= maxEntries || depth > maxDepth:
-			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d", folder.Name(), maxEntries,
-				maxDepth)
+			return fmt.Errorf("%s has more than %d files, or folders nested deeper than %d",
+				folder.Name(), maxEntries, maxDepth)
 		case kind == unix.S_IFDIR:
 			if err := s.folder(fd, name, path, depth+1); err != nil {
 				return err
 			}
 			continue
 		case kind != unix.S_IFREG:
-			s.links = true // a digest refuses it as it does a link
+			s.links = true // a special file has no digest, as a link has none
 		}
 		s.files = append(s.files, file{path: path, size: stat.Size, changed: time.Unix(stat.Ctim.Unix())})
 	}
@@ -177,24 +177,25 @@ func (s *snapshot) change(at time.Time) {
 	}
 }
 
-// vanished takes what went away meanwhile as a change; what may not be read is no matter here.
+// vanished counts a file that has gone during the scan as a change. Other errors do not matter yet: a file that cannot
+// be read fails when it is read.
 func (s *snapshot) vanished(err error) {
 	if os.IsNotExist(err) {
 		s.change(s.at)
 	}
 }
 
-// condition is what is known of a version.
+// condition is what is known of a version's files.
 type condition int
 
 const (
-	absent    condition = iota
-	settling            // it has changed just now
-	unsettled           // it was settled, and has changed since
+	absent    condition = iota // or incomplete
+	settling                   // changed just now
+	unsettled                  // was settled, and has changed since
 	settled
 )
 
-// sightings remembers how versions looked. Its zero value is ready.
+// sightings remembers how versions looked. The zero value is ready to use.
 type sightings struct {
 	mu   sync.Mutex     // held while one is judged
 	seen memo[sighting] // by folder or URI
@@ -203,12 +204,12 @@ type sightings struct {
 type sighting struct {
 	stamp   string
 	id      uint64
-	since   time.Time // when it first looked so
-	settled bool      // it was, then or before
+	since   time.Time // when the version first had this stamp
+	settled bool      // the version has settled, with this stamp or an earlier one
 }
 
-// judge says whether a version has settled: its newest change is as old as age, or it has looked the same for the
-// time of quiet. The second serves where clocks disagree.
+// judge returns the condition of a version that looks like now. It has settled if its newest change is at least age
+// old, or if it has looked the same for the time quiet; the latter helps where clocks disagree.
 func (s *sightings) judge(place string, now snapshot, age time.Duration) condition {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -237,13 +238,13 @@ func (s *sightings) judge(place string, now snapshot, age time.Duration) conditi
 	return state
 }
 
-// candidate is a version that may be used.
+// candidate is a version that may be used if it has settled. look returns how its files look now.
 type candidate struct {
 	number string
 	look   func() (snapshot, condition)
 }
 
-// byNumber orders versions; of 1 and 01 the first is "1".
+// byNumber orders versions by number; of equal ones, "1" comes before "01".
 func byNumber(a, b string) int {
 	x, _ := strconv.ParseUint(a, 10, 63)
 	y, _ := strconv.ParseUint(b, 10, 63)
@@ -282,8 +283,8 @@ func (r *Repository) localVersion(base, number string) candidate {
 	}}
 }
 
-// Settled lists the versions that may be used, ascending; nil where the reference is that of a SavedModel without
-// versions. It waits for nothing and fetches nothing. Its faults are those of find.
+// Settled lists the versions that may be used, ascending; nil for a SavedModel without versions. It waits for nothing
+// and fetches nothing. Its faults are those of Find.
 func (r *Repository) Settled(ctx context.Context, ref string) ([]string, error) {
 	if ref == protocol.Image {
 		return nil, nil

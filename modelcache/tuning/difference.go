@@ -11,9 +11,10 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// Tolerances of answers between configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, over an
-// output. They are ten times what docs/numerics.md demands of one configuration with varying batch sizes, or measured
-// of oneDNN (5.9e-6 of the greatest value); half precision has 11 and 8 bits. All else must be equal.
+// Tolerances for the answers of two configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, with
+// the maximum over an output. The relative one is ten times what docs/numerics.md demands of one configuration at
+// different batch sizes, the absolute one more than ten times what was measured of oneDNN (5.9e-6 of the greatest
+// value). Half precision has only 11 bits (float16) or 8 (bfloat16). Values of all other types must be equal.
 const (
 	toleranceRelative = 1e-3
 	toleranceAbsolute = 1e-4
@@ -21,7 +22,7 @@ const (
 )
 
 // differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do
-// not agree, +Inf where they cannot be compared or must be equal and are not.
+// not agree. It returns math.MaxFloat64 where they cannot be compared, or must be equal and are not.
 func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
 	if len(ours) != len(theirs) {
 		return math.MaxFloat64
@@ -64,7 +65,7 @@ func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
 	return worst
 }
 
-// numbersOf returns the elements of a floating-point output; false for any other.
+// numbersOf returns the elements of a floating-point output, false for an output of another type.
 func numbersOf(o control.MeasuredOutput) ([]float64, bool) {
 	size := o.DType.Size()
 	var at func([]byte) float64

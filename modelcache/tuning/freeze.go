@@ -12,13 +12,13 @@ import (
 	"time"
 )
 
-// notFrozen is why a model has to be served as it is.
+// notFrozen is the reason why a model's variables cannot be made constants.
 type notFrozen string
 
 func (n notFrozen) Error() string { return string(n) }
 
-// freeze makes constants of the model's variables, with Python, and keeps the result in the repository; it returns its
-// digest. Its error is a notFrozen where the model is the reason.
+// freeze makes constants of the model's variables, with Python, keeps the resulting SavedModel in the repository and
+// returns its digest. Its error is a notFrozen if the model is the reason, any other if this host is.
 func (s *search) freeze(ctx context.Context) (digest string, err error) {
 	options := s.t.options
 	if options.Python == nil {
@@ -29,8 +29,7 @@ func (s *search) freeze(ctx context.Context) (digest string, err error) {
 		return "", err
 	}
 	return options.Repository.Add(ctx, s.model.Ref, func(folder string) error {
-		return s.freezeInto(ctx, python,
-			folder)
+		return s.freezeInto(ctx, python, folder)
 	})
 }
 
@@ -59,7 +58,7 @@ func (s *search) freezeInto(ctx context.Context, python, folder string) error {
 	return nil
 }
 
-// freezerGrace is how long what Python has started may keep its pipes open once it has ended.
+// freezerGrace is how long child processes of Python may keep its pipes open after Python has ended.
 const freezerGrace = 2 * time.Second
 
 func lastLine(text string) string {

@@ -1,4 +1,4 @@
-// Tuning while the server is idle: when a search begins, and when it gives way.
+// Tuning while the server is idle: when a search begins, and when it is abandoned.
 
 package tuning
 
@@ -12,13 +12,12 @@ import (
 	"flightsvc/internal/protocol"
 )
 
-// idleTime is how long nothing may happen before an idle server measures.
 const (
-	idleTime = 10 * time.Second
-	idleTick = 500 * time.Millisecond
+	idleTime = 10 * time.Second       // how long no model may be in use before a search begins
+	idleTick = 500 * time.Millisecond // how often that is checked
 )
 
-// WhileIdle tunes models in memory while nobody uses any, until ctx ends. It returns when its search has ended.
+// WhileIdle tunes models in memory while no model is in use, until ctx ends. It returns when its search has ended.
 func (t *Tuner) WhileIdle(ctx context.Context) {
 	ticker := time.NewTicker(idleTick)
 	defer ticker.Stop()
@@ -34,15 +33,15 @@ func (t *Tuner) WhileIdle(ctx context.Context) {
 	}
 }
 
-// idleTuning tunes while nobody uses a model. It belongs to one goroutine.
+// idleTuning is the state of WhileIdle. It belongs to one goroutine.
 type idleTuning struct {
 	tuner  *Tuner
-	busy   time.Time          // when somebody last used a model
+	busy   time.Time          // when a model was last in use
 	cancel context.CancelFunc // of the search under way
-	done   chan struct{}      // closed when that is over
+	done   chan struct{}      // closed when that search has ended
 }
 
-// look begins a search when nobody has used a model for long enough, and ends it when somebody does.
+// look begins a search when no model has been in use for idleTime, and ends it when one is.
 func (t *idleTuning) look(ctx context.Context, now time.Time) {
 	if t.tuner.options.Pool.Busy() {
 		t.busy = now
@@ -55,7 +54,7 @@ func (t *idleTuning) look(ctx context.Context, now time.Time) {
 	if t.done != nil {
 		select {
 		case <-t.done:
-			t.busy = now // not at once again
+			t.busy = now // the next search waits for idleTime, too
 			t.stop()
 		default:
 		}
@@ -70,7 +69,7 @@ func (t *idleTuning) look(ctx context.Context, now time.Time) {
 	}()
 }
 
-// stop ends the search under way, and awaits it.
+// stop ends the search under way and awaits its end.
 func (t *idleTuning) stop() {
 	if t.cancel != nil {
 		t.cancel()
@@ -79,8 +78,8 @@ func (t *idleTuning) stop() {
 	}
 }
 
-// tuneIdle tunes what is in memory and was not tuned on a machine of this kind, one model after the other. The end of
-// ctx ends the search under way, which then starts anew another time.
+// tuneIdle tunes the models in memory that were not tuned on this kind of machine yet, one after the other. When ctx
+// ends, the search under way is abandoned; its model is tuned from the beginning another time.
 func (t *Tuner) tuneIdle(ctx context.Context) {
 	for _, model := range t.options.Pool.InMemory() {
 		if ctx.Err() != nil {
@@ -101,7 +100,7 @@ func (t *Tuner) tuneIdle(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err != nil:
-			if kind, _ := fault.KindOf(err); kind == fault.Unavailable { // for now
+			if kind, _ := fault.KindOf(err); kind == fault.Unavailable { // it may succeed later
 				return
 			}
 			t.untunable.Store(digest, true)

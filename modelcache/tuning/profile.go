@@ -17,24 +17,24 @@ import (
 	"flightsvc/modelcache/repository"
 )
 
-// Profile is what this host has learned of a model, by its digest. It lies in <cache-dir>/profiles and
-// outlives the front.
+// Profile is what this host has learned of the model with a digest. It lies in <cache-dir>/profiles and outlives the
+// front.
 type Profile struct {
-	// the most that a runner's process had for itself
+	// most bytes of the host that a runner was seen to use
 	HostBytes   int64            `json:"host_bytes,omitempty"`
 	DeviceBytes map[string]int64 `json:"device_bytes,omitempty"` // the same of a device, by the device's name
-	// the most rows of a run that fit, by the device's name; only where larger ones did not
+	// most rows of a run that fit into a device's memory, by the device's name; only there if a larger run did not
 	DeviceBatch map[string]int             `json:"device_batch,omitempty"`
 	Tuned       map[string]protocol.Choice `json:"tuned,omitempty"` // by Machine
-	// why its variables cannot be made constants; "" where they can, or nobody tried
+	// why the variables cannot be made constants; "" if they can, or if that was not tried
 	NotFrozen string `json:"not_frozen,omitempty"`
 }
 
-// Machine names what a measurement depends on besides the model: the processor, its number of cores here and
-// what it can do. Two hosts of one kind have the same.
+// Machine names the kind of machine for which a measurement holds: the processor's architecture, model and features,
+// and how many of its cores this process may use. Equal hosts have the same name.
 var Machine = sync.OnceValue(func() string {
 	about := ""
-	text, _ := os.ReadFile("/proc/cpuinfo") // without it all machines of one size are the same
+	text, _ := os.ReadFile("/proc/cpuinfo") // without it only architecture and cores count
 	for _, line := range strings.Split(string(text), "\n") {
 		if name, value, ok := strings.Cut(line, ":"); ok {
 			switch strings.TrimSpace(name) {
@@ -49,14 +49,14 @@ var Machine = sync.OnceValue(func() string {
 	return fmt.Sprintf("%s-%d-%s", runtime.GOARCH, runtime.GOMAXPROCS(0), hex.EncodeToString(sum[:4]))
 })
 
-// Profiles keeps them. Its methods are safe for concurrent use; fronts that share a cache-dir may
-// overwrite each other's last word, which is as good.
+// Profiles keeps profiles. Its methods are safe for concurrent use. Fronts that share a cache-dir may overwrite each
+// other's changes, which is harmless: each change is as good a measurement.
 type Profiles struct {
 	dir string
 	mu  sync.Mutex // held while one is changed
 }
 
-// NewProfiles returns those in a cache-dir; the folder is made with the first.
+// NewProfiles returns the profiles in a cache-dir; their folder is made with the first.
 func NewProfiles(cacheDir string) *Profiles {
 	return &Profiles{dir: filepath.Join(cacheDir, "profiles")}
 }
@@ -68,7 +68,7 @@ func (p *Profiles) path(digest string) string {
 	return filepath.Join(p.dir, strings.TrimPrefix(digest, "sha256:")+".json")
 }
 
-// Read returns what is known, nothing where there is no digest, or the file is not there or broken.
+// Read returns the profile of a digest. It is empty if the digest is "", or its file is missing or broken.
 func (p *Profiles) Read(digest string) Profile {
 	var known Profile
 	if digest == "" {
@@ -81,7 +81,7 @@ func (p *Profiles) Read(digest string) Profile {
 	return known
 }
 
-// Change reads a profile, lets f change it, and puts it back in one step.
+// Change reads a profile, lets f change it, and replaces its file in one step.
 func (p *Profiles) Change(digest string, f func(*Profile)) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

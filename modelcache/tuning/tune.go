@@ -21,34 +21,35 @@ import (
 	"flightsvc/modelcache/repository"
 )
 
-// oneDNN is the variable with which TensorFlow's oneDNN kernels are switched. TensorFlow reads it once, so each value
-// needs a process of its own.
+// oneDNN is the environment variable that switches TensorFlow's oneDNN kernels on or off. TensorFlow reads it once, so
+// each value needs a process of its own.
 const oneDNN = "TF_ENABLE_ONEDNN_OPTS"
 
-// How a search goes. A speed is the median of a few windows; of those within tie of the fastest the simplest is chosen,
-// since two measurements of one configuration differ by as much. One measurement alone decides nothing: whatever is
-// within reach of the fastest is measured again.
+// How a search goes. A speed is the median of a few windows. One measurement alone decides nothing: configurations
+// whose speed is within reach of the fastest are measured again. Of those within tie of the fastest the simplest is
+// chosen, because two measurements of one configuration differ by as much.
 const (
 	tuneWindow     = 400 * time.Millisecond
 	tuneWindows    = 3
-	tuneLongestRun = time.Second // a batch that would take longer makes everybody wait
+	tuneLongestRun = time.Second // a batch that would take longer is not tried: all callers would wait for it
 	tuneSeed       = 1
-	tie            = 0.03
-	reach          = 0.10
-	finalists      = 2 // that are measured again at most, in turns, beside the default
-	rounds         = 3 // in which they are
+	tie            = 0.03 // a share of the fastest speed
+	reach          = 0.10 // also a share of it
+	finalists      = 2    // configurations that are measured again at most, besides the default
+	rounds         = 3    // in each of which all finalists take their turn
 )
 
 // tuneSizes are the batch sizes to try where the model's settings allow all.
 var tuneSizes = []int{4, 16, 64, 256, 1024}
 
-// Pool is what a search asks of those who keep models in memory.
+// Pool is what a search needs of modelcache.Cache, which keeps the models in memory.
 type Pool interface {
-	// Measure runs one more runner of a model, beside those that serve, with a choice in place of the model's own. It
-	// waits for memory, as a load does, and the process is gone when it returns.
-	Measure(ctx context.Context, model repository.Model, choice protocol.Choice,
-		what control.Measurement) (control.Report, error)
-	// Busy reports whether anybody uses a model.
+	// Measure starts one more runner of a model, configured by choice instead of the model's own configuration, and
+	// returns what it has measured. It waits for memory, as a load does. When it returns, the process has ended.
+	Measure(
+		ctx context.Context, model repository.Model, choice protocol.Choice, what control.Measurement,
+	) (control.Report, error)
+	// Busy reports whether any model is in use or being loaded.
 	Busy() bool
 	// InMemory returns the models that are ready.
 	InMemory() []repository.Model
@@ -57,9 +58,9 @@ type Pool interface {
 // Options are what a Tuner needs.
 type Options struct {
 	Pool       Pool
-	Repository *repository.Repository // gets the frozen models
+	Repository *repository.Repository // keeps the frozen models
 	Profiles   *Profiles
-	Cores      int // threads of a runner's pools; 0 is as many as there are
+	Cores      int // threads of a runner's pools; 0 means all cores
 	// Library finds the folder of libtensorflow; its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)
 	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
@@ -78,7 +79,7 @@ type Tuner struct {
 // New returns a tuner.
 func New(options Options) *Tuner { return &Tuner{options: options} }
 
-// search is one search.
+// search is the state of one call of Tune.
 type search struct {
 	t         *Tuner
 	model     repository.Model
@@ -86,24 +87,26 @@ type search struct {
 	signature string // its name
 	library   string
 	cores     int
-	standard  protocol.Choice // what runs without a choice; its BatchSize is set once it was measured
+	standard  protocol.Choice // the default configuration, without a batch size
 	sizes     []int
 	onednn    []bool // the values to try
 	reference []control.MeasuredOutput
 	progress  func(protocol.Candidate)
 	tried     []protocol.Candidate
-	notFrozen string // what is wrong with the model itself
+	notFrozen string // the reason, if the model itself cannot be frozen
 }
 
-// Tune measures configurations of a model, each in a runner of its own, one after the other, and stores the fastest one
-// whose answers agree with the reference, which is the model as it is without oneDNN. The next load of the model uses
-// it. progress is called with each candidate, in the goroutine of the caller. The end of ctx ends the search at once
-// and stores nothing.
+// Tune measures configurations of a model, each in a runner of its own, one after the other. It stores the fastest one
+// whose answers agree with the reference, the unchanged model without oneDNN; the next load of the model uses it.
+// progress is called with each candidate, on the caller's goroutine. When ctx ends, the search ends at once and stores
+// nothing.
 //
-// Faults: BadRequest for a signature that cannot be measured (strings, unknown dimensions, assigned variables, chance);
-// Unavailable while another search runs; those of a load.
-func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature string,
-	progress func(protocol.Candidate)) (protocol.Tuning, error) {
+// Faults: NotFound for an unknown signature; BadRequest for one that cannot be measured (strings, unknown dimensions,
+// assigned variables, random numbers); Precondition without libtensorflow; Unavailable while another search runs; those
+// of a load.
+func (t *Tuner) Tune(
+	ctx context.Context, model repository.Model, signature string, progress func(protocol.Candidate),
+) (protocol.Tuning, error) {
 	if !t.searching.TryLock() {
 		return protocol.Tuning{}, fault.New(fault.Unavailable, "another model is being tuned; parallel measurements "+
 			"would distort each other, so try again later")
@@ -111,8 +114,8 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature stri
 	defer t.searching.Unlock()
 	signature = cmp.Or(signature, savedmodel.DefaultSignature)
 	if model.Dir == "" {
-		return protocol.Tuning{}, fault.New(fault.BadRequest, "model %s is built in; there is nothing to tune",
-			model.Ref)
+		return protocol.Tuning{}, fault.New(fault.BadRequest,
+			"model %s is built in; there is nothing to tune", model.Ref)
 	}
 	spec, err := model.Saved.Signature(signature)
 	if err != nil {
@@ -142,7 +145,7 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature stri
 	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores,
 		BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
 	s.onednn = []bool{true, false}
-	if _, set := os.LookupEnv(oneDNN); set { // whoever set the variable has decided
+	if _, set := os.LookupEnv(oneDNN); set { // the environment has decided
 		s.onednn = []bool{s.standard.OneDNN}
 	}
 	s.sizes = sizesFor(model.Settings.Batching)
@@ -161,6 +164,7 @@ func (t *Tuner) Tune(ctx context.Context, model repository.Model, signature stri
 	return about, err
 }
 
+// sizesFor returns the batch sizes to try, ascending, as far as the model's settings allow them.
 func sizesFor(b control.Batching) []int {
 	if len(b.AllowedBatchSizes) > 0 {
 		return b.AllowedBatchSizes
@@ -173,10 +177,10 @@ func sizesFor(b control.Batching) []int {
 	return sizes
 }
 
-// run measures, and fills in what came of it.
+// run makes the search and fills in its result.
 func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
-	plain := s.standard // without the reference nothing can be compared
-	plain.OneDNN = false
+	plain := s.standard
+	plain.OneDNN = false // the reference, with which all answers are compared
 	if _, s.reference, err = s.measure(ctx, plain, s.sizes[:1], 1); err != nil {
 		return err
 	}
@@ -187,7 +191,7 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 		return ctx.Err()
 	case errors.As(err, &cannot):
 		s.notFrozen, about.NotFrozen = string(cannot), string(cannot)
-	case err != nil: // of this host, and no reason to leave the rest alone
+	case err != nil: // this host cannot freeze; the other configurations are measured all the same
 		about.NotFrozen = err.Error()
 	}
 	if err := s.narrow(ctx, slices.Compact([]string{"", frozen})); err != nil {
@@ -200,8 +204,8 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	return err
 }
 
-// narrow asks one question after the other, each of the best configuration so far: which batch sizes, which graph with
-// or without oneDNN, and which threads.
+// narrow varies one thing after the other, each time starting from the best configuration so far: the batch size, the
+// graph with and without oneDNN, the threads.
 func (s *search) narrow(ctx context.Context, graphs []string) error {
 	if err := s.try(ctx, s.standard, s.sizes); err != nil {
 		return err
@@ -230,8 +234,8 @@ func (s *search) narrow(ctx context.Context, graphs []string) error {
 	return nil
 }
 
-// sizesOf returns, ascending, the batch sizes with which a configuration was within reach of its fastest; all where it
-// has none.
+// sizesOf returns the batch sizes, ascending, at which a configuration was within reach of its own fastest; all sizes
+// if it was not measured.
 func (s *search) sizesOf(choice protocol.Choice) (sizes []int) {
 	var own []protocol.Candidate
 	fastest := 0.0
@@ -251,21 +255,21 @@ func (s *search) sizesOf(choice protocol.Choice) (sizes []int) {
 	return sizes
 }
 
-// process is what a process is started with: a choice without its batch size.
+// process returns a choice without its batch size: two choices with the same one can share a runner.
 func process(c protocol.Choice) protocol.Choice {
 	c.BatchSize = 0
 	return c
 }
 
-// threads lists the combinations of threads of TensorFlow's pools and runs at once: both as many as cores, one large
-// run at a time, as many small ones as cores, and what lies between.
+// threads lists pairs to try: threads of TensorFlow's pools, and runs at once. Both as many as cores; all threads for
+// one run; one thread, with as many runs as cores; and from 4 cores on half the threads with two runs.
 func (s *search) threads() [][2]int {
 	n := s.cores
 	list := [][2]int{{n, n}, {n, 1}, {1, n}}
 	if n >= 4 {
 		list = append(list, [2]int{n / 2, 2})
 	}
-	if s.model.Settings.Batching.NumBatchThreads > 0 { // the owner has decided
+	if s.model.Settings.Batching.NumBatchThreads > 0 { // the model's settings have decided
 		list = [][2]int{{n, s.standard.BatchThreads}}
 	}
 	slices.SortFunc(list, func(a, b [2]int) int { return cmp.Or(-cmp.Compare(a[0], b[0]), -cmp.Compare(a[1], b[1])) })
@@ -287,8 +291,9 @@ func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) e
 	difference := differenceOf(answers, s.reference)
 	for _, m := range found {
 		choice.BatchSize = m.BatchSize
-		s.note(protocol.Candidate{Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1,
-			Difference: difference})
+		s.note(protocol.Candidate{
+			Choice: choice, RowsPerSecond: m.Median, Agrees: difference <= 1, Difference: difference,
+		})
 	}
 	return nil
 }
@@ -298,15 +303,14 @@ func (s *search) note(candidate protocol.Candidate) {
 	s.progress(candidate)
 }
 
-// best returns the candidates that agree, the fastest first. Its fault, BadRequest, is that there is none.
+// best returns the candidates whose answers agree, the fastest first. Its fault is BadRequest if there is none.
 func (s *search) best() ([]protocol.Candidate, error) {
 	list := slices.DeleteFunc(slices.Clone(s.tried), func(c protocol.Candidate) bool {
-		return !c.Agrees ||
-			c.Reason != ""
+		return !c.Agrees || c.Reason != ""
 	})
 	if len(list) == 0 {
-		why := cmp.Or(s.tried[0].Reason, "its answers are not those of the reference in any configuration; is there "+
-			"chance in it?")
+		why := cmp.Or(s.tried[0].Reason, "in no configuration do its answers agree with the reference; does it use "+
+			"random numbers?")
 		return nil, fault.New(fault.BadRequest, "model %s, signature %s: it cannot be tuned: %s", s.model.Ref,
 			s.signature, why)
 	}
@@ -316,14 +320,13 @@ func (s *search) best() ([]protocol.Candidate, error) {
 
 func bySpeed(list []protocol.Candidate) {
 	slices.SortStableFunc(list, func(a, b protocol.Candidate) int {
-		return -cmp.Compare(a.RowsPerSecond,
-			b.RowsPerSecond)
+		return -cmp.Compare(a.RowsPerSecond, b.RowsPerSecond)
 	})
 }
 
-// finals measures the fastest few configurations and the default again, in turns and with the batch sizes that were
-// fast, and returns these candidates, the fastest first. A machine that others use is slow for a while at a time, so a
-// candidate counts by its part of the fastest of the same round, the median of the rounds.
+// finals measures the fastest few configurations and the default again, in turns and at the batch sizes that were fast,
+// and returns these candidates, the fastest first. A machine that others use is slow for a while at a time; a candidate
+// is therefore rated by its share of the fastest speed of the same round, of which the median over the rounds counts.
 func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	list, err := s.best()
 	if err != nil {
@@ -345,7 +348,7 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 		speeds, most := map[protocol.Choice]float64{}, 0.0
 		for _, choice := range again {
 			found, _, err := s.measure(ctx, choice, s.sizesOf(choice), tuneWindows)
-			if err != nil { // it ran before; who fails now is no choice
+			if err != nil { // it ran before: a configuration that fails now is left out
 				if ctx.Err() != nil {
 					return nil, ctx.Err()
 				}
@@ -376,7 +379,7 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	return list, nil
 }
 
-// median returns the middle one, the higher of two.
+// median returns the middle value, the higher one if there are two.
 func median(list []float64) float64 {
 	list = slices.Sorted(slices.Values(list))
 	return list[len(list)/2]
@@ -394,7 +397,7 @@ func (s *search) deviation(c protocol.Choice) int {
 	return n
 }
 
-// conclude chooses among the finalists, the fastest first.
+// conclude chooses the simplest of the candidates within tie of the fastest, which comes first in the list.
 func (s *search) conclude(about *protocol.Tuning, list []protocol.Candidate) {
 	about.Chosen = list[0]
 	for _, c := range list {
@@ -423,7 +426,7 @@ func ratio(a, b float64) float64 {
 	return a / b
 }
 
-// Environment is what a runner of a choice needs besides its Setup.
+// Environment returns the environment variables that a runner needs for a choice, besides its Setup.
 func Environment(c protocol.Choice) []string {
 	if c.OneDNN {
 		return []string{oneDNN + "=1"}
@@ -431,9 +434,10 @@ func Environment(c protocol.Choice) []string {
 	return []string{oneDNN + "=0"}
 }
 
-// measure measures one configuration in a process of its own.
-func (s *search) measure(ctx context.Context, choice protocol.Choice, sizes []int, windows int) ([]control.Measured,
-	[]control.MeasuredOutput, error) {
+// measure measures one configuration in a process of its own, and returns its speeds and answers.
+func (s *search) measure(
+	ctx context.Context, choice protocol.Choice, sizes []int, windows int,
+) ([]control.Measured, []control.MeasuredOutput, error) {
 	folder, err := os.MkdirTemp("", "flightsvc-tune-")
 	if err != nil {
 		return nil, nil, err

@@ -15,9 +15,10 @@ import org.slf4j.LoggerFactory;
 final class DriverSide implements DriverPlugin {
   private static final Logger log = LoggerFactory.getLogger(FlightsvcPlugin.class);
 
-  /** What executors learn from here: the Python that pyspark runs workers with. */
+  /** The key of what executors are sent: the Python with which pyspark runs workers. */
   static final String PYTHON = "python";
 
+  /** An executor that has not reported for this long counts as ended. */
   private static final long GONE_NANOS = TimeUnit.SECONDS.toNanos(30);
 
   private final Map<String, Executor> executors = new HashMap<>(); // by Spark's id; guarded by this
@@ -35,7 +36,7 @@ final class DriverSide implements DriverPlugin {
   }
 
   /**
-   * Checks {@code spark.flightsvc.*}.
+   * Checks the settings {@code spark.flightsvc.*}.
    *
    * @throws IllegalArgumentException a setting is unknown; the application does not start
    */
@@ -77,7 +78,7 @@ final class DriverSide implements DriverPlugin {
     return null;
   }
 
-  /** Returns the sum over all executors. It includes the counts of those that have ended, as counters must not fall. */
+  /** Returns the sum over all executors, with the counts of those that have ended, since a counter must not fall. */
   private synchronized Figures sum() {
     long now = System.nanoTime();
     Figures sum = Figures.NONE;

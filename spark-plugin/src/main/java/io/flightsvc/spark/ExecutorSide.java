@@ -21,16 +21,17 @@ import org.slf4j.LoggerFactory;
 /**
  * The plugin in an executor: runs the executor's sidecar, and reports to the driver.
  *
- * <p>An exception in {@link #init} ends the executor, and Spark starts another, again and again. So if no sidecar
- * starts, the executor continues without one, and workers start one as without this plugin, unless failOnStart is set.
+ * <p>If no sidecar starts, the executor continues without one, and its workers start one as they do without this
+ * plugin. An exception in {@link #init} would end the executor, and Spark would start executors again and again; it is
+ * thrown only if failOnStart is set.
  */
 final class ExecutorSide implements ExecutorPlugin {
   private static final Logger log = LoggerFactory.getLogger(FlightsvcPlugin.class);
 
-  /** The file in the executor's first local folder with the sidecar's address, for its workers. */
+  /** The file with the sidecar's address, for the workers, in the executor's first local folder. */
   static final String ENDPOINT_FILE = "flightsvc.endpoint";
 
-  /** How often the driver gets a report, besides at each start and end. */
+  /** The seconds between reports to the driver, besides those at each start and end of a front. */
   static final long REPORT_SECONDS = 5;
 
   private PluginContext context;
@@ -61,7 +62,7 @@ final class ExecutorSide implements ExecutorPlugin {
           new Sidecar(
               () -> command(settings, fromDriver), local.resolve(ENDPOINT_FILE), clock, this::reportSoon);
       sidecar.start();
-      if (!context.executorID().equals("driver")) { // in local mode DriverSide has registered them
+      if (!context.executorID().equals("driver")) { // in local mode DriverSide registers the metrics
         Figures.register(context.metricRegistry(), sidecar::figures);
       }
       clock.scheduleWithFixedDelay(this::report, REPORT_SECONDS, REPORT_SECONDS, TimeUnit.SECONDS);
@@ -77,7 +78,7 @@ final class ExecutorSide implements ExecutorPlugin {
     if (reason == null) {
       log.info("sidecar of executor {} at {}: init took {} ms", context.executorID(), sidecar.endpoint(), millis);
     } else if (settings.failOnStart()) {
-      tell(context::ask); // answered before this executor ends
+      tell(context::ask); // ask waits, so that the report arrives before this executor ends
       shutdown();
       throw new IllegalStateException("no sidecar, and spark.flightsvc.failOnStart is set: " + reason);
     }
@@ -130,7 +131,7 @@ final class ExecutorSide implements ExecutorPlugin {
     return command;
   }
 
-  /** Reports in the clock's thread. */
+  /** Sends a report from the clock's thread. */
   private void reportSoon() {
     try {
       clock.execute(this::report);
@@ -143,12 +144,13 @@ final class ExecutorSide implements ExecutorPlugin {
     tell(context::send);
   }
 
-  private interface Door {
-    void pass(Object message) throws Exception;
+  /** How a report is sent: with an answer ({@code ask}) or without ({@code send}). */
+  private interface Channel {
+    void send(Object message) throws Exception;
   }
 
-  /** Sends a report to the driver as a map of texts and numbers, since its class loader may differ. */
-  private void tell(Door door) {
+  /** Sends a report to the driver as a map of strings, since the driver's class loader may not have our classes. */
+  private void tell(Channel channel) {
     try {
       HashMap<String, String> message = new HashMap<>();
       message.put("executor", context.executorID());
@@ -156,7 +158,7 @@ final class ExecutorSide implements ExecutorPlugin {
       message.put("host", id == null ? context.hostname() : id.host()); // hostname() fails in an executor
       message.put("reason", sidecar == null ? "it cannot be started; see the executor's log" : sidecar.reason());
       (sidecar == null ? Figures.NONE : sidecar.figures()).put(message);
-      door.pass(message);
+      channel.send(message);
     } catch (Exception e) {
       log.debug("the driver was not told", e); // the next report will tell it
     }

@@ -8,21 +8,21 @@ enum Figure {
   BATCHES("batches", "batches", Kind.COUNT),
   /** Rows that were refused, and streams that failed. */
   ERRORS("errors", "errors", Kind.COUNT),
-  /** Rows that wait now. */
+  /** Rows that wait for a run now. */
   QUEUED("queued", "queued", Kind.NOW),
-  /** Time that tasks have waited, in seconds. */
+  /** Sum of the waits of all tasks, in seconds. */
   QUEUE_SECONDS("queue_seconds", "queueSeconds", Kind.SECONDS),
-  /** Time that TensorFlow has run, in seconds. */
+  /** Sum of the durations of all runs of TensorFlow, in seconds. */
   RUN_SECONDS("run_seconds", "runSeconds", Kind.SECONDS),
   /** Streams that are open now. */
   STREAMS("streams", "streams", Kind.NOW),
   /** Models that are ready now. */
   MODELS("models", "models", Kind.NOW),
-  /** Memory of the sidecar, front and runners, now, in bytes. */
+  /** Memory that the front and its runners have now, in bytes. */
   MEMORY("memory", "memory", Kind.NOW),
-  /** Memory that its runners have on GPUs now, in bytes. */
+  /** Memory that the runners have on GPUs now, in bytes. */
   DEVICE_MEMORY("device_memory", "deviceMemory", Kind.NOW),
-  /** 1 while the sidecar serves; in no front's report. */
+  /** 1 while the sidecar serves; set by the plugin, not by the front. */
   SIDECARS("sidecars", "sidecars", Kind.NOW);
 
   /** How a figure changes. */

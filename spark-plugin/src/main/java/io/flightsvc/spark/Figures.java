@@ -6,9 +6,9 @@ import com.codahale.metrics.MetricRegistry;
 import java.util.Map;
 import java.util.function.Supplier;
 
-/** One value for each {@link Figure}, of a sidecar or summed over many; immutable. */
+/** One value for each {@link Figure}, of one sidecar or the sums of several; immutable. */
 final class Figures {
-  /** No sidecar. */
+  /** The figures where no sidecar runs: all are 0. */
   static final Figures NONE = new Figures(new double[Figure.values().length]);
 
   private final double[] values; // a double counts exactly to 2^53
@@ -17,7 +17,7 @@ final class Figures {
     this.values = values;
   }
 
-  /** Returns the figures of a report; one that it lacks is 0. */
+  /** Returns the figures in a report; a missing one is 0. */
   static Figures of(Map<String, String> report) {
     double[] values = new double[NONE.values.length];
     for (Figure figure : Figure.values()) {
@@ -52,7 +52,7 @@ final class Figures {
     return new Figures(sum);
   }
 
-  /** Returns the figures to keep when the sidecar has ended: those that never fall. */
+  /** Returns a copy for when the sidecar has ended: figures that can fall are 0. */
   Figures totals() {
     double[] kept = values.clone();
     for (Figure figure : Figure.values()) {

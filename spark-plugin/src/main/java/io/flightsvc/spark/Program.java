@@ -24,8 +24,9 @@ final class Program {
   private Program() {}
 
   /**
-   * Returns the program: the one that is set; shipped by {@code spark.files}; in an archive unpacked as {@code
-   * flightsvc}; in the Python package that this jar lies in; in that of the executor's Python; on {@code PATH}.
+   * Returns the first program found: the one that is set, or else one among {@code spark.files}, in an archive unpacked
+   * as {@code flightsvc}, in the Python package that holds this jar, in the package of the executor's Python, on {@code
+   * PATH}.
    *
    * @param python the executor's Python
    * @throws IOException there is no such program; the message says what to do
@@ -70,7 +71,7 @@ final class Program {
     return executable(program);
   }
 
-  /** Returns where a relative path is looked for: in the working folder, and where spark.files are. */
+  /** Returns where a path may be: a relative one in the working folder, or in the folder of spark.files. */
   private static List<File> here(String path) {
     List<File> places = new ArrayList<>();
     places.add(new File(path).getAbsoluteFile());
@@ -105,7 +106,7 @@ final class Program {
     }
   }
 
-  /** Returns the file of the package in a Python, or "" if there is no package or no such Python. */
+  /** Returns the path of the package flightsvc in a Python, or "" if either does not exist. */
   private static String origin(String python) {
     Process process;
     try {
@@ -119,7 +120,7 @@ final class Program {
     }
     try (BufferedReader said =
         new BufferedReader(new InputStreamReader(process.getInputStream(), StandardCharsets.UTF_8))) {
-      if (!process.waitFor(PYTHON_SECONDS, TimeUnit.SECONDS)) { // the pipe holds one line until it is read
+      if (!process.waitFor(PYTHON_SECONDS, TimeUnit.SECONDS)) { // the pipe's buffer holds the line
         return "";
       }
       String line = said.readLine();

@@ -7,7 +7,7 @@ import java.util.Locale;
 import org.apache.spark.SparkConf;
 import scala.Tuple2;
 
-/** {@code spark.flightsvc.*} of an application; docs/settings.md says what each means. */
+/** The settings {@code spark.flightsvc.*} of an application; docs/settings.md describes them. */
 final class Settings {
   private static final String PREFIX = "spark.flightsvc.";
 

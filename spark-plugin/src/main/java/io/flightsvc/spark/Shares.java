@@ -16,8 +16,8 @@ final class Shares {
   /**
    * Returns the executor's cores, or 0 if unknown.
    *
-   * @param command the command line of this JVM, {@code sun.java.command}: in an executor that Spark has started it has
-   *     the cores, even if a resource profile or the size of its worker decides them
+   * @param command the command line of this JVM, {@code sun.java.command}: Spark starts an executor with its number of
+   *     cores there, also when a resource profile or the size of the worker decides it
    */
   static int cores(SparkConf conf, String command) {
     Matcher given = CORES.matcher(command);
@@ -34,8 +34,8 @@ final class Shares {
   }
 
   /**
-   * Returns the memory for models in the executor's container, in bytes, or 0 if the executor is in none: half of the
-   * memory that Spark requests besides the heap. The JVM and the Python workers share the other half.
+   * Returns the bytes that models may take in the executor's container, or 0 if the executor is in none: half of the
+   * memory that Spark requests besides the heap. The other half is for the JVM and the Python workers.
    */
   static long memory(SparkConf conf) {
     return overhead(conf) / 2;
@@ -51,7 +51,7 @@ final class Shares {
         + overhead / MIB + " MiB; that is little. To give them 1 GiB: spark.executor.memoryOverhead=2g";
   }
 
-  /** As YARN and Kubernetes compute it: the setting, else a fraction of the heap, at least 384 MiB. */
+  /** Returns the memory overhead in bytes as YARN and Kubernetes compute it, or 0 on another cluster. */
   private static long overhead(SparkConf conf) {
     String master = conf.get("spark.master", "");
     boolean kubernetes = master.startsWith("k8s");

@@ -40,9 +40,9 @@ final class Sidecar {
   private static final JsonFactory JSON = new JsonFactory(); // jackson-core only, which loads quickly
 
   private static final long START_SECONDS = 10;
-  private static final long FIRST_PAUSE = 100; // ms before the first restart; doubles each time
-  private static final long LAST_PAUSE = 2_000; // short, so that the next front cleans up after a dead one within 5 s
-  private static final long HEALTHY_SECONDS = 60; // after this time without a failure pauses start at FIRST_PAUSE again
+  private static final long FIRST_PAUSE = 100; // ms before the first restart; doubles with each restart
+  private static final long LAST_PAUSE = 2_000; // short: the next front cleans up after a dead one within 5 s
+  private static final long HEALTHY_SECONDS = 60; // a front that ran longer resets the pause to FIRST_PAUSE
   private static final long END_SECONDS = 2;
 
   // The variables that the child inherits, as in cmd/flightsvc/detach.go. Those that Spark sets for its own processes,
@@ -66,7 +66,7 @@ final class Sidecar {
   // Guarded by this.
   private boolean closed;
   private Process process; // the latest one
-  private String endpoint; // of the first front; later ones use it, too
+  private String endpoint; // of the first front; later ones serve there, too
   private String reason = "it has not started yet"; // why no front serves now; null while one does
   private Figures before = Figures.NONE; // sums of the earlier fronts
   private Figures current = Figures.NONE;
@@ -87,7 +87,7 @@ final class Sidecar {
     owner.setDaemon(true);
   }
 
-  /** Starts it, and returns when it serves or its start has failed. */
+  /** Starts the front, and returns when it serves or its start has failed. */
   void start() throws InterruptedException {
     owner.start();
     settled.await();
@@ -107,7 +107,7 @@ final class Sidecar {
     return before.plus(current);
   }
 
-  /** Ends the front, by force if it takes long, and removes the endpoint file. */
+  /** Ends the front, by force after {@link #END_SECONDS}, and removes the endpoint file. */
   void close() throws InterruptedException {
     Process last;
     synchronized (this) {
@@ -129,13 +129,14 @@ final class Sidecar {
     try {
       process.getOutputStream().close();
     } catch (IOException e) {
-      log.debug("standard input of the sidecar", e); // it has ended already
+      log.debug("standard input of the sidecar", e); // the sidecar has ended already
     }
     if (!process.waitFor(END_SECONDS, TimeUnit.SECONDS)) {
       process.destroyForcibly().waitFor(END_SECONDS, TimeUnit.SECONDS);
     }
   }
 
+  /** Runs fronts one after the other until {@link #close}. */
   private void keep() {
     long pause = FIRST_PAUSE;
     String said = null;
@@ -147,7 +148,7 @@ final class Sidecar {
           why = serve();
         } catch (InterruptedException e) {
           return;
-        } catch (Exception e) { // of any kind: the executor must continue
+        } catch (Exception e) { // any exception: the executor must continue
           why = e.getMessage() == null ? e.toString() : e.getMessage();
         }
         if (System.nanoTime() - began > TimeUnit.SECONDS.toNanos(HEALTHY_SECONDS)) {
@@ -162,7 +163,7 @@ final class Sidecar {
           before = before.plus(current.totals());
           current = Figures.NONE;
         }
-        if (!why.equals(said)) { // once for each reason
+        if (!why.equals(said)) { // the same reason is logged once
           log.warn("no sidecar: {}; it is started again, first in {} ms", why, pause);
           said = why;
         }
@@ -200,7 +201,8 @@ final class Sidecar {
           report(parse(line));
         }
       } else if (!inTime) {
-        throw new IOException("flightsvc was not ready after " + START_SECONDS + " s; its messages are in this executor's log");
+        throw new IOException(
+            "flightsvc was not ready after " + START_SECONDS + " s; its messages are in this executor's log");
       }
     } finally {
       end(process);
@@ -227,7 +229,7 @@ final class Sidecar {
         .environment()
         .keySet()
         .removeIf(name -> !KEPT.contains(name) && KEPT_PREFIXES.stream().noneMatch(name::startsWith));
-    synchronized (this) { // so that close sees this process, or none is started
+    synchronized (this) { // so that either close sees this process, or none is started
       if (closed) {
         throw new InterruptedException();
       }
@@ -256,7 +258,7 @@ final class Sidecar {
     current = Figures.of(line).with(Figure.SIDECARS, 1);
   }
 
-  /** Returns the fields of a line that is a flat JSON object. */
+  /** Returns the fields of a line, which is a flat JSON object. */
   private static Map<String, String> parse(String line) throws IOException {
     Map<String, String> fields = new HashMap<>();
     try (JsonParser json = JSON.createParser(line)) {
@@ -281,7 +283,7 @@ final class Sidecar {
       setDaemon(true);
     }
 
-    /** Returns the last line that is not JSON, and so not a line of its log. */
+    /** Returns the last line that is not JSON: the error of a front that did not start. */
     String last() {
       return last;
     }

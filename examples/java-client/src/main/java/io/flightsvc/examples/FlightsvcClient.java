@@ -38,21 +38,21 @@ import org.apache.arrow.vector.ipc.ArrowStreamReader;
 import org.apache.arrow.vector.ipc.ArrowStreamWriter;
 
 /**
- * Sends the record batches of an Arrow IPC stream file through a model and writes the answers to
- * another. It follows docs/protocol.md: GetSchema, GetFlightInfo, then DoExchange at the returned location
- * or, if that cannot be reached, through the front. A stream that is lost later is not resumed.
+ * Sends the record batches of an Arrow IPC stream file through a model and writes the answers to another file. It
+ * follows docs/protocol.md: GetSchema, GetFlightInfo, then DoExchange at the returned location or, if the client cannot
+ * connect there, through the front. A stream that breaks later is not resumed.
  *
  * <pre>java -jar flightsvc-java-client.jar ADDRESS DESCRIPTOR QUESTIONS [ANSWERS]</pre>
  *
- * ADDRESS is the front's, grpc+unix:///path. DESCRIPTOR is a JSON object, or a model's name or URI alone.
+ * ADDRESS is that of the front, grpc+unix:///path. DESCRIPTOR is a JSON object, or only a model's name or URI.
  */
 public final class FlightsvcClient implements AutoCloseable {
   private static final ObjectMapper JSON = new ObjectMapper();
-  private static final int WINDOW = 4; // record batches sent and not answered
+  private static final int WINDOW = 4; // the most record batches that are sent and not answered
   private static final long PATIENCE_MS = 120_000; // how long an unavailable server is retried
   private static final int MESSAGE_BYTES = 257 << 20; // the largest message that a server sends
-  private static final Logger NETTY = Logger.getLogger("io.netty.bootstrap"); // a reference, so that its level stays
-  private static final int END = -1; // in place of a number of rows: there are no more
+  private static final Logger NETTY = Logger.getLogger("io.netty.bootstrap"); // a strong reference keeps its level
+  private static final int END = -1; // instead of a number of rows: there are no more record batches
 
   private final EventLoopGroup loop = new MultiThreadIoEventLoopGroup(1, NioIoHandler.newFactory());
   private final BufferAllocator memory;
@@ -99,13 +99,14 @@ public final class FlightsvcClient implements AutoCloseable {
     BlockingQueue<Integer> sent = new ArrayBlockingQueue<>(WINDOW); // rows of each unanswered record batch
     try (FlightClient.ExchangeReaderWriter stream = open(descriptor, question)) {
       FlightStream reader = stream.getReader();
-      // A client that writes large record batches without reading blocks on flow control, so two threads.
+      // Two threads, since a client that writes large record batches without reading blocks on flow control.
       Thread writer = new Thread(() -> write(questions, stream, sent), "writer");
       writer.start();
       System.out.println("stream open " + (runner != null ? "at the runner" : "through the front"));
       System.out.printf("%6s %8s %6s %8s %10s  %s%n", "batch", "rows", "parts", "tf_rows", "run_us", "server");
       String server = "";
-      try (ArrowStreamWriter out = new ArrowStreamWriter(reader.getRoot(), reader.getDictionaryProvider(), new FileOutputStream(answers))) {
+      try (ArrowStreamWriter out =
+          new ArrowStreamWriter(reader.getRoot(), reader.getDictionaryProvider(), new FileOutputStream(answers))) {
         int batch = 0;
         for (int rows = sent.take(); rows != END; rows = sent.take(), batch++) {
           int answered = 0, parts = 0;
@@ -113,14 +114,17 @@ public final class FlightsvcClient implements AutoCloseable {
           do { // a large answer comes in several record batches
             check(reader.next(), "the stream ended without an answer to record batch %d", batch);
             about = appMetadata(reader);
-            check(about.get("batch").asInt() == batch, "record batch %d was answered, not %d", about.get("batch").asInt(), batch);
+            int number = about.get("batch").asInt();
+            check(number == batch, "record batch %d was answered, not %d", number, batch);
             answered += reader.getRoot().getRowCount();
             parts++;
             out.writeBatch();
             server = about.path("server").asText(server); // in the first answer only
           } while (!about.get("last").asBoolean());
           check(answered == rows, "%d rows were answered with %d", rows, answered);
-          System.out.printf("%6d %8d %6d %8d %10d  %s%n", batch, rows, parts, about.get("tf_rows").asInt(), about.get("run_us").asLong(), server);
+          System.out.printf(
+              "%6d %8d %6d %8d %10d  %s%n",
+              batch, rows, parts, about.get("tf_rows").asInt(), about.get("run_us").asLong(), server);
         }
         check(!reader.next(), "there is an answer that nobody asked for");
       } catch (Exception e) {
@@ -133,7 +137,9 @@ public final class FlightsvcClient implements AutoCloseable {
     }
   }
 
-  private static void write(ArrowStreamReader questions, FlightClient.ExchangeReaderWriter stream, BlockingQueue<Integer> sent) {
+  /** Writes all record batches; {@code sent} gets the rows of each before it is written, and END after the last. */
+  private static void write(
+      ArrowStreamReader questions, FlightClient.ExchangeReaderWriter stream, BlockingQueue<Integer> sent) {
     try {
       while (questions.loadNextBatch()) {
         sent.put(questions.getVectorSchemaRoot().getRowCount()); // blocks while the window is full
@@ -146,13 +152,13 @@ public final class FlightsvcClient implements AutoCloseable {
     } catch (IOException e) {
       System.err.println("the questions cannot be read: " + e.getMessage());
       stream.getWriter().error(e); // ends the stream
-      sent.offer(END); // full: the reader finds out with the next answer
+      sent.offer(END); // not added if full; then the reader learns of the error with the next answer
     } catch (RuntimeException e) {
-      sent.offer(END); // the stream has ended; the reader hears why
+      sent.offer(END); // the stream has ended; the reader gets the reason
     }
   }
 
-  /** Opens a stream: it is open when the schema of the answer is there. Asks again while the server is unavailable. */
+  /** Opens a stream, and waits for the schema of its answer. Tries again while the server is unavailable. */
   private FlightClient.ExchangeReaderWriter open(ObjectNode descriptor, VectorSchemaRoot question) throws Exception {
     long end = System.currentTimeMillis() + PATIENCE_MS;
     for (long pause = 50; ; pause = Math.min(2 * pause, 5_000)) {
@@ -163,8 +169,9 @@ public final class FlightsvcClient implements AutoCloseable {
         redirected = !endpoint.getLocations().isEmpty();
         close(runner);
         runner = redirected ? connect(endpoint.getLocations().get(0).getUri().toString()) : null;
-        byte[] ticket = endpoint.getTicket().getBytes(); // goes back as it came
-        FlightClient.ExchangeReaderWriter stream = (redirected ? runner : front).doExchange(FlightDescriptor.command(ticket));
+        byte[] ticket = endpoint.getTicket().getBytes(); // sent back unchanged
+        FlightClient.ExchangeReaderWriter stream =
+            (redirected ? runner : front).doExchange(FlightDescriptor.command(ticket));
         stream.getWriter().start(question);
         stream.getReader().getSchema();
         return stream;
@@ -172,7 +179,7 @@ public final class FlightsvcClient implements AutoCloseable {
         if (e.status().code() != FlightStatusCode.UNAVAILABLE || System.currentTimeMillis() + pause > end) {
           throw e;
         }
-        // A runner that we cannot reach where it is may still be reached through the front.
+        // If we cannot connect to the runner, the front can still relay the stream.
         descriptor.put("redirect", !redirected);
         ErrorFlightMetadata trailer = e.status().metadata();
         String after = trailer != null && trailer.containsKey("retry-after-ms") ? trailer.get("retry-after-ms") : "0";
