@@ -50,14 +50,26 @@ func TestNoDriver(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"gpu", "0", "GPU-1"} {
-		_, err := i.Choose(want)
-		expect.Fault(t, err, fault.Precondition, want, "libnvidia-ml.so.1 was not found", `use "auto" or "cpu"`)
+		choosesNone(t, i, want, fault.Precondition, want, "libnvidia-ml.so.1 was not found", `use "auto" or "cpu"`)
 	}
-	_, err := (&Inventory{}).Choose("gpu")
-	expect.Fault(t, err, fault.Precondition, "devices have not been looked up")
+	choosesNone(t, &Inventory{}, "gpu", fault.Precondition, "devices have not been looked up")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	i.Watch(ctx, func(Device, string) { t.Error("drained") })
+}
+
+// choosesNone holds that no device is chosen, and why.
+func choosesNone(t *testing.T, i *Inventory, want string, kind fault.Kind, texts ...string) {
+	t.Helper()
+	_, err := i.Choose(want)
+	expect.Fault(t, err, kind, texts...)
+}
+
+// placesNone holds that nothing is placed, and why.
+func placesNone(t *testing.T, i *Inventory, want string, kind fault.Kind, texts ...string) {
+	t.Helper()
+	_, err := i.Place(t.Context(), choose(t, i, want), gib)
+	expect.Fault(t, err, kind, texts...)
 }
 
 // newFront returns a host with so many GPUs in MIG mode, and its only front.
@@ -84,16 +96,10 @@ func TestNoDevices(t *testing.T) {
 		"driver not loaded": {func(h *host) { h.InitFunc = func() nvml.Return { return nvml.ERROR_DRIVER_NOT_LOADED } },
 			"NVIDIA's driver does not work: ERROR_DRIVER_NOT_LOADED"},
 		"no count": {func(h *host) {
-			h.DeviceGetCountFunc = func() (int, nvml.Return) {
-				return 0,
-					nvml.ERROR_UNKNOWN
-			}
+			h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.ERROR_UNKNOWN }
 		}, "does not say how many"},
 		"none": {func(h *host) {
-			h.DeviceGetCountFunc = func() (int, nvml.Return) {
-				return 0,
-					nvml.SUCCESS
-			}
+			h.DeviceGetCountFunc = func() (int, nvml.Return) { return 0, nvml.SUCCESS }
 		}, "has no GPU"},
 		"unreadable": {func(h *host) { h.ret.Store(int32(nvml.ERROR_UNKNOWN)) },
 			"GPU 7: its memory cannot be read"},
@@ -169,8 +175,7 @@ func TestIdentity(t *testing.T) {
 		"0,":       `no device ""`,
 		"tpu":      `no device "tpu"`,
 	} {
-		_, err := i.Choose(want)
-		expect.Fault(t, err, fault.BadRequest, part)
+		choosesNone(t, i, want, fault.BadRequest, part)
 	}
 	p := place(t, i, "GPU-7", gib)
 	if got, want := p.Env(), []string{"CUDA_VISIBLE_DEVICES=GPU-77770000-aaaa-bbbb-cccc-000000000000",
@@ -207,11 +212,9 @@ func TestVisibleDevices(t *testing.T) {
 				t.Errorf("there is %q, not %q", got, index)
 			}
 			if index == "" {
-				_, err := i.Choose("gpu")
-				expect.Fault(t, err, fault.Precondition, "hides all GPUs")
+				choosesNone(t, i, "gpu", fault.Precondition, "hides all GPUs")
 			} else {
-				_, err := i.Choose("4")
-				expect.Fault(t, err, fault.BadRequest, `no device "4"`)
+				choosesNone(t, i, "4", fault.BadRequest, `no device "4"`)
 			}
 		})
 	}
@@ -536,20 +539,16 @@ func TestTwoFronts(t *testing.T) {
 func TestLockFolder(t *testing.T) {
 	h := newHost(t, 0)
 	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	expect.Write(t, file, "")
 	i := h.front(filepath.Join(file, "locks"))
-	_, err := i.Place(t.Context(), choose(t, i, "0"), gib)
-	expect.Fault(t, err, fault.Precondition, "lock of device", "not a directory")
+	placesNone(t, i, "0", fault.Precondition, "lock of device", "not a directory")
 
 	dir := t.TempDir()
 	i = h.front(dir)
 	if err := os.Symlink(file, filepath.Join(dir, i.devices[0].UUID)); err != nil {
 		t.Fatal(err)
 	}
-	_, err = i.Place(t.Context(), choose(t, i, "0"), gib)
-	expect.Fault(t, err, fault.Precondition, "lock of device", "not a directory")
+	placesNone(t, i, "0", fault.Precondition, "lock of device", "not a directory")
 
 	place(t, i, "1", gib).Settle(0)
 	other, err := os.Create(filepath.Join(dir, i.devices[1].UUID, "front-x"))
@@ -563,8 +562,7 @@ func TestLockFolder(t *testing.T) {
 	if err := flock(other); err != nil {
 		t.Fatal(err)
 	}
-	_, err = i.Place(t.Context(), choose(t, i, "1"), gib)
-	expect.Fault(t, err, fault.Precondition, `holds "much"`, "remove the file")
+	placesNone(t, i, "1", fault.Precondition, `holds "much"`, "remove the file")
 }
 
 // TestLockFolderOfOthers has what other users may put into a folder of all users.
@@ -576,8 +574,7 @@ func TestLockFolderOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	i := h.front(link)
-	_, err := i.Place(t.Context(), choose(t, i, "0"), gib)
-	expect.Fault(t, err, fault.Precondition, "lock of device", "locks")
+	placesNone(t, i, "0", fault.Precondition, "lock of device", "locks")
 	if made, err := os.ReadDir(home); err != nil || len(made) > 0 {
 		t.Errorf("behind a link, %v were made: %v", made, err)
 	}
@@ -612,6 +609,14 @@ func TestLockFolderOfOthers(t *testing.T) {
 	}
 }
 
+// isNext holds that the next device that is drained, with the reason, begins like this.
+func isNext(t *testing.T, drained chan string, want string) {
+	t.Helper()
+	if got := <-drained; !strings.HasPrefix(got, want) {
+		t.Errorf("drained %q, not %q", got, want)
+	}
+}
+
 // watch starts Watch and returns the devices that it drains.
 func watch(t *testing.T, i *Inventory) chan string {
 	drained := make(chan string, 100)
@@ -637,8 +642,7 @@ func TestXIDDrains(t *testing.T) {
 	if got, want := <-drained, "3: XID 79, see NVIDIA's catalogue of XID errors"; got != want {
 		t.Errorf("drained %q, not %q", got, want)
 	}
-	_, err := i.Choose("3")
-	expect.Fault(t, err, fault.Unavailable, "all are drained", "XID 79", "reset the GPU")
+	choosesNone(t, i, "3", fault.Unavailable, "all are drained", "XID 79", "reset the GPU")
 	if got := indexes(choose(t, i, "2,3,4")); got != "2 4 " {
 		t.Errorf("chosen %q", got)
 	}
@@ -646,18 +650,12 @@ func TestXIDDrains(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 	send(0, 48, 4, 0) // one instance
-	if got := <-drained; !strings.HasPrefix(got, "0:3: XID 48") {
-		t.Errorf("drained %q", got)
-	}
+	isNext(t, drained, "0:3: XID 48")
 	send(0, 48, 6, 1) // one of two compute instances
-	if got := <-drained; !strings.HasPrefix(got, "0:6: XID 48") {
-		t.Errorf("drained %q", got)
-	}
+	isNext(t, drained, "0:6: XID 48")
 	send(0, 95, none, none) // all that are left
 	for _, index := range []string{"0:0", "0:1", "0:2", "0:4", "0:5"} {
-		if got := <-drained; !strings.HasPrefix(got, index+": XID 95") {
-			t.Errorf("drained %q, not %s", got, index)
-		}
+		isNext(t, drained, index+": XID 95")
 	}
 	if got := indexes(choose(t, i, "auto")); got != "1 2 4 5 6 7 " {
 		t.Errorf("chosen %q", got)
@@ -675,8 +673,7 @@ func TestMetricsGone(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 	}
-	_, err := i.Place(t.Context(), choose(t, i, "auto"), gib)
-	expect.Fault(t, err, fault.Unavailable, "no device can take a model", "ERROR_UNKNOWN")
+	placesNone(t, i, "auto", fault.Unavailable, "no device can take a model", "ERROR_UNKNOWN")
 	p.Measure(7)
 	if err := p.Release(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be read") {
 		t.Errorf("release: %v", err)
@@ -703,9 +700,7 @@ func TestLostDevice(t *testing.T) {
 	if p := place(t, i, "4,5", gib); p.Device().Index != "4" {
 		t.Errorf("placed on %v", p.Device())
 	}
-	if got := <-drained; !strings.HasPrefix(got, "5: NVIDIA's driver lost it") {
-		t.Errorf("drained %q", got)
-	}
+	isNext(t, drained, "5: NVIDIA's driver lost it")
 }
 
 func TestSilentDriver(t *testing.T) {
@@ -722,8 +717,7 @@ func TestSilentDriver(t *testing.T) {
 	if got := p.Measure(1); got != 0 {
 		t.Errorf("%d bytes", got)
 	}
-	_, err := i.Place(t.Context(), choose(t, i, "0"), gib)
-	expect.Fault(t, err, fault.Unavailable, "does not answer")
+	placesNone(t, i, "0", fault.Unavailable, "does not answer")
 	h.ask.Store(nil)
 	close(wait)
 	expect.Eventually(t, "the driver answers again", func() bool { return i.Devices()[0].Reason == "" })

@@ -238,6 +238,10 @@ func FuzzStream(f *testing.F) {
 				}
 			}))
 		}
+		ended := plain
+		ended[2] = &flight.FlightData{} // after a dictionary, where the column has one
+		add(i, ended)
+		add(i, plain.altered(2, func(_ flatTable, _ []byte, body *[]byte) { *body = (*body)[:len(*body)/2] }))
 		swapped := plain
 		swapped[1], swapped[2] = plain[2], plain[1]
 		add(i, swapped)
@@ -249,10 +253,13 @@ func FuzzStream(f *testing.F) {
 			}
 		}))
 	}
+	of := func(column string) int {
+		return slices.IndexFunc(asks, func(ask fuzzAsk) bool { return ask.column == column })
+	}
 	for _, w := range liars(f) {
-		add(slices.IndexFunc(asks, func(ask fuzzAsk) bool { return ask.column == "void" }), w)
-		add(slices.IndexFunc(asks, func(ask fuzzAsk) bool { return ask.column == "void" })|nullsFail, w)
-		add(slices.IndexFunc(asks, func(ask fuzzAsk) bool { return ask.column == "float64" }), w)
+		add(of("void"), w)
+		add(of("void")|nullsFail, w)
+		add(of("float64"), w)
 	}
 	f.Fuzz(func(t *testing.T, kind uint16, schema, h1, b1, h2, b2, h3, b3 []byte) {
 		ask := asks[int(kind&(nullsFail-1))%len(asks)]
@@ -457,28 +464,26 @@ func sharing(n, bytes int) []byte {
 // count nodes and buffers as Arrow does.
 func TestStreamsOfAllTypes(t *testing.T) {
 	item := arrow.Field{Name: "item", Type: arrow.BinaryTypes.String, Nullable: true}
+	codes := []arrow.UnionTypeCode{0, 1}
 	flat := []arrow.DataType{
 		arrow.Null, arrow.FixedWidthTypes.Boolean, arrow.PrimitiveTypes.Int8, arrow.PrimitiveTypes.Float64,
-		arrow.BinaryTypes.Binary, arrow.BinaryTypes.String,
-		arrow.BinaryTypes.LargeBinary, arrow.BinaryTypes.LargeString, arrow.BinaryTypes.BinaryView,
-		arrow.BinaryTypes.StringView, &arrow.FixedSizeBinaryType{ByteWidth: 3},
-		&arrow.Decimal128Type{Precision: 20}, &arrow.Decimal256Type{Precision: 40}, arrow.FixedWidthTypes.Date32,
-		arrow.FixedWidthTypes.Date64,
+		arrow.BinaryTypes.Binary, arrow.BinaryTypes.String, arrow.BinaryTypes.LargeBinary,
+		arrow.BinaryTypes.LargeString, arrow.BinaryTypes.BinaryView, arrow.BinaryTypes.StringView,
+		&arrow.FixedSizeBinaryType{ByteWidth: 3}, &arrow.Decimal128Type{Precision: 20},
+		&arrow.Decimal256Type{Precision: 40}, arrow.FixedWidthTypes.Date32, arrow.FixedWidthTypes.Date64,
 		arrow.FixedWidthTypes.Time32s, arrow.FixedWidthTypes.Time64us, arrow.FixedWidthTypes.Timestamp_us,
-		arrow.FixedWidthTypes.Duration_s,
-		arrow.FixedWidthTypes.MonthInterval, arrow.FixedWidthTypes.DayTimeInterval,
+		arrow.FixedWidthTypes.Duration_s, arrow.FixedWidthTypes.MonthInterval, arrow.FixedWidthTypes.DayTimeInterval,
 		arrow.FixedWidthTypes.MonthDayNanoInterval,
 		&arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: arrow.BinaryTypes.String},
-		arrow.MapOf(arrow.BinaryTypes.String,
-			arrow.PrimitiveTypes.Int32), arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, arrow.BinaryTypes.String),
-		arrow.SparseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0,
-			1}), arrow.DenseUnionOf([]arrow.Field{item, item}, []arrow.UnionTypeCode{0, 1}),
+		arrow.MapOf(arrow.BinaryTypes.String, arrow.PrimitiveTypes.Int32),
+		arrow.RunEndEncodedOf(arrow.PrimitiveTypes.Int32, arrow.BinaryTypes.String),
+		arrow.SparseUnionOf([]arrow.Field{item, item}, codes), arrow.DenseUnionOf([]arrow.Field{item, item}, codes),
 	}
 	types := slices.Clone(flat)
 	for _, dtype := range flat {
+		inner := arrow.Field{Name: "a", Type: dtype, Nullable: true}
 		types = append(types, arrow.ListOf(dtype), arrow.LargeListOf(dtype), arrow.ListViewOf(dtype),
-			arrow.LargeListViewOf(dtype), arrow.FixedSizeListOf(2, dtype), arrow.StructOf(arrow.Field{Name: "a",
-				Type: dtype, Nullable: true}, item))
+			arrow.LargeListViewOf(dtype), arrow.FixedSizeListOf(2, dtype), arrow.StructOf(inner, item))
 	}
 	for _, option := range []ipc.Option{ipc.WithDictionaryDeltas(false), ipc.WithLZ4(), ipc.WithZstd()} {
 		for _, dtype := range types {
@@ -486,8 +491,8 @@ func TestStreamsOfAllTypes(t *testing.T) {
 			b.AppendNull()
 			b.AppendEmptyValue()
 			column := b.NewArray()
-			schema := arrow.NewSchema([]arrow.Field{{Name: "before", Type: dtype, Nullable: true}, {Name: "after",
-				Type: arrow.BinaryTypes.StringView, Nullable: true}}, nil)
+			schema := arrow.NewSchema([]arrow.Field{{Name: "before", Type: dtype, Nullable: true},
+				{Name: "after", Type: arrow.BinaryTypes.StringView, Nullable: true}}, nil)
 			after := array.NewBuilder(memory.DefaultAllocator, arrow.BinaryTypes.StringView)
 			after.AppendEmptyValue()
 			after.AppendNull()

@@ -13,7 +13,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,7 +28,6 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -286,10 +284,7 @@ func (s *service) exchange(t *testing.T, messages []*flight.FlightData) ([]answe
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	stream, err := s.client.DoExchange(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	stream := s.begin(ctx, t)
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
@@ -317,6 +312,31 @@ func (s *service) exchange(t *testing.T, messages []*flight.FlightData) ([]answe
 		answers = append(answers, a)
 	}
 	return answers, reader.Schema(), reader.Err()
+}
+
+// begin opens a stream and sends messages.
+func (s *service) begin(ctx context.Context, t *testing.T,
+	messages ...*flight.FlightData) flight.FlightService_DoExchangeClient {
+	t.Helper()
+	stream, err := s.client.DoExchange(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range messages {
+		if err := stream.Send(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return stream
+}
+
+// works fails the test unless another stream is answered.
+func (s *service) works(t *testing.T) {
+	t.Helper()
+	answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5)))
+	if err != nil || len(answers) != 1 {
+		t.Errorf("the next stream: %d answers, %v", len(answers), err)
+	}
 }
 
 // wantStatus checks the code and the sentence of a gRPC error, also below another.
@@ -400,38 +420,25 @@ func TestRowContract(t *testing.T) {
 	}
 }
 
+// TestStreamWithoutBatches gets the schema before anything else is sent, and no answer.
 func TestStreamWithoutBatches(t *testing.T) {
-	s := newService(t, nil)
-	answers, schema, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema))
-	if err != nil || len(answers) != 0 || schema.NumFields() != 2 || schema.Field(0).Name != "n" {
-		t.Errorf("%d answers with %v: %v", len(answers), schema, err)
-	}
-	if s.engine.calls.Load() != 0 {
-		t.Error("the engine ran")
-	}
-}
-
-func TestSchemaComesBeforeTheFirstBatch(t *testing.T) {
 	s := newService(t, nil)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	stream, err := s.client.DoExchange(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := stream.Send(encode(t, s.ticket(t, ""), listSchema)[0]); err != nil {
-		t.Fatal(err)
-	}
-	reader, err := flight.NewRecordReader(stream) // waits for the schema; nothing else has been sent
+	stream := s.begin(ctx, t, encode(t, s.ticket(t, ""), listSchema)[0])
+	reader, err := flight.NewRecordReader(stream) // waits for the schema
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer reader.Release()
+	if schema := reader.Schema(); schema.NumFields() != 2 || schema.Field(0).Name != "n" {
+		t.Errorf("the schema is %v", schema)
+	}
 	if err := stream.CloseSend(); err != nil {
 		t.Fatal(err)
 	}
-	if reader.Next() || reader.Err() != nil {
-		t.Errorf("the stream ended with %v", reader.Err())
+	if reader.Next() || reader.Err() != nil || s.engine.calls.Load() != 0 {
+		t.Errorf("the stream ended with %v after %d runs", reader.Err(), s.engine.calls.Load())
 	}
 }
 
@@ -482,6 +489,8 @@ func TestRefusedStreams(t *testing.T) {
 		"wrong column": {encode(t, s.ticket(t, ""), ints), codes.InvalidArgument,
 			[]string{"model m, signature serving_default", `column "c" of int64`, "wants elements of float32",
 				`"x" float32 [?,?]`}},
+		"missing column": {encode(t, s.ticket(t, `,"inputs":{"x":"d"}`), listSchema), codes.InvalidArgument,
+			[]string{`input "x" wants column "d"`, "its columns are"}},
 		"null refused": {encode(t, s.ticket(t, `,"nulls":"fail"`), listSchema, rowsOf(1, 1), rowsOf(1, 1,
 			math.NaN())), codes.InvalidArgument, []string{"row 1 of record batch 1", `column "c" is null`, "on_error"}},
 		"nothing at all": {nil, codes.InvalidArgument, []string{"must begin with a descriptor and a schema"}},
@@ -493,6 +502,10 @@ func TestRefusedStreams(t *testing.T) {
 			wantStatus(t, err, c.code, c.parts...)
 		})
 	}
+	_, err := s.client.GetSchema(t.Context(), command("{}")) // the front's affair, as the next one
+	wantStatus(t, err, codes.Unimplemented)
+	_, err = s.client.GetFlightInfo(t.Context(), command("{}"))
+	wantStatus(t, err, codes.Unimplemented)
 	for _, policy := range []string{"null", "column"} {
 		answers, _, err := s.exchange(t, encode(t, s.ticket(t, `,"nulls":"fail","on_error":"`+policy+`"`), listSchema,
 			rowsOf(1, 1, math.NaN())))
@@ -505,7 +518,7 @@ func TestRefusedStreams(t *testing.T) {
 			}
 		}
 	}
-	if c := s.runner.Counts(); c.Errors != 7+2 { // streams, four of which may come again, and rows
+	if c := s.runner.Counts(); c.Errors != 8+2 { // streams, four of which may come again, and rows
 		t.Errorf("the counts are %+v", c)
 	}
 }
@@ -545,10 +558,7 @@ func TestEngineFails(t *testing.T) {
 			if name == "panic" && s.logs.FilterMessage("panic").Len() != 1 {
 				t.Error("the log says nothing of the panic")
 			}
-			if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
-				len(answers) != 1 {
-				t.Errorf("the next stream: %d answers, %v", len(answers), err)
-			}
+			s.works(t)
 		})
 	}
 }
@@ -566,10 +576,7 @@ func TestClientLeaves(t *testing.T) {
 	for range 8 {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		cancels <- cancel
-		stream, err := s.client.DoExchange(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
+		stream := s.begin(ctx, t)
 		messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1), rowsOf(1, 2), rowsOf(1, 3), rowsOf(1, 4),
 			rowsOf(1, 5), rowsOf(1, 6), rowsOf(1, 7))
 		working.Go(func() {
@@ -603,24 +610,18 @@ func TestClientLeaves(t *testing.T) {
 		opened, closed := s.events.counts()
 		return opened == 8 && closed == 8
 	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
-		len(answers) != 1 {
-		t.Errorf("the next stream: %d answers, %v", len(answers), err)
-	}
+	s.works(t)
 }
 
 // TestLogsDoNotQuote lets TensorFlow quote a row in its error.
 func TestLogsDoNotQuote(t *testing.T) {
 	s := newService(t, func(int) error {
-		return fault.New(fault.BadRequest,
-			TensorFlowSays+"SECRET-4111 is no number")
+		return fault.New(fault.BadRequest, TensorFlowSays+"SECRET-4111 is no number")
 	})
 	_, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 1)))
 	wantStatus(t, err, codes.InvalidArgument, "SECRET-4111")
-	expect.Eventually(t, "the end of the call is logged", func() bool {
-		return s.logs.FilterMessage("call "+
-			"ended").Len() == 1
-	})
+	expect.Eventually(t, "the end of the call is logged",
+		func() bool { return s.logs.FilterMessage("call ended").Len() == 1 })
 	for _, line := range s.logs.All() {
 		for _, field := range line.Context {
 			if strings.Contains(field.String, "SECRET") {
@@ -687,9 +688,11 @@ func TestMalformedBatches(t *testing.T) {
 		"noise for header": func(m *flight.FlightData) { m.DataHeader = bytes.Repeat([]byte{0xa5}, len(m.DataHeader)) },
 		"half a header":    func(m *flight.FlightData) { m.DataHeader = m.DataHeader[:len(m.DataHeader)/2] },
 		"a second schema": func(m *flight.FlightData) {
-			m.DataHeader, m.DataBody = encode(t, nil,
-				listSchema)[0].DataHeader, nil
+			m.DataHeader, m.DataBody = encode(t, nil, listSchema)[0].DataHeader, nil
 		},
+		"no body":         func(m *flight.FlightData) { m.DataBody = nil },
+		"half a body":     func(m *flight.FlightData) { m.DataBody = m.DataBody[:len(m.DataBody)/2] },
+		"a shorter body":  func(m *flight.FlightData) { m.DataBody = m.DataBody[:len(m.DataBody)-8] },
 		"negative offset": func(m *flight.FlightData) { offsets(m.DataBody, 1<<31, 2, 4) },
 		"falling offsets": func(m *flight.FlightData) { offsets(m.DataBody, 0, 4, 2) },
 		"offset beyond":   func(m *flight.FlightData) { offsets(m.DataBody, 0, 2, 1<<30) },
@@ -700,30 +703,47 @@ func TestMalformedBatches(t *testing.T) {
 			damage(messages[2])
 			answers, _, err := s.exchange(t, messages)
 			wantStatus(t, err, codes.InvalidArgument)
+			if text := err.Error(); !strings.Contains(text, "record batch 1 cannot be read") &&
+				!strings.Contains(text, `column "c"`) {
+				t.Errorf("%q does not say what is malformed", text)
+			}
 			if len(answers) != 1 {
 				t.Errorf("%d batches were answered before the damage, want 1", len(answers))
 			}
 		})
 	}
-	t.Run("every byte of the header", func(t *testing.T) {
-		// Whatever the metadata says, the stream ends with an answer or an error of the caller, never of the server.
-		good := encode(t, command("{}"), listSchema, rowsOf(2, 2, 3))
-		for at := range good[1].DataHeader {
-			messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(2, 2, 3))
-			messages[1].DataHeader[at] ^= 0x13
-			_, _, err := s.exchange(t, messages)
-			if code := status.Code(err); err != nil && code != codes.InvalidArgument {
-				t.Errorf("byte %d of %d: %v", at, len(good[1].DataHeader), err)
+	// Whatever the metadata says, the stream ends with an answer or an error of the caller, never of the server.
+	header := encode(t, command("{}"), listSchema, rowsOf(2, 2, 3))[1].DataHeader
+	refused := func(at int, change func(header []byte)) bool {
+		messages := encode(t, s.ticket(t, ""), listSchema, rowsOf(2, 2, 3))
+		change(messages[1].DataHeader[at:])
+		_, _, err := s.exchange(t, messages)
+		if code := status.Code(err); err != nil && code != codes.InvalidArgument {
+			t.Errorf("byte %d of %d: %v", at, len(header), err)
+		}
+		return err != nil
+	}
+	for at := range header {
+		refused(at, func(header []byte) { header[0] ^= 0x13 })
+	}
+	for _, claim := range []int64{-1, 4, 1 << 20, 1 << 31, 1 << 40, 1 << 62, -1 << 63} {
+		lies := 0
+		for at := 0; at+8 <= len(header); at += 4 {
+			if said := binary.LittleEndian.Uint64(header[at:]); said == 0 || said > 1<<10 {
+				continue // neither a number of rows nor one of bytes
+			}
+			if refused(at, func(header []byte) { binary.LittleEndian.PutUint64(header, uint64(claim)) }) {
+				lies++
 			}
 		}
-		if n := s.logs.FilterMessage("panic").Len(); n != 0 {
-			t.Errorf("%d panics", n)
+		if lies < 4 { // of rows and buffers at least
+			t.Errorf("%d numbers of a header may be %d", lies, claim)
 		}
-	})
-	if answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, 5))); err != nil ||
-		len(answers) != 1 {
-		t.Errorf("the next stream: %d answers, %v", len(answers), err)
 	}
+	if n := s.logs.FilterMessage("panic").Len(); n != 0 {
+		t.Errorf("%d panics", n)
+	}
+	s.works(t)
 }
 
 // TestOneStreamTooMany opens as many streams as a runner takes, and one more.
@@ -732,35 +752,17 @@ func TestOneStreamTooMany(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var open []flight.FlightService_DoExchangeClient
 	for range MaxStreams {
-		stream, err := s.client.DoExchange(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range encode(t, s.ticket(t, ""), listSchema) {
-			if err := stream.Send(m); err != nil {
-				t.Fatal(err)
-			}
-		}
+		stream := s.begin(ctx, t, encode(t, s.ticket(t, ""), listSchema)...)
 		if _, err := stream.Recv(); err != nil { // the schema: it is open
 			t.Fatal(err)
 		}
 		open = append(open, stream)
 	}
 	for range 2 * MaxStreams { // whoever has no ticket takes no place
-		if _, err := s.client.DoExchange(ctx); err != nil {
-			t.Fatal(err)
-		}
+		s.begin(ctx, t)
 	}
-	stream, err := s.client.DoExchange(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, m := range encode(t, s.ticket(t, ""), listSchema) {
-		if err := stream.Send(m); err != nil {
-			t.Fatal(err)
-		}
-	}
-	_, err = stream.Recv()
+	stream := s.begin(ctx, t, encode(t, s.ticket(t, ""), listSchema)...)
+	_, err := stream.Recv()
 	wantStatus(t, err, codes.Unavailable, "256 streams", "1000 ms")
 	if got := stream.Trailer().Get("retry-after-ms"); len(got) != 1 || got[0] != "1000" {
 		t.Errorf("the trailer says %q", got)
@@ -775,32 +777,9 @@ func TestOneStreamTooMany(t *testing.T) {
 	})
 	cancel()
 	expect.Eventually(t, "all streams have ended", func() bool {
-		opened,
-			closed := s.events.counts()
+		opened, closed := s.events.counts()
 		return opened == closed
 	})
-}
-
-func TestManyStreamsAtOnce(t *testing.T) {
-	s := newService(t, nil)
-	var working sync.WaitGroup
-	for i := range 16 {
-		working.Go(func() {
-			answers, _, err := s.exchange(t, encode(t, s.ticket(t, ""), listSchema, rowsOf(1, float64(i)), rowsOf(1,
-				float64(-i))))
-			if err != nil || len(answers) != 2 || answers[1].rec.Column(0).(*array.Float32).Value(0) != float32(-i) {
-				t.Errorf("stream %d: %d answers, %v", i, len(answers), err)
-			}
-		})
-	}
-	working.Wait()
-}
-
-func TestListenRefusesLongPaths(t *testing.T) {
-	_, err := Listen("/"+strings.Repeat("a", 200), zap.NewNop())
-	if err == nil || !strings.Contains(err.Error(), "107 bytes") {
-		t.Errorf("listening on too long a path: %v", err)
-	}
 }
 
 func TestListenReplacesSocketsAlone(t *testing.T) {
@@ -818,81 +797,11 @@ func TestListenReplacesSocketsAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = second.Close()
-	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	expect.Write(t, path, "precious")
 	if _, err := Listen(path, zap.NewNop()); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("listening in place of a file: %v", err)
 	}
 	if data, err := os.ReadFile(path); string(data) != "precious" {
 		t.Errorf("the file holds %q, %v", data, err)
 	}
-}
-
-// TestOtherUsersAreRefused connects as another user through folders and modes that would let it.
-func TestOtherUsersAreRefused(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("skipped: needs root")
-	}
-	dir := socketDir(t)
-	path := filepath.Join(dir, "s.sock")
-	core, logs := observer.New(zapcore.WarnLevel)
-	listener, err := Listen(path, zap.New(core))
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted := make(chan error, 1)
-	go func() {
-		conn, err := listener.Accept()
-		if err == nil {
-			_, err = io.WriteString(conn, "hello")
-			_ = conn.Close()
-		}
-		accepted <- err
-	}()
-	for _, p := range []string{dir, path} {
-		if err := os.Chmod(p, 0o777); err != nil {
-			t.Fatal(err)
-		}
-	}
-	read := func(uid int) (string, error) {
-		type result struct {
-			text string
-			err  error
-		}
-		done := make(chan result, 1)
-		go func() {
-			runtime.LockOSThread() // and never unlock: the thread, which has another user now, ends with the goroutine
-			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), uintptr(uid), ^uintptr(0)); errno != 0 {
-				done <- result{err: errno}
-				return
-			}
-			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
-			if err == nil {
-				defer func() { _ = unix.Close(fd) }()
-				err = unix.Connect(fd, &unix.SockaddrUnix{Name: path})
-			}
-			text := make([]byte, 16)
-			n := 0
-			if err == nil {
-				n, err = unix.Read(fd, text)
-			}
-			done <- result{string(text[:max(n, 0)]), err}
-		}()
-		r := <-done
-		return r.text, r.err
-	}
-	if text, err := read(65534); text != "" || err != nil && !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("user 65534 read %q, %v", text, err)
-	}
-	if got := logs.FilterMessage("connection of another user refused").Len(); got != 1 {
-		t.Errorf("the log has %d lines of it", got)
-	}
-	if text, err := read(os.Geteuid()); text != "hello" || err != nil {
-		t.Errorf("the same user read %q, %v", text, err)
-	}
-	if err := <-accepted; err != nil {
-		t.Error(err)
-	}
-	_ = listener.Close()
 }

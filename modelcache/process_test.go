@@ -144,13 +144,19 @@ func newCache(t *testing.T, mode string, change func(*Options)) (*Cache, reposit
 			t.Errorf("the folder holds %v, %v", entries, err)
 		}
 		_ = os.RemoveAll(folder)
-		for _, pid := range pids(t, model) {
-			if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
-				t.Errorf("runner %d is still there: %v", pid, err)
-			}
-		}
+		allEnded(t, model)
 	})
 	return cache, model
+}
+
+// allEnded fails the test if a process that was started for a model is still there.
+func allEnded(t *testing.T, model repository.Model) {
+	t.Helper()
+	for _, pid := range pids(t, model) {
+		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("runner %d is still there: %v", pid, err)
+		}
+	}
 }
 
 // pids returns the processes that were started for a model.
@@ -208,8 +214,7 @@ func TestLoadFails(t *testing.T) {
 		kind   fault.Kind
 		parts  []string
 	}{
-		"dies": {nil, fault.Internal, []string{"model m", "its runner ended while loading (exit status 3)",
-			"log"}},
+		"dies":     {nil, fault.Internal, []string{"model m", "its runner ended while loading (exit status 3)", "log"}},
 		"mute":     {nil, fault.Internal, []string{"model m", "its runner ended while loading (signal: killed)"}},
 		"explains": {nil, fault.BadRequest, []string{"model m cannot be loaded: whywhy"}},
 		"refuses":  {nil, fault.BadRequest, []string{"model m cannot be loaded: truncated"}},
@@ -218,10 +223,8 @@ func TestLoadFails(t *testing.T) {
 		"hangs": {func(o *Options) { o.LoadTimeout = 200 * time.Millisecond }, fault.Deadline,
 			[]string{"model m: not loaded within 200ms (load-timeout)"}},
 		"no library": {func(o *Options) {
-			o.Runners.(*Programs).Library = func(context.Context) (string, error) {
-				return "",
-					errors.New("run pip install")
-			}
+			failing := func(context.Context) (string, error) { return "", errors.New("run pip install") }
+			o.Runners.(*Programs).Library = failing
 		}, fault.Precondition, []string{"model m: run pip install"}},
 		"no binary": {func(o *Options) { o.Runners.(*Programs).Binary = "/nope/flightsvc-runner" }, fault.Precondition,
 			[]string{"model m: start /nope/flightsvc-runner"}},
@@ -235,11 +238,7 @@ func TestLoadFails(t *testing.T) {
 				status[0].State != StateFailed {
 				t.Errorf("after a failure the status is %+v", status)
 			}
-			for _, pid := range pids(t, model) {
-				if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
-					t.Errorf("runner %d is still there: %v", pid, err)
-				}
-			}
+			allEnded(t, model)
 			if mode == "dies" || mode == "refuses" { // a failure does not stand in the way of another try
 				behaveAs(t, cache.options.Runners.(*Programs).Binary, "good")
 				if _, err := cache.Ready(context.Background(), model, ""); err != nil {
@@ -318,15 +317,11 @@ func TestRunnerEnvironment(t *testing.T) {
 
 func TestLibraryFolders(t *testing.T) {
 	site := t.TempDir() // another environment's site-packages
-	for _, folder := range []string{"tensorflow", "nvidia/cudnn/lib", "nvidia/cublas/lib", "nvidia/cuda_nvcc/bin"} {
-		if err := os.MkdirAll(filepath.Join(site, folder), 0o700); err != nil {
-			t.Fatal(err)
-		}
+	for _, file := range []string{"tensorflow/" + LibraryFile, "nvidia/cudnn/lib/a", "nvidia/cublas/lib/a",
+		"nvidia/cuda_nvcc/bin/a"} {
+		expect.Write(t, filepath.Join(site, file), "")
 	}
 	library := filepath.Join(site, "tensorflow")
-	if err := os.WriteFile(filepath.Join(library, LibraryFile), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	links := t.TempDir()
 	if err := os.Symlink(filepath.Join(library, LibraryFile), filepath.Join(links, LibraryFile)); err != nil {
 		t.Fatal(err)

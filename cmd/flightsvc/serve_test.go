@@ -35,6 +35,7 @@ import (
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/rundir"
 )
@@ -173,7 +174,7 @@ func (p place) detached(t *testing.T, cmd *exec.Cmd) *process {
 	}
 	f := &process{place: p, stderr: &stderr}
 	f.greet(t, line)
-	front := f.process(t)
+	front := processOf(t, f.PID)
 	t.Cleanup(func() {
 		if front.Alive() {
 			_ = syscall.Kill(front.PID, syscall.SIGKILL)
@@ -187,11 +188,6 @@ func (f *process) greet(t *testing.T, line []byte) {
 	if err := json.Unmarshal(line, &f.hello); err != nil {
 		t.Fatalf("the handshake is %q; standard error says %s", line, f.stderr)
 	}
-	f.connect(t)
-}
-
-func (f *process) connect(t *testing.T) {
-	t.Helper()
 	f.conn = dial(t, f.Endpoint)
 	f.client = flight.NewFlightServiceClient(f.conn)
 }
@@ -211,10 +207,10 @@ func dial(t *testing.T, endpoint string) *grpc.ClientConn {
 	return conn
 }
 
-// process names the front beyond the reuse of its id.
-func (f *process) process(t *testing.T) rundir.Process {
+// processOf names a process beyond the reuse of its id.
+func processOf(t *testing.T, pid int) rundir.Process {
 	t.Helper()
-	p, err := rundir.Of(f.PID)
+	p, err := rundir.Of(pid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,6 +226,14 @@ func (f *process) wait(t *testing.T) int {
 	case <-time.After(20 * time.Second):
 		t.Fatalf("the front does not end; its log says %s", f.stderr)
 		return 0
+	}
+}
+
+// ends waits for the end of the front, which must have this exit code and leave nothing in the run-dir.
+func (f *process) ends(t *testing.T, code int) {
+	t.Helper()
+	if got := f.wait(t); got != code || !f.place.empty() {
+		t.Errorf("ended with %d: %s", got, f.stderr)
 	}
 }
 
@@ -271,6 +275,15 @@ func (f *process) status(t *testing.T) protocol.Status {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// mustBeReady fails the test unless the front says that it is ready.
+func (f *process) mustBeReady(t *testing.T) {
+	t.Helper()
+	var ready struct{ Ready bool }
+	if err := f.act(t, "server.ready", "", &ready); err != nil || !ready.Ready {
+		t.Errorf("ready is %t, %v", ready.Ready, err)
+	}
 }
 
 // info asks for a stream, with more fields in the descriptor.
@@ -328,42 +341,15 @@ func TestServe(t *testing.T) {
 	if err != nil || healthy.Status != healthpb.HealthCheckResponse_SERVING {
 		t.Errorf("health is %v, %v", healthy, err)
 	}
-	var ready struct{ Ready bool }
-	for _, body := range []string{"", "{}"} {
-		if err := f.act(t, "server.ready", body, &ready); err != nil || !ready.Ready {
-			t.Errorf("ready is %t, %v", ready.Ready, err)
-		}
-	}
+	f.mustBeReady(t)
 	s := f.status(t)
 	if s.Flightsvc != f.Flightsvc || s.Build != f.Build || s.V != 1 || !strings.HasSuffix(s.Server, fmt.Sprint(":",
 		f.PID)) || len(s.Models) != 0 {
 		t.Errorf("the status is %+v", s)
 	}
-	err = f.act(t, "nope", "", nil)
-	wantStatus(t, err, codes.Unimplemented, `no action "nope"`, "ListActions")
-	actions, err := f.client.ListActions(within(t, 10*time.Second), &flight.Empty{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for {
-		action, err := actions.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		names = append(names, action.Type)
-	}
-	if slices.Sort(names); strings.Join(names, " ") != "model.load model.metadata model.ready model.tune model.unload "+
-		"repository.index server.ready server.shutdown status" {
-		t.Errorf("the actions are %v", names)
-	}
+	wantStatus(t, f.act(t, "nope", "", nil), codes.Unimplemented, `no action "nope"`, "ListActions")
 	f.signal(t, syscall.SIGTERM)
-	if code := f.wait(t); code != 0 || !p.empty() {
-		t.Errorf("ended with %d: %s", code, f.stderr)
-	}
+	f.ends(t, 0)
 }
 
 // TestReflection asks a front and its runner which services they have.
@@ -378,32 +364,28 @@ func TestReflection(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ask := &reflectionpb.ServerReflectionRequest{
+		ask := func(request *reflectionpb.ServerReflectionRequest) *reflectionpb.ServerReflectionResponse {
+			if err := stream.Send(request); err != nil {
+				t.Fatal(err)
+			}
+			answer, err := stream.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return answer
+		}
+		const service = "arrow.flight.protocol.FlightService"
+		services := ask(&reflectionpb.ServerReflectionRequest{
 			MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{},
+		}).GetListServicesResponse()
+		if !strings.Contains(services.String(), service) {
+			t.Errorf("the services are %v", services)
 		}
-		if err := stream.Send(ask); err != nil {
-			t.Fatal(err)
-		}
-		answer, err := stream.Recv()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var names []string
-		for _, service := range answer.GetListServicesResponse().GetService() {
-			names = append(names, service.GetName())
-		}
-		if !slices.Contains(names, "arrow.flight.protocol.FlightService") {
-			t.Errorf("the services are %v", names)
-		}
-		ask.MessageRequest = &reflectionpb.ServerReflectionRequest_FileContainingSymbol{
-			FileContainingSymbol: "arrow.flight.protocol.FlightService",
-		}
-		if err := stream.Send(ask); err != nil {
-			t.Fatal(err)
-		}
-		if answer, err = stream.Recv(); err != nil ||
-			len(answer.GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
-			t.Errorf("its definition is %v, %v", answer, err)
+		definition := ask(&reflectionpb.ServerReflectionRequest{
+			MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: service},
+		}).GetFileDescriptorResponse()
+		if len(definition.GetFileDescriptorProto()) == 0 {
+			t.Errorf("its definition is %v", definition)
 		}
 	}
 }
@@ -422,6 +404,8 @@ func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 		t.Errorf("the metadata is %s", got)
 	}
 	wantStatus(t, f.act(t, "model.metadata", `{"model":"nope"}`, &meta), codes.NotFound, "model nope", "no folder")
+	wantStatus(t, f.act(t, "model.metadata", `{"model":"."}`, &meta), codes.InvalidArgument,
+		"one folder below the model-root")
 	wantStatus(t, f.act(t, "model.metadata", `{}`, &meta), codes.InvalidArgument, `{"model":"name"}`)
 
 	result, err := f.client.GetSchema(within(t, 10*time.Second), descriptor("two",
@@ -439,9 +423,6 @@ func TestWhatAFrontKnowsWithoutLoading(t *testing.T) {
 	if !schema.Equal(want) {
 		t.Errorf("the schema is %s", schema)
 	}
-	_, err = f.client.GetSchema(within(t, 10*time.Second), descriptor("two", `,"outputs":{"nope":"s"}`))
-	wantStatus(t, err, codes.InvalidArgument, "model two, signature serving_default", `no output "nope"`,
-		`"sum" float32 [?,5]`)
 	if s := f.status(t); len(s.Models) != 0 {
 		t.Errorf("models were loaded: %+v", s.Models)
 	}
@@ -452,10 +433,7 @@ func TestServeRefuses(t *testing.T) {
 	if err := gone.Run(); err != nil {
 		t.Fatal(err)
 	}
-	self, err := rundir.Of(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
+	self := processOf(t, os.Getpid())
 	for name, c := range map[string]struct {
 		args  []string
 		parts []string
@@ -522,10 +500,7 @@ func TestFrontEndsWithItsOwner(t *testing.T) {
 			}
 			defer func() { _ = owner.Wait() }()
 			defer func() { _ = owner.Process.Kill() }()
-			named, err := rundir.Of(owner.Process.Pid)
-			if err != nil {
-				t.Fatal(err)
-			}
+			named := processOf(t, owner.Process.Pid)
 			cmd := p.command("serve", "--owner", fmt.Sprintf("%d:%d", named.PID, named.Start))
 			var f *process
 			if detach {
@@ -544,13 +519,9 @@ func TestFrontEndsWithItsOwner(t *testing.T) {
 			if _, err := f.info(t, modelOf("mlp"), ""); err != nil { // with a runner
 				t.Fatal(err)
 			}
-			front := f.process(t)
-			runner, err := rundir.Of(f.status(t).Models[0].PID)
-			if err != nil {
-				t.Fatal(err)
-			}
-			temporary := os.TempDir()
-			private, err := os.MkdirTemp(temporary, "flightsvc-driver-"+nameOf(named)+"-")
+			front := processOf(t, f.PID)
+			runner := processOf(t, f.status(t).Models[0].PID)
+			private, err := os.MkdirTemp("", "flightsvc-driver-"+nameOf(named)+"-")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -594,10 +565,7 @@ func TestChild(t *testing.T) {
 	if about.Executor != "3" || !strings.HasPrefix(about.Server, "executor 3 ") {
 		t.Errorf("the status is %+v", about)
 	}
-	runner, err := rundir.Of(about.Models[0].PID)
-	if err != nil {
-		t.Fatal(err)
-	}
+	runner := processOf(t, about.Models[0].PID)
 	var total protocol.Totals
 	for total.Rows < 4 && lines.Scan() {
 		if err := json.Unmarshal(lines.Bytes(), &total); err != nil {
@@ -652,10 +620,7 @@ func TestDetach(t *testing.T) {
 	if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 		t.Fatal(err)
 	}
-	var ready struct{ Ready bool }
-	if err := f.act(t, "server.ready", "", &ready); err != nil || !ready.Ready {
-		t.Fatalf("after its starter has ended: %t, %v", ready.Ready, err)
-	}
+	f.mustBeReady(t)
 	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", f.PID))
 	if err != nil {
 		t.Fatal(err)
@@ -696,27 +661,23 @@ func TestDetach(t *testing.T) {
 	if text, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(text), `"serving"`) {
 		t.Errorf("the log is %q, %v", text, err)
 	}
-	front := f.process(t)
+	front := processOf(t, f.PID)
 	var draining struct{ Draining bool }
 	if err := f.act(t, "server.shutdown", "", &draining); err != nil || !draining.Draining {
 		t.Errorf("shutting down: %t, %v", draining.Draining, err)
 	}
-	eventually(t, 5*time.Second, "the front has ended and left nothing", func() bool {
-		return !front.Alive() &&
-			p.empty()
-	})
+	eventually(t, 5*time.Second, "the front has ended and left nothing",
+		func() bool { return !front.Alive() && p.empty() })
 }
 
 func TestIdleFrontEnds(t *testing.T) {
 	p := newPlace(t)
 	started := time.Now()
 	f := p.detached(t, p.command("serve", "--detach=true", "--idle-timeout", "1s"))
-	front := f.process(t)
+	front := processOf(t, f.PID)
 	_ = f.conn.Close()
-	eventually(t, 10*time.Second, "the front has ended and left nothing", func() bool {
-		return !front.Alive() &&
-			p.empty()
-	})
+	eventually(t, 10*time.Second, "the front has ended and left nothing",
+		func() bool { return !front.Alive() && p.empty() })
 	if took := time.Since(started); took < time.Second {
 		t.Errorf("it ended after %s", took)
 	}
@@ -725,14 +686,8 @@ func TestIdleFrontEnds(t *testing.T) {
 func TestOldLogsGo(t *testing.T) {
 	p := newPlace(t)
 	dir := filepath.Join(p.home, ".local", "state", "flightsvc", "log")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
 	for i := range 25 {
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("front-20200101T0000%02d.000-1.log", i)), nil,
-			0o600); err != nil {
-			t.Fatal(err)
-		}
+		expect.Write(t, filepath.Join(dir, fmt.Sprintf("front-20200101T0000%02d.000-1.log", i)), "")
 	}
 	p.detached(t, p.command("serve", "--detach"))
 	left, err := filepath.Glob(filepath.Join(dir, "front-*.log"))
@@ -751,20 +706,13 @@ func TestSettingsPrecedence(t *testing.T) {
 	}
 	root := func(version string) string {
 		dir := filepath.Join(roots, version)
-		if err := os.MkdirAll(filepath.Join(dir, "m", version), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(dir, "m", version, "saved_model.pb"), pb, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		expect.Write(t, filepath.Join(dir, "m", version, "saved_model.pb"), string(pb))
 		return dir
 	}
 	config := filepath.Join(roots, "config.json")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `{"model_root":%q}`, root("2")), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	flag, variable, file := []string{"--model-root", root("4")}, "FLIGHTSVC_MODEL_ROOT="+root("3"), []string{"--config",
-		config}
+	expect.Write(t, config, fmt.Sprintf(`{"model_root":%q}`, root("2")))
+	variable := "FLIGHTSVC_MODEL_ROOT=" + root("3")
+	flag, file := []string{"--model-root", root("4")}, []string{"--config", config}
 	for _, c := range []struct {
 		name string
 		args []string
@@ -815,11 +763,13 @@ func TestWithoutLibtensorflow(t *testing.T) {
 			cmd := p.command("serve")
 			cmd.Env = append([]string{"HOME=" + p.home, "FLIGHTSVC_RUN_DIR=" + p.run}, c.env...)
 			f := p.start(t, cmd)
-			_, err := f.info(t, modelOf("mlp"), "")
-			wantStatus(t, err, codes.FailedPrecondition, c.parts...)
-			var ready struct{ Ready bool }
-			if err := f.act(t, "server.ready", "", &ready); err != nil || !ready.Ready {
-				t.Errorf("afterwards: %t, %v", ready.Ready, err)
+			for range 2 {
+				_, err := f.info(t, modelOf("mlp"), "")
+				wantStatus(t, err, codes.FailedPrecondition, c.parts...)
+			}
+			f.mustBeReady(t)
+			if s := f.status(t); len(s.Models) != 0 {
+				t.Errorf("the models are %+v", s.Models)
 			}
 		})
 	}
@@ -848,6 +798,27 @@ func open(t *testing.T, client flight.FlightServiceClient, cmd []byte) *stream {
 	s.writer = flight.NewRecordWriter(s, ipc.WithSchema(ints))
 	s.writer.SetFlightDescriptor(&flight.FlightDescriptor{Type: flight.DescriptorCMD, Cmd: cmd})
 	return s
+}
+
+// openAtRunner opens a stream with the model ints at its runner, and runs a row there.
+func (f *process) openAtRunner(t *testing.T) *stream {
+	t.Helper()
+	info, err := f.info(t, modelOf("ints"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	endpoint := info.Endpoint[0]
+	s := open(t, flight.NewFlightServiceClient(dial(t, endpoint.Location[0].Uri)), endpoint.Ticket.Ticket)
+	s.run(1)
+	f.knowsStreams(t, 1)
+	return s
+}
+
+// knowsStreams waits until the front knows how many streams its model has.
+func (f *process) knowsStreams(t *testing.T, streams int) {
+	t.Helper()
+	eventually(t, 5*time.Second, fmt.Sprintf("the front knows of %d streams", streams),
+		func() bool { return f.status(t).Models[0].Streams == streams })
 }
 
 // Send is part of flight.DataStreamWriter.
@@ -915,11 +886,9 @@ func TestRedirectAndRelay(t *testing.T) {
 	s := open(t, runner, endpoint.Ticket.Ticket)
 	s.run(1, 2, 3)
 	s.run(math.MaxInt32)
-	eventually(t, 5*time.Second, "the front knows of the "+
-		"stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	f.knowsStreams(t, 1)
 	s.end()
-	eventually(t, 5*time.Second, "the front knows of its "+
-		"end", func() bool { return f.status(t).Models[0].Streams == 0 })
+	f.knowsStreams(t, 0)
 
 	again := open(t, runner, endpoint.Ticket.Ticket)
 	if err := again.writer.Close(); err != nil {
@@ -949,15 +918,7 @@ func TestRedirectAndRelay(t *testing.T) {
 func TestDrain(t *testing.T) {
 	p := newPlace(t)
 	f := p.serve(t, "--drain-timeout", "30s")
-	info, err := f.info(t, modelOf("ints"), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
-		info.Endpoint[0].Ticket.Ticket)
-	s.run(1)
-	eventually(t, 5*time.Second, "the front knows of the "+
-		"stream", func() bool { return f.status(t).Models[0].Streams == 1 })
+	s := f.openAtRunner(t)
 	f.signal(t, syscall.SIGTERM)
 	eventually(t, 5*time.Second, "the front takes no more requests", func() bool {
 		_, err := f.info(t, modelOf("ints"), "")
@@ -967,36 +928,24 @@ func TestDrain(t *testing.T) {
 		s.run(2) // the stream goes on
 	}
 	s.end()
-	if code := f.wait(t); code != 0 || !p.empty() {
-		t.Errorf("ended with %d: %s", code, f.stderr)
-	}
+	f.ends(t, 0)
 }
 
 func TestDrainIsBounded(t *testing.T) {
-	for name, end := range map[string]func(*process){
-		"by the timeout":       func(f *process) { f.signal(t, syscall.SIGTERM) },
-		"by the second signal": func(f *process) { f.signal(t, syscall.SIGINT); f.signal(t, syscall.SIGTERM) },
+	for name, c := range map[string]struct {
+		bound   string
+		signals []os.Signal
+	}{
+		"by the timeout":       {"300ms", []os.Signal{syscall.SIGTERM}},
+		"by the second signal": {"1h", []os.Signal{syscall.SIGINT, syscall.SIGTERM}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := newPlace(t)
-			bound := "300ms"
-			if name != "by the timeout" {
-				bound = "1h"
+			f := newPlace(t).serve(t, "--drain-timeout", c.bound)
+			f.openAtRunner(t)
+			for _, signal := range c.signals {
+				f.signal(t, signal)
 			}
-			f := p.serve(t, "--drain-timeout", bound)
-			info, err := f.info(t, modelOf("ints"), "")
-			if err != nil {
-				t.Fatal(err)
-			}
-			s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
-				info.Endpoint[0].Ticket.Ticket)
-			s.run(1)
-			eventually(t, 5*time.Second, "the front knows of the stream",
-				func() bool { return f.status(t).Models[0].Streams == 1 })
-			end(f)
-			if code := f.wait(t); code != 0 || !p.empty() {
-				t.Errorf("ended with %d: %s", code, f.stderr)
-			}
+			f.ends(t, 0)
 		})
 	}
 }
@@ -1029,7 +978,7 @@ func TestFrontEndsWhateverHangs(t *testing.T) {
 	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
 	f.signal(t, syscall.SIGTERM)
 	if code := f.wait(t); code != exitFailed || !p.empty() || !strings.Contains(f.stderr.String(),
-		"something does not end") {
+		"the shutdown hangs") {
 		t.Errorf("ended with %d: %s", code, f.stderr)
 	}
 }
@@ -1039,13 +988,6 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	p := newPlace(t)
 	cache := filepath.Join(p.home, "pushed")
 	f := p.serve(t, "--drain-timeout", "100ms", "--cache-dir", cache)
-	arriving := func() []string {
-		list, err := filepath.Glob(filepath.Join(cache, "models", ".*", "saved_model.pb"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return list
-	}
 	wire, err := f.client.DoPut(within(t, 20*time.Second))
 	if err != nil {
 		t.Fatal(err)
@@ -1067,7 +1009,10 @@ func TestEndingFrontLeavesNoHalfPush(t *testing.T) {
 	if err := writer.Write(rec); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "the model arrives", func() bool { return len(arriving()) == 1 })
+	eventually(t, 10*time.Second, "the model arrives", func() bool {
+		list, err := filepath.Glob(filepath.Join(cache, "models", ".*", "saved_model.pb"))
+		return err == nil && len(list) == 1
+	})
 	f.signal(t, syscall.SIGTERM)
 	if code := f.wait(t); code != 0 {
 		t.Errorf("exit code %d: %s", code, f.stderr)
@@ -1085,10 +1030,7 @@ func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {
 	if _, err := f.info(t, modelOf("mlp"), ""); err != nil {
 		t.Fatal(err)
 	}
-	runner, err := rundir.Of(f.status(t).Models[0].PID)
-	if err != nil {
-		t.Fatal(err)
-	}
+	runner := processOf(t, f.status(t).Models[0].PID)
 	f.signal(t, syscall.SIGKILL)
 	f.wait(t)
 	eventually(t, 5*time.Second, "the runner is gone", func() bool { return !runner.Alive() })
@@ -1098,51 +1040,6 @@ func TestKilledFrontTakesItsRunnersAlong(t *testing.T) {
 	socket, _ := protocol.SocketPath(next.Endpoint)
 	if err != nil || len(entries) != 1 || entries[0].Name() != filepath.Base(filepath.Dir(socket)) {
 		t.Errorf("the run-dir holds %v, %v", entries, err)
-	}
-}
-
-func TestKilledRunnerIsReplaced(t *testing.T) {
-	p := newPlace(t)
-	f := p.serve(t)
-	info, err := f.info(t, modelOf("ints"), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := open(t, flight.NewFlightServiceClient(dial(t, info.Endpoint[0].Location[0].Uri)),
-		info.Endpoint[0].Ticket.Ticket)
-	s.run(1)
-	first := f.status(t).Models[0].PID
-	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	if s.reader.Next() || status.Code(s.reader.Err()) != codes.Unavailable {
-		t.Errorf("the stream ended with %v", s.reader.Err())
-	}
-	eventually(t, 5*time.Second, "the front knows", func() bool { return len(f.status(t).Models) == 0 })
-	again := open(t, f.client, descriptor(modelOf("ints"), "").Cmd)
-	again.run(2)
-	again.end()
-	if second := f.status(t).Models[0].PID; second == first {
-		t.Errorf("process %d is said to serve still", first)
-	}
-}
-
-func TestBrokenModels(t *testing.T) {
-	p := newPlace(t)
-	truncated, empty := filepath.Join(t.TempDir(), "truncated"), t.TempDir()
-	if err := os.CopyFS(truncated, os.DirFS(modelOf("mlp"))); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(filepath.Join(truncated, "variables", "variables.data-00000-of-00001"), 1000); err != nil {
-		t.Fatal(err)
-	}
-	f := p.serve(t)
-	_, err := f.info(t, truncated, "")
-	wantStatus(t, err, codes.Internal, "model "+truncated, "cannot be loaded", "Read less bytes than requested")
-	_, err = f.info(t, empty, "")
-	wantStatus(t, err, codes.NotFound, "model "+empty, "saved_model.pb")
-	if _, err := f.info(t, modelOf("mlp"), ""); err != nil {
-		t.Errorf("a good model afterwards: %v", err)
 	}
 }
 

@@ -24,7 +24,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -82,8 +81,8 @@ var folder string
 
 // ask runs the oracle, once, and returns its cases.
 var ask = sync.OnceValues(func() (cases []oracle, err error) {
-	python := filepath.Join(repositoryRoot(), ".venv/bin/python")
-	if output, err := exec.Command(python, "testdata/oracle.py", folder).CombinedOutput(); err != nil {
+	oracle := exec.Command("../../.venv/bin/python", "testdata/oracle.py", folder)
+	if output, err := oracle.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("TensorFlow in Python must preprocess the pictures first: %w\n%s", err, output)
 	}
 	text, err := os.ReadFile(filepath.Join(folder, "cases.json"))
@@ -457,9 +456,8 @@ func TestExplain(t *testing.T) {
 	h := header{format: "PNG", width: 3, height: 2}
 	for _, code := range []tensorflow.Code{tensorflow.InvalidArgument, tensorflow.ResourceExhausted,
 		tensorflow.Internal} {
-		err := explain(h,
-			&tensorflow.Error{Code: code,
-				Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
+		err := explain(h, &tensorflow.Error{Code: code,
+			Message: "{{function_node __wrapped__Resize}} OOM when allocating [[{{node Root/Resize}}]]\n\t more"})
 		if !isInvalid(err) ||
 			err.(*tensorflow.Error).Message != "a PNG picture of 3x2 cannot be decoded: OOM when allocating" {
 			t.Errorf("%v: %v", code, err)
@@ -475,9 +473,9 @@ func TestExplain(t *testing.T) {
 
 // TestBytesLimit refuses a file for its length, whatever it is.
 func TestBytesLimit(t *testing.T) {
-	rocket := read(t, "rocket.jpg")
-	g := newGraph(t, square, NewBudget(Limits{Pixels: limits.Pixels, Bytes: int64(len(rocket)) - 1, Working: 1 << 30}))
-	err := g.Run(t.Context(), tensor.Picture{Data: rocket}, make([]byte, square.Bytes()))
+	rocket := picture(t, "rocket.jpg")
+	few := Limits{Pixels: limits.Pixels, Bytes: int64(len(rocket.Data)) - 1, Working: 1 << 30}
+	err := newGraph(t, square, NewBudget(few)).Run(t.Context(), rocket, make([]byte, square.Bytes()))
 	if !isInvalid(err) || !strings.Contains(err.Error(), "the maximum is") {
 		t.Errorf("got %v", err)
 	}
@@ -652,12 +650,13 @@ func TestBadSpecs(t *testing.T) {
 // TestConcurrent runs one Graph from several goroutines, good pictures among bad.
 func TestConcurrent(t *testing.T) {
 	g := newGraph(t, square, NewBudget(limits))
-	pictures := [][]byte{read(t, "rocket.jpg"), read(t, "chelsea.png"), []byte("neither"),
-		read(t, "camera.png"), read(t, "made_film.gif"), read(t, "made_palette.bmp"), read(t, "made_turned_6.jpg")}
+	pictures := []tensor.Picture{picture(t, "rocket.jpg"), picture(t, "chelsea.png"), {Data: []byte("neither")},
+		picture(t, "camera.png"), picture(t, "made_film.gif"), picture(t, "made_palette.bmp"),
+		picture(t, "made_turned_6.jpg")}
 	want := make([][]byte, len(pictures))
 	for i, p := range pictures {
 		want[i] = make([]byte, 224*224*3*4)
-		if err := g.Run(t.Context(), tensor.Picture{Data: p}, want[i]); (err != nil) != (i == 2) {
+		if err := g.Run(t.Context(), p, want[i]); (err != nil) != (i == 2) {
 			t.Fatal(err)
 		}
 	}
@@ -668,14 +667,14 @@ func TestConcurrent(t *testing.T) {
 			dst := make([]byte, 224*224*3*4)
 			for i := range 25 {
 				p := (worker + i) % len(pictures)
-				if err := g.Run(t.Context(), tensor.Picture{Data: pictures[p]}, dst); (err != nil) != (p == 2) {
+				if err := g.Run(t.Context(), pictures[p], dst); (err != nil) != (p == 2) {
 					t.Errorf("picture %d: %v", p, err)
 				}
 				if p != 2 && !bytes.Equal(dst, want[p]) {
 					t.Errorf("picture %d differs", p)
 				}
-				if made, err := d.Run(t.Context(), tensor.Picture{Data: pictures[p]}, 50,
-					60); (err != nil) != (p == 2) || p != 2 && made.Height != 50 {
+				made, err := d.Run(t.Context(), pictures[p], 50, 60)
+				if (err != nil) != (p == 2) || p != 2 && made.Height != 50 {
 					t.Errorf("picture %d: %v", p, err)
 				}
 			}
@@ -685,7 +684,7 @@ func TestConcurrent(t *testing.T) {
 	if err := g.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := g.Run(t.Context(), tensor.Picture{Data: pictures[0]}, make([]byte, 224*224*3*4)); err == nil {
+	if err := g.Run(t.Context(), pictures[0], make([]byte, 224*224*3*4)); err == nil {
 		t.Error("a closed graph ran")
 	}
 }
@@ -757,64 +756,30 @@ func FuzzFrame(f *testing.F) {
 	})
 }
 
-func BenchmarkRun(b *testing.B) {
-	picture, err := png.Decode(bytes.NewReader(read(b, "chelsea.png")))
-	if err != nil {
-		b.Fatal(err)
-	}
-	var encoded bytes.Buffer
-	if err := jpeg.Encode(&encoded, picture, &jpeg.Options{Quality: 90}); err != nil {
-		b.Fatal(err)
-	}
-	g := newGraph(b, square, NewBudget(limits))
-	for _, goroutines := range []int{1, 2} {
-		b.Run(fmt.Sprintf("JPEG=451x300/goroutines=%d", goroutines), func(b *testing.B) {
-			var left atomic.Int64
-			left.Store(int64(b.N))
-			var wg sync.WaitGroup
-			for range goroutines {
-				wg.Go(func() {
-					dst := make([]byte, 224*224*3*4)
-					for left.Add(-1) >= 0 {
-						if err := g.Run(b.Context(), tensor.Picture{Data: encoded.Bytes()}, dst); err != nil {
-							b.Error(err)
-							return
-						}
-					}
-				})
-			}
-			wg.Wait()
-			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "images/s")
-		})
-	}
-}
-
 func newGraph(t testing.TB, spec Spec, budget *Budget) *Graph {
 	t.Helper()
 	g, err := New(spec, budget)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := g.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return g
+	return closing(t, g, err)
 }
 
 func newDecoder(t testing.TB, spec Spec, budget *Budget) *Decoder {
 	t.Helper()
 	d, err := NewDecoder(spec, budget)
+	return closing(t, d, err)
+}
+
+// closing closes what was made with the test.
+func closing[T io.Closer](t testing.TB, made T, err error) T {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
+		if err := made.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return d
+	return made
 }
 
 // isInvalid reports whether an error is one of a picture or a Spec.
@@ -875,16 +840,4 @@ func jpegOf(width, height uint16) []byte {
 	b = binary.BigEndian.AppendUint16(b, height)
 	b = binary.BigEndian.AppendUint16(b, width)
 	return append(b, 3, 1, 0x22, 0, 2, 0x11, 1, 3, 0x11, 1)
-}
-
-// repositoryRoot walks up to the folder of go.mod.
-func repositoryRoot() string {
-	dir, err := os.Getwd()
-	for err == nil && dir != "/" {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return dir
-		}
-		dir = filepath.Dir(dir)
-	}
-	panic("no go.mod above the working folder")
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/galeone/tensorflow/tensorflow/go/op"
 	tg "github.com/galeone/tfgo"
 
+	"flightsvc/internal/expect"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensorflow"
 )
@@ -45,7 +46,8 @@ type oracle struct {
 	}
 }
 
-var root = repositoryRoot()
+// root is the repository's folder.
+const root = "../.."
 
 func TestMain(m *testing.M) {
 	code := m.Run()
@@ -125,28 +127,24 @@ func TestBadModels(t *testing.T) {
 	truncated := copyOf(t, "mlp")
 	shrink(t, filepath.Join(truncated, "variables/variables.data-00000-of-00001"))
 	garbage := copyOf(t, "mlp")
-	if err := os.WriteFile(filepath.Join(garbage, "saved_model.pb"), []byte("not a protocol buffer"),
-		0o600); err != nil {
-		t.Fatal(err)
-	}
+	expect.Write(t, filepath.Join(garbage, "saved_model.pb"), "not a protocol buffer")
 	half := copyOf(t, "mlp")
 	shrink(t, filepath.Join(half, "saved_model.pb"))
 	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	expect.Write(t, file, "")
+	serve := []string{"serve"}
 	for _, c := range []struct {
 		name, dir string
 		tags      []string
 	}{
-		{"no folder", filepath.Join(t.TempDir(), "nothing"), []string{"serve"}},
-		{"empty folder", t.TempDir(), []string{"serve"}},
-		{"a file", file, []string{"serve"}},
+		{"no folder", filepath.Join(t.TempDir(), "nothing"), serve},
+		{"empty folder", t.TempDir(), serve},
+		{"a file", file, serve},
 		{"no such tag", model("mlp"), []string{"train"}},
 		{"no tag", model("mlp"), nil},
-		{"truncated variables.data", truncated, []string{"serve"}},
-		{"garbage in saved_model.pb", garbage, []string{"serve"}},
-		{"half a saved_model.pb", half, []string{"serve"}},
+		{"truncated variables.data", truncated, serve},
+		{"garbage in saved_model.pb", garbage, serve},
+		{"half a saved_model.pb", half, serve},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s, err := tensorflow.Load(c.dir, c.tags, tensorflow.Options{})
@@ -160,26 +158,19 @@ func TestBadModels(t *testing.T) {
 			t.Logf("%v: %.120s", e.Code, e.Message)
 		})
 	}
-	if _, err := tensorflow.FromGraphDef([]byte("not a graph"),
-		tensorflow.Options{}); codeOf(err) != tensorflow.InvalidArgument {
-		t.Errorf("garbage as a GraphDef: %v", err)
-	}
+	_, err := tensorflow.FromGraphDef([]byte("not a graph"), tensorflow.Options{})
+	wantCode(t, err, tensorflow.InvalidArgument)
 
 	// TensorFlow takes a model without the folder for one that has no variables.
 	bare := copyOf(t, "mlp")
 	if err := os.RemoveAll(filepath.Join(bare, "variables")); err != nil {
 		t.Fatal(err)
 	}
-	s, err := tensorflow.Load(bare, []string{"serve"}, tensorflow.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := loadFrom(t, bare, tensorflow.Options{})
 	defer closed(t, s)
 	x := allocate(t, savedmodel.Float32, 1, 512)
-	if _, err := s.Run(0, []tensorflow.Feed{{Name: mlpX, Tensor: x}},
-		[]string{mlpY}); codeOf(err) != tensorflow.FailedPrecondition {
-		t.Errorf("a run without variables: %v", err)
-	}
+	_, err = s.Run(0, feed(mlpX, x), []string{mlpY})
+	wantCode(t, err, tensorflow.FailedPrecondition)
 }
 
 func TestBadRuns(t *testing.T) {
@@ -189,9 +180,6 @@ func TestBadRuns(t *testing.T) {
 	ints := allocate(t, savedmodel.Int64, 2, 512)
 	gone := allocate(t, savedmodel.Float32, 2, 512)
 	gone.Close()
-	feed := func(name string, tensor *tensorflow.Tensor) []tensorflow.Feed {
-		return []tensorflow.Feed{{Name: name, Tensor: tensor}}
-	}
 	for _, c := range []struct {
 		name    string
 		feeds   []tensorflow.Feed
@@ -221,43 +209,32 @@ func TestBadRuns(t *testing.T) {
 	}
 	closed(t, s)
 	closed(t, s)
-	if _, err := s.Run(0, feed(mlpX, good), []string{mlpY}); codeOf(err) != tensorflow.FailedPrecondition {
-		t.Errorf("a run of a closed session: %v", err)
-	}
+	_, err := s.Run(0, feed(mlpX, good), []string{mlpY})
+	wantCode(t, err, tensorflow.FailedPrecondition)
 }
 
 func TestBadTensors(t *testing.T) {
 	huge := []int64{math.MaxInt64, 3}
 	for _, shape := range [][]int64{{-1}, {2, -3}, huge, {math.MaxInt64, 3, 0}, {math.MaxInt64}, make([]int64, 300)} {
-		if _, err := tensorflow.Allocate(savedmodel.Float32, shape); codeOf(err) != tensorflow.InvalidArgument {
-			t.Errorf("Allocate of shape %.40v: %v", shape, err)
-		}
+		_, err := tensorflow.Allocate(savedmodel.Float32, shape)
+		wantCode(t, err, tensorflow.InvalidArgument)
 		released := 0
-		if _, err := tensorflow.NewTensor(savedmodel.Float32, shape, nil,
-			func() { released++ }); codeOf(err) != tensorflow.InvalidArgument {
-			t.Errorf("NewTensor of shape %.40v: %v", shape, err)
-		}
+		_, err = tensorflow.NewTensor(savedmodel.Float32, shape, nil, func() { released++ })
+		wantCode(t, err, tensorflow.InvalidArgument)
 		if released != 1 {
 			t.Errorf("NewTensor of shape %.40v released %d times", shape, released)
 		}
 	}
-	if _, err := tensorflow.NewStrings(huge, 1, nil); codeOf(err) != tensorflow.InvalidArgument {
-		t.Errorf("NewStrings of too many: %v", err)
-	}
-	if _, err := tensorflow.NewStrings([]int64{2}, 1, nil); codeOf(err) != tensorflow.InvalidArgument {
-		t.Errorf("NewStrings of another number: %v", err)
-	}
-	if _, err := tensorflow.Allocate(savedmodel.String, []int64{2}); codeOf(err) != tensorflow.InvalidArgument {
-		t.Errorf("Allocate of strings: %v", err)
-	}
-	if _, err := tensorflow.Allocate(savedmodel.Float32,
-		[]int64{1 << 50}); codeOf(err) != tensorflow.ResourceExhausted {
-		t.Errorf("Allocate of 4 PiB: %v", err)
-	}
-	if _, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2}, offHeap(t, 12),
-		nil); codeOf(err) != tensorflow.InvalidArgument {
-		t.Errorf("NewTensor of 12 bytes for 8: %v", err)
-	}
+	_, err := tensorflow.NewStrings(huge, 1, nil)
+	wantCode(t, err, tensorflow.InvalidArgument)
+	_, err = tensorflow.NewStrings([]int64{2}, 1, nil) // another number
+	wantCode(t, err, tensorflow.InvalidArgument)
+	_, err = tensorflow.Allocate(savedmodel.String, []int64{2})
+	wantCode(t, err, tensorflow.InvalidArgument)
+	_, err = tensorflow.Allocate(savedmodel.Float32, []int64{1 << 50}) // 4 PiB
+	wantCode(t, err, tensorflow.ResourceExhausted)
+	_, err = tensorflow.NewTensor(savedmodel.Float32, []int64{2}, offHeap(t, 12), nil) // 12 bytes for 8
+	wantCode(t, err, tensorflow.InvalidArgument)
 }
 
 // TestNoCopy shows that an aligned input stays where it is, and that its release
@@ -278,7 +255,7 @@ func TestNoCopy(t *testing.T) {
 	if &in.Bytes()[0] != &data[0] {
 		t.Error("the input was copied")
 	}
-	got, err := s.Run(0, []tensorflow.Feed{{Name: name(x), Tensor: in}}, []string{name(y)})
+	got, err := s.Run(0, feed(name(x), in), []string{name(y)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -340,7 +317,7 @@ func TestStrings(t *testing.T) {
 	if in, err = tensorflow.NewStrings([]int64{6}, 6, func(i int) []byte { return texts[i] }); err != nil {
 		t.Fatal(err)
 	}
-	got, err := s.Run(0, []tensorflow.Feed{{Name: name(x), Tensor: in}}, []string{name(y)})
+	got, err := s.Run(0, feed(name(x), in), []string{name(y)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,7 +335,7 @@ func TestDeadline(t *testing.T) {
 	turns := func(n float32) []tensorflow.Feed {
 		x := allocate(t, savedmodel.Float32, 1, 1)
 		view[float32](x)[0] = n
-		return []tensorflow.Feed{{Name: slowX, Tensor: x}}
+		return feed(slowX, x)
 	}
 	start := time.Now()
 	_, err := s.Run(200*time.Millisecond, turns(1e8), []string{slowY})
@@ -403,7 +380,7 @@ func TestConcurrent(t *testing.T) {
 	for i, v := range view[float32](x) {
 		view[float32](x)[i] = v + float32(i%7)
 	}
-	feeds := []tensorflow.Feed{{Name: mlpX, Tensor: x}}
+	feeds := feed(mlpX, x)
 	want := slices.Clone(run(t, s, feeds, mlpY)[0].Bytes())
 	var wg sync.WaitGroup
 	for range 8 {
@@ -439,11 +416,8 @@ func TestThreads(t *testing.T) {
 		{tensorflow.Options{IntraOpThreads: 1, InterOpThreads: -1}, 0, 8},
 	} {
 		before := threads(t)
-		s, err := tensorflow.Load(model("mlp"), []string{"serve"}, c.o)
-		if err != nil {
-			t.Fatal(err)
-		}
-		run(t, s, []tensorflow.Feed{{Name: mlpX, Tensor: x}}, mlpY)
+		s := loadFrom(t, model("mlp"), c.o)
+		run(t, s, feed(mlpX, x), mlpY)
 		during := threads(t)
 		closed(t, s)
 		after := threads(t)
@@ -475,11 +449,7 @@ func TestMemory(t *testing.T) {
 		feed               func() (string, *tensorflow.Tensor, error)
 	}{
 		{"4 MB batch", "mlp", mlpY, func() (string, *tensorflow.Tensor, error) {
-			data, err := syscall.Mmap(-1, 0, len(batch), syscall.PROT_READ|syscall.PROT_WRITE,
-				syscall.MAP_PRIVATE|syscall.MAP_ANON)
-			if err != nil {
-				return "", nil, err
-			}
+			data := mapped(t, len(batch))
 			copy(data, batch)
 			x, err := tensorflow.NewTensor(savedmodel.Float32, []int64{2048, 512}, data,
 				func() { _ = syscall.Munmap(data) })
@@ -500,7 +470,7 @@ func TestMemory(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				got, err := s.Run(0, []tensorflow.Feed{{Name: name, Tensor: x}}, []string{c.fetch})
+				got, err := s.Run(0, feed(name, x), []string{c.fetch})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -520,33 +490,20 @@ func TestMemory(t *testing.T) {
 	}
 }
 
-func BenchmarkRun(b *testing.B) {
-	for _, o := range []tensorflow.Options{{}, {InterOpThreads: -1}} {
-		s, err := tensorflow.Load(model("mlp"), []string{"serve"}, o)
-		if err != nil {
-			b.Fatal(err)
-		}
-		for _, rows := range []int64{1, 64, 1024, 8000} {
-			b.Run(fmt.Sprintf("inter=%d/rows=%d", o.InterOpThreads, rows), func(b *testing.B) {
-				x := allocate(b, savedmodel.Float32, rows, 512)
-				feeds := []tensorflow.Feed{{Name: mlpX, Tensor: x}}
-				for b.Loop() {
-					got, err := s.Run(time.Minute, feeds, []string{mlpY})
-					if err != nil {
-						b.Fatal(err)
-					}
-					got[0].Close()
-				}
-			})
-		}
-		closed(b, s)
-	}
+// feed feeds one tensor.
+func feed(name string, tensor *tensorflow.Tensor) []tensorflow.Feed {
+	return []tensorflow.Feed{{Name: name, Tensor: tensor}}
 }
 
-// load opens a test model for the length of the test.
+// load opens a test model.
 func load(t testing.TB, name string) *tensorflow.Session {
 	t.Helper()
-	s, err := tensorflow.Load(model(name), []string{"serve"}, tensorflow.Options{})
+	return loadFrom(t, model(name), tensorflow.Options{})
+}
+
+func loadFrom(t testing.TB, dir string, options tensorflow.Options) *tensorflow.Session {
+	t.Helper()
+	s, err := tensorflow.Load(dir, []string{"serve"}, options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -654,14 +611,28 @@ func codeOf(err error) tensorflow.Code {
 	return tensorflow.OK
 }
 
+// wantCode fails the test unless err is an Error with this code.
+func wantCode(t testing.TB, err error, want tensorflow.Code) {
+	t.Helper()
+	if codeOf(err) != want {
+		t.Errorf("got %v, want %v", err, want)
+	}
+}
+
 // offHeap maps memory for the length of the test.
 func offHeap(t testing.TB, size int) []byte {
+	t.Helper()
+	data := mapped(t, size)
+	t.Cleanup(func() { _ = syscall.Munmap(data) })
+	return data
+}
+
+func mapped(t testing.TB, size int) []byte {
 	t.Helper()
 	data, err := syscall.Mmap(-1, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = syscall.Munmap(data) })
 	return data
 }
 
@@ -717,16 +688,4 @@ func shrink(t *testing.T, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-// repositoryRoot walks up to the folder of go.mod.
-func repositoryRoot() string {
-	dir, err := os.Getwd()
-	for err == nil && dir != "/" {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return dir
-		}
-		dir = filepath.Dir(dir)
-	}
-	panic("no go.mod above the working folder")
 }

@@ -244,7 +244,7 @@ func TestTuneSaysWhyNot(t *testing.T) {
 	}
 	random, its := newTuned(t, "another model each time", "")
 	_, err = random.Tune(t.Context(), its, "", nothing)
-	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "chance")
+	expect.Fault(t, err, fault.BadRequest, "model m, signature serving_default", "random numbers")
 	if _, err := c.Tune(t.Context(), model, "x", nothing); err == nil {
 		t.Error("a signature that is not there")
 	}

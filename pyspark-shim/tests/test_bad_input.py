@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 from figures import count, report
+from processes import until
 
 import flightsvc
-from flightsvc import InvalidArgumentError, NotFoundError, SidecarError
+from flightsvc import InvalidArgumentError, SidecarError
 
 ROOT = Path(__file__).resolve().parents[2]
 RANDOM_STREAMS = 20
@@ -57,50 +58,8 @@ def raw(endpoint: str) -> Iterator[flight.FlightClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def frame(spark: Any) -> Any:
-    return spark.range(4).selectExpr("id", "array(id, 0L, 1L) AS i", "'text' AS s")
-
-
-@pytest.fixture
-def no_task_starts(spark: Any) -> Iterator[None]:
-    """Nothing that runs here starts a job."""
-    group = f"driver {time.monotonic()}"
-    spark.sparkContext.setJobGroup(group, group)
-    yield
-    assert list(spark.sparkContext.statusTracker().getJobIdsForGroup(group)) == []
-
-
 def lists(rows: list[list[int]]) -> pa.Table:
     return pa.table({"i": rows})
-
-
-# Models.
-
-
-def test_unknown_model(client: flightsvc.Client, frame: Any, no_task_starts: None):
-    with pytest.raises(NotFoundError, match="model file:///no/such-model: there is no folder /no/such-model"):
-        client.predict("/no/such-model", lists([[1, 2, 3]]))
-    with pytest.raises(NotFoundError, match=r'model "such-model": .* no model-root .* set --model-root or'):
-        client.predict("such-model", lists([[1, 2, 3]]))
-    with pytest.raises(NotFoundError, match="model file:///no/such-model: there is no folder"):
-        flightsvc.Model("/no/such-model").transform(frame)
-
-
-def test_not_a_saved_model(client: flightsvc.Client, frame: Any, tmp_path: Path, no_task_starts: None):
-    (tmp_path / "weights.h5").write_text("not a SavedModel")
-    wanted = rf"model file://{tmp_path}: {tmp_path} holds no saved_model\.pb"
-    with pytest.raises(NotFoundError, match=wanted):
-        client.predict(tmp_path, lists([[1, 2, 3]]))
-    with pytest.raises(NotFoundError, match=wanted):
-        flightsvc.Model(tmp_path).transform(frame)
-
-
-@pytest.mark.parametrize("content", [b"", b"no protocol buffer", b"\x12\xff\xff\xff\x7f", os.urandom(4096)])
-def test_a_broken_saved_model(client: flightsvc.Client, tmp_path: Path, content: bytes):
-    (tmp_path / "saved_model.pb").write_bytes(content)
-    with pytest.raises(InvalidArgumentError, match=re.escape(str(tmp_path / "saved_model.pb"))):
-        client.predict(tmp_path, lists([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -117,52 +76,14 @@ def test_truncated_variables(
     os.truncate(variables, size)
     x = np.ones((1, 512), np.float32)
     table = pa.table({"x": pa.array(x.tolist(), pa.list_(pa.float32()))})
-    with pytest.raises(
-        flightsvc.FlightsvcError, match=rf"model file://{place} cannot be loaded from {place}"
-    ):
+    wanted = rf"model file://{place} cannot be loaded from {place}.*Read less bytes than requested"
+    with pytest.raises(flightsvc.FlightsvcError, match=wanted) as caught:
         client.predict(place, table)
+    assert type(caught.value) is flightsvc.FlightsvcError, repr(caught.value)  # of no narrower class
     # Once the file is whole the same folder is served.
     shutil.copy(models / "mlp" / "variables" / variables.name, variables)
     got = np.array(client.predict(place, table)["y"].to_pylist())
     np.testing.assert_allclose(got, oracle("mlp", x=x)["y"], rtol=1e-5, atol=1e-6)
-
-
-def test_a_job_on_truncated_variables(frame: Any, models: Path, tmp_path: Path):
-    shutil.copytree(models / "two", tmp_path / "two")
-    [variables] = tmp_path.glob("two/variables/variables.data-*")
-    os.truncate(variables, 10)
-    rows = frame.selectExpr("array(1f,1f,1f,1f,1f,1f,1f,1f) AS a", "array(1f,1f,1f,1f) AS b")
-    with pytest.raises(Exception, match=rf"FlightsvcError: model file://{tmp_path}/two cannot be loaded"):
-        flightsvc.Model(tmp_path / "two").transform(rows).collect()
-
-
-# Columns.
-
-
-def test_unknown_column(client: flightsvc.Client, models: Path, frame: Any, no_task_starts: None):
-    reference = (models / "ints").as_uri()
-    wanted = f"model {reference}, signature serving_default: there is no column 'j' for input 'i'"
-    with pytest.raises(NotFoundError, match=f"{wanted}; columns: i$"):
-        client.predict(models / "ints", lists([[1, 2, 3]]), inputs={"i": "j"})
-    with pytest.raises(NotFoundError, match=f"{wanted}; columns: id, i, s$"):
-        flightsvc.Model(models / "ints").transform(frame, inputs={"i": "j"})
-
-
-def test_wrong_dtype(client: flightsvc.Client, models: Path, frame: Any, no_task_starts: None):
-    head = rf"model {(models / 'ints').as_uri()}, signature serving_default: "
-    with pytest.raises(
-        InvalidArgumentError,
-        match=rf'{head}input "i" int64 \[\?,3\] .* column "s" of utf8; it wants elements of int64',
-    ):
-        client.predict(models / "ints", pa.table({"s": ["text"]}), inputs={"i": "s"})
-    with pytest.raises(
-        InvalidArgumentError, match=rf'{head}input "i" int64 \[\?,3\] .* column "i" of list<.*float64'
-    ):
-        client.predict(models / "ints", pa.table({"i": [[1.5, 2.0, 3.0]]}))
-    with pytest.raises(
-        InvalidArgumentError, match=rf"{head}column 's' is string, input 'i' \(int64\[-1,3\]\) needs array"
-    ):
-        flightsvc.Model(models / "ints").transform(frame, inputs={"i": "s"})
 
 
 def test_many_refusals(client: flightsvc.Client, models: Path):
@@ -177,111 +98,7 @@ def test_many_refusals(client: flightsvc.Client, models: Path):
     report(refused_calls=REFUSALS)
 
 
-def test_a_row_that_is_too_large(client: flightsvc.Client, models: Path):
-    table = pa.table({"s": pa.array([b"x" * (257 << 20)], pa.large_binary())})
-    with pytest.raises(
-        InvalidArgumentError, match=r"row of 257 MiB, most of it in column 's'; at most 256 MiB can be sent"
-    ):
-        client.predict(models / "strings", table)
-
-
-# Pictures.
-
-
-@pytest.fixture
-def pictures(models: Path) -> flightsvc.Model:
-    return flightsvc.Model(
-        models / "pictures", preprocess={"image": flightsvc.ImageInput(size=(32, 32), scale=1 / 255)}
-    )
-
-
-def undecodable() -> list[bytes]:
-    from io import BytesIO
-
-    from PIL import Image
-
-    out = BytesIO()
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 48, 3), np.uint8)).save(out, "JPEG")
-    whole = out.getvalue()
-    return [b"", b"no picture", whole[:20], whole[:3], b"\x89PNG\r\n\x1a\n" + b"\0" * 40]
-
-
-def test_undecodable_pictures(client: flightsvc.Client, pictures: flightsvc.Model):
-    from io import BytesIO
-
-    from PIL import Image
-
-    out = BytesIO()
-    Image.new("RGB", (40, 50), (255, 0, 51)).save(out, "PNG")
-    bad = undecodable()
-    table = pa.table({"content": pa.array([out.getvalue(), *bad, None, out.getvalue()], pa.binary())})
-    with pytest.raises(
-        InvalidArgumentError,
-        match=r'model .*/pictures, .*: row 1 of record batch 0: .*"content".*; on_error "null" or "column"',
-    ):
-        client.predict(pictures, table, inputs={"image": "content"})
-    nulls = client.predict(pictures, table, inputs={"image": "content"}, on_error="null")
-    assert nulls.column_names == ["content", "mean"]
-    said = client.predict(pictures, table, inputs={"image": "content"}, on_error="column", error_column="why")
-    assert said.column_names == ["content", "mean", "why"]
-    for answer in (nulls, said):
-        means = answer["mean"].to_pylist()
-        for row in range(len(table)):
-            if row in (0, len(table) - 1):
-                assert means[row] == pytest.approx([1.0, 0.0, 0.2], abs=1e-5)
-            else:
-                assert means[row] is None
-    why = said["why"].to_pylist()
-    assert [text is not None for text in why] == [False, *[True] * len(bad), False, False]
-    assert all("content" in text or "picture" in text or "image" in text for text in why[1:-2]), why
-
-
-def test_a_job_on_undecodable_pictures(spark: Any, pictures: flightsvc.Model):
-    rows = spark.createDataFrame(
-        [(i, bytes(content)) for i, content in enumerate(undecodable())], "id int, c binary"
-    )
-    with pytest.raises(
-        Exception, match=r"InvalidArgumentError: model .*/pictures, .*row \d+ of record batch \d+"
-    ):
-        pictures.transform(rows, inputs={"image": "c"}).collect()
-    for policy in ("null", "column"):
-        answer = pictures.transform(rows, inputs={"image": "c"}, on_error=policy).collect()
-        assert len(answer) == len(undecodable())
-        assert all(row["mean"] is None for row in answer)
-        assert policy == "null" or all(row["error"] for row in answer)
-
-
-# Nothing at all.
-
-
-def test_no_rows(client: flightsvc.Client, models: Path, spark: Any):
-    kind = pa.list_(pa.int64())
-    schema = pa.schema({"i": kind})
-    empty = pa.RecordBatch.from_pylist([], schema)
-    for nothing in (
-        pa.Table.from_batches([], schema),
-        pa.Table.from_batches([empty, empty], schema),
-        empty,
-    ):
-        answer = client.predict(models / "ints", nothing)
-        assert answer.num_rows == 0
-        assert answer.schema.names == ["i", "doubled", "total"]
-        assert [pa.types.is_list(answer.schema.types[1]), answer.schema.types[2]] == [True, pa.int64()]
-    full = pa.RecordBatch.from_pylist([{"i": [1, 2, 3]}], schema)
-    answer = client.predict(models / "ints", pa.Table.from_batches([empty, full, empty, full]))
-    assert [len(chunk) for chunk in answer["total"].chunks] == [0, 1, 0, 1]
-
-    model = flightsvc.Model(models / "ints")
-    no_partition = spark.createDataFrame([], "i array<bigint>")
-    empty_partitions = spark.range(0, 2, 1, 6).selectExpr("array(id, id, id) AS i")
-    none_left = empty_partitions.where("i[0] < 0")
-    for rows, totals in ((no_partition, []), (empty_partitions, [0, 3]), (none_left, [])):
-        result = model.transform(rows)
-        assert result.schema.simpleString() == ("struct<i:array<bigint>,doubled:array<bigint>,total:bigint>")
-        assert sorted(row.total for row in result.collect()) == totals
-
-
-# A front that cannot start, or cannot load.
+# Paths of sockets.
 
 
 @pytest.fixture
@@ -291,10 +108,13 @@ def short() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[str]:
+def serving(run_dir: Path, log: Path) -> Iterator[str]:
     """A front in the foreground; yields its endpoint and ends it by SIGTERM."""
-    command = [ROOT / "bin" / "flightsvc", "serve", "--log-level=error", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front:
+    command = [ROOT / "bin" / "flightsvc", "serve", f"--run-dir={run_dir}"]
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as front,
+    ):
         try:
             yield json.loads(front.stdout.readline())["endpoint"]
         finally:
@@ -313,20 +133,6 @@ def test_a_socket_path_that_is_too_long(short: Path, monkeypatch: pytest.MonkeyP
     ):
         client.status()
     assert not folder.exists()
-    done = subprocess.run(
-        [ROOT / "bin" / "flightsvc", "serve", f"--endpoint=grpc+unix://{path}", f"--run-dir={folder}"],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert re.fullmatch(
-        r"flightsvc: address .*: a Unix socket's path has at most 107 bytes, this one has 108; "
-        r"choose a shorter run-dir\n",
-        done.stderr,
-    ), done.stderr
 
 
 def test_the_longest_socket_path_works(short: Path, monkeypatch: pytest.MonkeyPatch, models: Path):
@@ -335,20 +141,6 @@ def test_the_longest_socket_path_works(short: Path, monkeypatch: pytest.MonkeyPa
     with flightsvc.connect() as client:
         assert client.predict(models / "ints", lists([[1, 2, 3]]))["total"].to_pylist() == [6]
         client.shutdown()
-
-
-def test_no_libtensorflow(short: Path, models: Path):
-    (short / "empty").mkdir()
-    wanted = rf"model file://.*/ints: libtensorflow .*{short}/empty.* no libtensorflow_cc.*pip install "
-    with (
-        serving(f"--run-dir={short}/run", f"--libtensorflow={short}/empty") as endpoint,
-        flightsvc.connect(endpoint) as client,
-    ):
-        assert list(client.metadata(models / "ints")["signatures"]) == ["serving_default"]
-        for _ in range(2):
-            with pytest.raises(flightsvc.FlightsvcError, match=wanted):
-                client.predict(models / "ints", lists([[1, 2, 3]]))
-        assert client.status()["models"] == []
 
 
 # The raw wire.
@@ -375,6 +167,8 @@ def exchange(
 
 
 def command(body: Any) -> flight.FlightDescriptor:
+    if isinstance(body, flight.FlightDescriptor):
+        return body
     return flight.FlightDescriptor.for_command(body if isinstance(body, bytes) else json.dumps(body))
 
 
@@ -384,72 +178,33 @@ BATCH = pa.record_batch({"i": pa.array([[1, 2, 3]], pa.list_(pa.int64()))})
 @pytest.mark.parametrize(
     ("body", "kind", "text"),
     [
-        (b"", pa.ArrowInvalid, "descriptor: "),
         (b"\xff\xfe\x00", pa.ArrowInvalid, "descriptor: invalid character"),
-        ({"v": 2, "model": "{ints}"}, pa.ArrowInvalid, "descriptor: v is 2; this server speaks 1"),
-        ({"v": 1, "model": "{ints}", "colour": "red"}, pa.ArrowInvalid, 'unknown field "colour"'),
-        (
-            {"v": 1, "model": "{ints}", "inputs": {"q": "i"}},
-            pa.ArrowInvalid,
-            'no input "q"; the signature has',
-        ),
-        ({"v": 1, "model": "{ints}", "outputs": {"q": "i"}}, pa.ArrowInvalid, 'no output "q"; the signature'),
-        ({"v": 1, "model": "{ints}", "version": "7"}, pa.ArrowKeyError, "no version 7"),
-        ({"v": 1, "model": "{ints}", "signature": "s"}, pa.ArrowKeyError, 'no signature "s"; this model has'),
-        ({"v": 1, "model": ".."}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\.": '),
-        ({"v": 1, "model": "../../etc"}, (pa.ArrowKeyError, pa.ArrowInvalid), r'model "\.\./\.\./etc": '),
-        ({"v": 1, "model": "ftp://host/model"}, pa.ArrowInvalid, "ftp"),
-        ({"v": 1, "model": "file://host/model"}, pa.ArrowInvalid, "want file:///absolute/path"),
-        ({"v": 1, "model": "x" * (10 << 20)}, pa.ArrowInvalid, "bytes, more than 65536"),
+        ({"inputs": {"q": "i"}}, pa.ArrowInvalid, 'no input "q"; the signature has'),
+        ({"version": "7"}, pa.ArrowKeyError, "no version 7"),
+        ({"model": "x" * (10 << 20)}, pa.ArrowInvalid, "bytes, more than 65536"),
+        (flight.FlightDescriptor.for_path("a", "b"), pa.ArrowInvalid, "must hold a CMD descriptor"),
+        (flight.FlightDescriptor.for_path(), pa.ArrowInvalid, "must hold a CMD descriptor"),
     ],
 )
 def test_descriptors(raw: flight.FlightClient, models: Path, body: Any, kind: Any, text: str):
     """Each verb that takes a descriptor refuses a wrong one with the same words."""
-    if isinstance(body, dict) and body.get("model") == "{ints}":
-        body = {**body, "model": (models / "ints").as_uri()}
+    if isinstance(body, dict):
+        body = {"v": 1, "model": (models / "ints").as_uri(), **body}
     for verb in (raw.get_schema, raw.get_flight_info, lambda descriptor: exchange(raw, descriptor, BATCH)):
         error = refusal(lambda: verb(command(body)))  # noqa: B023
         assert isinstance(error, kind), repr(error)
-        assert re.search(text, str(error)), str(error)
+        assert text in str(error)
 
 
-def test_no_command_in_the_descriptor(raw: flight.FlightClient):
-    for descriptor in (flight.FlightDescriptor.for_path("a", "b"), flight.FlightDescriptor.for_path()):
-        for verb in (raw.get_schema, raw.get_flight_info, lambda it: exchange(raw, it, BATCH)):
-            error = refusal(lambda: verb(descriptor))  # noqa: B023
-            assert isinstance(error, pa.ArrowInvalid)
-            assert "must hold a CMD descriptor" in str(error)
-
-
-def test_a_name_that_leaves_the_model_root(short: Path, models: Path):
-    """Only folders directly below the model-root can be named."""
-    shutil.copytree(models / "ints", short / "outside")
-    (short / "root").mkdir()
-    names = ("../outside", "..", ".", "a/../../outside", "../root/../outside")
-    with (
-        serving(f"--run-dir={short}/run", f"--model-root={short}/root") as endpoint,
-        flight.FlightClient(endpoint) as client,
-    ):
-        for name in names:
-            error = refusal(lambda: client.get_schema(command({"v": 1, "model": name})))  # noqa: B023
-            assert isinstance(error, pa.ArrowInvalid), repr(error)
-            assert "a name is one folder below the model-root" in str(error)
-
-
-def test_streams_that_end_before_they_begin(raw: flight.FlightClient, models: Path):
-    descriptor = {"v": 1, "model": (models / "ints").as_uri()}
-    for target, head in both_ends(raw, descriptor):
-        for nothing_sent in (True, False):
-            writer, reader = target.do_exchange(head(), flight.FlightCallOptions(timeout=20))
-            if nothing_sent:
-                writer.done_writing()
-                error = refusal(reader.read_all)
-                assert isinstance(error, pa.ArrowInvalid), repr(error)
-                assert "schema" in str(error) or "descriptor" in str(error)
-            else:
-                reader.cancel()
-            with contextlib.suppress(pa.ArrowException, flight.FlightError, OSError):
-                writer.close()
+def test_a_stream_that_ends_before_it_begins(raw: flight.FlightClient, models: Path):
+    descriptor = command({"v": 1, "model": (models / "ints").as_uri()})
+    writer, reader = raw.do_exchange(descriptor, flight.FlightCallOptions(timeout=20))
+    writer.done_writing()
+    error = refusal(reader.read_all)
+    assert isinstance(error, pa.ArrowInvalid), repr(error)
+    assert "descriptor" in str(error)
+    with contextlib.suppress(pa.ArrowException, flight.FlightError, OSError):
+        writer.close()
 
 
 def ticket(raw: flight.FlightClient, descriptor: dict[str, Any]) -> tuple[str, bytes]:
@@ -458,86 +213,14 @@ def ticket(raw: flight.FlightClient, descriptor: dict[str, Any]) -> tuple[str, b
     return endpoint.locations[0].uri.decode(), endpoint.ticket.ticket
 
 
-def both_ends(
-    raw: flight.FlightClient, descriptor: dict[str, Any]
-) -> Iterator[tuple[flight.FlightClient, Callable[[], flight.FlightDescriptor]]]:
-    """Yield the front and a runner, each with what makes a good descriptor for it."""
-    yield raw, lambda: command(descriptor)
-    location, _ = ticket(raw, descriptor)
-    with flight.FlightClient(location) as runner:
-        yield runner, lambda: command(ticket(raw, descriptor)[1])
-
-
-def test_a_runner_wants_a_ticket_and_takes_it_once(raw: flight.FlightClient, models: Path):
-    descriptor = {"v": 1, "model": (models / "ints").as_uri()}
-    location, good = ticket(raw, descriptor)
-    with flight.FlightClient(location) as runner:
-        whole = json.loads(good)
-        lease = whole["lease"]
-        leases = (None, {}, {**lease, "id": "other"}, {**lease, "expires": lease["expires"] + 60_000})
-        elsewhere = {"model": (models / "words").as_uri()}, {"version": "2"}, {"signature": "other"}
-        for change in (*({"lease": bad} for bad in leases), *elsewhere, {"request_id": "another"}):
-            forged = {**whole, **change}
-            error = refusal(lambda: exchange(runner, command(forged), BATCH))  # noqa: B023
-            assert isinstance(error, flight.FlightUnavailableError), repr(error)
-            assert "ask the front" in str(error)
-        assert exchange(runner, command(good), BATCH)["total"].to_pylist() == [6]
-        error = refusal(lambda: exchange(runner, command(good), BATCH))
-        assert isinstance(error, flight.FlightUnavailableError)
-        assert "has opened a stream already; ask the front for another" in str(error)
-        for verb in (runner.get_schema, runner.get_flight_info):
-            assert isinstance(refusal(lambda: verb(command(descriptor))), pa.ArrowNotImplementedError)  # noqa: B023
-
-
-def test_wrong_columns_on_the_wire(raw: flight.FlightClient, models: Path):
-    descriptor = {"v": 1, "model": (models / "ints").as_uri(), "inputs": {"i": "i"}}
-    for target, head in both_ends(raw, descriptor):
-        for columns, text in (
-            ({"j": BATCH["i"]}, '"i"'),
-            ({"i": pa.array(["text"])}, 'column "i" of utf8'),
-            ({"i": pa.array([[1.0, 2.0, 3.0]])}, 'column "i" of list<item: float64'),
-            ({"i": pa.array([[0]], pa.list_(pa.timestamp("us")))}, 'column "i" of list<item: timestamp'),
-        ):
-            error = refusal(lambda: exchange(target, head(), pa.record_batch(columns)))  # noqa: B023
-            assert isinstance(error, pa.ArrowInvalid), repr(error)
-            assert text in str(error)
-            assert "/ints, signature serving_default" in str(error)
-
-
-def test_messages_without_a_record_batch(raw: flight.FlightClient, models: Path):
-    for target, head in both_ends(raw, {"v": 1, "model": (models / "ints").as_uri()}):
-        writer, reader = target.do_exchange(head(), flight.FlightCallOptions(timeout=20))
-        writer.begin(BATCH.schema)
-        writer.write_batch(BATCH)
-        writer.write_metadata(b"no record batch")
-        writer.done_writing()
-        error = refusal(reader.read_all)
-        assert isinstance(error, pa.ArrowInvalid), repr(error)
-        assert "record batch 1 cannot be read" in str(error)
-        with contextlib.suppress(pa.ArrowException, flight.FlightError, OSError):
-            writer.close()
-
-
 def test_a_message_that_is_too_large(raw: flight.FlightClient, models: Path):
+    """The runner refuses it; that the front does is in test_errors.py."""
+    location, good = ticket(raw, {"v": 1, "model": (models / "strings").as_uri()})
     batch = pa.record_batch({"s": pa.array([b"x" * (257 << 20)], pa.binary())})
-    for target, head in both_ends(raw, {"v": 1, "model": (models / "strings").as_uri()}):
-        error = refusal(lambda: exchange(target, head(), batch))  # noqa: B023
-        assert isinstance(error, pa.ArrowInvalid), repr(error)
-        assert re.search("resource exhausted.*larger than max", str(error)), str(error)
-    small = pa.record_batch({"s": [b"abc"]})
-    for target, head in both_ends(raw, {"v": 1, "model": (models / "strings").as_uri()}):
-        assert exchange(target, head(), small)["upper"].to_pylist() == [b"ABC"]
-
-
-def test_wrong_actions(raw: flight.FlightClient):
-    for action, kind, text in (
-        (flight.Action("no.such", b""), pa.ArrowNotImplementedError, 'no action "no.such"; ListActions'),
-        (flight.Action("model.metadata", b"x"), pa.ArrowInvalid, 'a body like {"model":"name"}'),
-        (flight.Action("model.metadata", b"{}"), pa.ArrowInvalid, 'a body like {"model":"name"}'),
-    ):
-        error = refusal(lambda: list(raw.do_action(action)))  # noqa: B023
-        assert isinstance(error, kind), repr(error)
-        assert text in str(error)
+    with flight.FlightClient(location) as runner:
+        error = refusal(lambda: exchange(runner, command(good), batch))
+    assert isinstance(error, pa.ArrowInvalid), repr(error)
+    assert re.search("resource exhausted.*larger than max", str(error)), str(error)
 
 
 def test_random_bytes(raw: flight.FlightClient, models: Path, surroundings: Path):
@@ -596,28 +279,22 @@ def messages(batch: pa.RecordBatch, compression: str | None = None) -> list[tupl
 
 
 @pytest.fixture(scope="module")
-def send(client: flightsvc.Client) -> Iterator[Callable[..., tuple[str, str]]]:
+def send(client: flightsvc.Client) -> Callable[..., tuple[str, str]]:
     """Send raw messages and return the gRPC code and the text that the call ends with."""
     grpc = pytest.importorskip("grpc", reason="skipped: needs grpcio, which comes with TensorFlow")
     client.status()
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    channels: dict[str, Any] = {}
 
     def call(place: str, *said: bytes, timeout: float = 20) -> tuple[str, str]:
-        if place not in channels:
-            channels[place] = grpc.insecure_channel(place.replace("grpc+unix://", "unix:"), options)
-        exchange = channels[place].stream_stream("/arrow.flight.protocol.FlightService/DoExchange")
-        answers = exchange(iter(said), timeout=timeout)
-        try:
-            for _ in answers:
-                pass
-        except grpc.RpcError as error:
-            return error.code().name, error.details()
-        return "OK", ""
+        with grpc.insecure_channel(place.replace("grpc+unix://", "unix:"), options) as channel:
+            exchange = channel.stream_stream("/arrow.flight.protocol.FlightService/DoExchange")
+            try:
+                list(exchange(iter(said), timeout=timeout))
+            except grpc.RpcError as error:
+                return error.code().name, error.details()
+            return "OK", ""
 
-    yield call
-    for channel in channels.values():
-        channel.close()
+    return call
 
 
 LISTS = pa.record_batch({"i": pa.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], pa.list_(pa.int64()))})
@@ -636,13 +313,6 @@ class Wire:
         """Yield a place to send to and the command to begin with."""
         yield self.endpoint, json.dumps(self.descriptor).encode()
         yield ticket(self.raw, self.descriptor)
-
-    def refused(self, schema: bytes, header: bytes, body: bytes) -> None:
-        """Send one record batch to both ends; both must refuse it."""
-        for place, command in self.ends():
-            code, text = self.send(place, flight_data(schema, b"", command), flight_data(header, body))
-            assert code == "INVALID_ARGUMENT", (code, text)
-            assert text
 
 
 @pytest.fixture
@@ -670,50 +340,6 @@ def test_a_true_record_batch_on_the_raw_wire(wire: Callable[[str], Wire]):
             for place, command in here.ends():
                 said = flight_data(schema, b"", command), flight_data(header, body)
                 assert here.send(place, *said) == ("OK", "")
-
-
-@pytest.mark.parametrize("claim", [-1, 4, 2**20, 2**31, 2**40, 2**62, -(2**63)])
-def test_lying_lengths(wire: Callable[[str], Wire], claim: int):
-    """The header's 64-bit numbers, rows, nulls, places and sizes of buffers, are each replaced by a claim."""
-    here = wire("ints")
-    (schema, _), (header, body) = messages(LISTS)
-    lied = 0
-    for at in range(0, len(header) - 7, 4):
-        said = int.from_bytes(header[at : at + 8], "little", signed=True)
-        if said in (3, 9, 16, 24, 64, 72, 128):
-            lie = header[:at] + claim.to_bytes(8, "little", signed=True) + header[at + 8 :]
-            place, command = ticket(here.raw, here.descriptor)
-            code, text = here.send(place, flight_data(schema, b"", command), flight_data(lie, body))
-            assert code in ("OK", "INVALID_ARGUMENT"), (code, text)
-            lied += code != "OK"
-    assert lied >= 4  # rows and buffers at least; some numbers nobody needs to believe
-
-
-def test_a_body_that_ends_early(wire: Callable[[str], Wire]):
-    (schema, _), (header, body) = messages(LISTS)
-    for length in (0, 1, 8, len(body) // 2, len(body) - 8):
-        wire("ints").refused(schema, header, body[:length])
-
-
-def test_a_stream_that_ends_after_a_dictionary(wire: Callable[[str], Wire]):
-    """A dictionary that no record batch has used yet is freed once."""
-    words = pa.array(["apple", "fig", "apple"]).dictionary_encode()
-    (schema, _), *rest = messages(pa.record_batch({"s": words}))
-    here = wire("strings")
-    assert len(rest) == 2
-    for _ in range(20):
-        for place, command in here.ends():
-            head = flight_data(schema, b"", command)
-            code, text = here.send(place, head, flight_data(*rest[0]))
-            assert code in ("OK", "INVALID_ARGUMENT"), (code, text)
-            code, text = here.send(
-                place, head, flight_data(*rest[0]), flight_data(rest[1][0], rest[1][1][:8])
-            )
-            assert code in ("INVALID_ARGUMENT", "UNAVAILABLE"), (code, text)  # the ticket has been used
-    for place, command in here.ends():
-        assert (
-            here.send(place, flight_data(schema, b"", command), *(flight_data(*m) for m in rest))[0] == "OK"
-        )
 
 
 def test_random_changes_to_record_batches(wire: Callable[[str], Wire]):
@@ -754,7 +380,11 @@ def test_compressed_record_batches_with_a_lying_length(
     (schema, _), (header, body) = messages(pa.record_batch({"i": rows}), compression)
     true = (8 * 900).to_bytes(8, "little")
     assert body.count(true) == 1
-    wire("ints").refused(schema, header, body.replace(true, claim.to_bytes(8, "little", signed=True)))
+    lie = body.replace(true, claim.to_bytes(8, "little", signed=True))
+    here = wire("ints")
+    for place, command in here.ends():
+        code, text = here.send(place, flight_data(schema, b"", command), flight_data(header, lie))
+        assert code == "INVALID_ARGUMENT" and text, (code, text)
     after = resident_mb(of)
     assert all(b - a < GROWTH_MB for a, b in zip(before, after, strict=True)), (before, after)
     assert resident_peak_mb(of[1]) < 4_000
@@ -794,7 +424,7 @@ def test_another_user_of_this_host_is_refused(short: Path, models: Path, monkeyp
         command = [sys.executable, "-c", STRANGER, endpoint, str(user)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
 
-    with serving(f"--run-dir={short}/run") as endpoint, flight.FlightClient(endpoint) as client:
+    with serving(short / "run", log := short / "log") as endpoint, flight.FlightClient(endpoint) as client:
         runner, _ = ticket(client, {"v": 1, "model": (models / "ints").as_uri()})
         for place in (endpoint, runner):
             assert ask(place, stranger) == "FlightUnavailableError"
@@ -803,7 +433,9 @@ def test_another_user_of_this_host_is_refused(short: Path, models: Path, monkeyp
             folder.chmod(0o755)
         for place in (endpoint, runner):
             Path(place.removeprefix("grpc+unix://")).chmod(0o666)
+            log.write_text("")
             assert ask(place, stranger) == "FlightUnavailableError"
+            until(lambda: "connection of another user refused" in log.read_text(), 5, "a line in the log")
         assert ask(endpoint, 0) == "answered"
         assert ask(runner, 0) == "FlightUnimplementedError" or ask(runner, 0) == "ArrowNotImplementedError"
         answer = exchange(client, command({"v": 1, "model": (models / "ints").as_uri()}), BATCH)
@@ -884,40 +516,10 @@ def test_a_thousand_streams_at_once(client: flightsvc.Client, endpoint: str, mod
     assert len(trailers.retry_after) == len(refusals)
     assert all(0 < ms <= 60_000 for ms in trailers.retry_after)
     assert all(b - a < 2 * GROWTH_MB for a, b in zip(before, during, strict=True)), (before, during)
-    end = time.monotonic() + 10
-    while any(m["streams"] for m in client.status()["models"]):
-        assert time.monotonic() < end, "streams that are over are still open"
-        time.sleep(0.02)
+    until(lambda: not any(m["streams"] for m in client.status()["models"]), 10, "the end of all streams")
 
 
-@pytest.mark.parametrize("redirect", [True, False])
-def test_a_reader_that_never_reads(client: flightsvc.Client, endpoint: str, models: Path, redirect: bool):
-    """It fills its own windows and nothing else; others go on."""
-    x = pa.array([[1.0] * 512] * 8, pa.list_(pa.float32()))
-    client.predict(models / "mlp", pa.table({"x": x}))
-    of = processes(client, models / "mlp")
-    before = resident_mb(of)
-    arguments = [endpoint, (models / "mlp").as_uri(), json.dumps(redirect)]
-    most, served = before, 0
-    with subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], stdout=subprocess.PIPE) as deaf:
-        try:
-            assert deaf.stdout.readline() == b"streaming\n"
-            end = time.monotonic() + DEAF_SECONDS
-            while time.monotonic() < end:
-                for name, table in (("mlp", pa.table({"x": x})), ("ints", lists([[1, 2, 3]]))):
-                    assert client.predict(models / name, table).num_rows == table.num_rows
-                    served += 1
-                most = [max(a, b) for a, b in zip(most, resident_mb(of), strict=True)]
-            assert deaf.poll() is None
-        finally:
-            deaf.kill()
-    name = "at_runner" if redirect else "relayed"
-    report(**{f"deaf_reader_{name}": {"mb_before": before, "mb_most": most, "others_served": served}})
-    assert served > 2 * DEAF_SECONDS
-    assert all(b - a < 5 * GROWTH_MB for a, b in zip(before, most, strict=True)), (before, most)
-
-
-# A client that goes away.
+# Clients that do not read, and go away.
 
 CLIENT = """
 import json, sys
@@ -940,38 +542,54 @@ while True:
 """
 
 
+@contextlib.contextmanager
+def streaming(endpoint: str, model: Path, redirect: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """A client of the model, which has had its first answer; it is killed at the end."""
+    command = [sys.executable, "-c", CLIENT, endpoint, model.as_uri(), json.dumps(redirect)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+        try:
+            assert client.stdout.readline() == b"streaming\n"
+            yield client
+        finally:
+            client.kill()
+
+
+@pytest.mark.parametrize("redirect", [True, False])
+def test_a_reader_that_never_reads(client: flightsvc.Client, endpoint: str, models: Path, redirect: bool):
+    """It fills its own windows and nothing else; others go on."""
+    x = pa.array([[1.0] * 512] * 8, pa.list_(pa.float32()))
+    client.predict(models / "mlp", pa.table({"x": x}))
+    of = processes(client, models / "mlp")
+    before = resident_mb(of)
+    most, served = before, 0
+    with streaming(endpoint, models / "mlp", redirect) as deaf:
+        end = time.monotonic() + DEAF_SECONDS
+        while time.monotonic() < end:
+            for name, table in (("mlp", pa.table({"x": x})), ("ints", lists([[1, 2, 3]]))):
+                assert client.predict(models / name, table).num_rows == table.num_rows
+                served += 1
+            most = [max(a, b) for a, b in zip(most, resident_mb(of), strict=True)]
+        assert deaf.poll() is None
+    name = "at_runner" if redirect else "relayed"
+    report(**{f"deaf_reader_{name}": {"mb_before": before, "mb_most": most, "others_served": served}})
+    assert served > 2 * DEAF_SECONDS
+    assert all(b - a < 5 * GROWTH_MB for a, b in zip(before, most, strict=True)), (before, most)
+
+
 @pytest.mark.parametrize("redirect", [True, False])
 def test_a_client_that_is_killed(client: flightsvc.Client, endpoint: str, models: Path, redirect: bool):
-    def about() -> dict[str, Any]:
-        return next(m for m in client.status()["models"] if m["dir"] == f"{models}/mlp")
+    def streams() -> int:
+        [open_streams] = [m["streams"] for m in client.status()["models"] if m["dir"] == f"{models}/mlp"]
+        return int(open_streams)
 
-    def resident_mb() -> float:
-        return (
-            sum(psutil.Process(pid).memory_info().rss for pid in (about()["pid"], client.status()["pid"]))
-            / 1e6
-        )
-
-    before = 0.0
+    before = 0
     for number in range(KILLED_CLIENTS):
-        arguments = [endpoint, (models / "mlp").as_uri(), json.dumps(redirect)]
-        with subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], stdout=subprocess.PIPE) as gone:
-            assert gone.stdout.readline() == b"streaming\n"
-            assert about()["streams"] == 1
-            gone.kill()
-        end = time.monotonic() + 5
-        while about()["streams"]:
-            assert time.monotonic() < end, "the stream of a client that is gone is still open"
-            time.sleep(0.02)
+        with streaming(endpoint, models / "mlp", redirect):
+            assert streams() == 1
+        until(lambda: not streams(), 5, "the end of the stream of a client that is gone")
         if number + 1 == SETTLED_CLIENTS:
-            before = resident_mb()
-    after = resident_mb()
-    report(
-        **{
-            f"killed_clients_{'at_runner' if redirect else 'relayed'}": KILLED_CLIENTS,
-            f"mb_settled_and_at_end_{'at_runner' if redirect else 'relayed'}": [
-                round(before),
-                round(after),
-            ],
-        }
-    )
+            before = sum(resident_mb(processes(client, models / "mlp")))
+    after = sum(resident_mb(processes(client, models / "mlp")))
+    name = "at_runner" if redirect else "relayed"
+    report(**{f"killed_clients_{name}": KILLED_CLIENTS, f"mb_settled_and_at_end_{name}": [before, after]})
     assert after - before < GROWTH_MB

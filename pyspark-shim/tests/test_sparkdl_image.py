@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from make_pictures import sixteen_bits
+from make_pictures import ORIENTATION, encoded, sixteen_bits
 from PIL import Image
 from pyspark.errors import PythonException
 from pyspark.sql import functions as F
@@ -26,18 +25,12 @@ def noise(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pictures and one file that is none."""
     folder = tmp_path_factory.mktemp("files")
     for name in ("a", "b"):
-        (folder / f"{name}.png").write_bytes(encoded(Image.fromarray(noise(7, 5, 3, seed=ord(name)))))
+        (folder / f"{name}.png").write_bytes(encoded(Image.fromarray(noise(7, 5, 3, seed=ord(name))), "PNG"))
     (folder / "c.png").write_bytes(b"no picture")
     return folder
 
@@ -81,9 +74,7 @@ def test_structs_go_through_a_function_of_python(spark: Any):
 def test_what_is_no_picture_is_refused():
     for array, said in (
         (np.zeros((2, 4, 4, 3), np.uint8), "first dimension of a 4-d image array is expected to be 1"),
-        (np.zeros((4, 4, 3)), "uint8 or float32, this array is of float64"),
         (np.zeros((4, 4, 2), np.uint8), "1, 3 or 4 channels"),
-        (np.zeros(4, np.uint8), "1, 3 or 4 channels"),
     ):
         with pytest.raises(ValueError, match=said):
             imageIO.imageArrayToStruct(array)
@@ -158,17 +149,17 @@ def test_pictures_of_pillow(mode: str):
     assert back.mode == {1: "L", 3: "RGB", 4: "RGBA"}[wanted.shape[2]]
     np.testing.assert_array_equal(imageIO.PIL_to_imageStruct(back), wanted)
     if mode != "CMYK":
-        np.testing.assert_array_equal(imageIO.PIL_decode(encoded(picture)), wanted)
+        np.testing.assert_array_equal(imageIO.PIL_decode(encoded(picture, "PNG")), wanted)
 
 
 def test_files_by_pillow_have_the_channels_of_the_sidecar(spark: Any, tmp_path: Path):
     """Alpha, a transparent palette, 16 bits, CMYK, a picture that lies on its side."""
     smooth = Image.fromarray(RGB).resize((64, 48), Image.Resampling.BICUBIC)
     exif = Image.Exif()
-    exif[0x112] = 6
+    exif[ORIENTATION] = 6
     files = {
-        "alpha": encoded(Image.fromarray(RGBA)),
-        "palette": encoded(transparent_palette(), transparency=2),
+        "alpha": encoded(Image.fromarray(RGBA), "PNG"),
+        "palette": encoded(transparent_palette(), "PNG", transparency=2),
         "sixteen": sixteen_bits(GREY),
         "cmyk": encoded(smooth.convert("CMYK"), "JPEG", quality=95),
         "turned": encoded(smooth, "JPEG", quality=95, exif=exif),
@@ -197,7 +188,7 @@ def test_pillow_cannot_have_floats():
 @pytest.mark.parametrize("mode", ["L", "RGB", "P"])
 def test_decode_and_resize_is_width_first(mode: str):
     picture, _ = PICTURES[mode]
-    got = imageIO.PIL_decode_and_resize((9, 4))(encoded(picture))
+    got = imageIO.PIL_decode_and_resize((9, 4))(encoded(picture, "PNG"))
     plain = picture if mode == "L" else picture.convert("RGB")
     wanted = np.asarray(plain.resize((9, 4), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(got, wanted[..., None] if mode == "L" else wanted[..., ::-1])
@@ -240,7 +231,7 @@ def test_a_picture_that_spark_could_not_read(spark: Any, folder: Path):
     rows = frame.select(resize("image").alias("r")).select("r.*").collect()
     assert sorted(row.image is not None for row in rows) == [False, True, True]
     [reason] = [row.error for row in rows if row.image is None]
-    assert "c.png" in reason
+    assert reason.startswith(f"file://{folder}/c.png: ") and "mode -1" in reason
 
 
 # Files

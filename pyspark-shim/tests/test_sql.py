@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from processes import until
 
 import flightsvc
 from flightsvc.spark import calls as sql_calls
@@ -360,25 +359,16 @@ def test_a_parameter_of_another_type(spark: Any, models: Path):
 
 def test_pictures(spark: Any, models: Path):
     pixels = np.random.default_rng(5).integers(0, 256, (32, 32, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    frame = spark.createDataFrame([("a.png", file.getvalue())], "path string, content binary")
     struct = "struct<origin:string,height:int,width:int,nChannels:int,mode:int,data:binary>"
     bgr = bytearray(pixels[:, :, ::-1].tobytes())
     images = spark.createDataFrame([(("", 32, 32, 3, 16, bgr),)], f"image {struct}")
     images.createOrReplaceTempView("images")
-    frame.createOrReplaceTempView("files")
     model = flightsvc.Model(models / "pictures", preprocess={"image": flightsvc.ImageInput((32, 32))})
     mean = model.udf()
-    flightsvc.register_udf(spark, "mean_of_file", model, inputs={"image": "content"})
     flightsvc.register_udf(spark, "mean_of_image", model, types={"image": struct})
+    turned = "struct(image.data, image.mode, image.nChannels, image.width, image.height) AS i"
     for result in (
-        frame.select(mean("content")),
-        images.select(mean("image")),
-        images.selectExpr(
-            "struct(image.data, image.mode, image.nChannels, image.width, image.height) AS i"
-        ).select(mean("i")),
-        spark.sql("SELECT mean_of_file(content => content) FROM files"),
+        images.selectExpr(turned).select(mean("i")),
         spark.sql("SELECT mean_of_image(image) FROM images"),
     ):
         np.testing.assert_allclose(result.first()[0], pixels.mean((0, 1)), rtol=1e-5)
@@ -394,7 +384,7 @@ def test_pictures(spark: Any, models: Path):
         assert "column 'o' is " in text and "binary (files) or Spark's image struct" in text
     beside = images.selectExpr(f"named_struct('a', array(1), {fields}, 'b', named_struct('c', 1)) AS o")
     assert beside.select(mean("o")).columns == ["predict(o)"]
-    numbers = frame.selectExpr("length(path) AS n")
+    numbers = spark.sql("SELECT 1 AS n")
     text = refused(spark, lambda: numbers.select(mean("n")).collect())
     assert "column 'n' is int, input 'image'" in text and "needs string (paths or URIs), binary" in text
     flightsvc.register_udf(spark, "mean_of_file", model, types={"image": "binary"})
@@ -420,22 +410,24 @@ def streams(client: flightsvc.Client) -> tuple[int, int]:
     return model["streams"], model["pid"]
 
 
+def idle_threads() -> int:
+    return sum(thread.name == "flightsvc-idle" for thread in threading.enumerate())
+
+
 def test_calls_share_a_stream_that_closes_when_idle(client: flightsvc.Client, worker: sql_calls.Worker):
     for n in range(20):
         assert worker(lists([n, 1, 0], [0, 0, n])).to_pylist() == [n + 1, n]
     assert worker(lists()).to_pylist() == []
     assert streams(client)[0] == 1
     used = time.monotonic()
-    while streams(client)[0] or any(t.name == "flightsvc-idle" for t in threading.enumerate()):
-        assert time.monotonic() - used < 10
-        time.sleep(0.05)
+    until(lambda: not streams(client)[0] and not idle_threads(), 10, "the end of the stream")
     assert time.monotonic() - used > 0.5 * sql_calls._IDLE_SECONDS
     assert worker(lists([1, 1, 1])).to_pylist() == [3]
     for n in range(10):  # another stream for another schema, once
         assert worker(lists([1, 2, n], kind=pa.int32())).to_pylist() == [n + 3]
         assert worker(lists([1, 1, n])).to_pylist() == [n + 2]
     assert streams(client)[0] == 2
-    assert sum(t.name == "flightsvc-idle" for t in threading.enumerate()) == 2
+    assert idle_threads() == 2
 
 
 def test_a_stream_is_of_the_device_that_its_task_was_given(
@@ -463,10 +455,7 @@ def test_a_worker_forgets_functions_that_are_idle_or_fail(
     for function in ours:
         assert function(lists([1, 2, 3])).to_pylist() == [6]
     assert kept() == {function.key for function in ours}
-    used = time.monotonic()
-    while any(t.name == "flightsvc-idle" for t in threading.enumerate()):
-        assert time.monotonic() - used < 10
-        time.sleep(0.05)
+    until(lambda: not idle_threads(), 10, "the end of the streams")
     assert not kept()
 
     def fails(request: Any, conf: Any) -> Any:
