@@ -561,6 +561,7 @@ func TestStoreFaults(t *testing.T) {
 	store := newS3(t)
 	c := remoteCache(t, filepath.Join(t.TempDir(), "cache"), "")
 	elsewhere := strings.Replace(store.uri("m"), "//models/", "//nope/", 1)
+	store.put("odd/1", map[string]string{"saved_model.pb": expect.SavedModel(), "assets/a\nb": "x"})
 	for name, one := range map[string]struct {
 		ref   string
 		kind  fault.Kind
@@ -568,6 +569,8 @@ func TestStoreFaults(t *testing.T) {
 	}{
 		"empty": {store.uri("m"), fault.NotFound, []string{"no saved_model.pb at s3://models/m",
 			"credentials may list"}},
+		"odd name": {store.uri("odd"), fault.Precondition, []string{"object that cannot be a model's file",
+			"control characters"}},
 		"no bucket":       {elsewhere, fault.NotFound, []string{"there is no bucket s3://nope", "?endpoint="}},
 		"no bucket named": {"s3:///m", fault.BadRequest, []string{"names no bucket", "s3://bucket/path"}},
 		"unknown scheme": {"hdfs://name/m", fault.BadRequest,
