@@ -20,16 +20,16 @@ import (
 // Device is a GPU, or an instance of one that is in MIG mode. Callers see it as protocol.Device, which has the same
 // fields.
 type Device struct {
-	UUID        string `json:"uuid"`             // GPU-..., or MIG-... of an instance
-	Name        string `json:"name"`             // as NVIDIA calls it; that of an instance ends with its profile
-	Index       string `json:"index"`            // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
-	Parent      string `json:"parent,omitempty"` // UUID of the GPU of an instance
-	Memory      int64  `json:"memory"`           // bytes
-	Free        int64  `json:"free"`             // bytes that no process had when they were last read
-	Compute     string `json:"compute"`          // compute capability, such as 8.0
-	Utilisation int    `json:"utilisation"`      // percent of the time in which a kernel ran; -1: not known
-	Healthy     bool   `json:"healthy"`          // false: nothing is placed on it until the front starts again
-	Reason      string `json:"reason,omitempty"` // why it is not healthy, or why its numbers are old
+	UUID        string // GPU-..., or MIG-... of an instance
+	Name        string // as NVIDIA calls it; that of an instance ends with its profile
+	Index       string // as nvidia-smi prints it; 0:1 is instance 1 of GPU 0
+	Parent      string // UUID of the GPU of an instance
+	Memory      int64  // bytes
+	Free        int64  // bytes that no process had when they were last read
+	Compute     string // compute capability, such as 8.0
+	Utilisation int    // percent of the time in which a kernel ran; -1: not known
+	Healthy     bool   // false: nothing is placed on it until the front starts again
+	Reason      string // why it is not healthy, or why its numbers are old
 }
 
 func (d Device) String() string { return fmt.Sprintf("%s (%s, index %s)", d.UUID, d.Name, d.Index) }

@@ -4,7 +4,6 @@ package gpu
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -132,14 +131,12 @@ func TestDiscovery(t *testing.T) {
 	if len(devices) != 8 || i.Why() != "" {
 		t.Fatalf("%d devices, why %q", len(devices), i.Why())
 	}
-	text, err := json.Marshal(devices[3])
-	if err != nil {
-		t.Fatal(err)
+	want := Device{
+		UUID: "GPU-33330000-aaaa-bbbb-cccc-000000000000", Name: "Mock NVIDIA A100-SXM4-40GB", Index: "3",
+		Memory: 40 * gib, Free: 30 * gib, Compute: "8.0", Utilisation: 30, Healthy: true,
 	}
-	want := `{"uuid":"GPU-33330000-aaaa-bbbb-cccc-000000000000","name":"Mock NVIDIA A100-SXM4-40GB",` +
-		`"index":"3","memory":42949672960,"free":32212254720,"compute":"8.0","utilisation":30,"healthy":true}`
-	if string(text) != want {
-		t.Errorf("got  %s\nwant %s", text, want)
+	if devices[3] != want {
+		t.Errorf("got  %+v\nwant %+v", devices[3], want)
 	}
 	h.use(devices[3].UUID, 1, 20*gib)
 	if got := i.Devices()[3].Free; got != 20*gib {
