@@ -113,6 +113,7 @@ def pictures():
     return encoded, np.stack(tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 16] if PROVE else [1, 4])
 def test_lite0_on_photographs_over_batch_sizes(client, lite0_folder, lite0_network, pictures, size):
     encoded, tensors = pictures

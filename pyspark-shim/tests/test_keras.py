@@ -107,7 +107,7 @@ PIXELS = np.arange(48, dtype=np.uint8).reshape(3, 4, 4, 1) * 5
         (sequential, {"x": floats(7, 4)}, ["scores"]),
         (functional, {"a": floats(5, 3), "b": floats(5, 2)}, ["left", "right"]),
         (convolutional, {"image": floats(3, 8, 8, 3)}, ["y"]),
-        (recurrent, {"tokens": TOKENS}, ["y"]),
+        pytest.param(recurrent, {"tokens": TOKENS}, ["y"], marks=pytest.mark.slow),
         (normalised, {"x": floats(7, 4)}, ["y"]),
         (pixels, {"image": PIXELS}, ["half", "whole"]),
         (words, {"word": np.array(["green", "blue", "red"])}, ["y"]),

@@ -255,6 +255,7 @@ def resident(it: Front) -> int:
     return sum(own_memory(pid) for pid in (it.process.pid, *it.runners()))
 
 
+@pytest.mark.slow
 def test_after_an_unload_the_memory_is_back(tmp_path: Path):
     model = make_scaled(tmp_path / "large", 2, LARGE_MB)
     backs = []

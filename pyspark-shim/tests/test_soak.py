@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 import pyarrow as pa
+import pytest
 from figures import PROVE, count, report
 
 ROWS, WIDTH = 2048, 512  # float32: 4 MiB a record batch
@@ -15,6 +16,7 @@ def resident_mb(pid: int) -> float:
     return psutil.Process(pid).memory_info().rss / 1e6
 
 
+@pytest.mark.slow
 def test_a_runner_does_not_grow(client, models):
     import numpy as np
 

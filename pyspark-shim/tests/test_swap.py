@@ -245,6 +245,7 @@ def kill_loads(it: Front, version: int) -> int:
     return killed
 
 
+@pytest.mark.slow
 def test_a_bad_version_changes_nothing(loaded: tuple[Front, Load], root: Path, made: Callable[[int], Path]):
     it, load = loaded
     fifth, sixth = made(5), made(6)

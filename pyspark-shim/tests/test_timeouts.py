@@ -61,6 +61,7 @@ def test_a_run_that_can_be_cancelled_is(client: flightsvc.Client, models: Path):
     assert runner(client, model)["pid"] == pid  # nothing had to end
 
 
+@pytest.mark.slow
 def test_a_runner_that_does_not_listen_ends(client: flightsvc.Client, stubborn: Path):
     client.predict(stubborn, rows(2))
     pid = runner(client, stubborn)["pid"]
