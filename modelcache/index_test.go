@@ -58,6 +58,9 @@ func TestIndex(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		if ready := cache.InMemory(); len(ready) != 2 {
+			t.Errorf("%d models are in memory", len(ready))
+		}
 		if got := list(); got != outside+"/1:ready:true "+fmt.Sprintf(rest, "ready") {
 			t.Errorf("the index is %s", got)
 		}

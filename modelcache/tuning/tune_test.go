@@ -14,6 +14,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -31,10 +33,11 @@ type fakePool struct {
 	mode     string
 	measures atomic.Int64
 	lucky    sync.Map // configurations that were measured
+	busy     atomic.Bool
 	inMemory []repository.Model
 }
 
-func (p *fakePool) Busy() bool                   { return false }
+func (p *fakePool) Busy() bool                   { return p.busy.Load() }
 func (p *fakePool) InMemory() []repository.Model { return p.inMemory }
 
 func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice,
@@ -296,6 +299,46 @@ func TestTuneIdleTriesAgain(t *testing.T) {
 	if !gaveUp() {
 		t.Error("not given up")
 	}
+}
+
+// TestWhileIdle begins a search once nothing was busy for a while, and ends it when something is.
+func TestWhileIdle(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := newTuned(t, "forever", "")
+		pool := c.options.Pool.(*fakePool)
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			c.WhileIdle(ctx)
+		}()
+		for round := range int64(2) {
+			pool.busy.Store(true)
+			time.Sleep(2 * idleTime)
+			synctest.Wait()
+			if !c.searching.TryLock() {
+				t.Fatal("a search goes on while models are in use")
+			}
+			c.searching.Unlock()
+			pool.busy.Store(false)
+			time.Sleep(idleTime / 2)
+			synctest.Wait()
+			if got := pool.measures.Load(); got != round {
+				t.Errorf("%d searches have begun before the pool was idle for %v", got, idleTime)
+			}
+			time.Sleep(idleTime)
+			synctest.Wait()
+			if got := pool.measures.Load(); got != round+1 {
+				t.Errorf("%d searches have begun, not %d", got, round+1)
+			}
+		}
+		cancel()
+		<-ended
+		if !c.searching.TryLock() {
+			t.Error("a search goes on after the end")
+		}
+	})
 }
 
 func mustDigest(t *testing.T, c *Tuner, model repository.Model) string {
