@@ -80,8 +80,10 @@ lint-python: $(VENV)/.locked
 		$(VENV)/bin/ruff format --quiet --check --config pyspark-shim/pyproject.toml $(RUFF) && \
 		$(VENV)/bin/mypy --no-error-summary --config-file pyspark-shim/pyproject.toml pyspark-shim/src'
 
+# Seeds of fuzz targets run without the race detector, which makes the largest ones take seconds.
 test-go: build build/models/.done $(S3)
-	@$(CLOCK) $@ 'go test -vet=off $(FRESH) -race -timeout 10m $(RACED) && \
+	@$(CLOCK) $@ 'go test -vet=off $(FRESH) -race -skip ^Fuzz -timeout 10m $(RACED) && \
+		go test -vet=off $(FRESH) -run ^Fuzz ./handlers/... && \
 		go test -vet=off $(FRESH) -timeout 10m $(filter-out $(shell go list $(RACED)),$(shell go list ./...))'
 
 test-race: build build/models/.done $(S3) ## all Go tests under the race detector
