@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from flightsvc.commandline import Parser
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import first_line, import_tensorflow
+from flightsvc.export.fold import fold
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -117,11 +118,14 @@ def freeze(
         node for node in meta.graph_def.node if node.name in fed - present
     )  # inputs that no output needs
     _prune(frozen)
-    size = frozen.ByteSize()
+    progress("folding")
+    folded = fold(frozen, fed.union(fetches))
+    _prune(folded)
+    size = folded.ByteSize()
     if size > limit:
         raise NotFrozen(f"the frozen graph would have {size:,} bytes, more than {limit:,}")
     progress("writing")
-    _write(meta, frozen, kept, model_dir, out_dir)
+    _write(meta, folded, kept, model_dir, out_dir)
     return {"signatures": kept, "variables": variables, "bytes": size}
 
 
