@@ -151,10 +151,11 @@ def _expanded(graph: _Graph, node: Any, within: frozenset[str]) -> Iterator[Any]
         new = _copy(inner, [tensors[tensor] for tensor in _inputs(inner)])
         new.name = name
         yield from _expanded(graph, new, within | {function.signature.name})
-    returned = function.signature.output_arg
-    new = _node("IdentityN", node.name, [tensors[_tensor(function.ret[arg.name])] for arg in returned])
-    new.attr["T"].list.type.extend(arg.type for arg in returned)
-    yield new
+    kinds = [arg.type for arg in function.signature.output_arg]
+    returned = [tensors[_tensor(function.ret[arg.name])] for arg in function.signature.output_arg]
+    new = _node("IdentityN", node.name, returned)
+    new.attr["T"].list.type.extend(kinds)
+    yield new if len(kinds) > 1 else _node("Identity", node.name, returned, *kinds)
 
 
 def _is_whole(function: Any, node: Any) -> bool:

@@ -1,9 +1,9 @@
-"""Freezing, also as a program: variables of a SavedModel become constants, which TensorFlow can fold.
+"""Freezing, also as a program: variables of a SavedModel become constants, and the graph is folded.
 
     flightsvc freeze MODEL_DIR OUT_DIR [--signature NAME]...
 
-OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. Outputs may
-differ by the order of floating-point sums.
+OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. What folding
+does is in `flightsvc.export.fold`. Outputs may differ by the rounding of floats.
 
 A model is frozen only if that cannot change its results: all state that its signatures reach must be
 variables that no signature assigns. The result must stay below `LIMIT`, because TensorFlow reads a graph as
@@ -86,16 +86,20 @@ def freeze(
     except OSError as error:
         raise NotFoundError(f"{model_dir} is not a SavedModel: saved_model.pb: {error.strerror}") from None
     progress("importing TensorFlow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # freezing runs on the CPU
     tf = import_tensorflow("freezing")
-    tf.get_logger().setLevel("ERROR")  # hides warnings of deprecated functions
+    from tensorflow.python.util import deprecation
+
     progress("looking for what has a state")
     meta = _meta_graph(data, model_dir)
     kept = _kept(meta, signatures, model_dir)
     variables = _variables(meta, kept, limit)
     progress("reading the variables")
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
+    config = tf.compat.v1.ConfigProto(device_count={"GPU": 0}, allow_soft_placement=True)
+    with (
+        tf.Graph().as_default() as graph,
+        tf.compat.v1.Session(graph=graph, config=config) as session,
+        deprecation.silence(),
+    ):
         try:
             tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
         except Exception as error:  # any error of the loader and its kernels
@@ -355,6 +359,8 @@ def main(arguments: Sequence[str]) -> int:
         help="Keep this one; once for each. Default: all that assign no variable.",
     )
     given = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # TensorFlow would take memory of GPUs
     try:
         about = freeze(
             given.model,
