@@ -305,7 +305,7 @@ class Two(tf.Module):
 
     @tf.function(autograph=False)
     def layer(self, x: Any) -> Any:
-        return tf.nn.relu((x @ self.w) * self.s + 0.5)
+        return tf.nn.relu((x @ tf.transpose(self.w)) * self.s + 0.5)
 
     @tf.function(jit_compile=True)
     def compiled(self, x: Any) -> Any:

@@ -185,6 +185,7 @@ def simplify(graph: _Graph) -> list[Any]:
     has no effect but its outputs.
     """
     instead: dict[str, str] = {}
+    seen: dict[bytes, str] = {}  # equal constants are one, also in two signatures
     result: list[Any] = []
     for node in graph.needed():
         inputs = [instead.get(tensor, tensor) for tensor in _inputs(node)]
@@ -195,7 +196,15 @@ def simplify(graph: _Graph) -> list[Any]:
             if other := _times_one(graph, node, inputs):
                 instead[node.name] = other
                 continue
-            if (value := _value(graph, node, inputs)) is not None:
+            value = _value(graph, node, inputs)
+            if value is not None or (node.op == "Const" and node.ByteSize() <= SMALL):
+                key = _copy(node, inputs)
+                key.name = ""
+                first = seen.setdefault(key.SerializeToString(deterministic=True), node.name)
+                if first != node.name:
+                    instead[node.name] = first
+                    continue
+            if value is not None:
                 graph.nodes[node.name] = node = _constant(node.name, value)
         bare = node.op == "Const" and not node.input and "_class" not in node.attr
         result.append(node if bare else _copy(node, inputs))  # a large constant is not copied

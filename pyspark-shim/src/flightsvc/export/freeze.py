@@ -95,6 +95,7 @@ def freeze(
     variables = _variables(meta, kept, limit)
     progress("reading the variables")
     config = tf.compat.v1.ConfigProto(device_count={"GPU": 0}, allow_soft_placement=True)
+    config.graph_options.rewrite_options.disable_meta_optimizer = True  # each variable is read once
     with (
         tf.Graph().as_default() as graph,
         tf.compat.v1.Session(graph=graph, config=config) as session,
