@@ -54,7 +54,8 @@ def fold(graph: tf.compat.v1.GraphDef, kept: Iterable[str]) -> tf.compat.v1.Grap
     """Return a graph that computes the same, or ``graph`` itself if it must not be rewritten.
 
     Args:
-        graph: A graph without variables; its library has only functions that it calls.
+        graph: A graph without variables; its library has only functions that it calls. More is rewritten if
+            its nodes have the attribute ``_output_shapes``.
         kept: The names of all nodes that are fed or fetched. They keep their names and outputs.
     """
     if not _is_stateless(graph):
@@ -119,6 +120,12 @@ class _Graph:
             return None
         value: np.ndarray = tensor_util.MakeNdarray(node.attr["value"].tensor)
         return value
+
+    def sizes(self, tensor: str) -> list[int]:
+        """Return the shape in the attribute ``_output_shapes``; empty: a scalar, or unknown."""
+        node, index = self.nodes[_owner(tensor)], int(tensor.partition(":")[2] or 0)
+        shapes = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else ()
+        return [dim.size for dim in shapes[index].dim] if index < len(shapes) else []
 
     def needed(self) -> list[Any]:
         """Return the nodes that the kept ones depend on, each after its inputs."""
@@ -300,10 +307,13 @@ def absorb(graph: _Graph) -> list[Any]:
             inputs[_WEIGHTS] = scaled[key]
             changed[node.name] = _copy(node, inputs)
         if shift.any():
-            bias, tensor = graph.new_name(f"{node.name}/bias"), graph.new_name(f"{node.name}/BiasAdd")
-            changed[bias] = _constant(bias, shift.astype(linear.weights.dtype))
-            changed[tensor] = _node("BiasAdd", tensor, [node.name, bias], kind)
-            changed[tensor].attr["data_format"].s = b"NCHW" if linear.first else b"NHWC"
+            op = "AddV2" if linear.grouped else "BiasAdd"
+            bias, tensor = graph.new_name(f"{node.name}/bias"), graph.new_name(f"{node.name}/{op}")
+            shape = [-1] + [1] * (linear.rank - 2) if linear.grouped and linear.first else [-1]
+            changed[bias] = _constant(bias, shift.astype(linear.weights.dtype).reshape(shape))
+            changed[tensor] = _node(op, tensor, [node.name, bias], kind)
+            if not linear.grouped:
+                changed[tensor].attr["data_format"].s = b"NCHW" if linear.first else b"NHWC"
         for link, is_affine in links:
             inputs = [tensor, *_inputs(link)[1:]]
             changed[link.name] = (
@@ -325,6 +335,8 @@ class _Linear:
     """The rank of the output; of a product of batches the least that it may have."""
     first: bool
     """Channels are axis 1 of the output, not the last."""
+    grouped: bool
+    """A convolution that has groups, or may have; TensorFlow fails where it fuses that with a ``BiasAdd``."""
 
     @property
     def channels(self) -> int:
@@ -371,7 +383,10 @@ def _linear(graph: _Graph, node: Any) -> _Linear | None:
         if "." in right + output or rank < 2 or right.count(output[-1]) != 1 or output.count(output[-1]) != 1:
             return None
         axes = (right.index(output[-1]),)
-    return _Linear(node, weights, tuple(axis % weights.ndim for axis in axes), rank, layout.startswith("NC"))
+    first = layout.startswith("NC")
+    taken = graph.sizes(inputs[0]) if node.op == "Conv2D" else []
+    grouped = node.op == "Conv2D" and (not taken or taken[1 if first else -1] != weights.shape[-2])
+    return _Linear(node, weights, tuple(axis % weights.ndim for axis in axes), rank, first, grouped)
 
 
 _LINEAR: dict[str, tuple[int, ...]] = {
@@ -466,8 +481,8 @@ def _moved(graph: _Graph, node: Any, tensor: str, linear: _Linear, rank: int) ->
         case "BatchToSpaceND":
             block = graph.constant(inputs[1])
             return rank if block is not None and block.size <= rank - 2 else 0
-        case "Reshape" if "_output_shapes" in node.attr:
-            sizes = [dim.size for dim in node.attr["_output_shapes"].list.shape[0].dim]
+        case "Reshape":
+            sizes = graph.sizes(node.name)
             return len(sizes) if len(sizes) > 1 and sizes[-1] == linear.channels else 0
     return 0
 

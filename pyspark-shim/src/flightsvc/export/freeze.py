@@ -114,8 +114,9 @@ def freeze(
             loaded = graph.as_graph_def()
             split_gathers(loaded)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(session, loaded, fetches)
-            with tf.Graph().as_default():
+            with tf.Graph().as_default() as checked:
                 tf.import_graph_def(frozen, name="")  # checks all types, also in functions
+            frozen = checked.as_graph_def(add_shapes=True)
         except Exception as error:  # an unknown operation on variables, or a graph above 2 GB
             raise NotFrozen(f"TensorFlow cannot make its variables constants: {first_line(error)}") from error
     present = {node.name for node in frozen.node}

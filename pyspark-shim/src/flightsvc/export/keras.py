@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import import_keras, import_tensorflow
-from flightsvc.export.freeze import freeze
 from flightsvc.server.shipping import private_folder
 
 if TYPE_CHECKING:
@@ -137,6 +136,8 @@ def _export(model: keras.Model, name: str) -> Path:
 
 def _frozen(folder: Path, name: str) -> Path:
     """Return the folder of the frozen model, in place of ``folder``; or ``folder`` if it cannot be frozen."""
+    from flightsvc.export.freeze import freeze  # not in workers, which import this module
+
     frozen = folder.with_name(f"{folder.name}-frozen")
     try:
         freeze(folder, frozen)
