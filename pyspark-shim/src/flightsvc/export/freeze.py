@@ -1,9 +1,9 @@
-"""Freezing, also as a program: variables of a SavedModel become constants, which TensorFlow can fold.
+"""Freezing, also as a program: variables of a SavedModel become constants, and the graph is folded.
 
     flightsvc freeze MODEL_DIR OUT_DIR [--signature NAME]...
 
-OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. Outputs may
-differ by the order of floating-point sums.
+OUT_DIR becomes a SavedModel of one graph without variables, with the signatures of MODEL_DIR. What folding
+does is in `flightsvc.export.fold`. Outputs may differ by the rounding of floats.
 
 A model is frozen only if that cannot change its results: all state that its signatures reach must be
 variables that no signature assigns. The result must stay below `LIMIT`, because TensorFlow reads a graph as
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from flightsvc.commandline import Parser
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import first_line, import_tensorflow
+from flightsvc.export.fold import fold
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -85,16 +86,21 @@ def freeze(
     except OSError as error:
         raise NotFoundError(f"{model_dir} is not a SavedModel: saved_model.pb: {error.strerror}") from None
     progress("importing TensorFlow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # freezing runs on the CPU
     tf = import_tensorflow("freezing")
-    tf.get_logger().setLevel("ERROR")  # hides warnings of deprecated functions
+    from tensorflow.python.util import deprecation
+
     progress("looking for what has a state")
     meta = _meta_graph(data, model_dir)
     kept = _kept(meta, signatures, model_dir)
     variables = _variables(meta, kept, limit)
     progress("reading the variables")
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as session:
+    config = tf.compat.v1.ConfigProto(device_count={"GPU": 0}, allow_soft_placement=True)
+    config.graph_options.rewrite_options.disable_meta_optimizer = True  # each variable is read once
+    with (
+        tf.Graph().as_default() as graph,
+        tf.compat.v1.Session(graph=graph, config=config) as session,
+        deprecation.silence(),
+    ):
         try:
             tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
         except Exception as error:  # any error of the loader and its kernels
@@ -108,8 +114,9 @@ def freeze(
             loaded = graph.as_graph_def()
             split_gathers(loaded)
             frozen = tf.compat.v1.graph_util.convert_variables_to_constants(session, loaded, fetches)
-            with tf.Graph().as_default():
+            with tf.Graph().as_default() as checked:
                 tf.import_graph_def(frozen, name="")  # checks all types, also in functions
+            frozen = checked.as_graph_def(add_shapes=True)
         except Exception as error:  # an unknown operation on variables, or a graph above 2 GB
             raise NotFrozen(f"TensorFlow cannot make its variables constants: {first_line(error)}") from error
     present = {node.name for node in frozen.node}
@@ -117,11 +124,14 @@ def freeze(
         node for node in meta.graph_def.node if node.name in fed - present
     )  # inputs that no output needs
     _prune(frozen)
-    size = frozen.ByteSize()
+    progress("folding")
+    folded = fold(frozen, fed.union(fetches))
+    _prune(folded)
+    size = folded.ByteSize()
     if size > limit:
         raise NotFrozen(f"the frozen graph would have {size:,} bytes, more than {limit:,}")
     progress("writing")
-    _write(meta, frozen, kept, model_dir, out_dir)
+    _write(meta, folded, kept, model_dir, out_dir)
     return {"signatures": kept, "variables": variables, "bytes": size}
 
 
@@ -351,6 +361,8 @@ def main(arguments: Sequence[str]) -> int:
         help="Keep this one; once for each. Default: all that assign no variable.",
     )
     given = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # TensorFlow would take memory of GPUs
     try:
         about = freeze(
             given.model,

@@ -6,6 +6,9 @@ layers: its inputs are named after the arguments of ``call`` and have the model'
 are ``output_0``, ``output_1``. If a model takes or returns a dict, the keys are the names, and nested tensors
 are ``key_0`` or ``key_name``.
 
+The SavedModel is frozen and folded if :func:`flightsvc.export.freeze.freeze` allows it. Else it has
+variables, and the log of ``flightsvc`` says why.
+
 TensorFlow restricts the names of inputs: other characters than letters and digits become ``_``; names that
 are not valid for a parameter in Python, or begin with ``_``, get the prefix ``arg_``; of two names that
 differ only in case the second gets a number.
@@ -19,6 +22,7 @@ import keyword
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -27,7 +31,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flightsvc.errors import InvalidArgumentError, NotFoundError
+from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import import_keras, import_tensorflow
 from flightsvc.server.shipping import private_folder
 
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 _SUFFIXES = (".keras", ".h5")
 _ESCAPE = re.compile(r"\x1b\[\d*m")
 _NO_NAME = re.compile(r"[^A-Za-z0-9_]")
+
+log = logging.getLogger("flightsvc")
 
 _mutex = threading.Lock()  # guards _files; held while a file is exported
 _files: dict[Path, tuple[tuple[int, int], Path]] = {}  # by file: its size and time of change, the SavedModel
@@ -111,9 +117,9 @@ def _export(model: keras.Model, name: str) -> Path:
         return _outputs(model, model(*args, **kwargs, training=False))
 
     folder = Path(tempfile.mkdtemp(dir=private_folder()))
-    log = logging.getLogger("tensorflow")
-    level = log.level
-    log.setLevel(logging.WARNING)  # TensorFlow would log the folder
+    theirs = logging.getLogger("tensorflow")
+    level = theirs.level
+    theirs.setLevel(logging.WARNING)  # TensorFlow would log the folder
     try:
         function = tf.function(serve, input_signature=specs, autograph=False)
         function.get_concrete_function()
@@ -124,8 +130,22 @@ def _export(model: keras.Model, name: str) -> Path:
     except Exception as error:  # any error of the model's own code
         raise InvalidArgumentError(f"model {name}: it cannot be exported: {reason(error)}") from error
     finally:
-        log.setLevel(level)
-    return folder
+        theirs.setLevel(level)
+    return _frozen(folder, name)
+
+
+def _frozen(folder: Path, name: str) -> Path:
+    """Return the folder of the frozen model, in place of ``folder``; or ``folder`` if it cannot be frozen."""
+    from flightsvc.export.freeze import freeze  # not in workers, which import this module
+
+    frozen = folder.with_name(f"{folder.name}-frozen")
+    try:
+        freeze(folder, frozen)
+    except FlightsvcError as why:
+        log.info("model %s: its variables are no constants: %s", name, why)
+        return folder
+    shutil.rmtree(folder)
+    return frozen
 
 
 @dataclasses.dataclass(frozen=True)
