@@ -50,7 +50,7 @@ func run() error {
 	flag.Parse()
 
 	session, err := tensorflow.Load(*model, []string{savedmodel.ServeTag},
-		tensorflow.Options{IntraOpThreads: *cores, InterOpThreads: *cores})
+		tensorflow.Options{IntraOpThreads: *cores, InterOpThreads: max(*cores, *callers)})
 	if err != nil {
 		return err
 	}

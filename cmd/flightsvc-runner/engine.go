@@ -64,7 +64,9 @@ func load(setup control.Setup) (*loaded, error) {
 				firstLine(err), tensorflow.Version())
 		}
 	}
-	options := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: setup.Cores}
+	// Each run needs a thread of the inter-op pool, or runs wait for one another.
+	runs := max(setup.Cores, setup.Batching.NumBatchThreads)
+	options := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: runs}
 	if setup.Device != "" {
 		options.GrowDevice, options.DeviceMiB = true, int(setup.DeviceBytes>>20)
 	}

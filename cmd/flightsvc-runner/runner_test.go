@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"flightsvc/internal/control"
 	"flightsvc/internal/expect"
 	"flightsvc/internal/fault"
@@ -29,16 +31,42 @@ import (
 	"flightsvc/internal/tensorflow"
 )
 
-// loadModel opens one of the models of pyspark-shim/tests/make_models.py.
+// loadModel opens one of the models of pyspark-shim/tests/make_models.py, for two cores.
 func loadModel(t *testing.T, name string) *loaded {
 	t.Helper()
-	e, err := load(control.Setup{Model: name, Dir: filepath.Join("..", "..", "build", "models", name), Cores: 2,
-		MaxImagePixels: 1 << 20, MaxImageBytes: 1 << 20})
+	return loadSetup(t, control.Setup{Model: name, Cores: 2})
+}
+
+func loadSetup(t *testing.T, setup control.Setup) *loaded {
+	t.Helper()
+	setup.Dir = filepath.Join("..", "..", "build", "models", setup.Model)
+	setup.MaxImagePixels, setup.MaxImageBytes = 1<<20, 1<<20
+	e, err := load(setup)
 	if err != nil {
 		t.Fatalf("%v; make build/models/.done makes the models", err)
 	}
 	t.Cleanup(func() { _ = e.session.Close() })
 	return e
+}
+
+// TestRunsOverlap has two runs at once of a session with one thread a run; neither ends before both have begun.
+func TestRunsOverlap(t *testing.T) {
+	e := loadSetup(t, control.Setup{Model: "meeting", Cores: 1, Batching: control.Batching{NumBatchThreads: 2}})
+	mem := &offheap.Allocator{}
+	var runs errgroup.Group
+	for range 2 {
+		runs.Go(func() error {
+			feeds := []tensor.Feed{feed(t, e, "x", mem, []int64{1, 1}, make([]byte, 4))}
+			outputs, err := e.Run(feeds, fetches(e), 20*time.Second)
+			if err == nil {
+				outputs.Close()
+			}
+			return err
+		})
+	}
+	if err := runs.Wait(); err != nil {
+		t.Error(err)
+	}
 }
 
 // feed is a value for an input of the default signature, in memory from mem.

@@ -23,6 +23,8 @@ half. Tensors are float32 unless said otherwise; -1 is any number of rows. Signa
 - ``strict``: x [-1], text string [-1] -> root [-1], number float64 [-1]; it refuses an x below 0 and a text
   that is no number
 - ``sums``: x [-1, -1] -> total [-1], width int64 [-1]
+- ``meeting``: x [-1, 1] -> y [-1, 1], x itself once two runs have begun; it assigns a variable, so no server
+  runs it
 """
 
 from __future__ import annotations
@@ -132,6 +134,18 @@ class Counter(tf.Module):
     def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
         self.seen.assign_add(1.0)
         return self.pure(x)
+
+
+class Meeting(tf.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = tf.Variable(0.0)
+
+    @tf.function(input_signature=[spec("x", 1)])
+    def serve(self, x: tf.Tensor) -> dict[str, tf.Tensor]:
+        self.begun.assign_add(1.0)
+        turns = tf.while_loop(lambda n: self.begun < 2.0, lambda n: (n + 1.0,), (tf.constant(0.0),))
+        return {"y": x + 0.0 * turns[0]}
 
 
 WORDS = ("apple", "pear", "fig", "quince", "Fr\u00fcchte")
@@ -246,6 +260,7 @@ MODELS: dict[str, Callable[[], tf.Module]] = {
     "loop": Loop,
     "strict": Strict,
     "sums": Sums,
+    "meeting": Meeting,
 }
 
 
