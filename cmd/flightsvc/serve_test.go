@@ -639,13 +639,18 @@ func TestDetach(t *testing.T) {
 	if err != nil || len(fds) < 4 {
 		t.Fatalf("the front's descriptors are %v, %v", fds, err)
 	}
+	// dropStartupPages may read the program just now.
+	program, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", f.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, fd := range fds {
 		to, err := os.Readlink(fd)
 		if err != nil {
 			continue // closed since
 		}
-		known := to == "/dev/null" || strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "socket:") ||
-			strings.HasPrefix(to, "anon_inode:") ||
+		known := to == "/dev/null" || to == program || strings.HasPrefix(to, "pipe:") ||
+			strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "anon_inode:") ||
 			strings.HasPrefix(to, p.home) || strings.HasPrefix(to, "/proc/") || strings.HasPrefix(to, "/sys/")
 		if !known || to == extra.Name() {
 			t.Errorf("the front holds %s", to)

@@ -397,6 +397,7 @@ def test_a_network_of_keras_runs_without_a_normalisation(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_export_the_same(tmp_path: Path) -> None:
     import keras
 

@@ -1,7 +1,7 @@
 """Many at once on one host: Spark classic and Connect, two executors, two users; all run one script.
 
 The script is ``together_job.py``. Each application has a home of its own; all have answered before the first
-one ends. At the small count there are two applications: ours, and the other user's with Connect.
+one ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from figures import PROVE, count, report
+from figures import report
 from PIL import Image
 from processes import is_gone, left, until, until_clean
 from test_shipping import pushes
@@ -34,12 +34,12 @@ from together_job import OFFSET, SCALE, SIZE
 
 from flightsvc.server import archive, sidecar
 
-pytestmark = pytest.mark.java
+pytestmark = [pytest.mark.java, pytest.mark.prove]
 
 SPARK = Path(importlib.util.find_spec("pyspark").submodule_search_locations[0])
 SCRIPT = Path(__file__).with_name("together_job.py")
-PICTURES, LABELS = count(24, 1200), ("bird", "cat", "dog")
-TIMES = count(1, 3)
+PICTURES, LABELS = 1200, ("bird", "cat", "dog")
+TIMES = 3
 ANSWER_SECONDS = 240.0
 TOLERANCE = 1e-5  # of values between -1 and 1
 
@@ -246,13 +246,11 @@ def jobs(place: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Job]
 
         python = Path(sys.executable)
         theirs = python_of(STRANGER, place) if os.getuid() == 0 else None
-        if PROVE:
-            start("cluster", "master", "local-cluster[2,1,1024]", python)
-        if PROVE or not theirs:
-            start("connect", "remote", "local[2]", python)
+        start("cluster", "master", "local-cluster[2,1,1024]", python)
+        start("connect", "remote", "local[2]", python)
         start("classic", "master", "local[2]", python)
-        if theirs:  # small: the other user is the one with Connect
-            start("stranger", "master" if PROVE else "remote", "local[2]", theirs, STRANGER)
+        if theirs:
+            start("stranger", "master", "local[2]", theirs, STRANGER)
         yield jobs
 
 
