@@ -440,7 +440,7 @@ func TestServeRefuses(t *testing.T) {
 		limit string // of the shell that starts it
 	}{
 		"open files": {limit: "ulimit -n 16", parts: []string{"open files (ulimit -n) is 16"}},
-		"address space": {limit: "ulimit -v 1000000", parts: []string{"address space (ulimit -v) is 1024000000 " +
+		"address space": {limit: "ulimit -v 3000000", parts: []string{"address space (ulimit -v) is 3072000000 " +
 			"bytes"}},
 		"dead owner": {args: []string{"--owner", fmt.Sprintf("%d:1", gone.Process.Pid)},
 			parts: []string{fmt.Sprint("process ", gone.Process.Pid)}},
