@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
+from processes import until
 
 import flightsvc
 from flightsvc.server import archive, sidecar
@@ -353,20 +354,11 @@ def test_a_client_that_leaves_leaves_nothing(
     descriptor = flight.FlightDescriptor.for_command(json.dumps({"v": 1, "put": "model"}))
     writer, _ = front._connection.front().do_put(descriptor, CHUNKS)
     writer.write_batch(pa.record_batch([pa.array([whole[:5000]], pa.binary())], schema=CHUNKS))
-    until(lambda: len(pushed()) == len(before) + 1)  # it has begun
+    until(lambda: len(pushed()) == len(before) + 1, 10, "the beginning of the push")
     writer.done_writing()
     with pytest.raises(pa.ArrowInvalid, match="it ends early"):
         writer.close()
     assert pushed() == before
-
-
-def until(condition: Callable[[], bool]) -> None:
-    waiting = threading.Event()
-    for _ in range(500):
-        if condition():
-            return
-        waiting.wait(0.02)
-    raise AssertionError("not within 10 s")
 
 
 @pytest.mark.parametrize(
