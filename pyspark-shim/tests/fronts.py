@@ -52,34 +52,42 @@ class Front:
     def __init__(self, *flags: str, folder: Path = BIN, environ: Mapping[str, str] = os.environ):
         """Start the one in ``folder``; flags are those of ``flightsvc serve``."""
         command = [folder / "flightsvc", "serve", f"--libtensorflow={sidecar._tensorflow()}", *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
-        )
-        self.log: list[dict[str, Any]] = []
-        self.said: list[str] = []  # by libraries, on standard error
-        self._reader = threading.Thread(target=self._read, name="log", daemon=True)
-        self._reader.start()
+        # A file, not a pipe: what the front said before it answered is then here before the answer.
+        with tempfile.NamedTemporaryFile("a", prefix="fs-log-") as written:
+            self._written = Path(written.name).open()  # noqa: SIM115 - until the front is closed
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=written, text=True, env=environ
+            )
+        self._log: list[dict[str, Any]] = []
+        self._said: list[str] = []  # by libraries
+        self._begun = ""  # a line that is not complete
         self.endpoint: str = json.loads(self.process.stdout.readline())["endpoint"]
 
     def _read(self) -> None:
-        for line in self.process.stderr:
+        for line in self._written:
+            self._begun += line
+            if not line.endswith("\n"):
+                return
             try:
-                self.log.append(json.loads(line))
+                self._log.append(json.loads(self._begun))
             except ValueError:
-                self.said.append(line)
+                self._said.append(self._begun)
+            self._begun = ""
 
     def logged(self, message: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return the lines of the log with this message and these fields."""
+        """Return the lines of the log so far with this message and these fields."""
+        self._read()
         return [
             line
-            for line in self.log
+            for line in self._log
             if line["msg"] == message and all(line.get(name) == value for name, value in fields.items())
         ]
 
     def text(self) -> str:
         """Return the end of the log, for a test that fails."""
-        about = [line for line in self.log if line["msg"] != "call ended"]
-        return "\n".join([*self.said[-20:], *map(json.dumps, about[-60:])])
+        self._read()
+        about = [line for line in self._log if line["msg"] != "call ended"]
+        return "\n".join([*self._said[-20:], *map(json.dumps, about[-60:])])
 
     def models(self) -> list[dict[str, Any]]:
         with flightsvc.connect(self.endpoint) as client:
@@ -105,9 +113,8 @@ class Front:
         finally:
             self.process.kill()
             self.process.wait()
-            self._reader.join()
             self.process.stdout.close()
-            self.process.stderr.close()
+            self._written.close()
 
 
 @contextlib.contextmanager
