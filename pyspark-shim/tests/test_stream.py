@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from processes import until
 
 import flightsvc
 from flightsvc.request import Request
@@ -224,3 +225,34 @@ def test_a_front_that_is_not_there_is_given_up(models: Path):
     nowhere = Connection(lambda: "grpc+unix:///nowhere/front.sock", settings)
     with pytest.raises(ConnectionError, match="no answer from flightsvc for 0 s"):
         list(exchange(nowhere, ints(models), ["n", "i"]).answers(batches([1])))
+
+
+def test_answers_before_an_error_are_not_lost(
+    connection: Connection, client: flightsvc.Client, models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The call ends while answers wait to be read, and then another record batch is to be written."""
+    ended, send = False, stream._Stream.send
+
+    def send_and_wait(self: stream._Stream, sent: stream._Slice) -> None:
+        nonlocal ended
+
+        def fails() -> bool:
+            send(self, sent)  # gRPC may take one before it knows that the call has ended
+            return self._failure is not None
+
+        send(self, sent)
+        if ended:
+            until(fails, 10, "the failed write")
+            ended = False
+
+    monkeypatch.setattr(stream._Stream, "send", send_and_wait)
+    request = flightsvc.Model(models / "sums").request({"x": "x"}, {"width": "w"})
+    one, two = (pa.record_batch({"x": pa.array(x, pa.list_(pa.float32()))}) for x in ([[1]], [[1], [1, 2]]))
+    got = []
+    with pytest.raises(flightsvc.InvalidArgumentError, match="must have the same length"):
+        for answer in exchange(connection, request, ["x"]).answers(iter([one, one, one, two, one, one])):
+            got += answer.outputs.column("w").to_pylist()
+            if len(got) == 1:
+                until(lambda: not any(m["streams"] for m in client.status()["models"]), 10, "the end")
+                ended = True
+    assert got == [1] * 3

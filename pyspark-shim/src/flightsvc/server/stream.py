@@ -142,10 +142,11 @@ class Exchange:
         parts: list[pa.RecordBatch] = []  # answers to the slices of the record batch under way
         stream: _Stream | None = None
         more = True
+        one_by_one = False
         server = ""
         try:
             while True:
-                while more and _room(window, ahead):
+                while more and _room(window, 1 if one_by_one else ahead):
                     sent = next(slices, None)
                     if sent is None:
                         more = False
@@ -158,7 +159,7 @@ class Exchange:
                 try:
                     if stream is None:
                         stream = self._open(window[0].rows.schema)
-                        for sent in window:
+                        for sent in list(window)[: 1 if one_by_one else None]:
                             stream.send(sent)
                     parts += stream.read(window[0].rows.num_rows)
                     server = stream.server or server
@@ -171,8 +172,18 @@ class Exchange:
                     self._blame(window[0], error)
                     continue
                 except FLIGHT_ERRORS as error:
-                    raise translate(error) from error
+                    refused = translate(error)
+                    if stream is None or not stream.could_not_write or one_by_one or len(window) == 1:
+                        raise refused from error
+                    if not isinstance(refused, InvalidArgumentError):  # it concerns no record batch
+                        raise refused from error
+                    # Which record batch is at fault? Arrow drops unread answers when it cannot write.
+                    stream.cancel()
+                    stream, one_by_one = None, True
+                    continue
                 sent = window.popleft()
+                if one_by_one and window:
+                    stream.send(window[0])
                 if sent.last:
                     answer = Answer(sent.batch, join(parts), server)
                     parts = []
@@ -256,6 +267,11 @@ class _Stream:
             raise
         self._helper = threading.Thread(target=self._write, name="flightsvc-writer", daemon=True)
         self._helper.start()
+
+    @property
+    def could_not_write(self) -> bool:
+        """Whether the call ended while a slice was written."""
+        return self._failure is not None
 
     def send(self, sent: _Slice) -> None:
         """Queue a slice for the helper thread; never blocks."""
