@@ -27,6 +27,7 @@ import pyarrow.parquet
 import pytest
 import skimage
 from figures import PROVE
+from fronts import copied
 
 import flightsvc
 from flightsvc import Model, __main__, predict, tables
@@ -543,20 +544,21 @@ def test_an_interrupted_run_leaves_no_file(
 def test_a_run_that_waits_for_the_model_is_interrupted(
     models: Path, client: flightsvc.Client, tmp_path: Path
 ):
-    client.load(models / "slow")
+    model = copied(models / "slow", tmp_path / "model")  # nobody else has a stream of it
+    client.load(model)
     source = written(pa.table({"x": pa.array([[1e9]], pa.list_(pa.float32()))}), tmp_path / "in.parquet")
     process = subprocess.Popen(
-        [COMMAND, "predict", models / "slow", source, tmp_path / "out.parquet"],
+        [COMMAND, "predict", model, source, tmp_path / "out.parquet"],
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not [m for m in client.status()["models"] if m["model"].endswith("/slow") and m["streams"]]:
+    while not [m for m in client.status()["models"] if m["dir"] == str(model) and m["streams"]]:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=5)
     assert (process.returncode, said) == (1, "flightsvc: interrupted; nothing was written\n")
-    assert list(tmp_path.iterdir()) == [source]
+    assert set(tmp_path.iterdir()) == {model, source}
 
 
 @pytest.mark.parametrize("begun", [False, True])
