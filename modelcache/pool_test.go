@@ -403,12 +403,14 @@ func TestLabelsAndSignatures(t *testing.T) {
 	_, err = cache.Resolve(t.Context(), "many", "canary")
 	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
-		`{"batchin":{}}`:                             `unknown field "batchin"`,
-		`{"memory":"lots"}`:                          `"lots" is not an amount of memory`,
-		`{"keep_alive":"long"}`:                      `"long" is not a duration`,
-		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
-		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
-		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
+		`{"batchin":{}}`:                                              `unknown field "batchin"`,
+		`{"memory":"lots"}`:                                           `"lots" is not an amount of memory`,
+		`{"keep_alive":"long"}`:                                       `"long" is not a duration`,
+		`{"warm_up":"hot"}`:                                           `warm_up is "hot"`,
+		`{"batching":{"num_batch_threads":1025}}`:                     "each may be 1024 at most",
+		`{"cores":5000}`:                                              "each may be 1024 at most",
+		`{"version_labels":{"latest":1}}`:                             `version_labels has "latest"`,
+		`{"batching":{"allowed_batch_sizes":[4,2]}}`:                  "ascending",
 		`{"batching":{"max_batch_size":8,"allowed_batch_sizes":[4]}}`: "must be the same",
 		`{"signatures":["nope"]}`:                                     `the signature "nope", which the model`,
 	} {

@@ -15,6 +15,10 @@ import (
 // TuneQuick is the value of the setting tune that lets an idle front measure models.
 const TuneQuick = "quick"
 
+// MaxThreads is the most threads, or runs at once, that may be asked for: more would cost memory, and no host has use
+// for them.
+const MaxThreads = 1024
+
 // Serve are the settings of `flightsvc serve`.
 type Serve struct {
 	Endpoint         string        `env:"FLIGHTSVC_ENDPOINT" placeholder:"grpc+unix:///PATH" help:"Unix socket to serve on. Default: front.sock in a new folder in the run-dir."`
@@ -59,7 +63,7 @@ func (s *Serve) Validate() error {
 	refuse(s.LoadTimeout <= 0, "load-timeout is %s; want more than 0", s.LoadTimeout)
 	refuse(s.DrainTimeout <= 0, "drain-timeout is %s; want more than 0", s.DrainTimeout)
 	refuse(s.Child && s.Detach, "child and detach exclude one another: a child runs in the foreground")
-	refuse(s.Cores < 0, "cores is %d; want 0 for all, or more", s.Cores)
+	refuse(s.Cores < 0 || s.Cores > MaxThreads, "cores is %d; want 0 for all, or at most %d", s.Cores, MaxThreads)
 	refuse(s.IdleTimeout < 0, "idle-timeout is %s; want 0 or more", s.IdleTimeout)
 	refuse(s.KeepAlive < 0, "keep-alive is %s; want 0 or more", s.KeepAlive)
 	refuse(s.PollInterval < 0, "poll-interval is %s; want 0 or more", s.PollInterval)

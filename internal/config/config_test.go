@@ -25,7 +25,7 @@ func TestValidate(t *testing.T) {
 	bad := Serve{IdleTimeout: -1, LoadTimeout: -time.Second, Cores: -2, KeepAlive: -time.Minute, PollInterval: -1}
 	want := `load-timeout is -1s; want more than 0
 drain-timeout is 0s; want more than 0
-cores is -2; want 0 for all, or more
+cores is -2; want 0 for all, or at most 1024
 idle-timeout is -1ns; want 0 or more
 keep-alive is -1m0s; want 0 or more
 poll-interval is -1ns; want 0 or more

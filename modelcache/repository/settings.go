@@ -84,6 +84,9 @@ func (s *Settings) check() error {
 	switch {
 	case b.MaxBatchSize < 0 || b.BatchTimeoutMicros < 0 || b.MaxEnqueuedBatches < 0 || b.NumBatchThreads < 0:
 		return fmt.Errorf("numbers in batching cannot be negative")
+	case b.NumBatchThreads > config.MaxThreads || s.Cores > config.MaxThreads:
+		return fmt.Errorf("num_batch_threads is %d and cores is %d; each may be %d at most", b.NumBatchThreads, s.Cores,
+			config.MaxThreads)
 	case s.Cores < 0 || s.Memory < 0:
 		return fmt.Errorf("cores and memory cannot be negative")
 	case s.WarmUp != "" && s.WarmUp != WarmUpAuto && s.WarmUp != WarmUpOff:
