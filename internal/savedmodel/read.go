@@ -42,6 +42,7 @@ const initSignature = "__saved_model_init_op"
 const (
 	fieldMetaGraphs   = 2
 	fieldMetaInfo     = 1
+	fieldVersion      = 1 // of MetaInfoDef: meta_graph_version
 	fieldGraph        = 2
 	fieldSignatureMap = 5
 	fieldTags         = 4
@@ -70,7 +71,11 @@ type Signature struct {
 // Model is what is read from a SavedModel.
 type Model struct {
 	Signatures map[string]Signature
+	Folded     bool // flightsvc freeze has made it, and there is no faster form of its graph
 }
+
+// folded is the meta_graph_version of a graph that flightsvc freeze has folded (FOLDED in export/freeze.py).
+const folded = "folded by flightsvc"
 
 // maxGraph is the most bytes of saved_model.pb: the limit of protocol buffers.
 const maxGraph = 2 << 30
@@ -151,12 +156,20 @@ func parseMetaGraph(m *message, reserve func(bytes int64) error) (*Model, []stri
 		switch num {
 		case fieldMetaInfo:
 			return field.fields(func(num protowire.Number, field *message) error {
-				if num != fieldTags {
-					return nil
+				switch num {
+				case fieldVersion:
+					if field.left != int64(len(folded)) {
+						return nil
+					}
+					version, err := field.text()
+					model.Folded = string(version) == folded
+					return err
+				case fieldTags:
+					tag, err := field.text()
+					tags = append(tags, string(tag))
+					return errors.Join(err, operations.meter.take(vertexBytes+int64(len(tag))))
 				}
-				tag, err := field.text()
-				tags = append(tags, string(tag))
-				return errors.Join(err, operations.meter.take(vertexBytes+int64(len(tag))))
+				return nil
 			})
 		case fieldGraph:
 			return operations.read(field)

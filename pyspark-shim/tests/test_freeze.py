@@ -303,8 +303,12 @@ def test_size_limit(models: Path, tmp_path: Path) -> None:
 
 
 def test_without_variables(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotFrozen, match="no variables"):
-        freeze(models / "ints", tmp_path / "out")
+    about = freeze(models / "ints", tmp_path / "out")
+    assert (about["variables"], about["not_folded"]) == (0, "")
+    i = np.array([[1, 2, 3], [-4, 1 << 40, 6]], "i8")
+    same(answers(tmp_path / "out", i=i), answers(models / "ints", i=i))
+    with pytest.raises(NotFrozen, match="frozen and folded already"):
+        freeze(tmp_path / "out", tmp_path / "again")
 
 
 def test_mistakes_are_sentences(models: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def fold(graph: tf.compat.v1.GraphDef, kept: Iterable[str]) -> tf.compat.v1.Grap
             its nodes have the attribute ``_output_shapes``.
         kept: The names of all nodes that are fed or fetched. They keep their names and outputs.
     """
-    if not _is_stateless(graph):
+    if find_state(graph):
         return graph
     nodes: list[Any] = list(graph.node)
     for rewrite in REWRITES:
@@ -70,15 +70,16 @@ def fold(graph: tf.compat.v1.GraphDef, kept: Iterable[str]) -> tf.compat.v1.Grap
     return folded
 
 
-def _is_stateless(graph: Any) -> bool:
+def find_state(graph: tf.compat.v1.GraphDef) -> str:
+    """Return an operation that keeps a graph from being rewritten, or ""."""
     from tensorflow.python.framework import op_def_registry
 
     for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
         for node in nodes:
             op = op_def_registry.get(node.op)
             if op is None or node.op in _LOWERED or (op.is_stateful and node.op not in _CARRIERS):
-                return False
-    return True
+                return str(node.op)
+    return ""
 
 
 class _Graph:

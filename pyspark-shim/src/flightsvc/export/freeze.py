@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from flightsvc.commandline import Parser
 from flightsvc.errors import FlightsvcError, InvalidArgumentError, NotFoundError
 from flightsvc.export import first_line, import_tensorflow
-from flightsvc.export.fold import fold
+from flightsvc.export.fold import find_state, fold
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 LIMIT = 1_500_000_000
 """The largest frozen graph, in bytes. A message of protobuf may have 2 GB; TensorFlow adds to the graph while
 it optimises."""
+
+FOLDED = "folded by flightsvc"
+"""The ``meta_graph_version`` of a folded SavedModel, by which a server knows it."""
 
 NOT_FROZEN = 3
 """The exit code for a model that cannot be frozen."""
@@ -71,7 +74,8 @@ def freeze(
         progress: A function that is called with a line of text at the start of each step.
 
     Returns:
-        ``signatures``, the names; ``variables``, the number of variables; ``bytes``, the size of the graph.
+        ``signatures``, the names; ``variables``, the number of variables; ``bytes``, the size of the graph;
+        ``not_folded``, the operation that keeps the graph from being folded, or "".
 
     Raises:
         NotFrozen: The model cannot be frozen.
@@ -91,6 +95,8 @@ def freeze(
 
     progress("looking for what has a state")
     meta = _meta_graph(data, model_dir)
+    if meta.meta_info_def.meta_graph_version == FOLDED:
+        raise NotFrozen("it is frozen and folded already")
     kept = _kept(meta, signatures, model_dir)
     variables = _variables(meta, kept, limit)
     progress("reading the variables")
@@ -125,14 +131,15 @@ def freeze(
     )  # inputs that no output needs
     _prune(frozen)
     progress("folding")
+    state = find_state(frozen)
     folded = fold(frozen, fed.union(fetches))
     _prune(folded)
     size = folded.ByteSize()
     if size > limit:
         raise NotFrozen(f"the frozen graph would have {size:,} bytes, more than {limit:,}")
     progress("writing")
-    _write(meta, folded, kept, model_dir, out_dir)
-    return {"signatures": kept, "variables": variables, "bytes": size}
+    _write(meta, folded, kept, "" if state else FOLDED, model_dir, out_dir)
+    return {"signatures": kept, "variables": variables, "bytes": size, "not_folded": state}
 
 
 def _meta_graph(data: bytes, model_dir: Path) -> Any:
@@ -218,8 +225,6 @@ def _variables(meta: Any, kept: Sequence[str], limit: int) -> int:
     if files := {_node(asset.tensor_info.name) for asset in meta.asset_file_def} & set(reach.nodes):
         raise NotFrozen(f"it reads a file of the model ({sorted(files)[0]})")
     variables = reach.variables()
-    if not variables:
-        raise NotFrozen("it has no variables")
     for name in meta.signature_def:
         if name in kept or name == "__saved_model_init_op":
             continue
@@ -326,7 +331,12 @@ def _prune(graph: Any) -> None:
 
 
 def _write(
-    meta: Any, graph: tf.compat.v1.GraphDef, kept: Sequence[str], model_dir: Path, out_dir: Path
+    meta: Any,
+    graph: tf.compat.v1.GraphDef,
+    kept: Sequence[str],
+    version: str,
+    model_dir: Path,
+    out_dir: Path,
 ) -> None:
     """Write the SavedModel beside ``out_dir`` and rename it."""
     from tensorflow.core.protobuf import saved_model_pb2
@@ -335,6 +345,7 @@ def _write(
     new = saved.meta_graphs.add()
     new.meta_info_def.tags.append("serve")
     new.meta_info_def.tensorflow_version = meta.meta_info_def.tensorflow_version
+    new.meta_info_def.meta_graph_version = version
     new.graph_def.CopyFrom(graph)
     for name in kept:
         new.signature_def[name].CopyFrom(meta.signature_def[name])
