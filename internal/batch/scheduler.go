@@ -42,6 +42,9 @@ type Options struct {
 	BatchTimeout       time.Duration // how long a batch that is not full may wait for further rows
 	MaxEnqueuedBatches int           // waiting record batches at which the queue is full
 	NumBatchThreads    int           // concurrent runs
+	// Spread makes tasks of a few milliseconds, and joins no more than that, so that all threads work on each record
+	// batch. It is for runs that take one processor each.
+	Spread bool
 	// AllowedBatchSizes are the only numbers of rows that Run is given, ascending; a batch of another size is
 	// padded to the next one with copies of its first row. Empty allows every size.
 	AllowedBatchSizes []int
@@ -52,6 +55,9 @@ type Options struct {
 	// fault of kind BadRequest blames the rows. timeout bounds the run; 0 does not. Several goroutines call it at
 	// once.
 	Run func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error)
+	// RunAlone, if set, is called in place of Run for a record batch that was not cut, while nothing else runs or
+	// waits: such a run may take all processors.
+	RunAlone func(feeds []tensor.Feed, fetches []string, timeout time.Duration) (Outputs, error)
 	// Stuck is called when a run has ignored its timeout for 10 s. It ends the process, because nothing else
 	// ends such a run.
 	Stuck  func(timeout time.Duration)
@@ -87,6 +93,8 @@ type Scheduler struct {
 	runs, joined       atomic.Int64
 	runTime, queueTime atomic.Int64 // nanoseconds
 	lastRun            atomic.Int64 // duration of the last run, in nanoseconds
+	rowTime            atomic.Int64 // of a run, in nanoseconds a row; 0 before the first run
+	running            atomic.Int64 // runs under way
 	rowLimit           atomic.Int64 // of one run, even where Limits.Off; lowered by Shrink
 	reportedLimit      atomic.Int64 // the rowLimit at the start, or of the last call of Shrink.Fits
 
@@ -276,6 +284,7 @@ type task struct {
 	feeds  []tensor.Feed
 	rows   int
 	bytes  int64
+	whole  bool // no other task of its record batch runs beside it
 	queued time.Time
 	done   chan result // takes one
 
@@ -334,9 +343,10 @@ func (t *task) answerLocked(r result) {
 	t.done <- r
 }
 
-// submit queues a task, which takes over the feeds.
-func (st *Stream) submit(feeds []tensor.Feed, rows int, alone bool) *task {
-	t := &task{stream: st, feeds: feeds, rows: rows, queued: time.Now(), done: make(chan result, 1)}
+// submit queues a task, which takes over the feeds. whole says that no other task of its record batch runs beside it,
+// alone that it is not joined with other streams' tasks.
+func (st *Stream) submit(feeds []tensor.Feed, rows int, whole, alone bool) *task {
+	t := &task{stream: st, feeds: feeds, rows: rows, whole: whole, queued: time.Now(), done: make(chan result, 1)}
 	for i := range feeds {
 		t.bytes += feeds[i].Value.ByteSize()
 	}
@@ -465,7 +475,7 @@ func (s *Scheduler) gatherLocked(first *Stream) (tasks []*task, ready bool) {
 	if seed.key == "" {
 		return tasks, true
 	}
-	rows, bytes, limit := seed.rows, seed.bytes, first.rowLimit()
+	rows, bytes, limit := seed.rows, seed.bytes, min(first.rowLimit(), s.mostRows())
 	for _, st := range s.turns {
 		t := st.tasks[0]
 		if st == first || t.key != seed.key {
@@ -617,13 +627,18 @@ func (s *Scheduler) run(tasks []*task, current *running) (Outputs, error) {
 	if len(tasks) > 1 {
 		s.joined.Add(1)
 	}
+	run, alone := s.options.Run, s.running.Add(1) == 1 && s.options.RunAlone != nil && s.isAlone(tasks)
+	if alone {
+		run = s.options.RunAlone
+	}
 	done := make(chan outcome, 1)
 	started := time.Now()
 	go func() { // ends with the run
+		defer s.running.Add(-1)
 		var o outcome
 		defer func() { done <- o }()
 		defer s.guard(&o.err)
-		o.outputs, o.err = s.options.Run(feeds, call.Fetches, call.Timeout)
+		o.outputs, o.err = run(feeds, call.Fetches, call.Timeout)
 	}()
 	var late, stuck <-chan time.Time // without a timeout they never fire
 	if call.Timeout > 0 {
@@ -634,6 +649,9 @@ func (s *Scheduler) run(tasks []*task, current *running) (Outputs, error) {
 		took := int64(time.Since(started))
 		s.lastRun.Store(took)
 		s.runTime.Add(took)
+		if !alone && o.err == nil {
+			s.learn(time.Duration(took), s.padded(rowsOf(tasks)))
+		}
 		return o.outputs, o.err
 	case <-current.abandoned:
 		// Every caller has returned; deliver releases the tasks.

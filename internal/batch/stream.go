@@ -55,12 +55,12 @@ type slice struct{ lo, hi int }
 func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first bool) (*Answer, error) {
 	defer tensor.ReleaseFeeds(feeds)
 	a := &Answer{}
-	w := &work{st: st, ctx: ctx, feeds: feeds, answer: a, halvings: maxRuns - 1, first: first}
+	w := &work{st: st, ctx: ctx, feeds: feeds, all: slice{0, rows}, answer: a, halvings: maxRuns - 1, first: first}
 	for i := range feeds {
 		w.rowBytes += feeds[i].Value.ByteSize()
 	}
 	w.rowBytes /= int64(rows)
-	ran, failed := w.each(st.cut(slice{0, rows}, w.rowBytes), false)
+	ran, failed := w.each(st.cut(w.all, w.rowBytes), false)
 	if failed == nil && !a.concat(ran, st) {
 		failed = w.inOneRun(rows)
 	}
@@ -74,8 +74,8 @@ func (st *Stream) Run(ctx context.Context, feeds []tensor.Feed, rows int, first 
 // ranSlice is a slice that ran: its first row, and the index of its result in the answer.
 type ranSlice struct{ lo, result int }
 
-// cut divides a slice into slices within the limits: of about equal size or, with allowed batch sizes, as large as
-// possible, so that only the last needs padding.
+// cut divides a slice into slices within the limits, and for all threads if the scheduler spreads them: of about equal
+// size or, with allowed batch sizes, as large as possible, so that only the last needs padding.
 func (st *Stream) cut(all slice, rowBytes int64) []slice {
 	rows, limit := all.hi-all.lo, st.rowLimit()
 	s := st.scheduler
@@ -84,6 +84,9 @@ func (st *Stream) cut(all slice, rowBytes int64) []slice {
 		limit = s.allowed(min(limit, int(max(s.options.MaxBatchBytes/rowBytes, 1))))
 	case padded > rows && int64(padded)*rowBytes > s.options.MaxBatchBytes:
 		limit = min(limit, s.allowed(rows))
+	}
+	if !st.call.Limits.Off && !st.call.Limits.Alone && len(s.options.AllowedBatchSizes) == 0 {
+		limit = min(limit, s.taskRows(rows))
 	}
 	count := (rows-1)/limit + 1
 	cuts := make([]slice, count)
@@ -101,6 +104,7 @@ type work struct {
 	st       *Stream
 	ctx      context.Context
 	feeds    []tensor.Feed
+	all      slice // all rows
 	rowBytes int64 // of all feeds
 	answer   *Answer
 	halvings int  // runs that the search for rows to blame may still take
@@ -139,7 +143,7 @@ func (w *work) submit(rows slice, alone bool) *task {
 	for i := range w.feeds {
 		feeds[i] = tensor.Feed{Tensor: w.feeds[i].Tensor, Value: w.feeds[i].Value.Slice(rows.lo, rows.hi)}
 	}
-	return w.st.submit(feeds, rows.hi-rows.lo, alone)
+	return w.st.submit(feeds, rows.hi-rows.lo, rows == w.all, alone)
 }
 
 // resolve handles the result of a slice. If it has too many rows for the device it is cut again; if TensorFlow refused
@@ -253,7 +257,7 @@ func (w *work) inOneRun(rows int) error {
 		left[i] = tensor.Feed{Tensor: w.feeds[i].Tensor,
 			Value: w.feeds[i].Value.Take(kept, w.st.scheduler.options.Memory)}
 	}
-	r := w.st.submit(left, len(kept), true).wait(w.ctx)
+	r := w.st.submit(left, len(kept), true, true).wait(w.ctx)
 	if r.err != nil {
 		return r.err
 	}
