@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -528,13 +529,27 @@ def test_an_interrupted_run_leaves_no_file(
     out = tmp_path / "out.arrows"
     out.write_bytes(b"an older file")
     process = subprocess.Popen(
-        [COMMAND, "predict", models / "mlp", large, out], stderr=subprocess.PIPE, text=True
+        [COMMAND, "predict", models / "mlp", "-", out], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    assert process.stdin and process.stderr
+    table = pa.parquet.ParquetFile(large).read_row_group(0)
+    stream = pa.ipc.new_stream(process.stdin, table.schema)
+
+    def feed() -> None:
+        with contextlib.suppress(OSError, pa.ArrowException):  # its reader has ended
+            while True:
+                stream.write_table(table)
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
     part = None
-    while process.poll() is None and (part is None or part.stat().st_size < MIB):
+    while part is None or part.stat().st_size < MIB:
+        assert process.poll() is None
         part = next(iter(tmp_path.glob(".out.*")), None)
     process.send_signal(how)
-    _, said = process.communicate(timeout=20)
+    said = process.stderr.read().decode()
+    process.wait(20)
+    feeding.join(20)
     assert out.read_bytes() == b"an older file"
     if how != signal.SIGKILL:
         assert (process.returncode, said) == (1, "flightsvc: interrupted; nothing was written\n")
