@@ -118,7 +118,7 @@ func (x *exchange) answerSlice(
 ) error {
 	meta := protocol.AnswerMetadata{Batch: x.batches, QueueUS: waited.Microseconds()}
 	if x.batches == 0 && lo == 0 {
-		meta.Server = x.options.Server
+		meta.Server, meta.Form = x.options.Server, x.options.Form
 	}
 	rows := tensor.NewRows(int(rec.NumRows()))
 	x.pulse.work(true)
@@ -155,7 +155,7 @@ func (x *exchange) answerSlice(
 		meta.TotalUS = time.Since(arrivedAt).Microseconds()
 		err := x.writer.write(rec, meta)
 		x.pulse.move()
-		meta.Server = ""
+		meta.Server, meta.Form = "", ""
 		return err
 	})
 	if _, ok := fault.KindOf(err); ok {

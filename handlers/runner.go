@@ -51,6 +51,7 @@ type RunnerOptions struct {
 	Events  StreamEvents
 	Key     []byte // for leases
 	Server  string // names this runner in answers, for instance "host:1234"; goes into app_metadata
+	Form    string // protocol.FormSaved or protocol.FormFolded, also for app_metadata
 	// StreamRest is how long nothing moves on a stream before it counts as resting; control.StreamRest if 0.
 	StreamRest time.Duration
 	Memory     memory.Allocator // off the Go heap and 64-byte aligned, so tensors need no copy

@@ -92,6 +92,11 @@ func (b *budget) held() int64 {
 	return total
 }
 
+// roomForLocked reports whether so many bytes are free, and no load waits for them.
+func (b *budget) roomForLocked(bytes int64) bool {
+	return len(b.waiting) == 0 && (b.total == 0 || b.held()+bytes <= b.total)
+}
+
 func (b *budget) wakeLocked() {
 	close(b.changed)
 	b.changed = make(chan struct{})

@@ -5,7 +5,10 @@ package modelcache
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -16,6 +19,7 @@ import (
 	"flightsvc/internal/control"
 	"flightsvc/internal/fault"
 	"flightsvc/internal/protocol"
+	"flightsvc/internal/rundir"
 	"flightsvc/modelcache/repository"
 	"flightsvc/modelcache/tuning"
 )
@@ -28,7 +32,7 @@ type Options struct {
 	Runners     Starter                // starts runner processes
 	Build       string                 // of the front; a runner of another build is refused
 	Server      string                 // name that runners give in their answers
-	Cores       int                    // threads of a runner's pools; 0 leaves it to TensorFlow
+	Cores       int                    // that a runner may use
 	Memory      int64                  // bytes of the host for all runners together; 0 is no bound
 	Devices     *gpu.Inventory         // nil means none
 	CPUFallback bool                   // a model may run on the CPU where no device has room, or its device is gone
@@ -39,6 +43,7 @@ type Options struct {
 	PollInterval                  time.Duration // how often newer versions of models in use are looked for; 0 is never
 	// bounds the wait for memory, and then the start of a runner that loads its model
 	LoadTimeout time.Duration
+	Fold        bool // runners keep a run of real rows, so that a folded form can be compared
 	Log         *zap.Logger
 }
 
@@ -146,7 +151,7 @@ func (c *Cache) slotOf(model repository.Model, device string) (*slot, error) {
 // slotLocked returns the slot of a model on a target, nil if there is none.
 func (c *Cache) slotLocked(model repository.Model, target target) *slot {
 	for _, s := range c.slots {
-		if s.model.Dir == model.Dir && target.matches(s) {
+		if s.model.Dir == model.Dir && !s.replaced && target.matches(s) {
 			return s
 		}
 	}
@@ -213,7 +218,8 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	want := newClaim(s.model, s.profile)
 	want.target = s.target
 	want.need = deviceNeed(s.model, s.profile, s.target.devices)
-	runner, err := c.startWith(s, want)
+	wanted := func() bool { return s.callers > 0 }
+	runner, err := c.startWith(c.ctx, s, want, wanted)
 	var refused *loadError
 	if !errors.As(err, &refused) || !refused.noMemory {
 		return runner, err
@@ -228,17 +234,24 @@ func (c *Cache) start(s *slot) (*Runner, error) {
 	if more := want.need + want.need/2; more < want.placement.Device().Memory {
 		again.need = more
 	}
-	return c.startWith(s, again)
+	return c.startWith(c.ctx, s, again, wanted)
 }
 
 // startWith waits until the claim is granted, starts a runner and waits until it is ready. The claim's memory is given
-// back when the process has ended.
-func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
-	if err := c.admit(want, func() bool { return s.callers > 0 }); err != nil {
+// back when the process has ended. When wanted, which is called with mu locked, returns false, the wait ends; when ctx
+// ends, so does the start.
+func (c *Cache) startWith(ctx context.Context, s *slot, want *claim, wanted func() bool) (*Runner, error) {
+	if err := c.admit(want, wanted); err != nil {
 		return nil, err
 	}
 	release := func() {}
 	gone := func() {
+		if s.sample != "" {
+			kept, _ := filepath.Glob(s.sample + "*") // fails only for a malformed pattern
+			for _, path := range kept {
+				_ = os.Remove(path)
+			}
+		}
 		if err := want.placement.Release(c.ctx); err != nil {
 			c.options.Log.Warn("device memory", zap.String("model", s.model.Ref), zap.Error(err))
 		}
@@ -247,20 +260,23 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	}
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
-		var hold func() // keeps the files, from before they are read until the process has ended
-		hold, err = c.options.Repository.Hold(c.ctx, repository.Model{Ref: s.model.Ref, Dir: setup.Dir})
-		if err == nil {
-			release = hold
-		}
+		release, err = c.hold(s.model, setup.Dir) // from before the files are read until the process has ended
 	}
 	if err != nil {
 		gone()
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(c.ctx, c.options.LoadTimeout)
+	ctx, cancel := context.WithTimeout(ctx, c.options.LoadTimeout)
 	defer cancel()
+	setup.Replay = s.replay
 	c.mu.Lock()
 	s.state, s.claim, s.uuid, s.fellBack = StateLoading, want, want.placement.Device().UUID, want.fellBack
+	s.form = setup.Form
+	if c.canFoldLocked(s) {
+		setup.Sample = filepath.Join(c.options.Folder, rundir.Sample+rand.Text()[:8])
+		s.sample = setup.Sample
+	}
+	setup.RoomForTwo = c.memory.roomForLocked(want.bytes)
 	c.mu.Unlock()
 	runner, err := start(ctx, c.options, setup, tuned, want.placement.Env(), events{
 		warming:  func() { c.setState(s, StateWarming) },
@@ -287,6 +303,26 @@ func (c *Cache) startWith(s *slot, want *claim) (*Runner, error) {
 	return runner, nil
 }
 
+// hold keeps the files of a model, and those that are loaded in their place, from being removed until release is
+// called.
+func (c *Cache) hold(model repository.Model, loaded string) (release func(), err error) {
+	var holds []func()
+	release = func() {
+		for _, one := range holds {
+			one()
+		}
+	}
+	for _, dir := range slices.Compact([]string{model.Dir, loaded}) {
+		one, err := c.options.Repository.Hold(c.ctx, repository.Model{Ref: model.Ref, Dir: dir})
+		if err != nil {
+			release()
+			return func() {}, err
+		}
+		holds = append(holds, one)
+	}
+	return release, nil
+}
+
 // setupOf returns how a runner of the model is to run: as the model's settings say, else as tuning has found, else with
 // the defaults. The strings are variables for the runner's environment, which tuning has chosen.
 func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement *gpu.Placement) (
@@ -308,25 +344,31 @@ func (c *Cache) setupOf(model repository.Model, known tuning.Profile, placement 
 		Device: placement.Device().UUID, DeviceBytes: int64(model.Settings.DeviceMemory),
 	}
 	var tuned []string
+	folded := ""
 	if setup.Device == "" {
+		folded = known.Folded
 		if choice, ok := known.Tuned[tuning.Machine()]; ok {
-			tuned = c.apply(choice, &setup)
+			folded, tuned = choice.Frozen, apply(choice, &setup)
 		}
 	} else if most := known.DeviceBatch[placement.Device().Name]; most > 0 {
 		setup.Batching = setup.Batching.UpTo(most)
+	}
+	setup.Form = protocol.FormSaved
+	switch {
+	case model.Saved != nil && model.Saved.Folded:
+		setup.Form = protocol.FormFolded
+	case folded != "" && model.Settings.Form != repository.FormSaved && c.options.Repository.Known(folded):
+		setup.Dir, setup.Form = c.options.Repository.Place(folded), protocol.FormFolded
 	}
 	return setup, tuned, nil
 }
 
 // apply puts a tuned choice into a setup, where the model's settings leave it open, and returns the variables for the
 // runner's environment.
-func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
-	setup.Cores = min(cmp.Or(choice.Cores, setup.Cores), max(setup.Cores, 1))
+func apply(choice protocol.Choice, setup *control.Setup) []string {
+	setup.Threads = min(choice.Cores, max(setup.Cores, 1))
 	setup.Batching.NumBatchThreads = cmp.Or(setup.Batching.NumBatchThreads, choice.BatchThreads)
 	setup.Batching.MaxBatchSize = cmp.Or(setup.Batching.MaxBatchSize, choice.BatchSize)
-	if choice.Frozen != "" && c.options.Repository.Known(choice.Frozen) {
-		setup.Dir = c.options.Repository.Place(choice.Frozen)
-	}
 	return tuning.Environment(choice)
 }
 
@@ -334,6 +376,9 @@ func (c *Cache) apply(choice protocol.Choice, setup *control.Setup) []string {
 // another reason than a lack of device memory, or has not loaded it in time. It returns err.
 func (c *Cache) failed(s *slot, err error) error {
 	var refused *loadError
+	if s.trial {
+		return err
+	}
 	if errors.As(err, &refused) && !refused.noMemory || errors.Is(err, context.DeadlineExceeded) {
 		c.healthOf(s.model, func(h *health) { h.failed(time.Now(), err.Error()) })
 	}

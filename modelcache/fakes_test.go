@@ -38,6 +38,15 @@ func (f *fakeRunners) Start(_ context.Context, setup control.Setup, _, _ []strin
 	p := &fakeProcess{pid: len(f.all) + 1, setup: setup, reports: make(chan control.Report, 100),
 		ended: make(chan struct{})}
 	f.all = append(f.all, p)
+	if setup.Replay != "" { // as a runner does before it is ready
+		value := byte(1)
+		if f.mode == "other answers" {
+			value = 2
+		}
+		if err := sampleOf(value).Write(control.Replayed(setup.Replay)); err != nil {
+			return nil, err
+		}
+	}
 	switch f.mode {
 	case "gated": // until the test calls ready
 	case "dies":
@@ -57,6 +66,13 @@ func (f *fakeRunners) Start(_ context.Context, setup control.Setup, _, _ []strin
 		p.ready()
 	}
 	return p, nil
+}
+
+// sampleOf is a run whose answer is a number.
+func sampleOf(value byte) control.Sample {
+	return control.Sample{Outputs: []control.Tensor{
+		{Name: "y", DType: savedmodel.Uint8, Shape: []int64{1}, Data: []byte{value}},
+	}}
 }
 
 // fakeProcess is one of them.
@@ -133,8 +149,8 @@ func newPool(t *testing.T, mode string, change func(*Options)) (*Cache, reposito
 	root := t.TempDir()
 	expect.Write(t, filepath.Join(root, "m", savedmodel.File), expect.SavedModel())
 	options := Options{
-		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: t.TempDir(), Quiet: 1,
-			Log: zap.NewNop()}),
+		Repository: repository.New(repository.Options{ModelRoot: root, CacheDir: filepath.Join(t.TempDir(), "cache"),
+			Quiet: 1, Log: zap.NewNop()}),
 		Profiles: tuning.NewProfiles(t.TempDir()), Folder: t.TempDir(), Runners: &fakeRunners{mode: mode},
 		Build:       testBuild,
 		LoadTimeout: time.Minute, LogLevel: "info", Log: zap.NewNop(),

@@ -165,6 +165,9 @@ type end struct {
 func (c *Cache) ended(s *slot, e end) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if s.trial { // the model's own runner is not at fault
+		return
+	}
 	if !e.loading {
 		c.forgetLocked(s)
 	}

@@ -1,3 +1,5 @@
+// Measuring: one more runner of a model, which reports how fast it is and ends.
+
 package modelcache
 
 import (
@@ -28,7 +30,8 @@ func (c *Cache) Measure(
 	defer release()
 	setup := control.Setup{
 		Model: model.Ref, Dir: model.Dir, Server: c.options.Server, LogLevel: c.options.LogLevel,
-		Cores: choice.Cores, Batching: control.Batching{NumBatchThreads: choice.BatchThreads},
+		Cores: c.options.Cores, Threads: choice.Cores,
+		Batching:       control.Batching{NumBatchThreads: choice.BatchThreads},
 		MaxImagePixels: c.options.MaxImagePixels, MaxImageBytes: c.options.MaxImageBytes,
 		Measure: &what,
 	}

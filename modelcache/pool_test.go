@@ -403,14 +403,15 @@ func TestLabelsAndSignatures(t *testing.T) {
 	_, err = cache.Resolve(t.Context(), "many", "canary")
 	expect.Fault(t, err, fault.NotFound, "no version canary", control.SettingsFile, "stable")
 	for text, say := range map[string]string{
-		`{"batchin":{}}`:                                              `unknown field "batchin"`,
-		`{"memory":"lots"}`:                                           `"lots" is not an amount of memory`,
-		`{"keep_alive":"long"}`:                                       `"long" is not a duration`,
-		`{"warm_up":"hot"}`:                                           `warm_up is "hot"`,
-		`{"batching":{"num_batch_threads":1025}}`:                     "each may be 1024 at most",
-		`{"cores":5000}`:                                              "each may be 1024 at most",
-		`{"version_labels":{"latest":1}}`:                             `version_labels has "latest"`,
-		`{"batching":{"allowed_batch_sizes":[4,2]}}`:                  "ascending",
+		`{"batchin":{}}`:                             `unknown field "batchin"`,
+		`{"memory":"lots"}`:                          `"lots" is not an amount of memory`,
+		`{"keep_alive":"long"}`:                      `"long" is not a duration`,
+		`{"warm_up":"hot"}`:                          `warm_up is "hot"`,
+		`{"batching":{"num_batch_threads":1025}}`:    "each may be 1024 at most",
+		`{"cores":5000}`:                             "each may be 1024 at most",
+		`{"version_labels":{"latest":1}}`:            `version_labels has "latest"`,
+		`{"batching":{"allowed_batch_sizes":[4,2]}}`: "ascending",
+		`{"form":"fast"}`:                            `form is "fast"; want "best" or "saved"`,
 		`{"batching":{"max_batch_size":8,"allowed_batch_sizes":[4]}}`: "must be the same",
 		`{"signatures":["nope"]}`:                                     `the signature "nope", which the model`,
 	} {
@@ -599,7 +600,8 @@ func TestOneLoadForAllCallers(t *testing.T) {
 		if got, ok := cache.Loaded(model, ""); !ok || got != one || cache.Busy() {
 			t.Errorf("loaded %v, %t; the status is %+v", got, ok, cache.Status())
 		}
-		want := protocol.ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID()}
+		want := protocol.ModelStatus{Model: "m", Version: "1", Dir: model.Dir, State: StateReady, PID: one.PID(),
+			Form: protocol.FormSaved}
 		got := cache.Status()
 		if len(got) == 1 { // what depends on the machine
 			want.Memory, want.Reserved, want.Digest = got[0].Memory, got[0].Reserved, got[0].Digest

@@ -123,7 +123,7 @@ func (p *program) Wait() string {
 
 func (p *program) Stop()                  { _ = p.stdin.Close() }      // fails if it is closed already
 func (p *program) Kill()                  { _ = p.cmd.Process.Kill() } // fails if it has ended
-func (p *program) Memory() (int64, error) { return ownMemory(p.PID()) }
+func (p *program) Memory() (int64, error) { return OwnMemory(p.PID()) }
 
 // runnerEnv returns the environment of a runner: our settings of TensorFlow and the defaults, then environ, then fixed.
 // Of two entries for one variable the last counts. The search path for libraries begins with the library's folders.
@@ -165,9 +165,9 @@ func libraryFolders(library string) []string {
 	return folders
 }
 
-// ownMemory returns the resident bytes of a process that are not pages of files. TensorFlow's library is such a file:
+// OwnMemory returns the resident bytes of a process that are not pages of files. TensorFlow's library is such a file:
 // all runners share its pages, and the kernel may drop them.
-func ownMemory(pid int) (int64, error) {
+func OwnMemory(pid int) (int64, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return 0, err

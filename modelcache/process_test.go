@@ -70,7 +70,7 @@ func fakeRunner(mode string) {
 	switch mode {
 	case "measures":
 		say(control.Report{Build: testBuild, Measured: []control.Measured{{BatchSize: setup.Measure.BatchSizes[0],
-			Median: float64(setup.Cores)}}})
+			Median: float64(setup.Threads)}}})
 		return
 	case "dies":
 		os.Exit(3)

@@ -51,8 +51,14 @@ type slot struct {
 	bytes       int64     // of the host that the process uses now
 	deviceBytes int64     // the same of the device
 	used        time.Time // when the runner last had a stream or a lease
-	// superseded says that a newer version serves. The runner then ends with its last stream.
+	// superseded says that a newer version serves, or the folded form. The runner then ends with its last stream.
 	superseded bool
+
+	form     string // protocol.FormSaved or protocol.FormFolded, once it is known
+	sample   string // file in which the runner keeps its first run, "" for none
+	replay   string // file of a sample that the runner runs before it is ready
+	trial    bool   // it is not in the cache's list yet, and perhaps never will be
+	replaced bool   // its folded form serves: no caller gets this runner any more
 }
 
 // endLocked ends a slot's runner, even one with streams, on a goroutine that ending counts.
@@ -86,6 +92,9 @@ func (c *Cache) endIdle(now time.Time) {
 		why := "keep-alive is over"
 		if s.superseded {
 			keep, why = 1, "a newer version serves" // a nanosecond, so at once
+			if s.replaced {
+				why = "its folded form serves"
+			}
 		}
 		if keep > 0 && now.Sub(s.used) >= keep {
 			c.retireLocked(s, why, now)

@@ -40,7 +40,7 @@ func (c *Cache) Status() []protocol.ModelStatus {
 
 // Totals returns the counts of all runners together, ended ones included, and the memory of the front and its runners.
 func (c *Cache) Totals() protocol.Totals {
-	own, _ := ownMemory(os.Getpid()) // 0 where /proc cannot be read
+	own, _ := OwnMemory(os.Getpid()) // 0 where /proc cannot be read
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t := protocol.Totals{
@@ -78,7 +78,7 @@ func (c *Cache) statusLocked(s *slot, now time.Time) protocol.ModelStatus {
 	if choice, ok := s.profile.Tuned[tuning.Machine()]; ok {
 		status.Tuned = &choice
 	}
-	status.NotFrozen = s.profile.NotFrozen
+	status.Form, status.NotFrozen = s.form, s.profile.NotFrozen
 	if s.runner != nil {
 		status.PID = s.runner.PID()
 		_, status.Leases = s.runner.Pins(now)

@@ -243,7 +243,16 @@ def app_metadata() -> list[dict[str, Any]]:
         return {"text": json.dumps(fields, separators=(",", ":")), "says": fields}
 
     return [
-        about(batch=0, last=True, queue_us=12, run_us=3400, total_us=3600, tf_rows=64, server="host:1234"),
+        about(
+            batch=0,
+            last=True,
+            queue_us=12,
+            run_us=3400,
+            total_us=3600,
+            tf_rows=64,
+            server="host:1234",
+            form="folded",
+        ),
         about(batch=1, last=False, queue_us=0, run_us=0, total_us=10, tf_rows=0),
         about(batch=1, last=True, queue_us=0, run_us=0, total_us=20, tf_rows=0),
     ]
@@ -271,6 +280,7 @@ def status() -> dict[str, Any]:
         "queued": 0,
         "queue_seconds": 0.5,
         "run_seconds": 2.25,
+        "form": "saved",
     }
     return {
         "flightsvc": "0.1.0",

@@ -51,6 +51,7 @@ TESTS = {
     "together": "together",
     "pool": "pool",
     "swap": "swap",
+    "form": "form",
     "gpu": "gpu",
     "plugin": "plugin",
     "clusters": "clusters",

@@ -3,10 +3,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"flightsvc/handlers"
@@ -44,6 +47,13 @@ type loaded struct {
 	session session
 	device  string // UUID of the device with the session's memory; "" for the host
 	graphs  *graphs[*preprocess.Graph]
+	sampler *sampler // nil where no run is kept
+
+	// openWide opens a second session, whose runs have all threads; nil where those of the first do. The pool of
+	// threads belongs to a session, so one session cannot do both.
+	openWide func() (session, error)
+	widening sync.Once
+	wide     atomic.Pointer[session] // nil until it is open
 }
 
 // session runs a SavedModel. It is a *tensorflow.Session; with the build tag simulated_device it may be a *simulated.
@@ -64,17 +74,24 @@ func load(setup control.Setup) (*loaded, error) {
 				firstLine(err), tensorflow.Version())
 		}
 	}
+	cores := max(setup.Cores, 1)
+	runs := cmp.Or(setup.Batching.NumBatchThreads, cores)
 	// Each run needs a thread of the inter-op pool, or runs wait for one another.
-	runs := max(setup.Cores, setup.Batching.NumBatchThreads)
-	options := tensorflow.Options{IntraOpThreads: setup.Cores, InterOpThreads: runs}
+	options := tensorflow.Options{IntraOpThreads: cmp.Or(setup.Threads, max(cores/runs, 1)),
+		InterOpThreads: max(cores, runs)}
 	if setup.Device != "" {
-		options.GrowDevice, options.DeviceMiB = true, int(setup.DeviceBytes>>20)
+		options.IntraOpThreads, options.GrowDevice, options.DeviceMiB = cores, true, int(setup.DeviceBytes>>20)
 	}
-	session, err := openSession(setup, options)
+	first, err := openSession(setup, options)
 	if err != nil {
 		return nil, loadError(setup, err)
 	}
-	return &loaded{saved: saved, session: session, device: setup.Device, graphs: newGraphs(setup, preprocess.New)}, nil
+	e := &loaded{saved: saved, session: first, device: setup.Device, graphs: newGraphs(setup, preprocess.New)}
+	if setup.RoomForTwo && setup.Threads == 0 && options.IntraOpThreads < cores {
+		options.IntraOpThreads = cores
+		e.openWide = func() (session, error) { return openSession(setup, options) }
+	}
+	return e, nil
 }
 
 // unknownOperation matches TensorFlow's message about an operation that it does not have, and the operation's name.
@@ -113,6 +130,31 @@ func (e *loaded) Model() *savedmodel.Model { return e.saved }
 // Run makes tensors of the feeds, without a copy if their memory is aligned, and runs the session. It takes over the
 // feeds. An error that TensorFlow blames on the rows is a BadRequest.
 func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duration) (batch.Outputs, error) {
+	return e.runIn(e.session, feeds, fetches, timeout)
+}
+
+// RunAlone is Run with all threads. The first call only begins to open the session that has them.
+func (e *loaded) RunAlone(feeds []tensor.Feed, fetches []string, timeout time.Duration) (batch.Outputs, error) {
+	if e.openWide == nil {
+		return e.Run(feeds, fetches, timeout)
+	}
+	e.widening.Do(func() {
+		go func() { // ends when the session is open, or with the process
+			if wide, err := e.openWide(); err == nil { // else runs go on with the threads that they had
+				e.wide.Store(&wide)
+			}
+		}()
+	})
+	if wide := e.wide.Load(); wide != nil {
+		return e.runIn(*wide, feeds, fetches, timeout)
+	}
+	return e.Run(feeds, fetches, timeout)
+}
+
+func (e *loaded) runIn(
+	session session, feeds []tensor.Feed, fetches []string, timeout time.Duration,
+) (batch.Outputs, error) {
+	kept := e.sampler.begin(feeds)
 	fed := make([]tensorflow.Feed, 0, len(feeds))
 	defer func() {
 		for _, feed := range fed {
@@ -134,9 +176,11 @@ func (e *loaded) Run(feeds []tensor.Feed, fetches []string, timeout time.Duratio
 		fed = append(fed, tensorflow.Feed{Name: feeds[i].Tensor, Tensor: t})
 	}
 	if failed != nil {
+		e.sampler.end(kept, fetches, nil)
 		return nil, fault.New(kindOf(failed), "make input tensors: %w", failed)
 	}
-	results, err := e.session.Run(timeout, fed, fetches)
+	results, err := session.Run(timeout, fed, fetches)
+	e.sampler.end(kept, fetches, results)
 	if err != nil {
 		if e.device != "" && noMemory(err) {
 			return nil, fault.New(fault.Exhausted, "the device %s has no memory for this batch; end other programs "+

@@ -88,6 +88,9 @@ func run(stdin io.Reader, reports *reporter) error {
 		reports.write(control.Report{Warming: true})
 		err = saved.warmUp(setup, memory, log)
 	}
+	if saved, ok := engine.(*loaded); ok && err == nil && setup.Replay != "" {
+		err = saved.replay(setup.Replay, memory)
+	}
 	if err != nil {
 		kind, ok := fault.KindOf(err)
 		if !ok {
@@ -122,13 +125,19 @@ func run(stdin io.Reader, reports *reporter) error {
 		Memory: memory,
 		Log:    log,
 	}
+	if saved, ok := engine.(*loaded); ok && setup.Device == "" {
+		options.Spread, options.RunAlone = true, saved.RunAlone
+		if setup.Sample != "" {
+			saved.sampler = &sampler{path: setup.Sample, saved: saved.saved, log: log}
+		}
+	}
 	if setup.Device != "" {
 		options.Shrink = &batch.Shrink{Fits: reports.deviceBatch, Pressed: reports.pressed, Wait: memoryWait}
 	}
 	batches := batch.New(options)
 	service := handlers.NewRunner(handlers.RunnerOptions{
-		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Memory: memory,
-		Log: log,
+		Engine: engine, Batches: batches, Events: reports, Key: setup.Key, Server: setup.Server, Form: setup.Form,
+		Memory: memory, Log: log,
 	})
 	server := handlers.NewServer(service, log)
 	log.Info("model loaded", zap.String("model", setup.Model), zap.String("tensorflow", tensorflow.Version()))

@@ -186,9 +186,9 @@ func writeAnswers(folder string, signature savedmodel.Signature, engine engine, 
 		return err
 	}
 	defer answers.Close()
-	outputs := make([]control.MeasuredOutput, len(signature.Outputs))
+	outputs := make([]control.Tensor, len(signature.Outputs))
 	for i, value := range answers.Values() {
-		outputs[i] = control.MeasuredOutput{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
+		outputs[i] = control.Tensor{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
 			Data: value.Data, Strings: value.Strings}
 	}
 	return control.WriteAnswers(folder, outputs)

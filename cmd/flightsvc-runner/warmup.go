@@ -53,7 +53,7 @@ func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logg
 				zap.String("kind", w.Skipped))
 			continue
 		default:
-			err = e.replay(w, mem)
+			err = e.request(w, mem)
 		}
 		if err != nil {
 			return fault.New(kindOf(err),
@@ -66,8 +66,8 @@ func (e *loaded) warmUp(setup control.Setup, mem memory.Allocator, log *zap.Logg
 	return nil
 }
 
-// replay runs one warm-up request.
-func (e *loaded) replay(w savedmodel.Warmup, mem memory.Allocator) error {
+// request runs one warm-up request.
+func (e *loaded) request(w savedmodel.Warmup, mem memory.Allocator) error {
 	signature, err := e.saved.Signature(w.Signature)
 	if err != nil {
 		return err

@@ -163,11 +163,17 @@ func (c *statusCommand) Run() error {
 	rows := make([][]string, len(status.Models))
 	for i, m := range status.Models {
 		rows[i] = []string{m.Model, m.Version, m.State, fmt.Sprint(m.Streams), size(m.Memory), size(m.Reserved),
-			deviceName(m.Device), tuned(m.Tuned), m.Reason}
+			deviceName(m.Device), m.Form, tuned(m.Tuned), m.Reason}
 	}
 	fmt.Println()
-	return table(os.Stdout, []string{"MODEL", "VERSION", "STATE", "STREAMS", "MEMORY", "RESERVED", "DEVICE", "TUNED",
-		"REASON"}, rows)
+	err = table(os.Stdout, []string{"MODEL", "VERSION", "STATE", "STREAMS", "MEMORY", "RESERVED", "DEVICE", "FORM",
+		"TUNED", "REASON"}, rows)
+	for _, m := range status.Models {
+		if m.NotFrozen != "" && m.Form == protocol.FormSaved {
+			fmt.Printf("\n%s version %s is served as it was saved: %s\n", m.Model, m.Version, m.NotFrozen)
+		}
+	}
+	return err
 }
 
 func orNone(text string) string {

@@ -281,20 +281,21 @@ func newModels(settings config.Serve, folder string, devices *gpu.Inventory, log
 		KeepAlive:      settings.KeepAlive,
 		PollInterval:   settings.PollInterval,
 		LoadTimeout:    settings.LoadTimeout,
+		Fold:           settings.Tune != config.TuneOff,
 		Log:            log,
 	})
 	m.tuner = tuning.New(tuning.Options{
 		Pool: m.cache, Repository: m.repository, Profiles: profiles, Cores: cores, Library: library,
-		Python: freezer(settings.Python), Log: log,
+		Python: freezer(settings.Python), OwnMemory: modelcache.OwnMemory, Log: log,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
-	var idle sync.WaitGroup
-	if settings.Tune == config.TuneQuick {
-		idle.Go(func() { m.tuner.WhileIdle(ctx) })
+	var background sync.WaitGroup
+	if settings.Tune != config.TuneOff {
+		background.Go(func() { m.tuner.InBackground(ctx, settings.Tune == config.TuneQuick) })
 	}
 	m.close = func() {
 		cancel()
-		idle.Wait()
+		background.Wait()
 		m.cache.Close()
 		m.repository.Close()
 	}

@@ -12,8 +12,12 @@ import (
 	"time"
 )
 
-// TuneQuick is the value of the setting tune that lets an idle front measure models.
-const TuneQuick = "quick"
+// Values of the setting tune: what a front does for its models in the background.
+const (
+	TuneOff   = "off"
+	TuneFold  = "fold"  // it makes the folded form of each model that it serves
+	TuneQuick = "quick" // that, and when idle it measures which configuration runs a model fastest
+)
 
 // MaxThreads is the most threads, or runs at once, that may be asked for: more would cost memory, and no host has use
 // for them.
@@ -34,7 +38,7 @@ type Serve struct {
 	Memory           Bytes         `env:"FLIGHTSVC_MEMORY" default:"0" help:"Host memory for all models together. Default: half of the control group's limit, or of the machine's memory."`
 	KeepAlive        time.Duration `env:"FLIGHTSVC_KEEP_ALIVE" default:"5m" help:"How long a model stays in memory without a stream; 0 is for ever."`
 	AllowCPUFallback bool          `name:"allow-cpu-fallback" env:"FLIGHTSVC_ALLOW_CPU_FALLBACK" help:"Run a model on the CPU if no GPU has room for it, or the requested one is gone."`
-	Tune             string        `env:"FLIGHTSVC_TUNE" default:"off" enum:"off,quick" help:"quick: when idle, measure which configuration runs a model fastest, and use it from the next load."`
+	Tune             string        `env:"FLIGHTSVC_TUNE" default:"fold" enum:"off,fold,quick" help:"What to do for models in the background. fold: freeze and fold their graphs, where that is possible. quick: also measure, when idle, which configuration runs a model fastest, and use it from the next load."`
 	MaxImagePixels   int64         `env:"FLIGHTSVC_MAX_IMAGE_PIXELS" default:"178956970" help:"Largest number of pixels of a picture; a larger one is refused before it is decoded. Default: 178956970, twice Pillow's limit for a warning."`
 	MaxImageBytes    int64         `env:"FLIGHTSVC_MAX_IMAGE_BYTES" default:"67108864" help:"Largest size of a picture's file in bytes; a larger one is refused before it is decoded. Default: 64 MiB."`
 	LogLevel         string        `env:"FLIGHTSVC_LOG_LEVEL" default:"info" enum:"debug,info,warn,error" help:"Lowest level to log: debug, info, warn, error."`

@@ -19,7 +19,12 @@ type Setup struct {
 	Server   string `json:"server"`
 	LogLevel string `json:"log_level"`
 
-	Cores       int      `json:"cores"` // threads of each of TensorFlow's pools
+	Cores int `json:"cores"` // that all runs together may use
+	// Threads is how many threads one run has. 0 leaves it to the runner: as many as there are cores for each of the
+	// runs at once, and all of them for a run that is alone.
+	Threads int `json:"threads,omitempty"`
+	// RoomForTwo says that the host has memory for the model twice, which a second session with more threads needs.
+	RoomForTwo  bool     `json:"room_for_two,omitempty"`
 	Batching    Batching `json:"batching"`
 	OpLibraries []string `json:"op_libraries,omitempty"` // absolute, and allowed
 	WarmUp      bool     `json:"warm_up"`
@@ -31,6 +36,12 @@ type Setup struct {
 
 	MaxImagePixels int64 `json:"max_image_pixels"` // of a picture
 	MaxImageBytes  int64 `json:"max_image_bytes"`  // of a picture's file
+
+	Form string `json:"form,omitempty"` // of the model in Dir, for the metadata of answers
+	// Sample, if set, is the file for the first run of real rows. Replay, if set, is the file of a sample that is run
+	// before the model counts as ready; its outputs are written to the file Replayed(Replay).
+	Sample string `json:"sample,omitempty"`
+	Replay string `json:"replay,omitempty"`
 
 	Measure *Measurement `json:"measure,omitempty"` // if set, the runner measures and ends, and does not serve
 }

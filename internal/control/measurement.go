@@ -1,12 +1,8 @@
 package control
 
 import (
-	"encoding/gob"
-	"os"
 	"path/filepath"
 	"time"
-
-	"flightsvc/internal/savedmodel"
 )
 
 // Measurement makes a runner measure its speed: it loads the model as its Setup says, runs one signature on random rows
@@ -33,36 +29,15 @@ type Measured struct {
 	Median    float64 `json:"median"` // rows/s of the median window
 }
 
-// MeasuredOutput is an output tensor of the batch that all candidates run, so that their answers can be compared.
-type MeasuredOutput struct {
-	Name    string
-	DType   savedmodel.DType
-	Shape   []int64
-	Data    []byte // little endian
-	Strings [][]byte
-}
+const answersFile = "answers"
 
-const answersFile = "answers.gob"
-
-// WriteAnswers writes outputs into a folder, for ReadAnswers.
-func WriteAnswers(folder string, outputs []MeasuredOutput) error {
-	file, err := os.Create(filepath.Join(folder, answersFile)) //nolint:gosec // a folder of the front's
-	if err != nil {
-		return err
-	}
-	err = gob.NewEncoder(file).Encode(outputs)
-	if closeErr := file.Close(); err == nil {
-		err = closeErr
-	}
-	return err
+// WriteAnswers writes the outputs of a measurement into its folder, for ReadAnswers.
+func WriteAnswers(folder string, outputs []Tensor) error {
+	return Sample{Outputs: outputs}.Write(filepath.Join(folder, answersFile))
 }
 
 // ReadAnswers reads what a runner wrote into the folder of its Measurement.
-func ReadAnswers(folder string) (outputs []MeasuredOutput, err error) {
-	file, err := os.Open(filepath.Join(folder, answersFile)) //nolint:gosec // a folder of the front's
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = file.Close() }()
-	return outputs, gob.NewDecoder(file).Decode(&outputs)
+func ReadAnswers(folder string) ([]Tensor, error) {
+	answers, err := ReadSample(filepath.Join(folder, answersFile))
+	return answers.Outputs, err
 }

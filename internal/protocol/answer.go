@@ -17,7 +17,14 @@ type AnswerMetadata struct {
 	TotalUS int64  `json:"total_us"`
 	TFRows  int    `json:"tf_rows"`          // rows of the TensorFlow runs that it was part of, of all streams
 	Server  string `json:"server,omitempty"` // on the first answer only
+	Form    string `json:"form,omitempty"`   // FormSaved or FormFolded, on the first answer only
 }
+
+// The forms of a model. A stream keeps the form that it began with.
+const (
+	FormSaved  = "saved"  // the SavedModel as it is
+	FormFolded = "folded" // frozen and folded: variables are constants, and TensorFlow fuses more
+)
 
 // Encode returns the metadata as JSON.
 func (m AnswerMetadata) Encode() []byte { return encode(m) }

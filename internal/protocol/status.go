@@ -39,8 +39,9 @@ type ModelStatus struct {
 
 	control.Counts         // of its runner, at most a second old
 	Tuned          *Choice `json:"tuned,omitempty"`      // the configuration found by tuning, if there is one
-	NotFrozen      string  `json:"not_frozen,omitempty"` // why tuning could not make constants of its variables
-	Superseded     bool    `json:"superseded,omitempty"` // a newer version serves
+	Form           string  `json:"form,omitempty"`       // FormSaved or FormFolded; "" before it is being loaded
+	NotFrozen      string  `json:"not_frozen,omitempty"` // why it stays in the saved form
+	Superseded     bool    `json:"superseded,omitempty"` // a newer version serves, or the folded form
 }
 
 // Memory is how much of the host's memory models may have, and have.
@@ -102,7 +103,7 @@ type Choice struct {
 	// digest of the model with its variables made constants, "" for the model as it is
 	Frozen       string `json:"frozen,omitempty"`
 	OneDNN       bool   `json:"onednn"`            // TF_ENABLE_ONEDNN_OPTS
-	Cores        int    `json:"cores"`             // threads of each of TensorFlow's pools
+	Cores        int    `json:"cores"`             // threads of one run
 	BatchThreads int    `json:"num_batch_threads"` // runs at once
 	BatchSize    int    `json:"max_batch_size"`    // rows of one run
 }

@@ -183,13 +183,18 @@ func remove(path string) error {
 	return os.Remove(path)
 }
 
+// Sample begins the names of files with rows that a runner of the front has kept.
+const Sample = "sample-"
+
+// removeSockets removes the sockets in a front's folder, and what its runners have kept.
 func removeSockets(path string) {
 	entries, err := os.ReadDir(path)
 	if err != nil {
 		return
 	}
 	for _, entry := range entries {
-		if entry.Type()&os.ModeSocket != 0 && strings.HasSuffix(entry.Name(), ".sock") {
+		if entry.Type()&os.ModeSocket != 0 && strings.HasSuffix(entry.Name(), ".sock") ||
+			entry.Type().IsRegular() && strings.HasPrefix(entry.Name(), Sample) {
 			_ = os.Remove(filepath.Join(path, entry.Name()))
 		}
 	}

@@ -72,6 +72,15 @@ func (r *Repository) Digest(ctx context.Context, model Model) (string, error) {
 	})
 }
 
+// Changed reports whether a model's files are no longer those with which it was found.
+func (r *Repository) Changed(model Model) bool {
+	if model.Stamp == "" {
+		return false
+	}
+	now, err := scan(model.Dir)
+	return err != nil || now.stamp != model.Stamp
+}
+
 func digestOf(ctx context.Context, model Model) (string, error) {
 	before, err := scan(model.Dir)
 	if err != nil {

@@ -35,6 +35,7 @@ type Settings struct {
 	// how long a runner without streams is kept; negative is for ever
 	KeepAlive config.Duration `json:"keep_alive,omitzero"`
 	WarmUp    string          `json:"warm_up,omitempty"` // WarmUpAuto or WarmUpOff
+	Form      string          `json:"form,omitempty"`    // FormBest or FormSaved
 	// as in a descriptor; replaces "auto" of a request
 	Device string `json:"device,omitempty"`
 }
@@ -43,6 +44,12 @@ type Settings struct {
 const (
 	WarmUpAuto = "auto" // with the records in assets.extra/tf_serving_warmup_requests, else with zeros
 	WarmUpOff  = "off"
+)
+
+// In which form a model is served.
+const (
+	FormBest  = "best"  // frozen and folded, once that is made and its answers agree
+	FormSaved = "saved" // as it is
 )
 
 // readSettings reads the settings file in a folder; without one it returns the defaults. Its fault is BadRequest for
@@ -91,6 +98,8 @@ func (s *Settings) check() error {
 		return fmt.Errorf("cores and memory cannot be negative")
 	case s.WarmUp != "" && s.WarmUp != WarmUpAuto && s.WarmUp != WarmUpOff:
 		return fmt.Errorf("warm_up is %q; want %q or %q", s.WarmUp, WarmUpAuto, WarmUpOff)
+	case s.Form != "" && s.Form != FormBest && s.Form != FormSaved:
+		return fmt.Errorf("form is %q; want %q or %q", s.Form, FormBest, FormSaved)
 	}
 	for name := range s.VersionLabels {
 		if _, err := strconv.ParseUint(name, 10, 64); err == nil || name == Latest || name == "" {
@@ -118,7 +127,7 @@ func (s *Settings) served(saved *savedmodel.Model) (*savedmodel.Model, error) {
 	if len(s.Signatures) == 0 {
 		return saved, nil
 	}
-	left := &savedmodel.Model{Signatures: map[string]savedmodel.Signature{}}
+	left := &savedmodel.Model{Folded: saved.Folded, Signatures: map[string]savedmodel.Signature{}}
 	for _, name := range s.Signatures {
 		signature, ok := saved.Signatures[name]
 		if !ok {

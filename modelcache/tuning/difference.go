@@ -1,3 +1,5 @@
+// Agreement: whether the answers of two configurations, or of two forms of a model, are the same but for rounding.
+
 package tuning
 
 import (
@@ -7,23 +9,39 @@ import (
 	"slices"
 
 	"flightsvc/internal/control"
+	"flightsvc/internal/fault"
 	"flightsvc/internal/savedmodel"
 	"flightsvc/internal/tensor"
 )
 
-// Tolerances for the answers of two configurations: |ours - theirs| <= relative |theirs| + absolute max|theirs|, with
-// the maximum over an output. The relative one is ten times what docs/numerics.md demands of one configuration at
-// different batch sizes, the absolute one more than ten times what was measured of oneDNN (5.9e-6 of the greatest
-// value). Half precision has only 11 bits (float16) or 8 (bfloat16). Values of all other types must be equal.
-const (
-	toleranceRelative = 1e-3
-	toleranceAbsolute = 1e-4
-	toleranceHalf     = 2e-2
+// tolerance bounds the difference of two answers: |ours - theirs| <= relative |theirs| + absolute max|theirs|, with
+// the maximum over an output. Half precision has only 11 bits (float16) or 8 (bfloat16): there half replaces both.
+// Values of all other types must be equal.
+type tolerance struct{ relative, absolute, half float64 }
+
+var (
+	// ofForms is what docs/numerics.md demands of a model at different batch sizes.
+	ofForms = tolerance{relative: 1e-4, absolute: 1e-5, half: 2e-2}
+	// ofChoices has ten times the former, because oneDNN may be on or off: 5.9e-6 of the greatest value were measured.
+	ofChoices = tolerance{relative: 1e-3, absolute: 1e-4, half: 2e-2}
 )
+
+// Agree returns nil if the answers of a form of a model are those of the saved form, else a Precondition fault.
+func Agree(ours, saved []control.Tensor) error {
+	switch share := differenceOf(ours, saved, ofForms); {
+	case share == math.MaxFloat64:
+		return fault.New(fault.Precondition, "its folded form answered the same rows with other values, or with other "+
+			"types or shapes")
+	case share > 1:
+		return fault.New(fault.Precondition, "its folded form's answers to the same rows differ by %.3g times what "+
+			"docs/numerics.md allows", share)
+	}
+	return nil
+}
 
 // differenceOf returns the largest difference between two sets of answers as a share of the tolerance; above 1 they do
 // not agree. It returns math.MaxFloat64 where they cannot be compared, or must be equal and are not.
-func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
+func differenceOf(ours, theirs []control.Tensor, within tolerance) float64 {
 	if len(ours) != len(theirs) {
 		return math.MaxFloat64
 	}
@@ -41,9 +59,9 @@ func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
 			}
 			continue
 		}
-		relative, absolute := toleranceRelative, toleranceAbsolute
+		relative, absolute := within.relative, within.absolute
 		if a.DType == savedmodel.Float16 || a.DType == savedmodel.Bfloat16 {
-			relative, absolute = toleranceHalf, toleranceHalf
+			relative, absolute = within.half, within.half
 		}
 		greatest := 0.0
 		for _, v := range y {
@@ -66,7 +84,7 @@ func differenceOf(ours, theirs []control.MeasuredOutput) float64 {
 }
 
 // numbersOf returns the elements of a floating-point output, false for an output of another type.
-func numbersOf(o control.MeasuredOutput) ([]float64, bool) {
+func numbersOf(o control.Tensor) ([]float64, bool) {
 	size := o.DType.Size()
 	var at func([]byte) float64
 	switch o.DType {

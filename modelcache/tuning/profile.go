@@ -1,3 +1,5 @@
+// Profiles: what this host has learned of models, in files by their digests.
+
 package tuning
 
 import (
@@ -11,6 +13,8 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"flightsvc/internal/protocol"
 	"flightsvc/internal/regular"
@@ -26,7 +30,9 @@ type Profile struct {
 	// most rows of a run that fit into a device's memory, by the device's name; only there if a larger run did not
 	DeviceBatch map[string]int             `json:"device_batch,omitempty"`
 	Tuned       map[string]protocol.Choice `json:"tuned,omitempty"` // by Machine
-	// why the variables cannot be made constants; "" if they can, or if that was not tried
+	// digest of the model frozen and folded, once its answers agree with the model's; "" before
+	Folded string `json:"folded,omitempty"`
+	// why it cannot be frozen, or is not served so; "" if it can, or if that was not tried
 	NotFrozen string `json:"not_frozen,omitempty"`
 }
 
@@ -79,6 +85,23 @@ func (p *Profiles) Read(digest string) Profile {
 		return Profile{}
 	}
 	return known
+}
+
+// lock locks the folder for all fronts of this host that share it; false if another one has it. The caller calls
+// unlock.
+func (p *Profiles) lock() (unlock func(), ok bool) {
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return nil, false
+	}
+	folder, err := os.Open(p.dir)
+	if err != nil {
+		return nil, false
+	}
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = folder.Close()
+		return nil, false
+	}
+	return func() { _ = folder.Close() }, true
 }
 
 // Change reads a profile, lets f change it, and replaces its file in one step.

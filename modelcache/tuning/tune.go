@@ -53,6 +53,25 @@ type Pool interface {
 	Busy() bool
 	// InMemory returns the models that are ready.
 	InMemory() []repository.Model
+
+	// Loading reports whether a load is under way, or waits.
+	Loading() bool
+	// Sampled returns the models that might be served in their folded form, once they have answered real rows.
+	Sampled() []Sampled
+	// Spare takes host memory that is free now, false if there is not enough.
+	Spare(bytes int64) (release func(), ok bool)
+	// Replace lets the folded form of a model, which has a digest of its own, take over from the saved one, if it
+	// answers rows alike. Faults: Exhausted without memory for both, Unavailable if the runner has ended, Precondition
+	// if the answers do not agree; those of a load.
+	Replace(ctx context.Context, model Sampled, folded string) error
+	// KeepSaved records why the model with a digest is served in its saved form.
+	KeepSaved(digest, why string)
+}
+
+// Sampled is a model in memory that has answered real rows.
+type Sampled struct {
+	Model  repository.Model
+	Digest string
 }
 
 // Options are what a Tuner needs.
@@ -60,13 +79,15 @@ type Options struct {
 	Pool       Pool
 	Repository *repository.Repository // keeps the frozen models
 	Profiles   *Profiles
-	Cores      int // threads of a runner's pools; 0 means all cores
+	Cores      int // that a runner may use; 0 means all
 	// Library finds the folder of libtensorflow; its error is a sentence that says what to install.
 	Library func(context.Context) (string, error)
 	// Python finds an interpreter that has flightsvc and TensorFlow, given the folder of libtensorflow. Its
 	// error is a sentence that says what to install. Nil means that no graph is frozen.
 	Python func(ctx context.Context, library string) (string, error)
-	Log    *zap.Logger
+	// OwnMemory returns the bytes of the host that a process has for itself.
+	OwnMemory func(pid int) (int64, error)
+	Log       *zap.Logger
 }
 
 // Tuner finds out how models run fastest, one at a time.
@@ -74,6 +95,7 @@ type Tuner struct {
 	options   Options
 	searching sync.Mutex // held while Tune measures
 	untunable sync.Map   // digests of models that tuneIdle has given up
+	folds     folds
 }
 
 // New returns a tuner.
@@ -87,10 +109,10 @@ type search struct {
 	signature string // its name
 	library   string
 	cores     int
-	standard  protocol.Choice // the default configuration, without a batch size
+	standard  protocol.Choice // the default configuration, without a batch size; its graph is set by narrow
 	sizes     []int
 	onednn    []bool // the values to try
-	reference []control.MeasuredOutput
+	reference []control.Tensor
 	progress  func(protocol.Candidate)
 	tried     []protocol.Candidate
 	notFrozen string // the reason, if the model itself cannot be frozen
@@ -142,8 +164,8 @@ func (t *Tuner) Tune(
 	if model.Settings.Cores > 0 {
 		s.cores = min(s.cores, model.Settings.Cores)
 	}
-	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: s.cores,
-		BatchThreads: cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)}
+	runs := cmp.Or(model.Settings.Batching.NumBatchThreads, s.cores)
+	s.standard = protocol.Choice{OneDNN: os.Getenv(oneDNN) != "0", Cores: max(s.cores/runs, 1), BatchThreads: runs}
 	s.onednn = []bool{true, false}
 	if _, set := os.LookupEnv(oneDNN); set { // the environment has decided
 		s.onednn = []bool{s.standard.OneDNN}
@@ -184,7 +206,7 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	if _, s.reference, err = s.measure(ctx, plain, s.sizes[:1], 1); err != nil {
 		return err
 	}
-	frozen, err := s.freeze(ctx)
+	frozen, err := s.t.freeze(ctx, s.model, s.library, 0)
 	var cannot notFrozen
 	switch {
 	case ctx.Err() != nil:
@@ -194,7 +216,7 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 	case err != nil: // this host cannot freeze; the other configurations are measured all the same
 		about.NotFrozen = err.Error()
 	}
-	if err := s.narrow(ctx, slices.Compact([]string{"", frozen})); err != nil {
+	if err := s.narrow(ctx, frozen); err != nil {
 		return err
 	}
 	list, err := s.finals(ctx)
@@ -205,13 +227,23 @@ func (s *search) run(ctx context.Context, about *protocol.Tuning) (err error) {
 }
 
 // narrow varies one thing after the other, each time starting from the best configuration so far: the batch size, the
-// graph with and without oneDNN, the threads.
-func (s *search) narrow(ctx context.Context, graphs []string) error {
+// graph with and without oneDNN, the threads. The default has the frozen graph if there is one and its answers agree.
+func (s *search) narrow(ctx context.Context, frozen string) error {
+	saved := s.standard
+	if s.model.Settings.Form != repository.FormSaved {
+		s.standard.Frozen = frozen
+	}
 	if err := s.try(ctx, s.standard, s.sizes); err != nil {
 		return err
 	}
+	if _, err := s.best(); err != nil && frozen != "" {
+		s.standard = saved
+		if err := s.try(ctx, s.standard, s.sizes); err != nil {
+			return err
+		}
+	}
 	sizes := s.sizesOf(s.standard)
-	for _, graph := range graphs {
+	for _, graph := range slices.Compact([]string{"", frozen}) {
 		for _, on := range s.onednn {
 			choice := s.standard
 			choice.Frozen, choice.OneDNN = graph, on
@@ -270,7 +302,7 @@ func (s *search) threads() [][2]int {
 		list = append(list, [2]int{n / 2, 2})
 	}
 	if s.model.Settings.Batching.NumBatchThreads > 0 { // the model's settings have decided
-		list = [][2]int{{n, s.standard.BatchThreads}}
+		list = [][2]int{{s.standard.Cores, s.standard.BatchThreads}, {n, s.standard.BatchThreads}}
 	}
 	slices.SortFunc(list, func(a, b [2]int) int { return cmp.Or(-cmp.Compare(a[0], b[0]), -cmp.Compare(a[1], b[1])) })
 	return slices.Compact(list)
@@ -288,7 +320,7 @@ func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) e
 	if err != nil {
 		s.note(protocol.Candidate{Choice: choice, Reason: err.Error()})
 	}
-	difference := differenceOf(answers, s.reference)
+	difference := differenceOf(answers, s.reference, ofChoices)
 	for _, m := range found {
 		choice.BatchSize = m.BatchSize
 		s.note(protocol.Candidate{
@@ -388,8 +420,8 @@ func median(list []float64) float64 {
 // deviation counts in how many ways a configuration is not the default.
 func (s *search) deviation(c protocol.Choice) int {
 	n := 0
-	for _, differs := range []bool{c.Frozen != "", c.OneDNN != s.standard.OneDNN, c.Cores != s.standard.Cores ||
-		c.BatchThreads != s.standard.BatchThreads} {
+	for _, differs := range []bool{c.Frozen != s.standard.Frozen, c.OneDNN != s.standard.OneDNN,
+		c.Cores != s.standard.Cores || c.BatchThreads != s.standard.BatchThreads} {
 		if differs {
 			n++
 		}
@@ -437,7 +469,7 @@ func Environment(c protocol.Choice) []string {
 // measure measures one configuration in a process of its own, and returns its speeds and answers.
 func (s *search) measure(
 	ctx context.Context, choice protocol.Choice, sizes []int, windows int,
-) ([]control.Measured, []control.MeasuredOutput, error) {
+) ([]control.Measured, []control.Tensor, error) {
 	folder, err := os.MkdirTemp("", "flightsvc-tune-")
 	if err != nil {
 		return nil, nil, err

@@ -45,7 +45,7 @@ class Settings:
         memory: Memory of the host for all models together.
         keep_alive: How long a model stays in memory without a stream.
         allow_cpu_fallback: ``true``: models run on the CPU if no GPU has room.
-        tune: ``quick``: the front tunes models while it is idle.
+        tune: What a front does for its models in the background: ``fold``, ``quick`` or ``off``.
         max_image_pixels: Maximum number of pixels of a picture.
         max_image_bytes: Maximum size of a picture's file.
         log_level: Level of the front's log.
