@@ -87,7 +87,7 @@ func load(setup control.Setup) (*loaded, error) {
 		return nil, loadError(setup, err)
 	}
 	e := &loaded{saved: saved, session: first, device: setup.Device, graphs: newGraphs(setup, preprocess.New)}
-	if setup.RoomForTwo && setup.Threads == 0 && options.IntraOpThreads < cores {
+	if setup.RoomForTwo && options.IntraOpThreads < cores {
 		options.IntraOpThreads = cores
 		e.openWide = func() (session, error) { return openSession(setup, options) }
 	}

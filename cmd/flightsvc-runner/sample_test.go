@@ -27,13 +27,14 @@ func TestRunAlone(t *testing.T) {
 	mem := &offheap.Allocator{}
 	for i, setup := range []control.Setup{
 		{Model: "ints", Cores: 2, RoomForTwo: true},
+		{Model: "ints", Cores: 2, RoomForTwo: true, Threads: 1},
 		{Model: "ints", Cores: 2},
 		{Model: "ints", Cores: 1, RoomForTwo: true},
-		{Model: "ints", Cores: 2, RoomForTwo: true, Threads: 1},
+		{Model: "ints", Cores: 2, RoomForTwo: true, Threads: 2},
 		{Model: "ints", Cores: 2, RoomForTwo: true, Batching: control.Batching{NumBatchThreads: 1}},
 	} {
 		e := loadSetup(t, setup)
-		opens := i == 0
+		opens := i < 2
 		if opens != (e.openWide != nil) {
 			t.Fatalf("%+v: a second session: %t", setup, e.openWide != nil)
 		}

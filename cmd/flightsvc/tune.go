@@ -133,6 +133,10 @@ func show(out io.Writer, t *protocol.Tuning) error {
 	if t.NotFrozen != "" {
 		fmt.Fprintf(out, "freezing: the graph is served as it is: %s\n", t.NotFrozen)
 	}
+	if t.Busy > muchBusy {
+		fmt.Fprintf(out, "other programs used %.0f %% of this machine's processors, so the speeds may be wrong; tune "+
+			"again when it is idle\n", 100*t.Busy)
+	}
 	name, flags := cpu()
 	fmt.Fprintf(out, "CPU: %s, with %s\n", name, strings.Join(flags, " "))
 	fmt.Fprintf(out, "chosen: %s: %.2f times the default\n", configuration(t.Chosen.Choice), t.Chosen.Relative)
@@ -140,6 +144,9 @@ func show(out io.Writer, t *protocol.Tuning) error {
 		t.Machine, t.Stored)
 	return err
 }
+
+// muchBusy is the share of the processors that others may use without a warning.
+const muchBusy = 0.2
 
 // shown are the flags of a CPU that decide which of TensorFlow's kernels it can run.
 var shown = []string{"sse4_2", "avx", "fma", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16",

@@ -64,7 +64,7 @@ func TestTableOfCandidates(t *testing.T) {
 	err := show(&out, &protocol.Tuning{
 		Model: "m", Version: "3", Signature: "serving_default", Machine: "amd64-2-0",
 		Candidates: []protocol.Candidate{frozen, standard, wrong},
-		Default:    standard, Chosen: frozen, NotFrozen: "it has a table", Stored: "/p.json",
+		Default:    standard, Chosen: frozen, NotFrozen: "it has a table", Stored: "/p.json", Busy: 0.5,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -78,6 +78,7 @@ model m, version 3, signature serving_default
     3  as it is     off        1        2     16     1.0        0.01  no (3.0 times the tolerance)
 
 freezing: the graph is served as it is: it has a table
+other programs used 50 % of this machine's processors, so the speeds may be wrong; tune again when it is idle
 `
 	if got := out.String(); !strings.HasPrefix(got, want) {
 		t.Errorf("got\n%s", got)

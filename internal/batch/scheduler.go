@@ -634,9 +634,9 @@ func (s *Scheduler) run(tasks []*task, current *running) (Outputs, error) {
 	done := make(chan outcome, 1)
 	started := time.Now()
 	go func() { // ends with the run
-		defer s.running.Add(-1)
 		var o outcome
 		defer func() { done <- o }()
+		defer s.running.Add(-1)
 		defer s.guard(&o.err)
 		o.outputs, o.err = run(feeds, call.Fetches, call.Timeout)
 	}()

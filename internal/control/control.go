@@ -20,8 +20,8 @@ type Setup struct {
 	LogLevel string `json:"log_level"`
 
 	Cores int `json:"cores"` // that all runs together may use
-	// Threads is how many threads one run has. 0 leaves it to the runner: as many as there are cores for each of the
-	// runs at once, and all of them for a run that is alone.
+	// Threads is how many threads one run has; 0 is as many as there are cores for each of the runs at once. A run that
+	// is alone may have one for each core, see RoomForTwo.
 	Threads int `json:"threads,omitempty"`
 	// RoomForTwo says that the host has memory for the model twice, which a second session with more threads needs.
 	RoomForTwo  bool     `json:"room_for_two,omitempty"`

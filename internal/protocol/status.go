@@ -115,6 +115,8 @@ type Tuning struct {
 	Signature string `json:"signature"`
 	Digest    string `json:"digest"`
 	Machine   string `json:"machine"`
+	// Busy is the share of the host's processors that other programs used before the search.
+	Busy float64 `json:"busy"`
 	// NotFrozen says why the graph was not frozen; "" if it was.
 	NotFrozen  string      `json:"not_frozen,omitempty"`
 	Candidates []Candidate `json:"candidates"` // the fastest first

@@ -36,7 +36,14 @@ const (
 	tie            = 0.03 // a share of the fastest speed
 	reach          = 0.10 // also a share of it
 	finalists      = 2    // configurations that are measured again at most, besides the default
-	rounds         = 3    // in each of which all finalists take their turn
+	rounds         = 3    // in each of which all finalists take their turn; fewer when time is short
+)
+
+// A search takes searchTime at most, unless its first configurations alone take longer. Other configurations are tried
+// for the first trialTime of it.
+const (
+	searchTime = time.Minute
+	trialTime  = searchTime * 2 / 3
 )
 
 // tuneSizes are the batch sizes to try where the model's settings allow all.
@@ -114,6 +121,8 @@ type search struct {
 	onednn    []bool // the values to try
 	reference []control.Tensor
 	progress  func(protocol.Candidate)
+	began     time.Time
+	longest   time.Duration // of a measurement so far
 	tried     []protocol.Candidate
 	notFrozen string // the reason, if the model itself cannot be frozen
 }
@@ -159,7 +168,8 @@ func (t *Tuner) Tune(
 	if err != nil {
 		return protocol.Tuning{}, fault.New(fault.Precondition, "model %s: %w", model.Ref, err)
 	}
-	s := &search{t: t, model: model, digest: digest, signature: signature, library: library, progress: progress}
+	s := &search{t: t, model: model, digest: digest, signature: signature, library: library, progress: progress,
+		began: time.Now()}
 	s.cores = cmp.Or(t.options.Cores, runtime.GOMAXPROCS(0))
 	if model.Settings.Cores > 0 {
 		s.cores = min(s.cores, model.Settings.Cores)
@@ -172,7 +182,7 @@ func (t *Tuner) Tune(
 	}
 	s.sizes = sizesFor(model.Settings.Batching)
 	about := protocol.Tuning{Model: model.Ref, Version: model.Version, Signature: signature, Digest: digest,
-		Machine: Machine()}
+		Machine: Machine(), Busy: busyShare(ctx)}
 	if err := s.run(ctx, &about); err != nil {
 		return protocol.Tuning{}, err
 	}
@@ -308,9 +318,13 @@ func (s *search) threads() [][2]int {
 	return slices.Compact(list)
 }
 
-// try measures one configuration with several batch sizes, unless that has been done.
+// try measures one configuration with several batch sizes, unless that has been done. When it is late, only the default
+// is tried.
 func (s *search) try(ctx context.Context, choice protocol.Choice, sizes []int) error {
-	if slices.ContainsFunc(s.tried, func(c protocol.Candidate) bool { return process(c.Choice) == process(choice) }) {
+	late := time.Since(s.began) > trialTime && choice != s.standard
+	if late || slices.ContainsFunc(s.tried, func(c protocol.Candidate) bool {
+		return process(c.Choice) == process(choice)
+	}) {
 		return nil
 	}
 	found, answers, err := s.measure(ctx, choice, sizes, tuneWindows)
@@ -377,6 +391,9 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 	}
 	parts, fastest := map[protocol.Choice][]float64{}, []float64{}
 	for range rounds {
+		if time.Since(s.began)+time.Duration(len(again))*s.longest > searchTime {
+			break
+		}
 		speeds, most := map[protocol.Choice]float64{}, 0.0
 		for _, choice := range again {
 			found, _, err := s.measure(ctx, choice, s.sizesOf(choice), tuneWindows)
@@ -396,9 +413,12 @@ func (s *search) finals(ctx context.Context) ([]protocol.Candidate, error) {
 		}
 		fastest = append(fastest, most)
 	}
+	if len(fastest) == 0 { // no time for it: the single measurements decide
+		return list, nil
+	}
 	list = nil
 	for i, c := range s.tried {
-		if len(parts[c.Choice]) == rounds {
+		if len(parts[c.Choice]) == len(fastest) {
 			s.tried[i].RowsPerSecond = median(parts[c.Choice]) * median(fastest)
 			list = append(list, s.tried[i])
 		}
@@ -475,6 +495,8 @@ func (s *search) measure(
 		return nil, nil, err
 	}
 	defer func() { _ = os.RemoveAll(folder) }()
+	began := time.Now()
+	defer func() { s.longest = max(s.longest, time.Since(began)) }()
 	report, err := s.t.options.Pool.Measure(ctx, s.model, choice, control.Measurement{
 		Signature: s.signature, BatchSizes: sizes, Window: tuneWindow, Windows: windows, LongestRun: tuneLongestRun,
 		Seed: tuneSeed, Folder: folder,

@@ -76,6 +76,9 @@ func (p *fakePool) KeepSaved(_, why string) {
 	p.kept, p.sampled = append(p.kept, why), nil
 }
 
+// slowly is how long a measurement of that mode takes.
+const slowly = 15 * time.Second
+
 func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice protocol.Choice,
 	what control.Measurement) (control.Report, error) {
 	frozen := choice.Frozen != ""
@@ -96,6 +99,8 @@ func (p *fakePool) Measure(ctx context.Context, _ repository.Model, choice proto
 	}
 	value := float32(0.5)
 	switch {
+	case p.mode == "slowly":
+		time.Sleep(slowly)
 	case p.mode == "another model each time":
 		value = float32(int(1) << count)
 	case p.mode == "forever":
@@ -213,6 +218,25 @@ func TestTuneMeasuresAgain(t *testing.T) {
 		BatchThreads: 1}) || got.BatchSize != 1024 {
 		t.Errorf("chosen %+v", got)
 	}
+}
+
+// TestTuneEndsInTime leaves out what time does not allow, but not the default.
+func TestTuneEndsInTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c, model := newTuned(t, "slowly", "")
+		began := time.Now()
+		about, err := c.Tune(t.Context(), model, "", nothing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > searchTime+slowly || about.Default.RowsPerSecond == 0 {
+			t.Errorf("it took %v, and the default is %+v", took, about.Default)
+		}
+		if len(about.Candidates) <= len(tuneSizes) {
+			t.Errorf("only %+v were tried", about.Candidates)
+		}
+	})
 }
 
 // TestTuneObeysTheVariable tries no other value of oneDNN than the one that was set; the reference is no candidate.

@@ -419,6 +419,14 @@ def test_a_bad_cell(run: Predict, models: Path, tmp_path: Path, name: str, text:
         ("none", "in.csv", "out.csv", [], 1, "there is no folder"),
         ("strings", "no.csv", "out.csv", [], 1, "no.csv: no such file"),
         ("strings", "empty", "out.csv", [], 1, "empty: this folder holds no files"),
+        (
+            "strings",
+            "empty.jsonl",
+            "out.csv",
+            [],
+            1,
+            "empty.jsonl: the file is empty, so its columns are not",
+        ),
         ("strings", "in.txt", "out.csv", [], 2, "the format of a file"),
         ("strings", "in.csv", "out.txt", [], 2, "the format of a file"),
         ("strings", "texts", "out.csv", [], 1, "the format of a file"),
@@ -469,6 +477,7 @@ def test_mistakes_are_sentences(
         (tmp_path / name).mkdir()
     for name in ("bad.parquet", "bad.arrow"):
         (tmp_path / name).write_bytes(b"no such thing" * 10)
+    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
     (tmp_path / "bad.json").write_text('{"modelroot": "/models"}')
     before = sorted(tmp_path.rglob("*"))
@@ -476,6 +485,16 @@ def test_mistakes_are_sentences(
     assert got == code, said
     assert words in said and said.startswith("flightsvc: ") and said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("end", [".csv", ".jsonl"])
+def test_a_file_of_a_folder_is_empty(run: Predict, models: Path, tmp_path: Path, end: str):
+    """So Spark writes a partition without rows."""
+    written(pa.table({"s": ["a"]}), tmp_path / "in" / f"part-1{end}")
+    (tmp_path / "in" / f"part-0{end}").touch()
+    out = tmp_path / "out.jsonl"
+    assert run(models / "strings", tmp_path / "in", out) == (0, "")
+    assert [json.loads(line)["upper"] for line in out.read_text().splitlines()] == ["A"]
 
 
 def test_settings_of_a_file_are_under_the_environment(

@@ -113,6 +113,11 @@ class Reader:
                 raise InvalidArgumentError(
                     f"{found[0][0]} is {self.format} and {path} is {other}; run files of one format at a time"
                 )
+        if self.format in ("csv", "json"):  # Spark writes such files for partitions without rows
+            kept = [(path, keys) for path, keys in found if os.path.getsize(path) > 0]
+            if not kept:
+                raise InvalidArgumentError(f"{found[0][0]}: the file is empty, so its columns are not known")
+            found = kept
         self._files = [_opened(path, self.format, keys) for path, keys in found]
         self._columns = _columns(self._files, self.format)
         keys = [pa.field(name, pa.string()) for name in self._files[0].keys]
