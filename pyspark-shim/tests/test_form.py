@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from figures import count, report
+from figures import report
 from fronts import Front, copied, front
 from processes import until
 from pyarrow import flight
@@ -29,8 +29,7 @@ from flightsvc.settings import Settings
 
 SECONDS = 60.0
 SIZE, CHANNELS = 8, 3
-KILLS_WANTED = 20
-KILLS = count(2, KILLS_WANTED)
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +131,7 @@ class Stream:
         self._client.close()
 
 
+@pytest.mark.slow
 def test_the_folded_form_takes_over(network: Path):
     table = rows(5)
     want = truth(network, table)
@@ -170,7 +170,8 @@ def test_a_model_that_comes_folded(network: Path, tmp_path: Path):
         assert not list(Path(it.endpoint.removeprefix("grpc+unix://")).parent.glob("sample-*"))
 
 
-def test_what_is_never_folded(models: Path, network: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_what_is_never_folded(network: Path, tmp_path: Path):
     import tensorflow as tf
 
     class Dice(tf.Module):
@@ -184,7 +185,6 @@ def test_what_is_never_folded(models: Path, network: Path, tmp_path: Path):
     (pinned / "flightsvc.json").write_text('{"form": "saved"}')
     asked = {
         tmp_path / "dice": (pa.table({"x": pa.array([1.0], pa.float32())}), "a state (RandomUniform)"),
-        models / "vocabulary": (pa.table({"word": ["a"]}), "a table (HashTableV2)"),
         pinned: (rows(1), ""),
     }
     with front("--tune=fold") as it, flightsvc.connect(it.endpoint) as client:
@@ -242,7 +242,7 @@ class Streaming:
         return [np.array(a.outputs.column("y").to_pylist()) for a in exchange.answers(batches())]
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_kills_while_freezing_and_swapping(network: Path, tmp_path: Path):
     """Fronts, runners and Pythons are killed meanwhile: all rows are answered right, and nothing is left."""
     chance = random.Random(1)
@@ -262,7 +262,7 @@ def test_kills_while_freezing_and_swapping(network: Path, tmp_path: Path):
         fronts[-1].close()
         left = [str(p) for p in place.rglob("*") if p.name.startswith((".push-", "sample-")) or p.is_socket()]
         assert not left
-    report(form_kills=KILLS, form_kills_wanted=KILLS_WANTED, form_kills_of=victims)
+    report(form_kills=KILLS, form_kills_of=victims)
 
 
 class Killer:
