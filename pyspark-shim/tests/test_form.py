@@ -5,6 +5,7 @@ Fronts of their own with ``--tune=fold``; all other tests switch it off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -278,20 +279,22 @@ class Killer:
         while not self.killed or serving_form(self.fronts[-1], model) != "folded":
             assert time.monotonic() < end, self.fronts[-1].text()
             yield False
-            if self.killed:
-                continue
-            front = psutil.Process(self.fronts[-1].process.pid)
-            children = front.children()
-            runners = [child.name() for child in children].count("flightsvc-runner")
-            if runners > 1 if self.swapping else len(children) > runners:
-                begun = begun or time.monotonic()
-                if self.swapping or time.monotonic() > begun + delay:
-                    self.kill(self.chance.choice([front, *children]), children)
+            with contextlib.suppress(psutil.NoSuchProcess):  # a child has ended meanwhile
+                if self.killed:
+                    continue
+                front = psutil.Process(self.fronts[-1].process.pid)
+                children = front.children()
+                runners = [child.name() for child in children].count("flightsvc-runner")
+                if runners > 1 if self.swapping else len(children) > runners:
+                    begun = begun or time.monotonic()
+                    if self.swapping or time.monotonic() > begun + delay:
+                        self.kill(self.chance.choice([front, *children]), children)
         yield True
 
     def kill(self, victim: psutil.Process, children: list[psutil.Process]) -> None:
-        self.killed = victim.name()
+        name = victim.name()
         victim.send_signal(signal.SIGKILL)
+        self.killed = name
         if victim.pid == self.fronts[-1].process.pid:
             until(lambda: not any(map(alive, children)), 10, "end of its children")
             self.fronts.append(Front(*self.flags))
