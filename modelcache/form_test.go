@@ -85,6 +85,11 @@ func TestTheFoldedFormTakesOver(t *testing.T) {
 		if err := cache.Replace(t.Context(), sampled, folded); err == nil {
 			t.Error("it takes over twice")
 		}
+		tell(t, saved, "rest s")
+		time.Sleep(time.Minute)
+		if !saved.Alive() {
+			t.Error("a stream that rests was ended for the folded form")
+		}
 		tell(t, saved, "close s")
 		time.Sleep(2 * tick)
 		if got := formsOf(cache); !slices.Equal(got, []string{"folded"}) || saved.Alive() {

@@ -76,7 +76,8 @@ func (c *Cache) endLocked(s *slot, why string, ending *sync.WaitGroup) {
 	})
 }
 
-// endIdle ends runners that were unused for their keep-alive, and superseded versions without a stream.
+// endIdle ends runners that were unused for their keep-alive, superseded versions without a moving stream, and saved
+// forms without any: a stream that rests learns nothing of another form.
 func (c *Cache) endIdle(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -90,11 +91,11 @@ func (c *Cache) endIdle(now time.Time) {
 		}
 		keep := cmp.Or(time.Duration(s.model.Settings.KeepAlive), c.options.KeepAlive)
 		why := "keep-alive is over"
-		if s.superseded {
-			keep, why = 1, "a newer version serves" // a nanosecond, so at once
-			if s.replaced {
-				why = "its folded form serves"
-			}
+		switch open, _, _ := s.runner.tally(); {
+		case s.replaced && open == 0:
+			keep, why = 1, "its folded form serves" // a nanosecond, so at once
+		case s.superseded && !s.replaced:
+			keep, why = 1, "a newer version serves"
 		}
 		if keep > 0 && now.Sub(s.used) >= keep {
 			c.retireLocked(s, why, now)

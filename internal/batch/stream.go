@@ -13,8 +13,8 @@ import (
 	"flightsvc/internal/tensor"
 )
 
-// maxRuns bounds the runs that the search for the rows to blame in one record batch may take, the first included. 21
-// find one row among 1,024.
+// maxRuns bounds the runs that the search for the rows to blame in one record batch may take, one that was refused
+// included. 21 find one row among 1,024.
 const maxRuns = 64
 
 // Answer is the outcome of one record batch.

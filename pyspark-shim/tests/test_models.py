@@ -204,7 +204,8 @@ def test_many_bad_rows_end_in_bounded_time(client: flightsvc.Client, models: Pat
     texts = answer["error"].to_pylist()
     refused = {i for i, text in enumerate(texts) if text is not None}
     report(runs_for_300_bad_rows_of_600=runs, refused_of_them=len(refused))
-    assert 1 < runs <= RUNS
+    first = len(texts) // 4  # at most: the record batch is cut for all threads
+    assert 1 < runs <= first + RUNS
     assert bad <= refused
     assert all("x must not be negative" in texts[i] for i in refused)
     check_strict(answer, refused)

@@ -246,13 +246,12 @@ def test_answers_before_an_error_are_not_lost(
             ended = False
 
     monkeypatch.setattr(stream._Stream, "send", send_and_wait)
-    request = flightsvc.Model(models / "sums").request({"x": "x"}, {"width": "w"})
-    one, two = (pa.record_batch({"x": pa.array(x, pa.list_(pa.float32()))}) for x in ([[1]], [[1], [1, 2]]))
+    one, bad = (pa.record_batch({"i": i}) for i in ([[1, 2, 3]], [[1, 2, 3], [4]]))
     got = []
-    with pytest.raises(flightsvc.InvalidArgumentError, match="must have the same length"):
-        for answer in exchange(connection, request, ["x"]).answers(iter([one, one, one, two, one, one])):
-            got += answer.outputs.column("w").to_pylist()
+    with pytest.raises(flightsvc.InvalidArgumentError, match=r"row 1 of record batch 3\b"):
+        for answer in exchange(connection, ints(models), ["i"]).answers(iter([one, one, one, bad, one, one])):
+            got += answer.outputs.column("t").to_pylist()
             if len(got) == 1:
                 until(lambda: not any(m["streams"] for m in client.status()["models"]), 10, "the end")
                 ended = True
-    assert got == [1] * 3
+    assert got == [6] * 3

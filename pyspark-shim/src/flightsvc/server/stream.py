@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import queue
+import re
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
@@ -173,6 +174,8 @@ class Exchange:
                     continue
                 except FLIGHT_ERRORS as error:
                     refused = translate(error)
+                    if stream is not None:
+                        refused = stream.renumbered(refused)
                     if stream is None or not stream.could_not_write or one_by_one or len(window) == 1:
                         raise refused from error
                     if not isinstance(refused, InvalidArgumentError):  # it concerns no record batch
@@ -254,6 +257,7 @@ class _Stream:
         """
         self.server = ""
         self._answered = 0
+        self._numbers: list[int] = []  # of the record batches whose slices were sent, in this order
         self._queue: queue.SimpleQueue[pa.RecordBatch | None] = queue.SimpleQueue()
         self._failure: Exception | None = None  # of the helper thread, which sets it before it cancels
         self._client = client
@@ -275,7 +279,17 @@ class _Stream:
 
     def send(self, sent: _Slice) -> None:
         """Queue a slice for the helper thread; never blocks."""
+        self._numbers.append(sent.number)
         self._queue.put(sent.rows)
+
+    def renumbered(self, error: FlightsvcError) -> FlightsvcError:
+        """Return the error with the caller's number of a record batch: the server counts what it was sent."""
+
+        def number(found: re.Match[str]) -> str:
+            sent = int(found[1])
+            return f"record batch {self._numbers[sent] if sent < len(self._numbers) else sent}"
+
+        return type(error)(re.sub(r"record batch (\d+)", number, str(error), count=1))
 
     def read(self, rows: int) -> list[pa.RecordBatch]:
         """Return the record batches that answer the next slice, which has ``rows`` rows.
