@@ -66,13 +66,16 @@ func (c *Cache) Spare(bytes int64) (release func(), ok bool) {
 }
 
 // KeepSaved records why the model with a digest is served in its saved form, for Status, and asks no more for a folded
-// one.
+// one; the rows that were kept for it are removed.
 func (c *Cache) KeepSaved(digest, why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.slots {
 		if s.digest == digest {
 			s.profile.NotFrozen = why
+			if s.sample != "" {
+				_ = os.Remove(s.sample)
+			}
 		}
 	}
 }
@@ -116,11 +119,13 @@ func (c *Cache) Replace(ctx context.Context, sampled tuning.Sampled, folded stri
 	if err != nil {
 		return err
 	}
-	defer func() { _ = os.Remove(control.Replayed(old.sample)) }()
-	if err := compare(old.sample); err != nil {
+	err = compare(old.sample)
+	_ = os.Remove(control.Replayed(old.sample))
+	if err != nil {
 		runner.Close()
 		return err
 	}
+	_ = os.Remove(old.sample) // the rows are needed no more
 	c.mu.Lock()
 	if !slices.Contains(c.slots, old) || old.superseded || c.ctx.Err() != nil {
 		c.mu.Unlock()

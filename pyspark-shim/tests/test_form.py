@@ -143,6 +143,7 @@ def test_the_folded_form_takes_over(network: Path):
         assert (before.form, first["form"]) == ("saved", "saved")
         folded = until_folded(it, network)
         assert folded["pid"] != first["pid"]
+        assert not list(Path(it.endpoint.removeprefix("grpc+unix://")).parent.glob("sample-*"))
         close(before.ask(table), want)  # it goes on with the runner that it began with
         after = Stream(it, network)
         close(after.ask(table), want)
@@ -151,7 +152,6 @@ def test_the_folded_form_takes_over(network: Path):
         before.close()
         until(lambda: not psutil.pid_exists(first["pid"]), SECONDS, "end of the saved form")
         assert it.logged("model unloaded", why="its folded form serves")
-        assert not list(Path(it.endpoint.removeprefix("grpc+unix://")).parent.glob("sample-*"))
         with flightsvc.connect(it.endpoint) as client:
             client.unload(network)
         close(answer(it, network, table), want)
