@@ -6,8 +6,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -295,13 +293,5 @@ func estimate(model repository.Model) int64 {
 	if model.Dir == "" {
 		return total
 	}
-	_ = filepath.WalkDir(model.Dir, func(_ string, entry os.DirEntry, err error) error {
-		if err == nil && entry.Type().IsRegular() {
-			if info, err := entry.Info(); err == nil {
-				total += timesOfFiles * info.Size()
-			}
-		}
-		return nil // a file that cannot be read will not be loaded either
-	})
-	return total
+	return total + timesOfFiles*repository.Size(model.Dir)
 }

@@ -173,10 +173,6 @@ func (c *Cache) load(s *slot) {
 			s.model.Ref, c.options.LoadTimeout)
 	}
 	if err != nil {
-		var refused *loadError
-		if errors.As(err, &refused) {
-			err = refused.error
-		}
 		if errors.Is(err, context.Canceled) {
 			c.options.Log.Info("model not loaded", zap.String("model", s.model.Ref),
 				zap.String("version", s.model.Version), zap.String("why", "nobody waits for it any more"))
@@ -260,7 +256,7 @@ func (c *Cache) startWith(ctx context.Context, s *slot, want *claim, wanted func
 	}
 	setup, tuned, err := c.setupOf(s.model, s.profile, want.placement)
 	if err == nil {
-		release, err = c.hold(s.model, setup.Dir) // from before the files are read until the process has ended
+		release, err = c.hold(c.ctx, s.model, setup.Dir) // from before the files are read until the process has ended
 	}
 	if err != nil {
 		gone()
@@ -305,7 +301,7 @@ func (c *Cache) startWith(ctx context.Context, s *slot, want *claim, wanted func
 
 // hold keeps the files of a model, and those that are loaded in their place, from being removed until release is
 // called.
-func (c *Cache) hold(model repository.Model, loaded string) (release func(), err error) {
+func (c *Cache) hold(ctx context.Context, model repository.Model, loaded string) (release func(), err error) {
 	var holds []func()
 	release = func() {
 		for _, one := range holds {
@@ -313,7 +309,7 @@ func (c *Cache) hold(model repository.Model, loaded string) (release func(), err
 		}
 	}
 	for _, dir := range slices.Compact([]string{model.Dir, loaded}) {
-		one, err := c.options.Repository.Hold(c.ctx, repository.Model{Ref: model.Ref, Dir: dir})
+		one, err := c.options.Repository.Hold(ctx, repository.Model{Ref: model.Ref, Dir: dir})
 		if err != nil {
 			release()
 			return func() {}, err

@@ -4,7 +4,6 @@ package modelcache
 
 import (
 	"context"
-	"errors"
 	"os"
 	"slices"
 	"time"
@@ -26,13 +25,16 @@ func (c *Cache) canFoldLocked(s *slot) bool {
 		s.model.Settings.Form != repository.FormSaved && s.profile.NotFrozen == ""
 }
 
+// isSampled reports whether new streams go to a slot's runner and it keeps a run to compare with.
+func (s *slot) isSampled() bool { return s.state == StateReady && !s.superseded && s.sample != "" }
+
 // Sampled returns the models that might be served in their folded form and whose runners have kept a run to compare
 // with.
 func (c *Cache) Sampled() []tuning.Sampled {
 	c.mu.Lock()
 	var list []*slot
 	for _, s := range c.slots {
-		if s.state == StateReady && !s.superseded && s.sample != "" && s.profile.NotFrozen == "" {
+		if s.isSampled() && s.profile.NotFrozen == "" {
 			list = append(list, s)
 		}
 	}
@@ -90,8 +92,7 @@ func (c *Cache) Replace(ctx context.Context, sampled tuning.Sampled, folded stri
 	c.mu.Lock()
 	var old *slot
 	for _, s := range c.slots {
-		if s.model.Dir == sampled.Model.Dir && s.digest == sampled.Digest && s.state == StateReady &&
-			!s.superseded && s.sample != "" {
+		if s.model.Dir == sampled.Model.Dir && s.digest == sampled.Digest && s.isSampled() {
 			old = s
 		}
 	}
@@ -112,10 +113,6 @@ func (c *Cache) Replace(ctx context.Context, sampled tuning.Sampled, folded stri
 		return fault.New(fault.Exhausted, "there is no memory for its folded form beside the saved one")
 	}
 	runner, err := c.startWith(ctx, s, want, func() bool { return ctx.Err() == nil })
-	var refused *loadError
-	if errors.As(err, &refused) {
-		err = refused.error
-	}
 	if err != nil {
 		return err
 	}

@@ -41,7 +41,7 @@ func (c *Cache) Measure(
 	if setup.OpLibraries, err = c.options.Repository.AllowedLibraries(model); err != nil {
 		return control.Report{}, err
 	}
-	unhold, err := c.options.Repository.Hold(ctx, repository.Model{Ref: model.Ref, Dir: setup.Dir})
+	unhold, err := c.hold(ctx, model, setup.Dir)
 	if err != nil {
 		return control.Report{}, err
 	}

@@ -73,6 +73,9 @@ type loadError struct {
 	noMemory bool // the device had no memory for it
 }
 
+// Unwrap lets fault.KindOf find the runner's fault.
+func (e *loadError) Unwrap() error { return e.error }
+
 // start starts a runner and waits until its model is ready. ctx bounds the wait. defaults and fixed are for its
 // environment, see Starter. events.ended is called in any case, and last.
 func start(

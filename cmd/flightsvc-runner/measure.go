@@ -188,8 +188,7 @@ func writeAnswers(folder string, signature savedmodel.Signature, engine engine, 
 	defer answers.Close()
 	outputs := make([]control.Tensor, len(signature.Outputs))
 	for i, value := range answers.Values() {
-		outputs[i] = control.Tensor{Name: signature.Outputs[i].Name, DType: value.DType, Shape: value.Shape,
-			Data: value.Data, Strings: value.Strings}
+		outputs[i] = tensorOf(signature.Outputs[i].Name, value)
 	}
 	return control.WriteAnswers(folder, outputs)
 }

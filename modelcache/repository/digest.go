@@ -72,6 +72,19 @@ func (r *Repository) Digest(ctx context.Context, model Model) (string, error) {
 	})
 }
 
+// Size returns the bytes of all files in a folder, or of one file, without those that cannot be read.
+func Size(path string) (total int64) {
+	_ = filepath.WalkDir(path, func(_ string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.Type().IsRegular() {
+			if info, err := entry.Info(); err == nil {
+				total += info.Size()
+			}
+		}
+		return nil
+	})
+	return total
+}
+
 // Changed reports whether a model's files are no longer those with which it was found.
 func (r *Repository) Changed(model Model) bool {
 	if model.Stamp == "" {

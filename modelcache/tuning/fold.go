@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"io/fs"
 	"path/filepath"
 	"sync"
 	"time"
@@ -160,16 +159,7 @@ var errChanged = fault.New(fault.Unavailable, "its files have changed since it w
 var errNoSpare = fault.New(fault.Exhausted, "there is no memory to freeze it in beside the models that are served")
 
 // sizeOf returns the bytes of a model's graph and variables.
-func sizeOf(model repository.Model) (total int64) {
-	for _, place := range []string{savedmodel.File, "variables"} {
-		_ = filepath.WalkDir(filepath.Join(model.Dir, place), func(_ string, entry fs.DirEntry, err error) error {
-			if err == nil && entry.Type().IsRegular() {
-				if info, err := entry.Info(); err == nil {
-					total += info.Size()
-				}
-			}
-			return nil // what cannot be read will not be frozen either
-		})
-	}
-	return total
+func sizeOf(model repository.Model) int64 {
+	return repository.Size(filepath.Join(model.Dir, savedmodel.File)) +
+		repository.Size(filepath.Join(model.Dir, "variables"))
 }

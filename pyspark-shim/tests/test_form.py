@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 from figures import report
 from fronts import Front, copied, front
-from processes import until
+from processes import is_gone, until
 from pyarrow import flight
 
 import flightsvc
@@ -296,15 +296,8 @@ class Killer:
         victim.send_signal(signal.SIGKILL)
         self.killed = name
         if victim.pid == self.fronts[-1].process.pid:
-            until(lambda: not any(map(alive, children)), 10, "end of its children")
+            until(lambda: all(map(is_gone, children)), 10, "end of its children")
             self.fronts.append(Front(*self.flags))
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def serving_form(it: Front, model: Path) -> str:

@@ -131,8 +131,8 @@ def freeze(
     )  # inputs that no output needs
     _prune(frozen)
     progress("folding")
-    state = find_state(frozen)
     folded = fold(frozen, fed.union(fetches))
+    state = find_state(frozen) if folded is frozen else ""
     _prune(folded)
     size = folded.ByteSize()
     if size > limit:

@@ -173,12 +173,11 @@ class Exchange:
                     self._blame(window[0], error)
                     continue
                 except FLIGHT_ERRORS as error:
-                    refused = translate(error)
-                    if stream is not None:
-                        refused = stream.renumbered(refused)
-                    if stream is None or not stream.could_not_write or one_by_one or len(window) == 1:
-                        raise refused from error
-                    if not isinstance(refused, InvalidArgumentError):  # it concerns no record batch
+                    if stream is None:
+                        raise translate(error) from error
+                    refused = stream.renumbered(translate(error))
+                    doubtful = stream.could_not_write and len(window) > 1 and not one_by_one
+                    if not doubtful or not isinstance(refused, InvalidArgumentError):
                         raise refused from error
                     # Which record batch is at fault? Arrow drops unread answers when it cannot write.
                     stream.cancel()
